@@ -1,0 +1,3 @@
+from additive_attn.config import show_config
+
+show_config()

@@ -1,0 +1,41 @@
+"""What runs on this machine, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+
+import torch
+
+from additive_attn import ops
+
+
+def show_config() -> str:
+    """Prints, and returns, the versions in use and which implementation computes on which device,
+    and why."""
+    lines = {
+        "additive_attn": _version("additive-attn"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "cpu path": f"{ops.cpu_path()} ({ops.cpu_reason})",
+        "cpu library": str(ops.library_path or "none"),
+        "cpu threads": str(torch.get_num_threads()),
+        "other devices": "pytorch (plain PyTorch in blocks of query rows)",
+    }
+    width = max(map(len, lines))
+    text = "\n".join(f"{name:<{width}}  {line}" for name, line in lines.items())
+    print(text)
+    return text
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return (
+            "not installed"
+            if importlib.util.find_spec(distribution.replace("-", "_")) is None
+            else "unknown"
+        )

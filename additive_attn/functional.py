@@ -1,0 +1,371 @@
+"""The public functions: arguments are checked and brought into the operators' form here, once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from additive_attn.autograd import attend
+from additive_attn.dropout import draw_seed
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def additive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] | None = None,
+    dropout_p: float = 0.0,
+    scale: float = 1.0,
+    need_weights: bool = False,
+    need_lse: bool = False,
+) -> Any:
+    r"""Additive attention (Bahdanau et al. 2015, arXiv:1409.0473) on projected queries and keys,
+    in one pass.
+
+    .. math::
+        s_{ij} = \mathrm{scale} \sum_h w_h \tanh(q_{ih} + k_{jh}) + \mathrm{mask}_{ij}, \quad
+        p_i = \mathrm{softmax}_j(s_{ij}), \quad \mathrm{out}_i = \sum_j p_{ij} v_j
+
+    Never builds the tensor (..., Lq, Lk, H). Differentiable twice in query, key, value, weight and
+    a float mask.
+
+    Args:
+        query: ``(..., Lq, H)``, already projected. float64, float32, bfloat16 or float16.
+        key: ``(..., Lk, H)``, already projected; leading dims broadcast as in
+            ``F.scaled_dot_product_attention``.
+        value: ``(..., Lk, Dv)``.
+        weight: ``(H,)``, or ``(heads, H)`` where dim -3 of query is heads; ``(1, H)`` broadcasts
+            over it.
+        attn_mask: broadcastable to ``(..., Lq, Lk)``: bool, True = attend; or the dtype of query,
+            added to the scores, where ``-inf`` = do not attend.
+        lengths: ``(B,)`` or ``(B, Lq)`` integers in [0, Lk], B the first leading dim (without
+            leading dims: ``()`` or ``(Lq,)``): the number of leading keys to attend to. The range
+                is checked on the CPU and clamped elsewhere.
+        is_causal: key j is attended to iff j <= i (upper left aligned).
+        window: ``(left, right)``: keys i - left ... i + right; -1 = unbounded.
+        dropout_p: probability of dropping a weight; applied whenever it is above 0, so pass 0 in
+            evaluation.
+        scale: factor on the scores, before the mask.
+        need_weights: also return the weights, before dropout.
+        need_lse: also return the log-sum-exp of the scores, for :func:`merge_attention`.
+
+    Returns:
+        out ``(..., Lq, Dv)``; then weights ``(..., Lq, Lk)`` if need_weights; then lse
+        ``(..., Lq)`` if need_lse, float32 (float64 for float64). A row without a key to attend to
+        has out 0, weights 0 and lse ``-inf``.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape or a number does not fit.
+        RuntimeError: tensors are on different devices.
+    """
+    out, weights, lse = masked_attention(
+        query, key, value, weight, None, attn_mask, lengths, is_causal, window,
+        dropout_p, scale, need_weights,
+    )  # fmt: skip
+    if need_weights:
+        return (out, weights, lse) if need_lse else (out, weights)
+    return (out, lse) if need_lse else out
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    score_bias: Tensor | None,
+    attn_mask: Tensor | None,
+    lengths: Tensor | None,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+    dropout_p: float,
+    scale: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks, casts under autocast, attends; returns out, weights (empty unless needed), lse."""
+    if not (
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and isinstance(value, Tensor)
+        and isinstance(weight, Tensor)
+    ):
+        _refuse_type(query=query, key=key, value=value, weight=weight)
+    query, key, value, weight, attn_mask = autocasted(query, key, value, weight, attn_mask)
+
+    device = query.device
+    query_shape, key_shape, value_shape, weight_shape = (
+        query.shape, key.shape, value.shape, weight.shape,
+    )  # fmt: skip
+    batch = query_shape[:-2]
+    # A correct call passes these few comparisons; the rest is found out, or worded, apart.
+    if not (
+        len(query_shape) >= 2
+        and key_shape[:-2] == batch
+        and value_shape[:-2] == batch
+        and key_shape[-2:-1] == value_shape[-2:-1]
+        and key_shape[-1:] == query_shape[-1:] == weight_shape[-1:]
+        and (len(weight_shape) == 1 or (len(weight_shape) == 2 and weight_shape[0] == 1 and batch))
+    ):
+        batch = _batch_of(query_shape, key_shape, value_shape, weight_shape)
+    dtype = query.dtype
+    if not (dtype == key.dtype == value.dtype == weight.dtype and dtype in _DTYPES):
+        _refuse_dtypes(query=query, key=key, value=value, weight=weight)
+    if not (device == key.device == value.device == weight.device):
+        _refuse_devices(query=query, key=key, value=value, weight=weight)
+
+    if attn_mask is not None:
+        _check_mask(attn_mask, query, batch, (query_shape[-2], key_shape[-2]))
+    if lengths is not None:
+        lengths = aligned_lengths(lengths, query, batch, query_shape[-2], key_shape[-2])
+    left = right = -1
+    if window is not None:
+        left, right = _checked_window(window)
+    if is_causal:
+        right = 0
+    if not (isinstance(scale, (int, float)) and -math.inf < scale < math.inf):
+        raise ValueError(
+            f"scale is {scale!r}, but the scores need a finite factor. The default is 1.0."
+        )
+    seed = None
+    if dropout_p != 0.0:
+        if not (isinstance(dropout_p, (int, float)) and 0.0 <= dropout_p <= 1.0):
+            raise ValueError(
+                f"dropout_p is {dropout_p!r}, but a probability lies between 0 and 1."
+            )
+        seed = draw_seed(device)
+    return attend(
+        query, key, value, weight, attn_mask, lengths, seed, score_bias,
+        left, right, dropout_p, scale, need_weights,
+    )  # fmt: skip
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    r"""Combines attention over disjoint sets of keys (chunks, devices) into attention over their
+    union.
+
+    .. math::
+        \mathrm{lse} = \log \sum_n e^{\mathrm{lse}_n}, \quad \mathrm{out} = \sum_n
+        e^{\mathrm{lse}_n - \mathrm{lse}} \mathrm{out}_n
+
+    Args:
+        outs: tensors ``(..., Lq, Dv)``, one per set of keys, from calls without dropout or each
+            with its own.
+        lses: their log-sum-exps ``(..., Lq)``, from ``need_lse=True``. A set that a row may not
+            attend to has ``-inf``.
+
+    Returns:
+        out ``(..., Lq, Dv)`` in the dtype of ``outs`` and lse ``(..., Lq)``, differentiable. A row
+        that is empty in every set stays 0 and ``-inf``.
+
+    Raises:
+        ValueError: the sequences are empty, differ in length, or their shapes do not fit.
+    """
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise ValueError(
+            f"merge_attention got {len(outs)} outs and {len(lses)} lses, but needs one lse for "
+            "each out and at least one of both. Call additive_attention with need_lse=True to "
+            "get them."
+        )
+    for out, lse in zip(outs, lses, strict=True):
+        if out.shape[:-1] != lse.shape or out.shape != outs[0].shape:
+            raise ValueError(
+                f"merge_attention got an out of shape {tuple(out.shape)} with an lse of shape "
+                f"{tuple(lse.shape)}, but every out must be (..., Lq, Dv) with an lse (..., Lq), "
+                f"all of the shape of the first, {tuple(outs[0].shape)}."
+            )
+    stacked = torch.stack(tuple(lses))
+    # Rows that are empty everywhere are merged as zeros, so that no NaN enters their gradient, and
+    # then cleared.
+    occupied = (stacked != -torch.inf).any(dim=0)
+    shares = torch.softmax(torch.where(occupied, stacked, 0.0), dim=0)
+    lse = torch.where(occupied, torch.where(occupied, stacked, 0.0).logsumexp(dim=0), -torch.inf)
+    merged = (shares[..., None] * torch.stack(tuple(outs))).sum(dim=0)
+    return torch.where(occupied[..., None], merged, 0.0).to(outs[0].dtype), lse
+
+
+def autocasted(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The tensors in autocast's dtype where it is on, except float64 and bool."""
+    # Says in a fifth of the time that autocast is on for no device, which is the usual case.
+    if torch._C._is_any_autocast_enabled():
+        device = query.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            query, key = _cast(query, dtype), _cast(key, dtype)
+            value, weight = _cast(value, dtype), _cast(weight, dtype)
+            if isinstance(attn_mask, Tensor):
+                attn_mask = _cast(attn_mask, dtype)
+    return query, key, value, weight, attn_mask
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    keeps = tensor.dtype == torch.float64 or not tensor.is_floating_point()
+    return tensor if keeps else tensor.to(dtype)
+
+
+def _batch_of(
+    query: torch.Size, key: torch.Size, value: torch.Size, weight: torch.Size
+) -> torch.Size:
+    """The leading dims of a call whose tensors differ in them, or the sentence that says what does
+    not fit."""
+    for name, shape in (("query", query), ("key", key), ("value", value)):
+        if len(shape) < 2:
+            raise ValueError(
+                f"{name} has shape {tuple(shape)}, but needs at least two dims: "
+                f"(..., {'Lq' if name == 'query' else 'Lk'}, {'Dv' if name == 'value' else 'H'})."
+            )
+    if query[-1] != key[-1]:
+        raise ValueError(
+            f"query has {query[-1]} features and key has {key[-1]}, but they are added to each "
+            "other: project both to the same hidden size H."
+        )
+    if key[-2] != value[-2]:
+        raise ValueError(
+            f"key has {key[-2]} positions and value has {value[-2]}, but each key belongs to one "
+            "value: key is (..., Lk, H) and value is (..., Lk, Dv)."
+        )
+    try:
+        batch: torch.Size = torch.broadcast_shapes(query[:-2], key[:-2], value[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"The leading dims of query {tuple(query)}, key {tuple(key)} and value "
+            f"{tuple(value)} do not broadcast to each other. Each must be equal, or 1."
+        ) from None
+    heads = query[-3:-2]
+    if weight != query[-1:] and not (heads and weight in (heads + query[-1:], (1, query[-1]))):
+        raise ValueError(
+            f"weight has shape {tuple(weight)}, but a query of shape {tuple(query)} needs a "
+            f"weight of shape ({query[-1]},), or (heads, {query[-1]}) where dim -3 of query is "
+            "heads."
+        )
+    return batch
+
+
+def _check_mask(
+    attn_mask: Tensor, query: Tensor, batch: torch.Size, scores: tuple[int, int]
+) -> None:
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(
+            f"attn_mask is a {type(attn_mask).__name__}, but must be a tensor or None."
+        )
+    dtype = attn_mask.dtype
+    if dtype != torch.bool and dtype != query.dtype:
+        cure = (
+            "Convert it with .bool()"
+            if dtype in _INTEGERS
+            else f"Convert it with .to({query.dtype})"
+        )
+        raise TypeError(
+            f"attn_mask has dtype {dtype}, but must be bool (True = attend) or have the dtype of "
+            f"query, {query.dtype} (added to the scores). {cure}."
+        )
+    if attn_mask.device != query.device:
+        _refuse_devices(query=query, attn_mask=attn_mask)
+    full = (*batch, *scores)
+    shape = attn_mask.shape
+    if len(shape) > len(full) or any(
+        size != 1 and size != wanted
+        for size, wanted in zip(reversed(shape), reversed(full), strict=False)
+    ):
+        raise ValueError(
+            f"attn_mask has shape {tuple(shape)}, but must broadcast to (..., Lq, Lk) = {full}: "
+            "each dim, counted from the last, must be equal or 1."
+        )
+
+
+def aligned_lengths(
+    lengths: Tensor, query: Tensor, batch: torch.Size, num_queries: int, num_keys: int
+) -> Tensor:
+    """``lengths`` as int64, broadcastable to ``(*batch, Lq)``."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(
+            f"lengths is a {type(lengths).__name__}, but must be an integer tensor. Convert it "
+            "with torch.tensor(lengths)."
+        )
+    if lengths.dtype not in _INTEGERS:
+        raise TypeError(
+            f"lengths has dtype {lengths.dtype}, but must hold integers. Convert it with .long()."
+        )
+    if lengths.device != query.device:
+        _refuse_devices(query=query, lengths=lengths)
+    per_row = (*batch[:1], num_queries)
+    if lengths.shape != batch[:1] and lengths.shape != per_row:
+        raise ValueError(
+            f"lengths has shape {tuple(lengths.shape)}, but must be {tuple(batch[:1])}, one "
+            f"length per sequence, or {per_row}, one per query."
+        )
+    if _is_readable(lengths) and lengths.numel() > 0:
+        low, high = (bound.item() for bound in lengths.aminmax())
+        if low < 0 or high > num_keys:
+            raise ValueError(
+                f"lengths holds values from {low} to {high}, but key has {num_keys} positions: "
+                f"lengths must lie between 0 and {num_keys}."
+            )
+    if batch:
+        rows = num_queries if lengths.dim() == 2 else 1
+        lengths = lengths.reshape(batch[0], *(1,) * (len(batch) - 1), rows)
+    return lengths.to(torch.int64)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at without stopping a device, a trace or a transform."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _checked_window(window: tuple[int, int]) -> tuple[int, int]:
+    if (
+        not isinstance(window, (tuple, list))
+        or len(window) != 2
+        or any(
+            isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)) for side in window
+        )
+        or window[0] < -1
+        or window[1] < -1
+    ):
+        raise ValueError(
+            f"window is {window!r}, but must be a pair (left, right) of integers, each -1 "
+            "(unbounded) or more: query i attends to the keys i - left ... i + right."
+        )
+    return window[0], window[1]
+
+
+def _refuse_type(**tensors: Any) -> None:
+    found = ", ".join(f"{name} is a {type(tensor).__name__}" for name, tensor in tensors.items())
+    raise TypeError(
+        f"additive_attention needs tensors, but {found}. Convert them with torch.as_tensor."
+    )
+
+
+def _refuse_dtypes(**tensors: Tensor) -> None:
+    found = ", ".join(f"{name} is {tensor.dtype}" for name, tensor in tensors.items())
+    raise TypeError(
+        "additive_attention needs query, key, value and weight of one dtype among float64, "
+        f"float32, bfloat16 and float16, but {found}. Convert them with .to(dtype), or call "
+        "under torch.autocast."
+    )
+
+
+def _refuse_devices(**tensors: Tensor) -> None:
+    found = ", ".join(f"{name} is on {tensor.device}" for name, tensor in tensors.items())
+    raise RuntimeError(
+        f"additive_attention needs all tensors on one device, but {found}. Move them with "
+        ".to(device)."
+    )

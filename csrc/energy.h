@@ -1,0 +1,231 @@
+// The scores of a block of queries against a tile of keys, without a transcendental per pair.
+//
+//     score_ij = sum_h w_h t_ijh        t_ijh = tanh(q_ih + k_jh)
+//
+// Write a = e^{-2q} and b = e^{2k}, which cost O((Lq + Lk) H) exponentials. Then
+//
+//     t = (b - a) / (b + a) = 1 - 2 w a / (b + a) / w
+//
+// so that a feature costs one addition, y = b + a, and a share of one division: the fractions of four features are
+// joined, n0/y0 + n1/y1 = (n0 y1 + n1 y0) / (y0 y1), twice. Joining needs products of four y that neither overflow nor
+// underflow, and differences that do not cancel; three forms of numerator and denominator cover every input:
+//
+//     form      when                    numerator z          denominator y       result
+//     centred   |q|, |k| <= 1           w beta - w alpha     beta + (2 + alpha)  sum z/y         alpha = a - 1, beta = b - 1
+//     factored  |q|, |k| <= safe_range  w a                  b + a               sum (w - 2 z/y)
+//     direct    otherwise, NaN, Inf     w e                  e + 2               sum z/y         e = expm1(2 (q + k))
+//
+// `factored` has an absolute error of an ulp of 1 in every tanh, as the plain layer has where tanh is near 1; `centred`
+// keeps the relative error where all tanh are small. `direct` limits 2 (q + k) to where tanh has long become 1, takes
+// one exponential per pair, and treats NaN and Inf as the plain layer does. The form is chosen per query row and key
+// tile, so a result never depends on how the rows are shared out among threads.
+//
+// The weights are divided by a power of two so that |w| <= 2 and no numerator overflows.
+//
+// Lanes run over keys: a tile is packed as [block of 2 vectors of keys][h][key], a query row as [4 features][constant].
+
+enum Form { centred, factored, direct };
+
+template <class T>
+struct Range;
+template <>
+struct Range<float> {
+  static constexpr float safe = 10.f, saturated = 20.f;  // y^4 < 2^120;  tanh(10) rounds to 1
+};
+template <>
+struct Range<double> {
+  static constexpr double safe = 80.0, saturated = 40.0;  // y^4 < 2^930;  tanh(20) rounds to 1
+};
+constexpr int group = 4;            // features that share a division
+constexpr int features_cached = 128;  // so many features of a key block stay in the first-level cache
+constexpr int features_summed = 32;   // partial sums are centred after so many features, which keeps them small
+
+template <class T>
+constexpr int block_keys = 2 * lanes<T>;
+template <class T>
+constexpr int tile_keys = 4 * block_keys<T>;
+
+// Constants per feature of a query row.
+constexpr int constants(Form form) { return form == centred ? 3 : 2; }
+
+// The largest |x| of a row, as ordered bits; NaN is larger than everything.
+template <class T>
+typename Simd<T>::Bits largest(const T* x, std::int64_t n) {
+  UVec<T> most = {};
+  std::int64_t h = 0;
+  for (; h + lanes<T> <= n; h += lanes<T>) {
+    const UVec<T> m = magnitude<T>(load(x + h));
+    most = m > most ? m : most;
+  }
+  if (h < n) {
+    const UVec<T> m = magnitude<T>(load_part<T>(x + h, n - h, 0));
+    most = m > most ? m : most;
+  }
+  typename Simd<T>::Bits result = 0;
+  for (int l = 0; l < lanes<T>; ++l) result = std::max(result, most[l]);
+  return result;
+}
+
+template <class T>
+typename Simd<T>::Bits ordered_bits(T x) {
+  typename Simd<T>::Bits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+template <class T>
+Form choose_form(typename Simd<T>::Bits query, typename Simd<T>::Bits key, typename Simd<T>::Bits weight) {
+  const auto most = std::max(query, key);
+  if (most <= ordered_bits<T>(1)) return weight < ordered_bits<T>(INFINITY) ? centred : direct;
+  return most <= ordered_bits<T>(Range<T>::safe) && weight < ordered_bits<T>(INFINITY) ? factored : direct;
+}
+
+// 2^-e with 2^e <= largest |w| < 2^(e+1), and 1 where that makes no sense.
+template <class T>
+T weight_normaliser(const T* weight, std::int64_t hidden) {
+  const auto most = largest(weight, hidden);
+  if (most == 0 || most >= ordered_bits<T>(INFINITY)) return 1;
+  T largest_weight;
+  std::memcpy(&largest_weight, &most, sizeof most);
+  const int e = std::ilogb(largest_weight);
+  return std::ldexp(T(1), -std::max(std::min(e, Simd<T>::bias - 2), 2 - Simd<T>::bias));
+}
+
+// A query row in one form: for every four features [constant][feature].
+template <class T>
+void pack_query(Form form, const T* q, const T* w, T normaliser, std::int64_t hidden, T* packed) {
+  const int c = constants(form);
+  constexpr int L = lanes<T>;
+  for (std::int64_t h0 = 0; h0 < round_up(hidden, group); h0 += L) {
+    const Vec<T> x = load_part<T>(q + h0, hidden - h0, 0), u = load_part<T>(w + h0, hidden - h0, 0) * normaliser;
+    T constant[3][L] = {};
+    if (form == centred) {
+      const Vec<T> alpha = expm1<T>(x * T(-2));
+      store(constant[0], u);
+      store(constant[1], -u * alpha);
+      store(constant[2], alpha + T(2));
+    } else if (form == factored) {
+      const Vec<T> a = exp<T>(x * T(-2));
+      store(constant[0], a);
+      store(constant[1], u * a);
+    } else {
+      store(constant[0], x * T(2));
+      store(constant[1], u);
+    }
+    constexpr int run = std::min(L, group);
+    for (std::int64_t h = h0; h < std::min<std::int64_t>(h0 + L, round_up(hidden, group)); h += run)
+      for (int i = 0; i < c; ++i)
+        std::memcpy(packed + (h / group * c + i) * group + h % group, constant[i] + h - h0, run * sizeof(T));
+  }
+}
+
+// What is packed of a value k. (Function objects: a lambda would not be compiled for the instruction set everywhere.)
+template <class T>
+struct KeyConstant {
+  Form form;
+  Vec<T> operator()(Vec<T> k) const {
+    k = k * T(2);
+    return form == centred ? expm1<T>(k) : form == factored ? exp<T>(k) : k;
+  }
+};
+
+template <class T>
+struct Unchanged {
+  Vec<T> operator()(Vec<T> x) const { return x; }
+};
+
+// `count` rows of x as columns: packed[c * ld + row], for `columns` columns (padded with zeros up to a multiple of
+// `group`) and whole vectors of rows (padded with zeros).
+template <class T, class Function>
+void pack_transposed(const T* x, std::int64_t row, std::int64_t count, std::int64_t columns, T* packed,
+                     std::int64_t ld, Function function) {
+  constexpr int L = lanes<T>;
+  for (std::int64_t r0 = 0; r0 < count; r0 += L)
+    for (std::int64_t c0 = 0; c0 < round_up(columns, group); c0 += L) {
+      Vec<T> square[L];
+      for (int r = 0; r < L; ++r)
+        square[r] = function(r0 + r < count ? load_part<T>(x + (r0 + r) * row + c0, columns - c0, 0) : Vec<T>{});
+      transpose<T>(square);
+      const std::int64_t end = std::min<std::int64_t>(L, round_up(columns, group) - c0);
+      for (std::int64_t c = 0; c < end; ++c) store(packed + (c0 + c) * ld + r0, square[c]);
+    }
+}
+
+// A block of keys in one form, [h][key].
+template <class T>
+void pack_keys(Form form, const T* key, std::int64_t row, std::int64_t count, std::int64_t hidden, T* packed) {
+  pack_transposed<T>(key, row, count, hidden, packed, block_keys<T>, KeyConstant<T>{form});
+}
+
+template <class T, Form form>
+inline void fraction(const T* constant, int feature, Vec<T> k, Vec<T>& z, Vec<T>& y) {
+  const T *c0 = constant + feature, *c1 = c0 + group, *c2 = c1 + group;
+  if constexpr (form == centred) {
+    z = k * *c0 + *c1;
+    y = k + *c2;
+  } else if constexpr (form == factored) {
+    z = splat<T>(*c1);
+    y = k + *c0;
+  } else {
+    const Vec<T> e = expm1<T>(clamp<T>(k + *c0, -Range<T>::saturated, Range<T>::saturated));
+    z = e * *c1;
+    y = e + T(2);
+  }
+}
+
+// Adds sum_h z/y of one query row and one block of keys to scores[2 L]; groups of features [0, groups).
+// `centre` holds, per features_summed features, what to subtract: the mean of the sum for `factored`.
+template <class T, Form form>
+void add_energies(const T* query, const T* keys, std::int64_t groups, const T* centre, T* scores) {
+  constexpr int L = lanes<T>, K = block_keys<T>;
+  Vec<T> total[2] = {load(scores), load(scores + L)};
+  while (groups > 0) {
+    const std::int64_t some = std::min<std::int64_t>(groups, features_summed / group);
+    Vec<T> part[2] = {};
+    for (std::int64_t g = 0; g < some; ++g) {
+      for (int v = 0; v < 2; ++v) {
+        const T* k = keys + v * L;
+        Vec<T> z0, z1, z2, z3, y0, y1, y2, y3;
+        fraction<T, form>(query, 0, load(k), z0, y0);
+        fraction<T, form>(query, 1, load(k + K), z1, y1);
+        fraction<T, form>(query, 2, load(k + 2 * K), z2, y2);
+        fraction<T, form>(query, 3, load(k + 3 * K), z3, y3);
+        const Vec<T> z01 = z0 * y1 + z1 * y0, y01 = y0 * y1;
+        const Vec<T> z23 = z2 * y3 + z3 * y2, y23 = y2 * y3;
+        part[v] += (z01 * y23 + z23 * y01) * reciprocal(y01 * y23);
+      }
+      query += group * constants(form);
+      keys += group * K;
+    }
+    for (int v = 0; v < 2; ++v) total[v] += form == factored ? part[v] - *centre : part[v];
+    ++centre;
+    groups -= some;
+  }
+  store(scores, total[0]);
+  store(scores + L, total[1]);
+}
+
+// One score in the direct form, from 2q and k, with lanes over features: a single query row would use every packed key
+// only once.
+template <class T>
+T energy(const T* query2, const T* key, const T* weight, std::int64_t hidden) {
+  constexpr int L = lanes<T>;
+  Vec<T> total = {};
+  for (std::int64_t h = 0; h < hidden; h += group * L) {
+    Vec<T> z[group], y[group];
+    for (int g = 0; g < group; ++g) {
+      const std::int64_t at = h + g * L, left = hidden - at;
+      const bool whole = left >= L;
+      const Vec<T> q = whole ? load(query2 + at) : load_part<T>(query2 + at, left, 0);
+      const Vec<T> k = whole ? load(key + at) : load_part<T>(key + at, left, 0);
+      const Vec<T> w = whole ? load(weight + at) : load_part<T>(weight + at, left, 0);
+      const Vec<T> e = expm1<T>(clamp<T>(k * T(2) + q, -Range<T>::saturated, Range<T>::saturated));
+      z[g] = e * w;
+      y[g] = e + T(2);
+    }
+    const Vec<T> z01 = z[0] * y[1] + z[1] * y[0], y01 = y[0] * y[1];
+    const Vec<T> z23 = z[2] * y[3] + z[3] * y[2], y23 = y[2] * y[3];
+    total += (z01 * y23 + z23 * y01) * reciprocal(y01 * y23);
+  }
+  return sum<T>(total);
+}

@@ -1,0 +1,194 @@
+// out_i = sum_j p_ij value_j with an online softmax over tiles of keys (Milakov and Gimelshein 2018; Rabe and Staats
+// 2021). Few query rows leave threads idle: then the keys are split too, and the parts are merged by their lse, in order.
+
+constexpr std::int64_t tasks_wanted = 64;    // split the keys when there are fewer blocks of rows than this...
+constexpr std::int64_t split_keys = 2048;    // ...but into no shorter pieces than this
+
+// One block of rows over one range of keys: unnormalised out, running maximum and running sum.
+template <class T>
+class ForwardBlock {
+ public:
+  static constexpr int K = block_keys<T>, TK = tile_keys<T>;
+
+  explicit ForwardBlock(const Forward<T>& problem) : p(problem), width(round_up(problem.values, panel_columns<T>)), s(problem) {}
+
+  void run(std::int64_t n, std::int64_t row0, std::int64_t rows, std::int64_t key_begin, std::int64_t key_end, T* out,
+           T* maximum, T* sum) {
+    s.begin(n, row0, rows);
+    std::memset(out, 0, rows * width * sizeof(T));
+    for (std::int64_t r = 0; r < rows; ++r) {
+      maximum[r] = T(-INFINITY);
+      sum[r] = 0;
+    }
+    key_begin = std::max(key_begin, s.first / TK * TK);
+    key_end = std::min(key_end, s.last);
+    for (std::int64_t key0 = key_begin; key0 < key_end; key0 += TK) {
+      if (!s.tile(key0)) continue;
+      for (std::int64_t r = 0; r < rows; ++r) softmax_row(r, key0, out + r * width, maximum[r], sum[r]);
+      add_values(key0, out);
+    }
+  }
+
+  const Forward<T>& p;
+  const std::int64_t width;
+
+ private:
+  void softmax_row(std::int64_t r, std::int64_t key0, T* out, T& maximum, T& sum_) {
+    constexpr int L = lanes<T>;
+    T* row = s.scores + r * TK;
+    if (p.weights)  // the scores for now; `normalise_weights` needs the whole row's lse
+      std::memcpy(p.weights + ((s.entry * p.queries + s.row0 + r) * p.keys + key0), row, s.count * sizeof(T));
+    Vec<T> most = load(row);
+    for (int j = L; j < TK; j += L) {
+      const Vec<T> x = load(row + j);
+      most = x > most ? x : most;
+    }
+    T m = maximum;
+    for (int l = 0; l < L; ++l) m = most[l] > m ? most[l] : m;
+    const T shift = m == T(-INFINITY) ? T(0) : m;
+    if (m != maximum) {
+      const T shrink = std::exp(maximum - shift);
+      for (std::int64_t d = 0; d < width; d += L) store(out + d, load(out + d) * shrink);
+      sum_ *= shrink;
+      maximum = m;
+    }
+    Vec<T> total = {};
+    for (int j = 0; j < TK; j += L) {
+      const Vec<T> e = exp<T>(load(row + j) - shift);
+      total += e;
+      store(row + j, e);
+    }
+    sum_ += sum<T>(total);
+    if (p.seed) {
+      T keep[TK];
+      dropout_factors(p, s.entry, s.row0 + r, key0, s.count, keep);
+      for (std::int64_t j = 0; j < s.count; ++j) row[j] = row[j] * keep[j];
+    }
+  }
+
+  void add_values(std::int64_t key0, T* out) {
+    if (p.values == 0) return;
+    const T* v = p.value.at(s.entry, key0);
+    const std::int64_t v_row = p.value.row;
+    if (!s.complete && !all_finite(v, v_row, s.count, p.values)) {
+      // 0 * NaN: a masked key must not be touched
+      for (std::int64_t r = 0; r < s.rows; ++r)
+        for (std::int64_t j = 0; j < s.count; ++j)
+          if (!s.masked(r, key0 + j, key0))
+            for (std::int64_t d = 0; d < p.values; ++d) out[r * width + d] += s.scores[r * TK + j] * v[j * v_row + d];
+      return;
+    }
+    if (s.rows < gemm_row_block) {
+      for (std::int64_t r = 0; r < s.rows; ++r)
+        if (const auto [from, to] = active_keys(r, 1); from < to)
+          gemv<T>(s.scores + r * TK + from, v + from * v_row, v_row, out + r * width, p.values, to - from);
+      return;
+    }
+    v = pack_panels(v, v_row, s.count, p.values, panels);
+    for (std::int64_t r = 0; r < s.rows; r += gemm_row_block) {
+      const std::int64_t some = std::min<std::int64_t>(gemm_row_block, s.rows - r);
+      if (const auto [from, to] = active_keys(r, some); from < to)
+        gemm<T>(s.scores + r * TK + from, TK, 1, v + from * panel_columns<T>, s.count * panel_columns<T>,
+                out + r * width, width, some, width, to - from);
+    }
+  }
+
+  // The keys of the tile, in whole blocks, that some of these rows may attend to lie within [first, second).
+  std::pair<std::int64_t, std::int64_t> active_keys(std::int64_t row, std::int64_t rows) const {
+    std::int64_t from = s.count, to = 0;
+    for (std::int64_t b = 0; b < tile_blocks; ++b)
+      for (std::int64_t r = row; r < row + rows; ++r)
+        if (s.active[r][b]) {
+          from = std::min(from, b * K);
+          to = std::min<std::int64_t>((b + 1) * K, s.count);
+        }
+    return {from, to};
+  }
+
+  ScoreBlock<T> s;
+  Buffer<T> panels;
+};
+
+// Writes one row's results; `out` has been summed over all keys.
+template <class T>
+void finish_row(const Forward<T>& p, std::int64_t n, std::int64_t i, const T* out, T maximum, T sum) {
+  constexpr int L = lanes<T>;
+  const std::int64_t at = n * p.queries + i;
+  const bool empty = maximum == T(-INFINITY) && sum == T(0);
+  const T lse = empty ? T(-INFINITY) : maximum + std::log(sum), inverse = empty ? T(0) : T(1) / sum;
+  p.lse[at] = lse;
+  for (std::int64_t d = 0; d < p.values; d += L)
+    store_part<T>(p.out + at * p.values + d, load(out + d) * inverse, p.values - d);
+  if (!p.weights) return;
+  T* w = p.weights + at * p.keys;
+  const T shift = empty ? T(0) : maximum;
+  for (std::int64_t j = 0; j < p.keys; j += L) {
+    const Vec<T> x = load_part<T>(w + j, p.keys - j, T(-INFINITY));
+    const Vec<T> e = exp<T>(x - shift) * inverse;
+    store_part<T>(w + j, x == T(-INFINITY) ? (Vec<T>){} : e, p.keys - j);
+  }
+}
+
+template <class T>
+void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
+  const std::int64_t rows = rows_per_block(p.batch, p.queries, p.threads), width = round_up(p.values, panel_columns<T>);
+  const std::int64_t blocks = (p.queries + rows - 1) / rows;
+  // The number of splits decides the order of the additions, so it is a function of the shape alone.
+  const std::int64_t row_blocks = p.batch * ((p.queries + most_rows - 1) / most_rows);
+  std::int64_t splits = 1, split = std::max<std::int64_t>(p.keys, 1);
+  if (row_blocks > 0 && row_blocks < tasks_wanted) {
+    splits = std::max<std::int64_t>(1, std::min(tasks_wanted / row_blocks, p.keys / split_keys));
+    split = round_up((p.keys + splits - 1) / splits, tile_keys<T>);
+    splits = std::max<std::int64_t>(1, (p.keys + split - 1) / split);
+    split = std::max<std::int64_t>(split, 1);
+  }
+  if (p.weights)
+    for (std::int64_t x = 0; x < p.batch * p.queries * p.keys; ++x) p.weights[x] = T(-INFINITY);
+
+  // Per (split, batch entry, row): out, maximum, sum. Only split keys need the memory beyond one block.
+  const std::int64_t all_rows = p.batch * p.queries;
+  Buffer<T> part_out, part_maximum, part_sum;
+  if (splits > 1) {
+    part_out.get(splits * all_rows * width);
+    part_maximum.get(splits * all_rows);
+    part_sum.get(splits * all_rows);
+  }
+  const std::int64_t work = rows * split * (p.hidden + p.values + 16);
+  parallel_for(p.batch * blocks * splits, work, [&](Tasks& tasks) {
+    ForwardBlock<T> block(p);
+    Buffer<T> own_out;
+    T own_maximum[most_rows], own_sum[most_rows];
+    for (std::int64_t task; tasks.take(task);) {
+      const std::int64_t k = task % splits, b = task / splits % blocks, n = task / splits / blocks;
+      const std::int64_t row0 = b * rows, count = std::min(rows, p.queries - row0);
+      const std::int64_t at = k * all_rows + n * p.queries + row0;
+      T* out = splits > 1 ? part_out.get(0) + at * width : own_out.get(rows * width);
+      T* maximum = splits > 1 ? part_maximum.get(0) + at : own_maximum;
+      T* sum = splits > 1 ? part_sum.get(0) + at : own_sum;
+      block.run(n, row0, count, k * split, std::min((k + 1) * split, p.keys), out, maximum, sum);
+      if (splits == 1)
+        for (std::int64_t r = 0; r < count; ++r) finish_row(p, n, row0 + r, out + r * width, maximum[r], sum[r]);
+    }
+  });
+  if (splits == 1) return;
+  parallel_for(all_rows, splits * width, [&](Tasks& tasks) {
+    Buffer<T> memory;
+    T* out = memory.get(width);
+    for (std::int64_t at; tasks.take(at);) {
+      T maximum = T(-INFINITY), total = 0;
+      for (std::int64_t k = 0; k < splits; ++k) {
+        const T m = part_maximum.get(0)[k * all_rows + at];
+        maximum = m > maximum ? m : maximum;
+      }
+      const T shift = maximum == T(-INFINITY) ? T(0) : maximum;
+      std::memset(out, 0, width * sizeof(T));
+      for (std::int64_t k = 0; k < splits; ++k) {
+        const T factor = std::exp(part_maximum.get(0)[k * all_rows + at] - shift);
+        total += part_sum.get(0)[k * all_rows + at] * factor;
+        const T* from = part_out.get(0) + (k * all_rows + at) * width;
+        for (std::int64_t d = 0; d < width; ++d) out[d] += from[d] * factor;
+      }
+      finish_row(p, at / p.queries, at % p.queries, out, maximum, total);
+    }
+  });
+}

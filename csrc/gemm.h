@@ -1,0 +1,83 @@
+// C (rows x columns) += A B for row-major C. B is packed in panels of two vectors of columns, [panel][k][column], so that
+// the inner loop reads it in one stream; element (i, k) of A lies at a[i * a_row + k * a_column].
+
+template <class T>
+constexpr int panel_columns = 2 * lanes<T>;
+
+// x (count x columns, rows `row` apart) in panels, the last one filled with zeros.
+template <class T>
+const T* pack_panels(const T* x, std::int64_t row, std::int64_t count, std::int64_t columns, Buffer<T>& buffer) {
+  constexpr int L = lanes<T>;
+  T* packed = buffer.get(count * round_up(columns, panel_columns<T>));
+  for (std::int64_t k = 0; k < count; ++k)
+    for (std::int64_t j = 0; j < columns; j += panel_columns<T>)
+      for (int v = 0; v < 2; ++v)
+        store(packed + j * count + k * panel_columns<T> + v * L, load_part<T>(x + k * row + j + v * L, columns - j - v * L, 0));
+  return packed;
+}
+
+template <class T, int R>
+inline void gemm_block(const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, T* c, std::int64_t c_row,
+                       std::int64_t inner) {
+  constexpr int L = lanes<T>;
+  Vec<T> sum[R][2];
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < 2; ++v) sum[i][v] = load(c + i * c_row + v * L);
+  for (std::int64_t k = 0; k < inner; ++k) {
+    const Vec<T> b0 = load(b + k * 2 * L), b1 = load(b + k * 2 * L + L);
+    for (int i = 0; i < R; ++i) {
+      const T left = a[i * a_row + k * a_column];
+      sum[i][0] += b0 * left;
+      sum[i][1] += b1 * left;
+    }
+  }
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < 2; ++v) store(c + i * c_row + v * L, sum[i][v]);
+}
+
+constexpr int gemm_row_block = 4;
+
+// Up to gemm_row_block rows of C, whose rows are whole panels wide. The panels of B are `panel` elements apart.
+template <class T>
+void gemm(const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, std::int64_t panel, T* c,
+          std::int64_t c_row, std::int64_t rows, std::int64_t columns, std::int64_t inner) {
+  for (; columns > 0; columns -= panel_columns<T>, b += panel, c += panel_columns<T>) {
+    if (rows == 4) gemm_block<T, 4>(a, a_row, a_column, b, c, c_row, inner);
+    if (rows == 3) gemm_block<T, 3>(a, a_row, a_column, b, c, c_row, inner);
+    if (rows == 2) gemm_block<T, 2>(a, a_row, a_column, b, c, c_row, inner);
+    if (rows == 1) gemm_block<T, 1>(a, a_row, a_column, b, c, c_row, inner);
+  }
+}
+
+// c += a B for one row and B as it lies in memory, read once and in order; columns beyond the last are not touched.
+template <class T>
+void gemv(const T* a, const T* b, std::int64_t b_row, T* c, std::int64_t columns, std::int64_t inner) {
+  constexpr int L = lanes<T>;
+  const std::int64_t whole = columns / L * L;
+  std::int64_t k = 0;
+  for (; k + 4 <= inner; k += 4) {
+    const T *b0 = b + k * b_row, *b1 = b0 + b_row, *b2 = b1 + b_row, *b3 = b2 + b_row;
+    for (std::int64_t j = 0; j < whole; j += L)
+      store(c + j, load(c + j) + load(b0 + j) * a[k] + load(b1 + j) * a[k + 1] + load(b2 + j) * a[k + 2] +
+                       load(b3 + j) * a[k + 3]);
+    for (std::int64_t j = whole; j < columns; ++j)
+      c[j] += b0[j] * a[k] + b1[j] * a[k + 1] + b2[j] * a[k + 2] + b3[j] * a[k + 3];
+  }
+  for (; k < inner; ++k) {
+    for (std::int64_t j = 0; j < whole; j += L) store(c + j, load(c + j) + load(b + k * b_row + j) * a[k]);
+    for (std::int64_t j = whole; j < columns; ++j) c[j] += b[k * b_row + j] * a[k];
+  }
+}
+
+template <class T>
+T dot(const T* x, const T* y, std::int64_t n) {
+  constexpr int L = lanes<T>;
+  Vec<T> part[2] = {};
+  std::int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    part[0] += load(x + i) * load(y + i);
+    part[1] += load(x + i + L) * load(y + i + L);
+  }
+  for (; i < n; i += L) part[0] += load_part<T>(x + i, n - i, 0) * load_part<T>(y + i, n - i, 0);
+  return sum<T>(part[0] + part[1]);
+}

@@ -1,0 +1,102 @@
+// What the kernels are asked to do, on raw pointers: the boundary between the torch side (ops.cpp) and the kernels.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+
+namespace additive_attn {
+
+// Element (n, i, c) of a tensor lies at data[offset[n] + i * row + c]: n counts the batch entries after broadcasting.
+template <class T>
+struct Rows {
+  T* data = nullptr;
+  const std::int64_t* offset = nullptr;
+  std::int64_t row = 0;
+
+  T* at(std::int64_t n, std::int64_t i) const { return data + offset[n] + i * row; }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+enum class MaskType { none, boolean, float16, bfloat16, float32, float64 };
+
+struct Mask {
+  MaskType type = MaskType::none;
+  const void* data = nullptr;
+  const std::int64_t* offset = nullptr;
+  std::int64_t row = 0, column = 0;
+};
+
+template <class T>
+struct Problem {
+  std::int64_t batch, queries, keys, hidden, values;  // B (flattened), Lq, Lk, H, Dv
+  int threads;                                        // a hint for the size of the pieces; no result depends on it
+  Rows<const T> query, key, value, weight;            // weight has one row per batch entry
+  Mask mask;
+  Rows<const std::int64_t> lengths;  // element (n, i): leading keys that row i may attend to; no data = all
+  std::int64_t left, right;          // keys i - left .. i + right; -1 = unbounded
+  const std::int64_t* seed;          // per batch entry through seed_offset; no data = no dropout
+  const std::int64_t* seed_offset;
+  std::uint32_t drop_below;  // a key is dropped when its random word is below this
+  T keep_scale;              // 1 / (1 - p), 0 when everything is dropped
+  T scale;
+};
+
+// Outputs are contiguous over (batch, queries, ...).
+template <class T>
+struct Forward : Problem<T> {
+  T* out;      // (B, Lq, Dv)
+  T* lse;      // (B, Lq)
+  T* weights;  // (B, Lq, Lk) or null
+};
+
+template <class T>
+struct Backward : Problem<T> {
+  const T* lse;                         // (B, Lq)
+  Rows<const T> grad_out, grad_weights;  // no data = zero
+  Rows<const T> grad_lse;               // element (n, i); no data = zero
+  T *grad_query, *grad_key, *grad_value, *grad_weight;  // (B, Lq, H), (B, Lk, H), (B, Lk, Dv), (B, H) or null
+  T* grad_mask;                         // contiguous in the mask's own shape, zeroed by the caller, or null
+  const std::int64_t* grad_mask_offset;
+  std::int64_t grad_mask_row, grad_mask_column;
+};
+
+// The items [0, count) of one parallel pass, handed out one by one to whichever thread is free: items differ in cost where
+// masks skip work. Results never depend on who takes which.
+class Tasks {
+ public:
+  explicit Tasks(std::int64_t count) : count_(count) {}
+  bool take(std::int64_t& task) { return (task = next_.fetch_add(1, std::memory_order_relaxed)) < count_; }
+
+ private:
+  std::atomic<std::int64_t> next_{0};
+  const std::int64_t count_;
+};
+
+using Body = std::function<void(Tasks&)>;  // runs on each thread, and takes tasks until there are none
+// `work` is the number of multiply-adds of one item: little work is not worth a second thread.
+using ParallelFor = std::function<void(std::int64_t count, std::int64_t work, const Body&)>;
+
+// One instruction set's kernels.
+struct Kernels {
+  const char* name;
+  void (*forward32)(const Forward<float>&, const ParallelFor&);
+  void (*forward64)(const Forward<double>&, const ParallelFor&);
+  void (*backward32)(const Backward<float>&, const ParallelFor&);
+  void (*backward64)(const Backward<double>&, const ParallelFor&);
+
+  void forward(const Forward<float>& p, const ParallelFor& f) const { forward32(p, f); }
+  void forward(const Forward<double>& p, const ParallelFor& f) const { forward64(p, f); }
+  void backward(const Backward<float>& p, const ParallelFor& f) const { backward32(p, f); }
+  void backward(const Backward<double>& p, const ParallelFor& f) const { backward64(p, f); }
+};
+
+// Null where this build or this processor has no such instructions.
+const Kernels* avx512_kernels();
+const Kernels* avx2_kernels();
+const Kernels* baseline_kernels();  // SSE2, NEON or whatever the compiler targets; always there
+
+// The best kernels, or those that ADDITIVE_ATTN_CPU names. Throws std::runtime_error with a sentence when it cannot.
+const Kernels& kernels();
+
+}  // namespace additive_attn

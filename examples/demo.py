@@ -1,0 +1,136 @@
+"""The fused layer against the plain one: same results, same gradients, less time and memory.
+
+python examples/demo.py            about a minute
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+
+import additive_attn
+from additive_attn import AdditiveAttention, PlainAdditiveAttention, additive_attention
+
+# benchmarks/ stands beside examples/ and is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import measure, table
+from benchmarks.providers import PROVIDERS, make_inputs
+from benchmarks.shapes import Case, square
+
+CASES = [(Case(64, 1, 400, 512, 512), "forward"), (square(512), "full"), (square(1024), "full")]
+SHOWN = ["plain", "compile sum", "fused"]
+
+
+def heading(text: str) -> None:
+    print(f"\n{text}\n{'-' * len(text)}")
+
+
+def difference(ours: Tensor, theirs: Tensor) -> str:
+    return f"largest difference {(ours - theirs).abs().max().item():.1e}"
+
+
+def gradients(layer: nn.Module, inputs: list[Tensor], upstream: Tensor) -> dict[str, Tensor]:
+    """Gradients of the inputs and of the parameters, by name."""
+    leaves = dict(zip(("query", "key", "value"), inputs, strict=True)) | dict(
+        layer.named_parameters()
+    )
+    out, _ = layer(*inputs)
+    return dict(zip(leaves, torch.autograd.grad(out, leaves.values(), upstream), strict=True))
+
+
+def show_equivalence() -> None:
+    heading("1. A drop-in replacement")
+    plain = PlainAdditiveAttention(input_dim=20, hidden_dim=32)
+    fused = AdditiveAttention(input_dim=20, hidden_dim=32)
+    fused.load_state_dict(plain.state_dict())
+    print("the parameters of the plain layer load:", ", ".join(plain.state_dict()))
+
+    query, key, value = (torch.randn(n, 20, requires_grad=True) for n in (1, 10, 10))
+    out, weights = fused(query, key, value)
+    plain_out, plain_weights = plain(query, key, value)
+    for name, tensor in {"query": query, "key": key, "value": value}.items():
+        print(f"{name:<8} {tuple(tensor.shape)}")
+    print(f"{'out':<8} {tuple(out.shape)!s:<8}  {difference(out, plain_out)}")
+    print(f"{'weights':<8} {tuple(weights.shape)!s:<8}  {difference(weights, plain_weights)}")
+
+    heading("2. The same gradients")
+    upstream = torch.randn_like(out)
+    ours = gradients(fused, [query, key, value], upstream)
+    theirs = gradients(plain, [query, key, value], upstream)
+    for name, gradient in ours.items():
+        print(f"{name:<20} {difference(gradient, theirs[name])}")
+
+
+def show_gradcheck() -> None:
+    heading("3. gradcheck against finite differences, fp64")
+    query, key, value, weight = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 3, 8), (2, 5, 8), (2, 5, 4), (8,))
+    )
+    lengths = torch.tensor([5, 2])
+    for name, options in {
+        "no options": {},
+        "lengths": {"lengths": lengths},
+        "causal": {"is_causal": True},
+        "with weights": {"need_weights": True},
+    }.items():
+
+        def call(*tensors: Tensor, options: dict = options) -> object:
+            return additive_attention(*tensors, **options)
+
+        torch.autograd.gradcheck(call, (query, key, value, weight))
+        print(f"{name:<14} first order passed")
+    torch.autograd.gradgradcheck(additive_attention, (query, key, value, weight))
+    print(f"{'no options':<14} second order passed")
+
+
+def show_speed() -> None:
+    heading("4. Time and memory on this machine")
+    print(f"{torch.get_num_threads()} CPU threads, fp32; full is forward and backward")
+    print(f"{'(B, Lq, Lk, H, Dv)':<25} {'':<15} {'time':>9} {'speed-up':>9} {'memory':>10}")
+    device = torch.device("cpu")
+    providers = [provider for provider in PROVIDERS if provider.name in SHOWN]
+    for case, mode in CASES:
+        torch.compiler.reset()
+        inputs = make_inputs(case, torch.float32, device)
+        reference = measure.Reference(case, inputs)
+        actions, peaks = {}, {}
+        with torch.set_grad_enabled(mode == "full"):
+            for provider in providers:
+                runner = provider.runner(case, inputs)
+                assert runner is not None
+                try:
+                    reference.check(provider.name, runner, mode)
+                except TorchDynamoException:
+                    print(f"{case!s:<25} {provider.name} does not work on this machine")
+                    continue
+                actions[provider.name] = measure.action(runner, inputs, mode)
+                peaks[provider.name] = measure.peak_extra_bytes(actions[provider.name], device)
+            samples = measure.interleave(actions, device, budget=0.5, rounds=5)
+        times = {name: measure.quantiles(seconds)[0] for name, seconds in samples.items()}
+        for name, milliseconds in times.items():
+            what = f"{case!s:<25} {mode:<7} {name.removesuffix(' sum'):<7}"
+            faster = f"{times['plain'] / milliseconds:.1f}x"
+            duration, memory = table.duration(milliseconds), table.size(peaks[name])
+            print(f"{what} {duration:>9} {faster:>9} {memory:>10}")
+    print("the results of every line were checked against fp64 before it was timed")
+
+
+def main() -> None:
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    heading("Configuration")
+    additive_attn.show_config()
+    show_equivalence()
+    show_gradcheck()
+    show_speed()
+    print(f"\n{time.perf_counter() - start:.0f} seconds in all")
+
+
+if __name__ == "__main__":
+    main()
