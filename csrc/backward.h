@@ -15,7 +15,7 @@
 //     rows -> P, G        keys -> dV        features -> dq, dk, dw (lanes run over features)
 
 constexpr std::int64_t workspace_elements = std::int64_t(1) << 21;  // of P, and as many of G
-constexpr std::int64_t gradient_keys = 64;   // keys of a tile in the pass over features
+constexpr std::int64_t gradient_keys = 128;  // keys of a tile in the pass over features
 
 // P and G of rows [row0, row0 + rows) of the entries [entry0, entry0 + entries).
 template <class T>
@@ -197,19 +197,15 @@ class ValuePass {
   Buffer<T> sum_, panels, probabilities;
 };
 
-// The pass over features works on `group` vectors of features at once, and one reciprocal serves the group: it joins
-// factors of a single pair (i, j), so no pair depends on what another one holds, not even by rounding.
+// The pass over features works on two vectors of features at once, which share a reciprocal: it joins factors of a single
+// pair (i, j), so no pair depends on what another one holds, not even by rounding.
+constexpr int feature_vectors = 2;
 
-// One reciprocal for four.
 template <class T>
 inline void reciprocals(const Vec<T>* y, Vec<T>* r) {
-  const Vec<T> y01 = y[0] * y[1], y23 = y[2] * y[3];
-  const Vec<T> all = reciprocal(y01 * y23);
-  const Vec<T> r01 = all * y23, r23 = all * y01;
-  r[0] = r01 * y[1];
-  r[1] = r01 * y[0];
-  r[2] = r23 * y[3];
-  r[3] = r23 * y[2];
+  const Vec<T> both = reciprocal(y[0] * y[1]);
+  r[0] = both * y[1];
+  r[1] = both * y[0];
 }
 
 // A query row (a = e^{-2q}) against `count` keys (b = e^{2k}, [key][feature]) with their G. Adds G b r^2 to sum_query, for
@@ -217,39 +213,39 @@ inline void reciprocals(const Vec<T>* y, Vec<T>* r) {
 template <class T>
 void row_factored(const T* a, const T* b, const T* g, std::int64_t count, T* sum_query, T* sum_key, T* sum_weight) {
   constexpr int L = lanes<T>;
-  Vec<T> query[group], weight[group];
-  for (int v = 0; v < group; ++v) {
+  Vec<T> query[feature_vectors], weight[feature_vectors];
+  for (int v = 0; v < feature_vectors; ++v) {
     query[v] = load(sum_query + v * L);
     weight[v] = load(sum_weight + v * L);
   }
-  for (std::int64_t j = 0; j < count; ++j, b += group * L, sum_key += group * L) {
-    Vec<T> y[group], r[group];
-    for (int v = 0; v < group; ++v) y[v] = load(b + v * L) + load(a + v * L);
+  for (std::int64_t j = 0; j < count; ++j, b += feature_vectors * L, sum_key += feature_vectors * L) {
+    Vec<T> y[feature_vectors], r[feature_vectors];
+    for (int v = 0; v < feature_vectors; ++v) y[v] = load(b + v * L) + load(a + v * L);
     reciprocals<T>(y, r);
-    for (int v = 0; v < group; ++v) {
+    for (int v = 0; v < feature_vectors; ++v) {
       const Vec<T> u = r[v] * g[j], z = u * r[v];
       weight[v] += u * (load(b + v * L) - load(a + v * L));
       query[v] += z * load(b + v * L);
       store(sum_key + v * L, load(sum_key + v * L) + z * load(a + v * L));
     }
   }
-  for (int v = 0; v < group; ++v) {
+  for (int v = 0; v < feature_vectors; ++v) {
     store(sum_query + v * L, query[v]);
     store(sum_weight + v * L, weight[v]);
   }
 }
 
-// The same for one pair of any q and k, given as 2q and k: z = G (1 - t^2) / 4 is the share of dq and dk, without a or b.
+// The same for one pair of any q and k, z = G (1 - t^2) / 4 is the share of dq and dk, without a or b.
 template <class T>
-inline void pair_direct(const T* q2, const T* k, T g, Vec<T>* z, T* sum_weight) {
+inline void pair_direct(const T* q, const T* k, T g, Vec<T>* z, T* sum_weight) {
   constexpr int L = lanes<T>;
-  Vec<T> e[group], y[group], r[group];
-  for (int v = 0; v < group; ++v) {
-    e[v] = expm1<T>(clamp<T>(load(k + v * L) * T(2) + load(q2 + v * L), -Range<T>::saturated, Range<T>::saturated));
+  Vec<T> e[feature_vectors], y[feature_vectors], r[feature_vectors];
+  for (int v = 0; v < feature_vectors; ++v) {
+    e[v] = expm1<T>(clamp<T>(load(k + v * L) + load(q + v * L), -Range<T>::flat, Range<T>::flat) * T(2));
     y[v] = e[v] + T(2);
   }
   reciprocals<T>(y, r);
-  for (int v = 0; v < group; ++v) {
+  for (int v = 0; v < feature_vectors; ++v) {
     const Vec<T> u = r[v] * g;
     store(sum_weight + v * L, load(sum_weight + v * L) + u * e[v]);
     z[v] = u * r[v] * (e[v] + T(1));
@@ -260,11 +256,11 @@ inline void pair_direct(const T* q2, const T* k, T g, Vec<T>* z, T* sum_weight) 
 template <class T>
 class FeaturePass {
  public:
-  static constexpr int K = block_keys<T>, L = lanes<T>, F = group * L;
+  static constexpr int K = block_keys<T>, L = lanes<T>, F = feature_vectors * L;
 
   FeaturePass(const Backward<T>& problem, const Workspace<T>& workspace) : p(problem), ws(workspace) {}
 
-  // Features [first, first + count) (whole groups but for the last); part_query is [row][width], part_weight [width].
+  // Features [first, first + count), padded to whole groups of vectors; part_query is [row][width], part_weight [width].
   void run(std::int64_t n, std::int64_t first, std::int64_t count, std::int64_t key_begin, std::int64_t key_end,
            T* part_query, double* part_weight, std::int64_t width) {
     entry = n;
@@ -285,19 +281,19 @@ class FeaturePass {
   // Every key is used once: nothing is packed, and memory is read and written in its own order.
   void single_row(std::int64_t first, std::int64_t count, std::int64_t key0, std::int64_t keys, T* part_query,
                   double* part_weight) {
-    T* q2 = a_.get(count);
+    T* q = a_.get(count);
     T* sum_weight = sum_weight_.get(count);
-    for (std::int64_t h = 0; h < count; h += F) load_query(0, first + h, q2 + h, nullptr);
+    for (std::int64_t h = 0; h < count; h += F) load_query(0, first + h, q + h, nullptr);
     std::memset(sum_weight, 0, count * sizeof(T));
     const T* g = gradient(0) + key0;
     for (std::int64_t j = 0; j < keys; ++j) {
       const bool used = active(0)[(key0 + j) / K] && g[j] != T(0);
       for (std::int64_t h = 0; h < count; h += F) {
-        Vec<T> z[group] = {};
+        Vec<T> z[feature_vectors] = {};
         if (used) {
           T k[F];
-          pair_direct<T>(q2 + h, load_features(p.key.at(entry, key0 + j), first + h, k), g[j], z, sum_weight + h);
-          for (int v = 0; v < group; ++v)
+          pair_direct<T>(q + h, load_features(p.key.at(entry, key0 + j), first + h, k), g[j], z, sum_weight + h);
+          for (int v = 0; v < feature_vectors; ++v)
             store(part_query + first + h + v * L, load(part_query + first + h + v * L) + z[v]);
         }
         if (p.grad_key) add_grad_key(key0 + j, first + h, z, ws.row0 == 0);
@@ -310,70 +306,73 @@ class FeaturePass {
             std::int64_t width) {
     T* b = b_.get(gradient_keys * F);
     T* sum_key = sum_key_.get(gradient_keys * F);
-    T *a = a_.get(2 * F), *q2 = a + F;
+    T *a = a_.get(2 * F), *q = a + F;
     T* sum_weight = sum_weight_.get(F);
     std::memset(sum_key, 0, keys * F * sizeof(T));
     std::memset(sum_weight, 0, F * sizeof(T));
-    bool special[gradient_keys];  // out of the factored form's range, or not finite: computed directly
+    bool special[gradient_keys], any_special = false;  // out of the factored form's range: computed directly
     for (std::int64_t j = 0; j < keys; ++j) {
       T copy[F];
       const T* k = load_features(p.key.at(entry, key0 + j), h, copy);
       special[j] = largest(k, F) > ordered_bits<T>(Range<T>::safe);
-      for (int v = 0; v < group; ++v)
+      any_special = any_special || special[j];
+      for (int v = 0; v < feature_vectors; ++v)
         store(b + j * F + v * L, special[j] ? Vec<T>{} : exp<T>(load(k + v * L) * T(2)));
       if (p.grad_key && ws.row0 == 0) {
-        const Vec<T> zero[group] = {};
+        const Vec<T> zero[feature_vectors] = {};
         add_grad_key(key0 + j, h, zero, true);
       }
     }
     for (std::int64_t r = 0; r < ws.rows; ++r) {
-      const bool row_special = load_query(r, h, q2, a);
+      const bool row_special = load_query(r, h, q, a);
       const T* g = gradient(r) + key0;
       const unsigned char* on = active(r) + key0 / K;
       T sum_query[F] = {};
       T* part = part_query + r * width + h;
       for (std::int64_t j = 0; j < keys;) {
         if (!on[j / K]) {
-          j = (j / K + 1) * K;
-        } else if (row_special || special[j]) {
-          if (g[j] != T(0)) direct(q2, key0 + j, h, g[j], part, sum_weight);  // a zero G leaves no trace of its pair
-          ++j;
-        } else {
-          std::int64_t end = j + 1;
-          while (end < keys && on[end / K] && !special[end]) ++end;
-          row_factored(a, b + j * F, g + j, end - j, sum_query, sum_key + j * F, sum_weight);
-          j = end;
+          j += K;
+          continue;
         }
+        std::int64_t end = j + K;
+        while (end < keys && on[end / K]) end += K;
+        end = std::min(end, keys);
+        if (!row_special && !any_special) {
+          row_factored(a, b + j * F, g + j, end - j, sum_query, sum_key + j * F, sum_weight);
+        } else {
+          for (std::int64_t i = j; i < end; ++i)
+            if (!row_special && !special[i])
+              row_factored(a, b + i * F, g + i, 1, sum_query, sum_key + i * F, sum_weight);
+            else if (g[i] != T(0))  // a zero G leaves no trace of its pair, whatever that holds
+              direct(q, key0 + i, h, g[i], part, sum_weight);
+        }
+        j = round_up(end, K);
       }
-      for (int v = 0; v < group; ++v)
+      for (int v = 0; v < feature_vectors; ++v)
         store(part + v * L, load(part + v * L) + (row_special ? Vec<T>{} : load(sum_query + v * L) * load(a + v * L)));
     }
     for (int l = 0; l < F; ++l) part_weight[h + l] += sum_weight[l];
     if (!p.grad_key) return;
     for (std::int64_t j = 0; j < keys; ++j) {
-      Vec<T> z[group];
-      for (int v = 0; v < group; ++v) z[v] = load(sum_key + j * F + v * L) * load(b + j * F + v * L);
+      Vec<T> z[feature_vectors];
+      for (int v = 0; v < feature_vectors; ++v) z[v] = load(sum_key + j * F + v * L) * load(b + j * F + v * L);
       if (!special[j]) add_grad_key(key0 + j, h, z, false);
     }
   }
 
-  void direct(const T* q2, std::int64_t j, std::int64_t h, T g, T* part_query, T* sum_weight) {
+  void direct(const T* q, std::int64_t j, std::int64_t h, T g, T* part_query, T* sum_weight) {
     T k[F];
-    Vec<T> z[group];
-    pair_direct<T>(q2, load_features(p.key.at(entry, j), h, k), g, z, sum_weight);
-    for (int v = 0; v < group; ++v) store(part_query + v * L, load(part_query + v * L) + z[v]);
+    Vec<T> z[feature_vectors];
+    pair_direct<T>(q, load_features(p.key.at(entry, j), h, k), g, z, sum_weight);
+    for (int v = 0; v < feature_vectors; ++v) store(part_query + v * L, load(part_query + v * L) + z[v]);
     if (p.grad_key) add_grad_key(j, h, z, false);
   }
 
-  // 2q, and e^{-2q} if wanted; true if the factored form does not serve.
-  bool load_query(std::int64_t r, std::int64_t h, T* q2, T* a) const {
-    T copy[F];
-    const T* q = load_features(p.query.at(entry, ws.row0 + r), h, copy);
-    for (int v = 0; v < group; ++v) {
-      const Vec<T> x = load(q + v * L);
-      store(q2 + v * L, x * T(2));
-      if (a) store(a + v * L, exp<T>(x * T(-2)));
-    }
+  // q, padded, and e^{-2q} if wanted; true if the factored form does not serve.
+  bool load_query(std::int64_t r, std::int64_t h, T* q, T* a) const {
+    const T* row = p.query.at(entry, ws.row0 + r);
+    for (int l = 0; l < F; ++l) q[l] = h + l < p.hidden ? row[h + l] : T(0);
+    for (int v = 0; v < feature_vectors && a; ++v) store(a + v * L, exp<T>(load(q + v * L) * T(-2)));
     return largest(q, F) > ordered_bits<T>(Range<T>::safe);
   }
 
@@ -388,7 +387,7 @@ class FeaturePass {
     T copy[F];
     const T* w = load_features(p.weight.at(entry, 0), h, copy);
     T* out = p.grad_key + (entry * p.keys + j) * p.hidden + h;
-    for (int v = 0; v < group; ++v) {
+    for (int v = 0; v < feature_vectors; ++v) {
       const std::int64_t some = p.hidden - h - v * L;
       if (some <= 0) return;
       const Vec<T> d = z[v] * (load(w + v * L) * (T(4) * p.scale));
@@ -414,7 +413,7 @@ struct FeatureTasks {
   std::int64_t width;             // of a padded row of features
 
   FeatureTasks(const Backward<T>& p, std::int64_t entries, std::int64_t rows) {
-    constexpr std::int64_t F = group * lanes<T>;
+    constexpr std::int64_t F = feature_vectors * lanes<T>;
     width = round_up(p.hidden, F);
     piece = rows == 1 ? width : F;
     pieces = width / piece;

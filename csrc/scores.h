@@ -128,17 +128,10 @@ class ScoreBlock {
 
     if (p.queries == 1) {
       form[0] = direct;
-      if (!query_packed_[direct]) {
-        T* q2 = query_[direct].get(2 * p.hidden);
-        for (std::int64_t h = 0; h < p.hidden; ++h) {
-          q2[h] = p.query.at(entry, row0)[h] * 2;
-          q2[p.hidden + h] = p.weight.at(entry, 0)[h] * normaliser;
-        }
-        query_packed_[direct] = true;
-      }
-      const T* q2 = query_[direct].get(0);
       for (std::int64_t j = 0; j < count; ++j)
-        if (active[0][j / K]) scores[j] = energy(q2, p.key.at(entry, key0 + j), q2 + p.hidden, p.hidden);
+        if (active[0][j / K])
+          scores[j] = energy(p.query.at(entry, row0), p.key.at(entry, key0 + j), p.weight.at(entry, 0), normaliser,
+                             p.hidden);
       finish_row(0, key0);
       return true;
     }

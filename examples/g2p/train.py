@@ -66,7 +66,7 @@ def train_step(
 def show_samples(model: Pronouncer) -> None:
     model.eval()
     for word, phones in sorted(pronounce(model, SAMPLES)):
-        print(f"    {word:<12} {' '.join(phones)}")
+        print(f"    {word:<14} {' '.join(phones)}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate")
+    parser.add_argument("--lr", type=float, default=5e-3, help="highest learning rate")
     parser.add_argument("--label-smoothing", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -1,0 +1,253 @@
+"""The plain layer, written out independently of the package, and comparisons by rule.
+
+The rule: against the same formula in float64, the error of the fused layer is at most twice (the
+gradient's at most three times) the error that the plain formula makes in the same dtype.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from additive_attn import additive_attention, ops
+
+ON_KERNEL = ops.cpu_path() != "pytorch"
+PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(ops.__file__))))
+INPUTS = ("query", "key", "value", "weight")
+OUTPUTS = ("out", "weights", "lse")
+
+Tensors = dict[str, Tensor]
+
+
+def make(
+    batch: Sequence[int] = (),
+    queries: int = 5,
+    keys: int = 7,
+    hidden: int = 8,
+    values: int = 6,
+    *,
+    heads: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    spread: float = 1.0,
+) -> Tensors:
+    """Random inputs. With ``heads``, the weight has one row per entry of the last batch dim."""
+    g = torch.Generator().manual_seed(seed)
+    weight = (batch[-1], hidden) if heads else (hidden,)
+    inputs = {
+        "query": spread * torch.randn(*batch, queries, hidden, generator=g),
+        "key": spread * torch.randn(*batch, keys, hidden, generator=g),
+        "value": torch.randn(*batch, keys, values, generator=g),
+        "weight": torch.randn(*weight, generator=g),
+    }
+    return {name: x.to(dtype) for name, x in inputs.items()}
+
+
+def plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    allowed: Tensor | None = None,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float = 1.0,
+) -> Tensors:
+    """The formula, in the dtype of its inputs; builds the tensor (..., Lq, Lk, H)."""
+    energy = torch.tanh(query[..., :, None, :] + key[..., None, :, :])
+    score = scale * (energy @ weight[..., None, :, None]).squeeze(-1)
+    if bias is not None:
+        score = score + bias
+    if allowed is None:
+        weights, lse = score.softmax(-1), score.logsumexp(-1)
+    else:
+        allowed = allowed.expand(score.shape)
+        empty = ~allowed.any(-1, keepdim=True)
+        score = score.masked_fill(~allowed, -torch.inf).masked_fill(empty, 0.0)
+        weights = score.softmax(-1).masked_fill(~allowed, 0.0)
+        lse = score.logsumexp(-1).masked_fill(empty.squeeze(-1), -torch.inf)
+    kept = weights
+    if keep is not None:
+        kept = weights * keep * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
+    return {"out": kept @ value, "weights": weights, "lse": lse}
+
+
+def dense_mask(
+    inputs: Mapping[str, Tensor],
+    *,
+    attn_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] | None = None,
+) -> Tensor | None:
+    """All kinds of masking as one bool tensor, True = attend."""
+    queries, keys = inputs["query"].shape[-2], inputs["key"].shape[-2]
+    rank = max(inputs[name].dim() for name in ("query", "key", "value"))
+    i, j = torch.arange(queries)[:, None], torch.arange(keys)
+    allowed = torch.ones(queries, keys, dtype=torch.bool)
+    if is_causal:
+        allowed = allowed & (j <= i)
+    if window is not None:
+        left, right = window
+        allowed = allowed & ((j >= i - left) | (left < 0)) & ((j <= i + right) | (right < 0))
+    if lengths is not None:
+        per_row = lengths.dim() == 2 or (rank == 2 and lengths.dim() == 1)
+        while lengths.dim() < rank - 1:
+            lengths = lengths[..., None, :] if per_row else lengths[..., None]
+        allowed = allowed & (j < lengths[..., None].long())
+    if attn_mask is not None:
+        allowed = allowed & (attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf)
+    masked = attn_mask is not None or lengths is not None or is_causal or window is not None
+    return allowed if masked else None
+
+
+def fused(inputs: Mapping[str, Tensor], **options: Any) -> Tensors:
+    """All three outputs of the public function."""
+    outputs = additive_attention(*inputs.values(), need_weights=True, need_lse=True, **options)
+    return dict(zip(OUTPUTS, outputs, strict=True))
+
+
+def plain_masked(inputs: Mapping[str, Tensor], *, scale: float = 1.0, **masking: Any) -> Tensors:
+    """The plain formula under the public function's options."""
+    mask = masking.get("attn_mask")
+    bias = mask if mask is not None and mask.dtype != torch.bool else None
+    return plain(*inputs.values(), bias=bias, allowed=dense_mask(inputs, **masking), scale=scale)
+
+
+def random_upstream(outputs: Mapping[str, Tensor], names: Sequence[str] = OUTPUTS) -> Tensors:
+    """Random upstream gradients: constant ones, as of sum(), cancel in a softmax."""
+    g = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(outputs[name].shape, generator=g).to(outputs[name].dtype)
+        for name in names
+    }
+
+
+def gradients(
+    function: Callable[[Tensors], Tensors], inputs: Mapping[str, Tensor], upstream: Tensors
+) -> tuple[Tensors, Tensors]:
+    """Outputs, and gradients with respect to all floating inputs."""
+    leaves = {
+        name: x.detach().clone().requires_grad_() if x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+    outputs = function(leaves)
+    # Upstream gradients of empty rows' lse would multiply an infinity: such rows get none.
+    names = [name for name in upstream if outputs[name].requires_grad]
+    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    grads = torch.autograd.grad(
+        [outputs[name] for name in names],
+        list(wanted.values()),
+        [upstream[name].to(outputs[name].dtype) for name in names],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    detached = {name: x.detach() for name, x in outputs.items()}
+    return detached, dict(zip(wanted, grads, strict=True))
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    """The largest absolute error; infinities must agree."""
+    assert ours.shape == exact.shape, f"{tuple(ours.shape)} instead of {tuple(exact.shape)}"
+    ours, infinite = ours.double(), exact.isinf()
+    assert torch.equal(ours.isinf(), infinite), "infinities differ"
+    assert torch.equal(ours[infinite], exact[infinite]), "signs of infinities differ"
+    assert not ours.isnan().any(), "NaN"
+    difference = (ours - exact)[~infinite].abs()
+    return difference.max().item() if difference.numel() else 0.0
+
+
+def check_against_plain(
+    cases: Sequence[Mapping[str, Tensor]],
+    *,
+    upstream_of: Sequence[str] = OUTPUTS,
+    magnitude: float = 1.0,
+    scale: float = 1.0,
+    **masking: Any,
+) -> None:
+    """The accuracy rule, for outputs and gradients; errors are the maxima over all cases (seeds).
+
+    The plain formula can be exact by luck (one key: its weight is 1, its gradient 0), so there is
+    a floor: one rounding of the largest exact element in the dtype, and a few roundings of terms
+    of size ``magnitude`` in the dtype that is computed in.
+    """
+    dtype = cases[0]["query"].dtype
+    computing = torch.float64 if dtype == torch.float64 else torch.float32
+    found: dict[str, list[float]] = {}
+    mask = masking.get("attn_mask")
+    float_mask = mask is not None and mask.dtype != torch.bool
+
+    for case in cases:
+        inputs = dict(case)
+        if float_mask:
+            inputs["attn_mask"] = mask
+
+        def run(function: Callable[..., Tensors], inputs: Tensors) -> Tensors:
+            arguments = {name: inputs[name] for name in INPUTS}
+            options = dict(masking, attn_mask=inputs["attn_mask"]) if float_mask else masking
+            return function(arguments, scale=scale, **options)
+
+        doubled = {name: x.double() for name, x in inputs.items()}
+        exact = run(plain_masked, doubled)
+        upstream = random_upstream(exact, upstream_of)
+        if dtype != torch.float64:
+            upstream = {name: x.to(dtype).double() for name, x in upstream.items()}
+        exact, exact_grads = gradients(lambda x: run(plain_masked, x), doubled, upstream)
+        same, same_grads = gradients(lambda x: run(plain_masked, x), inputs, upstream)
+        ours, our_grads = gradients(lambda x: run(fused, x), inputs, upstream)
+        assert all(our_grads[name].dtype == inputs[name].dtype for name in our_grads)
+
+        named = [(name, 2, ours, same, exact) for name in OUTPUTS]
+        named += [(name, 3, our_grads, same_grads, exact_grads) for name in exact_grads]
+        for name, factor, mine, theirs, truth in named:
+            label = name if truth is exact else f"gradient of {name}"
+            finite = truth[name][truth[name].isfinite()].abs()
+            largest = finite.max().item() if finite.numel() else 0.0
+            floor = torch.finfo(dtype).eps * largest + 8 * torch.finfo(computing).eps * magnitude
+            if dtype == torch.float64:  # the oracle is no more exact than what it judges
+                floor = 64 * torch.finfo(dtype).eps * (largest + magnitude)
+            record = found.setdefault(label, [0.0, 0.0, 0.0, factor])
+            record[0] = max(record[0], error(mine[name], truth[name]))
+            record[1] = max(record[1], error(theirs[name], truth[name]))
+            record[2] = max(record[2], floor)
+
+    bad = [
+        f"{label}: error {mine:.3g}, plain {theirs:.3g}, allowed {factor} x plain + {floor:.3g}"
+        for label, (mine, theirs, floor, factor) in found.items()
+        if not mine <= factor * theirs + floor
+    ]
+    assert not bad, "; ".join(bad)
+
+
+def assert_same(ours: Tensor, other: Tensor, what: str = "") -> None:
+    """Bit for bit, NaN and the sign of zero included."""
+    assert ours.shape == other.shape and ours.dtype == other.dtype, what
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[ours.itemsize]
+    a, b = ours.contiguous().view(integers), other.contiguous().view(integers)
+    assert torch.equal(a, b), f"{what}: {(a != b).sum().item()} of {a.numel()} elements differ"
+
+
+def assert_all_same(ours: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert ours.keys() == other.keys()
+    for name in ours:
+        assert_same(ours[name], other[name], name)
+
+
+def assert_layout_free(ours: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Another layout of the same numbers gives the same result.
+
+    The kernel reads the same numbers in the same order, so not a bit changes. The fallback
+    multiplies with whatever matmul suits the strides, so there rounding may.
+    """
+    assert ours.keys() == other.keys()
+    for name in ours:
+        if ON_KERNEL:
+            assert_same(ours[name], other[name], name)
+        else:
+            torch.testing.assert_close(ours[name], other[name], msg=lambda m, n=name: f"{n}: {m}")

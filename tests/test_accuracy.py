@@ -1,0 +1,129 @@
+"""Promise 1: errors at most 2x (forward) and 3x (gradients) those of the plain layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import check_against_plain, fused, make
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SEEDS = range(3)
+
+# (batch, Lq, Lk, H, Dv). Keys on both sides of every tile width of the kernel (8 to 128), rows
+# on both sides of its blocks, features and values that fill no vector.
+SHAPES = [
+    ((), 1, 1, 1, 1),
+    ((2,), 1, 40, 33, 17),
+    ((2,), 2, 15, 3, 5),
+    ((), 3, 16, 4, 16),
+    ((3,), 4, 17, 5, 7),
+    ((), 5, 31, 31, 33),
+    ((2, 3), 7, 32, 32, 8),
+    ((), 17, 63, 64, 48),
+    ((2,), 33, 64, 65, 1),
+    ((1,), 20, 65, 128, 31),
+    ((), 40, 127, 130, 65),
+    ((), 128, 129, 12, 9),
+    ((), 131, 67, 20, 20),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_worse_than_plain(shape, dtype):
+    batch, *sizes = shape
+    check_against_plain([make(batch, *sizes, dtype=dtype, seed=seed) for seed in SEEDS])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spread", [1e-3, 0.1, 5.0])
+def test_small_and_large_activations(spread, dtype):
+    """Small sums keep their relative error: 1 - 2/(1 + e^2x) alone would lose it."""
+    cases = [make((2,), 30, 50, 40, 16, dtype=dtype, seed=s, spread=spread) for s in SEEDS]
+    check_against_plain(cases, magnitude=min(spread, 1.0))
+
+
+@pytest.mark.parametrize("upstream", ["out", "weights", "lse"])
+def test_gradients_of_each_output(upstream):
+    cases = [make((2,), 30, 70, 24, 16, seed=seed) for seed in SEEDS]
+    check_against_plain(cases, upstream_of=[upstream])
+
+
+@pytest.mark.parametrize("keys", [4096, 5000])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_few_queries_many_keys(queries, keys):
+    """The keys are split into pieces, which are merged."""
+    check_against_plain([make((), queries, keys, 20, 12, seed=seed) for seed in SEEDS])
+
+
+def test_many_rows_and_keys():
+    """More rows times keys than the backward keeps at once, in ragged blocks."""
+    check_against_plain([make((), 700, 3100, 5, 6)])
+
+
+@pytest.mark.parametrize("scale", [0.125, -2.0, 0.0])
+def test_scale(scale):
+    check_against_plain([make((2,), 9, 21, 16, 8, seed=seed) for seed in SEEDS], scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("height", [-200.0, -88.8, 120.0, 1e4])
+@pytest.mark.parametrize("keys", [33, 48, 65, 127])
+def test_scores_far_from_zero(keys, height, dtype):
+    """exp(lse) over- or underflows; a tail that counts as score 0 would show (lse = -200)."""
+    mask = torch.full((1, keys), height, dtype=dtype)
+    cases = [make((), 6, keys, 12, 5, dtype=dtype, seed=seed) for seed in range(8)]
+    # The weights are recomputed from an lse of this size, rounded.
+    magnitude = abs(height) if dtype == torch.float64 else max(1.0, abs(height) / 50)
+    check_against_plain(cases, attn_mask=mask, magnitude=magnitude)
+
+
+def test_sharp_scores():
+    """Weights of size 100: the softmax is nearly one-hot, and its maximum moves along the keys."""
+    cases = [make((2,), 20, 150, 16, 8, seed=seed) for seed in SEEDS]
+    for case in cases:
+        case["weight"] *= 100
+    check_against_plain(cases, magnitude=300.0)
+
+
+def test_rising_scores():
+    """Every tile of keys raises the maximum, so the running sums are rescaled each time."""
+    ramp = torch.linspace(-60, 60, 300).expand(1, 300)
+    cases = [make((), 10, 300, 8, 8, seed=seed) for seed in SEEDS]
+    check_against_plain(cases, attn_mask=ramp, magnitude=10.0)
+    check_against_plain(cases, attn_mask=ramp.flip(1), magnitude=10.0)
+
+
+@pytest.mark.parametrize("weight", [1e-30, 1e30, 1e38])
+def test_weight_magnitudes(weight):
+    case = make((), 8, 40, 12, 6)
+    case["weight"] = torch.zeros(12)
+    case["weight"][3] = weight
+    case["query"][:, 3] = 0.0
+    case["key"][:, 3] = torch.linspace(1.0, 2.0, 40)
+    ours = fused(case)
+    expected = torch.zeros(8, 40)
+    if weight > 1:
+        expected[:, -1] = 1.0  # the largest tanh takes all
+    else:
+        expected[:] = 1 / 40
+    torch.testing.assert_close(ours["weights"], expected)
+
+
+def test_zero_weight_means_the_average():
+    case = make((2,), 4, 37, 9, 5)
+    case["weight"] = torch.zeros(9)
+    torch.testing.assert_close(fused(case)["out"], case["value"].mean(1, True).expand(2, 4, 5))
+
+
+def test_lse_of_sixteen_bit_inputs_is_float32():
+    for dtype in (torch.bfloat16, torch.float16):
+        outputs = fused(make(dtype=dtype))
+        assert outputs["lse"].dtype == torch.float32
+        assert outputs["out"].dtype == outputs["weights"].dtype == dtype
+
+
+def test_weights_sum_to_one():
+    weights = fused(make((3,), 20, 333, 16, 4))["weights"]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 20))
+    assert (weights >= 0).all()

@@ -1,0 +1,91 @@
+"""Promise 2: extra memory grows with Lq + Lk; with returned weights as Lq x Lk; never times H.
+
+Each measurement is a process of its own: peak memory never goes down again within one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from oracle import ON_KERNEL, PACKAGE_PARENT
+
+MEASURE = """
+import resource, sys, torch
+from additive_attn import additive_attention
+torch.set_num_threads(2)
+length, hidden, need_weights, queries = (int(x) for x in sys.argv[1:])
+
+def inputs(rows, length):
+    shapes = (rows, hidden), (length, hidden), (length, hidden), (hidden,)
+    return [torch.randn(s).requires_grad_() for s in shapes]
+
+def run(tensors, upstream):
+    outputs = additive_attention(*tensors, need_weights=bool(need_weights))
+    if need_weights:
+        torch.autograd.backward(outputs, upstream)
+    else:
+        outputs.backward(upstream[0])
+
+def upstream(rows, length):
+    grads = [torch.randn(rows, hidden)]
+    return grads + [torch.randn(rows, length)] if need_weights else grads
+
+run(inputs(8, 8), upstream(8, 8))
+tensors, grads = inputs(queries, length), upstream(queries, length)
+with open("/proc/self/statm") as f:
+    before = int(f.read().split()[1]) * resource.getpagesize()
+run(tensors, grads)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+assert all(torch.isfinite(t.grad).all() for t in tensors)
+print((peak - before) / 1e6)
+"""
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="reads /proc to measure peak memory"
+)
+
+
+def extra_megabytes(length: int, *, need_weights: bool = False, queries: int | None = None):
+    """Peak growth of resident memory through one forward and backward, H = Dv = 128."""
+    arguments = (length, 128, need_weights, queries or length)
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, *(str(int(a)) for a in arguments)],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": PACKAGE_PARENT},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return float(result.stdout)
+
+
+@pytest.mark.skipif(not ON_KERNEL, reason="minutes on the fallback, whose memory is tested below")
+def test_linear_growth():
+    """The plain layer needs 8.6 GB at 4096, and 137 GB at 16384, for its energies alone."""
+    short = extra_megabytes(4096)
+    long = extra_megabytes(16384)
+    assert short < 150, f"{short:.0f} MB for 4096 x 4096"
+    assert long < 300, f"{long:.0f} MB for 16384 x 16384"
+    # Four times the length: four times the memory, or sixteen times if it were quadratic.
+    assert long < 5 * short + 20, f"{short:.0f} MB grew to {long:.0f} MB"
+
+
+def test_never_the_energies():
+    """Lq x Lk x H is 537 MB here (and twice that with its gradient)."""
+    assert extra_megabytes(1024) < 150
+
+
+def test_returned_weights_cost_one_matrix_each():
+    """Lq x Lk is 16.8 MB: the weights, and what the backward computes of them."""
+    matrix = 2048 * 2048 * 4 / 1e6
+    extra = extra_megabytes(2048, need_weights=True)
+    assert extra < 8 * matrix + 40, f"{extra:.0f} MB"
+
+
+def test_one_query_over_many_keys():
+    """Pooling: keys and values (51 MB each) are neither copied nor expanded per thread."""
+    keys = 100_000 * 128 * 4 / 1e6
+    extra = extra_megabytes(100_000, queries=1)
+    # The gradients of key and value are two such matrices.
+    assert extra < 3.5 * keys, f"{extra:.0f} MB"
