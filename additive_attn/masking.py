@@ -28,10 +28,11 @@ def interval_mask(
     key = torch.arange(*keys, device=device)
     row = torch.arange(*rows, device=device)[:, None]
     allowed = torch.ones((), dtype=torch.bool, device=device)
+    # Differences of positions: row + right would overflow for a huge right.
     if left >= 0:
-        allowed = key >= row - left
+        allowed = row - key <= left
     if right >= 0:
-        allowed = allowed & (key <= row + right)
+        allowed = allowed & (key - row <= right)
     if lengths is not None:
         if lengths.dim() > 0 and lengths.shape[-1] != 1:
             lengths = lengths[..., slice(*rows)]

@@ -16,6 +16,7 @@
 
 constexpr std::int64_t workspace_elements = std::int64_t(1) << 21;  // of P, and as many of G
 constexpr std::int64_t gradient_keys = 128;  // keys of a tile in the pass over features
+constexpr std::int64_t rows_summed = 64;     // rows of a partial sum there
 
 // P and G of rows [row0, row0 + rows) of the entries [entry0, entry0 + entries).
 template <class T>
@@ -56,7 +57,7 @@ class RowPass {
     }
     if (p.grad_out && p.values > 0) {
       const T* v = p.value.at(n, key0);
-      if (rows < gemm_row_block) {
+      if (p.queries < gemm_row_block) {
         for (std::int64_t r = 0; r < rows; ++r)
           for (std::int64_t j = 0; j < s.count; ++j)
             if (s.active[r][j / K])
@@ -105,8 +106,9 @@ class RowPass {
     }
     for (int j = 0; j < TK; j += L) {
       const Vec<T> x = load(score + j);
-      store(probability + j, exp<T>(x - shift));
-      store(g + j, x == T(-INFINITY) ? (Vec<T>){} : load(g + j));  // whatever a masked value holds
+      const auto masked = x == T(-INFINITY);
+      store(probability + j, masked ? (Vec<T>){} : exp<T>(x - shift));
+      store(g + j, masked ? (Vec<T>){} : load(g + j));  // whatever a masked value holds
     }
     // The sign remembers what was dropped, until the row is finished.
     if (p.seed)
@@ -120,24 +122,28 @@ class RowPass {
     const unsigned char* active = ws.active + at * ws.blocks;
     T* probability = ws.probability + at * ws.keys;
     T* gradient = ws.gradient + at * ws.keys;
-    double delta = 0;
+    // P sums to 1: dividing by the sum takes out the rounding of lse, which all keys of the row share.
+    double delta = 0, total = 0;
     for (std::int64_t b = 0; b < ws.blocks; ++b) {
       if (!active[b]) continue;
-      Vec<T> part = {};
+      Vec<T> part = {}, total_part = {};
       for (int j = 0; j < K; j += L) {
-        const Vec<T> x = load(probability + b * K + j);
-        part += (x < T(0) ? -x : x) * load(gradient + b * K + j);
+        const Vec<T> x = load(probability + b * K + j), positive = x < T(0) ? -x : x;
+        part += positive * load(gradient + b * K + j);
+        total_part += positive;
       }
       delta += sum<T>(part);
+      total += sum<T>(total_part);
     }
+    const T normaliser = total == 0 ? T(0) : T(1 / total);
+    delta = total == 0 ? 0 : delta / total;
     if (p.grad_lse) delta -= *p.grad_lse.at(n, i);
     for (std::int64_t b = 0; b < ws.blocks; ++b) {
       if (!active[b]) continue;
       for (int j = b * K; j < (b + 1) * K; j += L) {
-        const Vec<T> x = load(probability + j);
-        const Vec<T> g = (x < T(0) ? -x : x) * (load(gradient + j) - T(delta));
-        store(gradient + j, x == T(0) ? (Vec<T>){} : g);
-        if (p.seed) store(probability + j, (x > T(0) ? x : x != x ? x : (Vec<T>){}) * p.keep_scale);
+        const Vec<T> x = load(probability + j) * normaliser, positive = x < T(0) ? -x : x;
+        store(gradient + j, x == T(0) ? (Vec<T>){} : positive * (load(gradient + j) - T(delta)));
+        store(probability + j, p.seed ? (x > T(0) ? x : x != x ? x : (Vec<T>){}) * p.keep_scale : x);
       }
     }
   }
@@ -208,8 +214,8 @@ inline void reciprocals(const Vec<T>* y, Vec<T>* r) {
   r[1] = both * y[0];
 }
 
-// A query row (a = e^{-2q}) against `count` keys (b = e^{2k}, [key][feature]) with their G. Adds G b r^2 to sum_query, for
-// dq = 4 w a sum_query; G a r^2 to sum_key, for dk = 4 w b sum_key; and G t to sum_weight.
+// A query row (a = e^{-2q}) against `count` keys (b = e^{2k}) with their G. Adds G b r^2 to sum_query, for dq = 4 w a
+// sum_query; G a r^2 to sum_key, for dk = 4 w b sum_key; and G t to sum_weight.
 template <class T>
 void row_factored(const T* a, const T* b, const T* g, std::int64_t count, T* sum_query, T* sum_key, T* sum_weight) {
   constexpr int L = lanes<T>;
@@ -233,6 +239,21 @@ void row_factored(const T* a, const T* b, const T* g, std::int64_t count, T* sum
     store(sum_query + v * L, query[v]);
     store(sum_weight + v * L, weight[v]);
   }
+}
+
+// Stores e^x, and what its rounding leaves out. The rounding of b and a is alike for all pairs of a key or a row, so that it adds
+// up in dw, where t is small above all. But to first order
+//
+//     t(a + da, b + db) = t + (1 - t^2) / 2 (db / b - da / a)
+//
+// and sum_i G (1 - t^2) is what dk is made of: adding 2 (db sum_key - da sum_query) to sum_weight takes the errors out,
+// at no cost per pair.
+template <class T>
+inline void store_exp(Vec<T> x, T* to, T* rest) {
+  Vec<T> e, left;
+  exp_and_rest<T>(clamp<T>(x, -2 * Range<T>::safe, 2 * Range<T>::safe), e, left);
+  store(to, e);
+  store(rest, left);
 }
 
 // The same for one pair of any q and k, z = G (1 - t^2) / 4 is the share of dq and dk, without a or b.
@@ -304,12 +325,12 @@ class FeaturePass {
 
   void rows(std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query, double* part_weight,
             std::int64_t width) {
-    T* b = b_.get(gradient_keys * F);
-    T* sum_key = sum_key_.get(gradient_keys * F);
-    T *a = a_.get(2 * F), *q = a + F;
-    T* sum_weight = sum_weight_.get(F);
-    std::memset(sum_key, 0, keys * F * sizeof(T));
-    std::memset(sum_weight, 0, F * sizeof(T));
+    T *b = b_.get(gradient_keys * F), *b_rest = b_rest_.get(gradient_keys * F);
+    T *sum_key = sum_key_.get(2 * gradient_keys * F), *sum_key_rows = sum_key + gradient_keys * F;
+    T *a = a_.get(3 * F), *q = a + 2 * F;
+    T *sum_weight = sum_weight_.get(2 * F), *correction = sum_weight + F;
+    std::memset(sum_key, 0, 2 * gradient_keys * F * sizeof(T));
+    std::memset(correction, 0, F * sizeof(T));
     bool special[gradient_keys], any_special = false;  // out of the factored form's range: computed directly
     for (std::int64_t j = 0; j < keys; ++j) {
       T copy[F];
@@ -317,7 +338,7 @@ class FeaturePass {
       special[j] = largest(k, F) > ordered_bits<T>(Range<T>::safe);
       any_special = any_special || special[j];
       for (int v = 0; v < feature_vectors; ++v)
-        store(b + j * F + v * L, special[j] ? Vec<T>{} : exp<T>(load(k + v * L) * T(2)));
+        store_exp<T>(special[j] ? Vec<T>{} : load(k + v * L) * T(2), b + j * F + v * L, b_rest + j * F + v * L);
       if (p.grad_key && ws.row0 == 0) {
         const Vec<T> zero[feature_vectors] = {};
         add_grad_key(key0 + j, h, zero, true);
@@ -327,7 +348,9 @@ class FeaturePass {
       const bool row_special = load_query(r, h, q, a);
       const T* g = gradient(r) + key0;
       const unsigned char* on = active(r) + key0 / K;
+      if (r % rows_summed == 0) add_and_clear(sum_key, sum_key_rows, keys * F);
       T sum_query[F] = {};
+      std::memset(sum_weight, 0, F * sizeof(T));
       T* part = part_query + r * width + h;
       for (std::int64_t j = 0; j < keys;) {
         if (!on[j / K]) {
@@ -338,25 +361,43 @@ class FeaturePass {
         while (end < keys && on[end / K]) end += K;
         end = std::min(end, keys);
         if (!row_special && !any_special) {
-          row_factored(a, b + j * F, g + j, end - j, sum_query, sum_key + j * F, sum_weight);
+          row_factored(a, b + j * F, g + j, end - j, sum_query, sum_key_rows + j * F, sum_weight);
         } else {
           for (std::int64_t i = j; i < end; ++i)
             if (!row_special && !special[i])
-              row_factored(a, b + i * F, g + i, 1, sum_query, sum_key + i * F, sum_weight);
+              row_factored(a, b + i * F, g + i, 1, sum_query, sum_key_rows + i * F, sum_weight);
             else if (g[i] != T(0))  // a zero G leaves no trace of its pair, whatever that holds
               direct(q, key0 + i, h, g[i], part, sum_weight);
         }
         j = round_up(end, K);
       }
-      for (int v = 0; v < feature_vectors; ++v)
-        store(part + v * L, load(part + v * L) + (row_special ? Vec<T>{} : load(sum_query + v * L) * load(a + v * L)));
+      for (int l = 0; l < F; ++l) part_weight[h + l] += sum_weight[l];
+      if (row_special) continue;
+      for (int v = 0; v < feature_vectors; ++v) {
+        const Vec<T> s = load(sum_query + v * L);
+        store(part + v * L, load(part + v * L) + s * load(a + v * L));
+        store(correction + v * L, load(correction + v * L) - s * load(a + F + v * L));
+      }
     }
-    for (int l = 0; l < F; ++l) part_weight[h + l] += sum_weight[l];
-    if (!p.grad_key) return;
+    add_and_clear(sum_key, sum_key_rows, keys * F);
     for (std::int64_t j = 0; j < keys; ++j) {
+      if (special[j]) continue;
       Vec<T> z[feature_vectors];
-      for (int v = 0; v < feature_vectors; ++v) z[v] = load(sum_key + j * F + v * L) * load(b + j * F + v * L);
-      if (!special[j]) add_grad_key(key0 + j, h, z, false);
+      for (int v = 0; v < feature_vectors; ++v) {
+        const Vec<T> s = load(sum_key + j * F + v * L);
+        z[v] = s * load(b + j * F + v * L);
+        store(correction + v * L, load(correction + v * L) + s * load(b_rest + j * F + v * L));
+      }
+      if (p.grad_key) add_grad_key(key0 + j, h, z, false);
+    }
+    for (int l = 0; l < F; ++l) part_weight[h + l] += 2 * correction[l];
+  }
+
+  // Sums of sums: single precision is for short ones.
+  static void add_and_clear(T* to, T* from, std::int64_t count) {
+    for (std::int64_t l = 0; l < count; l += L) {
+      store(to + l, load(to + l) + load(from + l));
+      store(from + l, Vec<T>{});
     }
   }
 
@@ -368,11 +409,11 @@ class FeaturePass {
     if (p.grad_key) add_grad_key(j, h, z, false);
   }
 
-  // q, padded, and e^{-2q} if wanted; true if the factored form does not serve.
+  // q, padded, and e^{-2q} with its rest if wanted; true if the factored form does not serve.
   bool load_query(std::int64_t r, std::int64_t h, T* q, T* a) const {
     const T* row = p.query.at(entry, ws.row0 + r);
     for (int l = 0; l < F; ++l) q[l] = h + l < p.hidden ? row[h + l] : T(0);
-    for (int v = 0; v < feature_vectors && a; ++v) store(a + v * L, exp<T>(load(q + v * L) * T(-2)));
+    for (int v = 0; v < feature_vectors && a; ++v) store_exp<T>(load(q + v * L) * T(-2), a + v * L, a + F + v * L);
     return largest(q, F) > ordered_bits<T>(Range<T>::safe);
   }
 
@@ -401,7 +442,7 @@ class FeaturePass {
   const Backward<T>& p;
   const Workspace<T>& ws;
   std::int64_t entry = 0;
-  Buffer<T> a_, b_, sum_key_, sum_weight_;
+  Buffer<T> a_, b_, b_rest_, sum_key_, sum_weight_;
 };
 
 // How the pass over features is shared out: by groups of features and, where these are few, by ranges of keys, whose
@@ -418,7 +459,7 @@ struct FeatureTasks {
     piece = rows == 1 ? width : F;
     pieces = width / piece;
     splits = std::max<std::int64_t>(1, std::min(tasks_wanted / (entries * pieces), p.keys / split_keys));
-    split = round_up((p.keys + splits - 1) / splits, tile_keys<T> * gradient_keys);
+    split = round_up((std::max<std::int64_t>(p.keys, 1) + splits - 1) / splits, gradient_keys);
     splits = (p.keys + split - 1) / split;
   }
 };

@@ -102,11 +102,12 @@ Form choose_form(typename Simd<T>::Bits query, typename Simd<T>::Bits key, typen
   return most <= ordered_bits<T>(Range<T>::safe) && weight < ordered_bits<T>(INFINITY) ? factored : direct;
 }
 
-// 2^-e with 2^e <= largest |w| < 2^(e+1), and 1 where that makes no sense.
+// 2^-e with 2^e <= largest |w| < 2^(e+1). NaN where a weight is not finite: so are the plain layer's results, in every row.
 template <class T>
 T weight_normaliser(const T* weight, std::int64_t hidden) {
   const auto most = largest(weight, hidden);
-  if (most == 0 || most >= ordered_bits<T>(INFINITY)) return 1;
+  if (most == 0) return 1;
+  if (most >= ordered_bits<T>(INFINITY)) return T(NAN);
   T largest_weight;
   std::memcpy(&largest_weight, &most, sizeof most);
   const int e = std::ilogb(largest_weight);

@@ -78,7 +78,7 @@ class ForwardBlock {
             for (std::int64_t d = 0; d < p.values; ++d) out[r * width + d] += s.scores[r * TK + j] * v[j * v_row + d];
       return;
     }
-    if (s.rows < gemm_row_block) {
+    if (p.queries < gemm_row_block) {  // not s.rows: threads must not decide the order of additions
       for (std::int64_t r = 0; r < s.rows; ++r)
         if (const auto [from, to] = active_keys(r, 1); from < to)
           gemv<T>(s.scores + r * TK + from, v + from * v_row, v_row, out + r * width, p.values, to - from);
@@ -138,9 +138,8 @@ void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
   std::int64_t splits = 1, split = std::max<std::int64_t>(p.keys, 1);
   if (row_blocks > 0 && row_blocks < tasks_wanted) {
     splits = std::max<std::int64_t>(1, std::min(tasks_wanted / row_blocks, p.keys / split_keys));
-    split = round_up((p.keys + splits - 1) / splits, tile_keys<T>);
+    split = round_up((split + splits - 1) / splits, tile_keys<T>);
     splits = std::max<std::int64_t>(1, (p.keys + split - 1) / split);
-    split = std::max<std::int64_t>(split, 1);
   }
   if (p.weights)
     for (std::int64_t x = 0; x < p.batch * p.queries * p.keys; ++x) p.weights[x] = T(-INFINITY);

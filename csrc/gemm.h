@@ -20,9 +20,7 @@ template <class T, int R>
 inline void gemm_block(const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, T* c, std::int64_t c_row,
                        std::int64_t inner) {
   constexpr int L = lanes<T>;
-  Vec<T> sum[R][2];
-  for (int i = 0; i < R; ++i)
-    for (int v = 0; v < 2; ++v) sum[i][v] = load(c + i * c_row + v * L);
+  Vec<T> sum[R][2] = {};
   for (std::int64_t k = 0; k < inner; ++k) {
     const Vec<T> b0 = load(b + k * 2 * L), b1 = load(b + k * 2 * L + L);
     for (int i = 0; i < R; ++i) {
@@ -32,7 +30,7 @@ inline void gemm_block(const T* a, std::int64_t a_row, std::int64_t a_column, co
     }
   }
   for (int i = 0; i < R; ++i)
-    for (int v = 0; v < 2; ++v) store(c + i * c_row + v * L, sum[i][v]);
+    for (int v = 0; v < 2; ++v) store(c + i * c_row + v * L, load(c + i * c_row + v * L) + sum[i][v]);
 }
 
 constexpr int gemm_row_block = 4;
@@ -61,7 +59,7 @@ void gemv(const T* a, const T* b, std::int64_t b_row, T* c, std::int64_t columns
       store(c + j, load(c + j) + load(b0 + j) * a[k] + load(b1 + j) * a[k + 1] + load(b2 + j) * a[k + 2] +
                        load(b3 + j) * a[k + 3]);
     for (std::int64_t j = whole; j < columns; ++j)
-      c[j] += b0[j] * a[k] + b1[j] * a[k + 1] + b2[j] * a[k + 2] + b3[j] * a[k + 3];
+      c[j] = c[j] + b0[j] * a[k] + b1[j] * a[k + 1] + b2[j] * a[k + 2] + b3[j] * a[k + 3];
   }
   for (; k < inner; ++k) {
     for (std::int64_t j = 0; j < whole; j += L) store(c + j, load(c + j) + load(b + k * b_row + j) * a[k]);

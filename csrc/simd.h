@@ -49,9 +49,7 @@ inline void store(T* p, Vec<T> v) {
 
 template <class T>
 inline Vec<T> splat(T x) {
-  Vec<T> v;
-  for (int l = 0; l < lanes<T>; ++l) v[l] = x;
-  return v;
+  return x - Vec<T>{};  // exact for every x, -0 included
 }
 
 // The first n lanes from memory, the rest filled.
@@ -93,32 +91,33 @@ inline UVec<T> magnitude(Vec<T> v) {
 inline Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
 inline Vec<float> reciprocal(Vec<float> x) {
 #if VECTOR_BYTES == 64 && defined(__x86_64__)
-  Vec<float> r = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+  Vec<float> r = (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
   return r * (2.f - x * r);
 #else
   return 1.f / x;
 #endif
 }
 
-// e^x and e^x - 1, at most 1 ulp of max(1, e^x) in the normal range; 0 below it, saturated above; NaN stays NaN.
-// x = n ln 2 + r, |r| <= ln(2)/2, and the Taylor series of e^r - 1.
+// x = n ln 2 + r with |r| <= ln(2)/2: power = 2^n and e^r = 1 + r + low. The Taylor series, with what the rounding of r
+// leaves out, so that e^x can be had to little more than its own rounding.
 template <class T>
-inline void exp_parts(Vec<T> x, Vec<T>& power, Vec<T>& series) {
+inline void exp_parts(Vec<T> x, Vec<T>& power, Vec<T>& r, Vec<T>& low) {
   using S = Simd<T>;
   constexpr T magic = T(3) * T(typename S::Bits(1) << (S::mantissa - 1));
   const Vec<T> shifted = x * T(1.4426950408889634) + magic;
   const Vec<T> n = shifted - magic;
-  Vec<T> r = x - n * S::ln2_high;
-  r = r - n * S::ln2_low;
+  const Vec<T> high = x - n * S::ln2_high;
+  r = high - n * S::ln2_low;
+  const Vec<T> rest = (high - r) - n * S::ln2_low;
   T factorial = 1;
   for (int k = 2; k <= S::exp_degree; ++k) factorial *= T(k);
   Vec<T> p = splat<T>(T(1) / factorial);
 #pragma GCC unroll 16
-  for (int k = S::exp_degree - 1; k >= 1; --k) {
+  for (int k = S::exp_degree - 1; k >= 2; --k) {
     factorial /= T(k + 1);
     p = p * r + T(1) / factorial;
   }
-  series = p * r;
+  low = p * (r * r) + rest;
   power = (Vec<T>)((as_bits<T>(shifted) << S::mantissa) + (typename S::Bits(S::bias) << S::mantissa));
 }
 
@@ -128,19 +127,29 @@ inline Vec<T> clamp(Vec<T> x, T low, T high) {  // NaN stays NaN
   return x > high ? splat<T>(high) : x;
 }
 
+// e^x for exp_low <= x <= exp_high or NaN, and what its rounding leaves out.
+template <class T>
+inline void exp_and_rest(Vec<T> x, Vec<T>& e, Vec<T>& rest) {
+  Vec<T> power, r, low;
+  exp_parts<T>(x, power, r, low);
+  const Vec<T> u = r + T(1), v = (r - (u - T(1))) + low, scaled = power * u;
+  e = power * v + scaled;
+  rest = power * v - (e - scaled);
+}
+
+// 0 below the normal range, saturated above it; NaN stays NaN.
 template <class T>
 inline Vec<T> exp(Vec<T> x) {
-  Vec<T> power, series;
-  exp_parts<T>(clamp<T>(x, Simd<T>::exp_low, Simd<T>::exp_high), power, series);
-  const Vec<T> e = power * series + power;
+  Vec<T> e, rest;
+  exp_and_rest<T>(clamp<T>(x, Simd<T>::exp_low, Simd<T>::exp_high), e, rest);
   return x < Simd<T>::exp_low ? (Vec<T>){} : e;
 }
 
 template <class T>
 inline Vec<T> expm1(Vec<T> x) {  // for exp_low <= x <= exp_high or NaN
-  Vec<T> power, series;
-  exp_parts<T>(x, power, series);
-  return power * series + (power - T(1));
+  Vec<T> power, r, low;
+  exp_parts<T>(x, power, r, low);
+  return power * (r + low) + (power - T(1));
 }
 
 #if defined(__has_builtin)

@@ -16,7 +16,7 @@ from torch import Tensor
 from additive_attn import additive_attention, ops
 
 ON_KERNEL = ops.cpu_path() != "pytorch"
-PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(ops.__file__))))
+PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(ops.__file__)))
 INPUTS = ("query", "key", "value", "weight")
 OUTPUTS = ("out", "weights", "lse")
 

@@ -1,0 +1,115 @@
+"""Promise 6: forward and backward repeat bit for bit, whatever the number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import assert_all_same, fused, gradients, make, random_upstream
+
+from additive_attn import ops
+
+CASES = {
+    "self-attention": (make((2,), 150, 200, 48, 33), {}),
+    "one query, keys split": (make((), 1, 20000, 33, 20), {}),
+    "few queries": (make((2,), 3, 5000, 16, 12), {}),
+    "decoder step": (make((40,), 1, 90, 64, 48), {}),
+    "many short": (make((300, 2), 5, 9, 16, 8, heads=True), {}),
+    "causal": (make((3,), 260, 260, 24, 17), dict(is_causal=True)),
+    "lengths": (make((6,), 40, 300, 24, 17), dict(lengths=torch.tensor([300, 1, 0, 77, 64, 65]))),
+    "float mask": (make((2,), 140, 170, 24, 17), dict(attn_mask=torch.linspace(-3, 3, 170))),
+    "rows beyond the workspace": (make((), 1500, 1600, 8, 8), {}),
+    "double": (make((2,), 60, 130, 33, 20, dtype=torch.float64), {}),
+    "bfloat16": (make((2,), 60, 130, 33, 20, dtype=torch.bfloat16), {}),
+}
+
+
+def run(case):
+    inputs, options = case
+    inputs = dict(inputs)
+    mask = options.get("attn_mask")
+    if mask is not None:
+        inputs["attn_mask"] = mask
+
+    def call(x):
+        own = {k: v for k, v in x.items() if k != "attn_mask"}
+        extra = {"attn_mask": x["attn_mask"]} if "attn_mask" in x else options
+        return fused(own, **extra)
+
+    outputs, grads = gradients(call, inputs, random_upstream(call(inputs)))
+    return outputs | {f"gradient of {name}": grad for name, grad in grads.items()}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_thread_counts(case, threads):
+    """More threads than cores too: who computes what must not matter."""
+    if ops.cpu_path() == "pytorch":
+        pytest.skip("the fallback is as repeatable as torch's matmul, which threads change")
+    threads(1)
+    one = run(case)
+    for count in (2, 3, 8):
+        threads(count)
+        assert_all_same(run(case), one)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_repeats(case, threads):
+    threads(3)
+    first = run(case)
+    for _ in range(3):
+        assert_all_same(run(case), first)
+
+
+def test_many_repeats(threads):
+    """Races are rare: 100 repeats of a call of several tasks, on more threads than cores."""
+    threads(6)
+    case = make((2,), 40, 200, 16, 12), {}
+    first = run(case)
+    for _ in range(100):
+        assert_all_same(run(case), first)
+
+
+def test_needing_more_outputs_changes_none():
+    inputs = make((2,), 40, 170, 16, 12)
+    everything = fused(inputs)
+    from additive_attn import additive_attention
+
+    out = additive_attention(*inputs.values())
+    assert torch.equal(out, everything["out"])
+
+
+def test_recording_gradients_changes_nothing():
+    inputs = make((2,), 40, 170, 16, 12)
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    assert_all_same({k: v.detach() for k, v in fused(leaves).items()}, fused(inputs))
+    with torch.inference_mode():
+        inside = fused(inputs)
+    assert_all_same({k: v.clone() for k, v in inside.items()}, fused(inputs))
+
+
+def test_deterministic_mode():
+    """torch's switch neither complains nor changes anything."""
+    case = CASES["self-attention"]
+    expected = run(case)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_all_same(run(case), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_with_dropout():
+    inputs = make((2,), 40, 170, 16, 12)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        results.append(fused(inputs, dropout_p=0.3))
+    assert_all_same(*results)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    """The same row in a call of 1, 2, 64 or 150 rows: equal up to rounding."""
+    inputs = make((), 150, 90, 16, 12)
+    whole = fused(inputs)["out"]
+    for count in (1, 2, 64):
+        part = fused({**inputs, "query": inputs["query"][:count]})["out"]
+        torch.testing.assert_close(part, whole[:count], atol=2e-6, rtol=1e-5)
