@@ -79,6 +79,8 @@ def _pull_back(
 ) -> tuple[Tensor | None, ...]:
     query, key, value, weight, attn_mask, lengths, seed, score_bias, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    if not ctx.need_weights:
+        grad_weights = None  # a compiled graph passes zeros for the empty tensor
     if grad_out is None and grad_weights is None and grad_lse is None:
         return (None,) * len(needs)
     arguments = (
@@ -121,7 +123,7 @@ class EagerAttention(Function):
             query, key, value, weight, attn_mask, lengths, seed, *options
         )
         ctx.save_for_backward(query, key, value, weight, attn_mask, lengths, seed, score_bias, lse)
-        ctx.options = options[:4]
+        ctx.options, ctx.need_weights = options[:4], options[4]
         ctx.set_materialize_grads(False)
         return out, weights, lse
 
@@ -140,7 +142,7 @@ class ComposableAttention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:8], output[2])
-        ctx.options = inputs[8][:4]
+        ctx.options, ctx.need_weights = inputs[8][:4], inputs[8][4]
         ctx.set_materialize_grads(False)
 
     backward = staticmethod(_pull_back)

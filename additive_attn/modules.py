@@ -210,7 +210,9 @@ class AdditiveAttention(nn.Module):
                 "the last dim only."
             )
         if lengths is not None:
-            lengths = aligned_lengths(lengths, projected, projected.shape[:-2], 1, key.shape[-2])
+            lengths = aligned_lengths(
+                lengths, projected, projected.shape[:-2], 1, projected.shape[-2]
+            )
         attn_mask = None
         if key_padding_mask is not None:
             attn_mask = _with_padding(None, key_padding_mask, projected)
@@ -313,6 +315,14 @@ def _with_padding(attn_mask: Tensor | None, key_padding_mask: Tensor, key: Tenso
     attended = key_padding_mask.logical_not().unsqueeze(-2)
     if attn_mask is None:
         return attended
-    if attn_mask.dtype == torch.bool:
-        return attended & attn_mask
-    return torch.where(attended, attn_mask, -torch.inf)
+    # What cannot be combined is passed on as it is, for masked_attention to refuse in words.
+    if not isinstance(attn_mask, Tensor):
+        return attn_mask
+    try:
+        if attn_mask.dtype == torch.bool:
+            return attended & attn_mask
+        if attn_mask.is_floating_point():
+            return torch.where(attended, attn_mask, -torch.inf)
+    except RuntimeError:
+        pass
+    return attn_mask

@@ -325,6 +325,11 @@ class FeaturePass {
 
   void rows(std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query, double* part_weight,
             std::int64_t width) {
+    const std::int64_t blocks = (keys + K - 1) / K;
+    bool used = false;
+    for (std::int64_t r = 0; r < ws.rows && !used; ++r) used = std::memchr(active(r) + key0 / K, 1, blocks) != nullptr;
+    const bool set_grad_key = p.grad_key && ws.row0 == 0;  // the first rows set dk, the others add to it
+    if (!used && !set_grad_key) return;
     T *b = b_.get(gradient_keys * F), *b_rest = b_rest_.get(gradient_keys * F);
     T *sum_key = sum_key_.get(2 * gradient_keys * F), *sum_key_rows = sum_key + gradient_keys * F;
     T *a = a_.get(3 * F), *q = a + 2 * F;
@@ -339,16 +344,18 @@ class FeaturePass {
       any_special = any_special || special[j];
       for (int v = 0; v < feature_vectors; ++v)
         store_exp<T>(special[j] ? Vec<T>{} : load(k + v * L) * T(2), b + j * F + v * L, b_rest + j * F + v * L);
-      if (p.grad_key && ws.row0 == 0) {
+      if (set_grad_key) {
         const Vec<T> zero[feature_vectors] = {};
         add_grad_key(key0 + j, h, zero, true);
       }
     }
+    std::int64_t summed = 0;
     for (std::int64_t r = 0; r < ws.rows; ++r) {
+      const unsigned char* on = active(r) + key0 / K;
+      if (!std::memchr(on, 1, blocks)) continue;
       const bool row_special = load_query(r, h, q, a);
       const T* g = gradient(r) + key0;
-      const unsigned char* on = active(r) + key0 / K;
-      if (r % rows_summed == 0) add_and_clear(sum_key, sum_key_rows, keys * F);
+      if (++summed % rows_summed == 0) add_and_clear(sum_key, sum_key_rows, keys * F);
       T sum_query[F] = {};
       std::memset(sum_weight, 0, F * sizeof(T));
       T* part = part_query + r * width + h;

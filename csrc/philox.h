@@ -1,33 +1,51 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers, as easy as 1, 2, 3; SC 2011). The word for key j of
 // row i of batch entry n is word j % 4 of counter (j / 4, i, n mod 2^32, n / 2^32) under the seed, on every backend.
 
-// Words of the keys [first, first + 4 * counters): first is a multiple of four. Plain loops over counters, which the
-// compiler turns into vectors.
+typedef std::uint64_t Words __attribute__((vector_size(VECTOR_BYTES)));
+constexpr int word_lanes = VECTOR_BYTES / 8;
+
+// The 64-bit products of the low halves of the lanes; what the high halves hold does not matter.
+inline Words multiply_low(Words a, std::uint32_t b) {
+#if defined(__x86_64__) && VECTOR_BYTES == 64
+  return (Words)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__x86_64__) && VECTOR_BYTES == 32
+  return (Words)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__x86_64__) && VECTOR_BYTES == 16
+  return (Words)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+  return (a & 0xFFFFFFFFu) * b;
+#endif
+}
+
+// Words of the keys [first, first + 4 * counters), first a multiple of four. A counter takes a 64-bit lane: of its four
+// 32-bit parts only the low halves count, so products need no unpacking.
 template <int counters>
 void philox(std::uint64_t seed, std::uint64_t entry, std::uint64_t row, std::uint64_t first, std::uint32_t* words) {
-  std::uint32_t c0[counters], c1[counters], c2[counters], c3[counters];
-  for (int l = 0; l < counters; ++l) {
-    c0[l] = std::uint32_t(first / 4 + l);
-    c1[l] = std::uint32_t(row);
-    c2[l] = std::uint32_t(entry);
-    c3[l] = std::uint32_t(entry >> 32);
+  constexpr int n = counters / word_lanes;
+  Words c0[n], c1[n], c2[n], c3[n];
+  for (int v = 0; v < n; ++v) {
+    for (int l = 0; l < word_lanes; ++l) c0[v][l] = first / 4 + v * word_lanes + l;
+    c1[v] = Words{} + row;
+    c2[v] = Words{} + entry;
+    c3[v] = Words{} + (entry >> 32);
   }
   std::uint32_t k0 = std::uint32_t(seed), k1 = std::uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    for (int l = 0; l < counters; ++l) {
-      const std::uint64_t p0 = std::uint64_t(0xD2511F53u) * c0[l], p1 = std::uint64_t(0xCD9E8D57u) * c2[l];
-      c0[l] = std::uint32_t(p1 >> 32) ^ c1[l] ^ k0;
-      c1[l] = std::uint32_t(p1);
-      c2[l] = std::uint32_t(p0 >> 32) ^ c3[l] ^ k1;
-      c3[l] = std::uint32_t(p0);
+    for (int v = 0; v < n; ++v) {
+      const Words p0 = multiply_low(c0[v], 0xD2511F53u), p1 = multiply_low(c2[v], 0xCD9E8D57u);
+      c0[v] = (p1 >> 32) ^ c1[v] ^ std::uint64_t(k0);
+      c1[v] = p1;
+      c2[v] = (p0 >> 32) ^ c3[v] ^ std::uint64_t(k1);
+      c3[v] = p0;
     }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  for (int l = 0; l < counters; ++l) {
-    words[4 * l] = c0[l];
-    words[4 * l + 1] = c1[l];
-    words[4 * l + 2] = c2[l];
-    words[4 * l + 3] = c3[l];
+  for (int v = 0; v < n; ++v) {
+    const Words even = (c0[v] & 0xFFFFFFFFu) | (c1[v] << 32), odd = (c2[v] & 0xFFFFFFFFu) | (c3[v] << 32);
+    for (int l = 0; l < word_lanes; ++l) {
+      const std::uint64_t four[2] = {even[l], odd[l]};  // little-endian, as every supported processor is
+      std::memcpy(words + 4 * (v * word_lanes + l), four, sizeof four);
+    }
   }
 }

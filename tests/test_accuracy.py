@@ -28,6 +28,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_plain(shape, dtype):
@@ -49,6 +50,7 @@ def test_gradients_of_each_output(upstream):
     check_against_plain(cases, upstream_of=[upstream])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("keys", [4096, 5000])
 @pytest.mark.parametrize("queries", [1, 3])
 def test_few_queries_many_keys(queries, keys):

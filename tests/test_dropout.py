@@ -97,6 +97,7 @@ def kernel_mask(batch, queries, keys, seed, p, dtype=torch.float32, **masking):
     return out, weights
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.93])
 @pytest.mark.parametrize(
@@ -157,6 +158,7 @@ def test_entries_are_numbered_over_the_broadcast_batch():
     assert torch.equal(out != 0, keep_mask(seed, (2, 3), (0, 4), (0, 21), p))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [((2,), 33, 70), ((), 1, 40), ((2,), 3, 21)], ids=str)
 @pytest.mark.parametrize("p", [0.25, 0.8])

@@ -43,6 +43,7 @@ def disjoint(dtype):
 KINDS = [bool_mask, float_mask, lengths, disjoint]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_row(kind, dtype):
@@ -59,6 +60,7 @@ def test_empty_row(kind, dtype):
     assert outputs["lse"].isinf().sum() == 1
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_an_empty_row_are_zero(kind, dtype):

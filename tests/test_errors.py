@@ -156,13 +156,25 @@ def test_module_sentences(name):
     assert_sentence(str(caught.value))
 
 
-@pytest.mark.parametrize("mask_dtype", [torch.uint8, torch.int32], ids=str)
-def test_module_refuses_integer_attn_masks_beside_padding(mask_dtype):
-    """The two masks are combined before the check of either."""
+BAD_MASKS = {
+    "uint8": (t(3, 3, dtype=torch.uint8), TypeError, "attn_mask has dtype"),
+    "int32": (t(3, 3, dtype=torch.int32), TypeError, "attn_mask has dtype"),
+    "double": (t(3, 3, dtype=torch.float64), TypeError, "attn_mask has dtype"),
+    "list": ([[True]], TypeError, "attn_mask is a list"),
+    "shape": (t(3, 4), ValueError, "attn_mask has shape"),
+    "bool shape": (t(3, 4, dtype=torch.bool), ValueError, "attn_mask has shape"),
+    "batch": (t(3, 3, 3), ValueError, "attn_mask has shape"),
+    "rank": (t(1, 2, 3, 3), ValueError, "attn_mask has shape"),
+    "device": (t(3, 3, device="meta"), RuntimeError, "attn_mask is on meta"),
+}
+
+
+@pytest.mark.parametrize("mask,exception,sentence", BAD_MASKS.values(), ids=BAD_MASKS.keys())
+def test_module_refuses_masks_also_beside_padding(mask, exception, sentence):
+    """The two masks are combined before the public function can look at either."""
     layer, x = AdditiveAttention(8, 4), t(2, 3, 8)
-    padding = t(2, 3, dtype=torch.bool)
-    with pytest.raises(TypeError, match="attn_mask has dtype"):
-        layer(x, x, key_padding_mask=padding, attn_mask=t(3, 3, dtype=mask_dtype))
+    with pytest.raises(exception, match=sentence):
+        layer(x, x, key_padding_mask=t(2, 3, dtype=torch.bool), attn_mask=mask)
 
 
 def test_a_failed_call_leaves_the_generator_alone():

@@ -36,6 +36,7 @@ PICKS = [(0,), (1,), (2,), (0, 1, 2)]
 PICK_IDS = ["out", "weights", "lse", "all"]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("pick", PICKS, ids=PICK_IDS)
 @pytest.mark.parametrize("queries", [1, 3], ids=["one row", "rows"])
 def test_gradcheck(pick, queries):
@@ -124,6 +125,7 @@ def test_every_form_of_the_kernel(spread):
     assert gradcheck(function((0, 1, 2)), (query, key, value, weight))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("sizes", [(33, 70, 20, 9), (2, 130, 33, 17), (5, 16, 129, 4)], ids=str)
 def test_beyond_one_tile(sizes):
     assert gradcheck(function((0, 1, 2)), leaves((2,), *sizes), fast_mode=True)

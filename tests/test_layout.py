@@ -131,6 +131,7 @@ def test_input_strides_of_other_dtypes(dtype, recipe):
     assert_layout_free(everything(relayouted(inputs, recipe, INPUTS)), everything(inputs))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_input_strides_beyond_one_tile(recipe):
     inputs = make((2,), 130, 140, 37, 19)
@@ -189,18 +190,21 @@ def test_lengths_strides(dtype, kind):
 # Sizes. Sixteen batch entries: the maximum over a tensor of few elements is a matter of luck.
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("keys", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128])
 @pytest.mark.parametrize("queries", [1, 3, 4, 5])
 def test_keys_around_tiles(queries, keys):
     check_against_plain([make((16,), queries, keys, 6, 5)])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("hidden", [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 63, 65, 127, 129, 260])
 @pytest.mark.parametrize("queries", [1, 6])
 def test_features_around_vectors(queries, hidden):
     check_against_plain([make((16,), queries, 19, hidden, 5)])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("values", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100])
 @pytest.mark.parametrize("queries", [1, 2, 6])
 def test_values_around_vectors(queries, values):
@@ -212,6 +216,7 @@ def test_rows_around_blocks(queries):
     check_against_plain([make((4,), queries, 19, 6, 5)])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("zero", ["batch", "queries", "keys", "hidden", "values"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_size_zero(zero, dtype):

@@ -44,6 +44,7 @@ LENGTHS = {
 WINDOWS = [None, (0, 0), (2, 3), (-1, 1), (4, -1), (-1, -1), (100, 100)]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
@@ -147,6 +148,7 @@ def test_lengths_around_tiles(queries, stop):
             assert not grads[name][stop:].any()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("queries,keys", [(150, 150), (40, 200), (200, 40), (1, 70), (300, 1)])
 @pytest.mark.parametrize(
     "options", [dict(is_causal=True), dict(window=(10, 0)), dict(window=(0, 65)), dict(window=(64, 64))],

@@ -50,6 +50,7 @@ def zeroed(inputs):
     return poisoned(inputs, 0.0)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("poison", POISONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("queries", [1, 3, 20])

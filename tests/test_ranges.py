@@ -39,6 +39,7 @@ def test_one_magnitude(size, dtype):
     check_against_plain(cases)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("queries", [1, 24])
 def test_all_magnitudes_in_one_call(queries, dtype):
@@ -132,6 +133,7 @@ def assert_same_kind(ours, theirs, name):
 PLACES = [("query", (1, 3)), ("key", (4, 2)), ("value", (4, 1)), ("weight", (2,))]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("name,place", PLACES, ids=[name for name, _ in PLACES])

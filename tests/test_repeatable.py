@@ -39,6 +39,7 @@ def run(case):
     return outputs | {f"gradient of {name}": grad for name, grad in grads.items()}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_thread_counts(case, threads):
     """More threads than cores too: who computes what must not matter."""

@@ -42,6 +42,7 @@ def padded_rows(grad):
 RECIPES = [transposed, batch_last, every_second, every_second_row, padded_rows]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("which", OUTPUTS)
 @pytest.mark.parametrize("queries", [1, 5])
