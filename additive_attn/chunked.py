@@ -91,6 +91,8 @@ def backward(
     """
     batch = batch_shape(query, key, value, weight, attn_mask, lengths, seed)
     dtype = lse.dtype
+    # An infinite score makes its row NaN, as in softmax.
+    lse = torch.where(lse == torch.inf, torch.nan, lse)
 
     def zeros(needed: bool, *shape: int) -> Tensor:
         return query.new_zeros(shape if needed else (0,), dtype=dtype)

@@ -141,7 +141,8 @@ class RowPass {
     for (std::int64_t b = 0; b < ws.blocks; ++b) {
       if (!active[b]) continue;
       for (int j = b * K; j < (b + 1) * K; j += L) {
-        const Vec<T> x = load(probability + j) * normaliser, positive = x < T(0) ? -x : x;
+        const Vec<T> raw = load(probability + j), x = raw == T(0) ? raw : raw * normaliser;  // 0 stays 0 beside NaN
+        const Vec<T> positive = x < T(0) ? -x : x;
         store(gradient + j, x == T(0) ? (Vec<T>){} : positive * (load(gradient + j) - T(delta)));
         store(probability + j, p.seed ? (x > T(0) ? x : x != x ? x : (Vec<T>){}) * p.keep_scale : x);
       }

@@ -15,7 +15,7 @@ class ForwardBlock {
   void run(std::int64_t n, std::int64_t row0, std::int64_t rows, std::int64_t key_begin, std::int64_t key_end, T* out,
            T* maximum, T* sum) {
     s.begin(n, row0, rows);
-    std::memset(out, 0, rows * width * sizeof(T));
+    std::fill(out, out + rows * width, T(0));
     for (std::int64_t r = 0; r < rows; ++r) {
       maximum[r] = T(-INFINITY);
       sum[r] = 0;
@@ -71,22 +71,30 @@ class ForwardBlock {
     const T* v = p.value.at(s.entry, key0);
     const std::int64_t v_row = p.value.row;
     if (!s.complete && !all_finite(v, v_row, s.count, p.values)) {
-      // 0 * NaN: a masked key must not be touched
-      for (std::int64_t r = 0; r < s.rows; ++r)
+      // 0 * NaN: each row takes a copy in which its masked keys have no values, the same way as below.
+      for (std::int64_t r = 0; r < s.rows; ++r) {
+        T* copy = shielded.get(s.count * p.values);
         for (std::int64_t j = 0; j < s.count; ++j)
-          if (!s.masked(r, key0 + j, key0))
-            for (std::int64_t d = 0; d < p.values; ++d) out[r * width + d] += s.scores[r * TK + j] * v[j * v_row + d];
+          for (std::int64_t d = 0; d < p.values; ++d)
+            copy[j * p.values + d] = s.masked(r, key0 + j, key0) ? T(0) : v[j * v_row + d];
+        add_rows(r, 1, copy, p.values, out);
+      }
       return;
     }
-    if (p.queries < gemm_row_block) {  // not s.rows: threads must not decide the order of additions
-      for (std::int64_t r = 0; r < s.rows; ++r)
+    add_rows(0, s.rows, v, v_row, out);
+  }
+
+  // P V of rows [first, first + rows) of the tile.
+  void add_rows(std::int64_t first, std::int64_t rows, const T* v, std::int64_t v_row, T* out) {
+    if (p.queries < gemm_row_block) {  // not `rows`: threads must not decide the order of additions
+      for (std::int64_t r = first; r < first + rows; ++r)
         if (const auto [from, to] = active_keys(r, 1); from < to)
           gemv<T>(s.scores + r * TK + from, v + from * v_row, v_row, out + r * width, p.values, to - from);
       return;
     }
     v = pack_panels(v, v_row, s.count, p.values, panels);
-    for (std::int64_t r = 0; r < s.rows; r += gemm_row_block) {
-      const std::int64_t some = std::min<std::int64_t>(gemm_row_block, s.rows - r);
+    for (std::int64_t r = first; r < first + rows; r += gemm_row_block) {
+      const std::int64_t some = std::min<std::int64_t>(gemm_row_block, first + rows - r);
       if (const auto [from, to] = active_keys(r, some); from < to)
         gemm<T>(s.scores + r * TK + from, TK, 1, v + from * panel_columns<T>, s.count * panel_columns<T>,
                 out + r * width, width, some, width, to - from);
@@ -106,7 +114,7 @@ class ForwardBlock {
   }
 
   ScoreBlock<T> s;
-  Buffer<T> panels;
+  Buffer<T> panels, shielded;
 };
 
 // Writes one row's results; `out` has been summed over all keys.
@@ -180,7 +188,7 @@ void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
         maximum = m > maximum ? m : maximum;
       }
       const T shift = maximum == T(-INFINITY) ? T(0) : maximum;
-      std::memset(out, 0, width * sizeof(T));
+      std::fill(out, out + width, T(0));
       for (std::int64_t k = 0; k < splits; ++k) {
         const T factor = std::exp(part_maximum.get(0)[k * all_rows + at] - shift);
         total += part_sum.get(0)[k * all_rows + at] * factor;

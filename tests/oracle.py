@@ -42,7 +42,8 @@ def make(
         "query": spread * torch.randn(*batch, queries, hidden, generator=g),
         "key": spread * torch.randn(*batch, keys, hidden, generator=g),
         "value": torch.randn(*batch, keys, values, generator=g),
-        "weight": torch.randn(*weight, generator=g),
+        # Scores of a usual spread: a softmax that is nearly one-hot has one error that decides.
+        "weight": torch.randn(*weight, generator=g) * min(1.0, 4 / max(hidden, 1) ** 0.5),
     }
     return {name: x.to(dtype) for name, x in inputs.items()}
 

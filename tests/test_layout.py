@@ -194,26 +194,26 @@ def test_lengths_strides(dtype, kind):
 @pytest.mark.parametrize("keys", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128])
 @pytest.mark.parametrize("queries", [1, 3, 4, 5])
 def test_keys_around_tiles(queries, keys):
-    check_against_plain([make((16,), queries, keys, 6, 5)])
+    check_against_plain([make((16,), queries, keys, 6, 5, seed=seed) for seed in range(3)])
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("hidden", [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 63, 65, 127, 129, 260])
 @pytest.mark.parametrize("queries", [1, 6])
 def test_features_around_vectors(queries, hidden):
-    check_against_plain([make((16,), queries, 19, hidden, 5)])
+    check_against_plain([make((16,), queries, 19, hidden, 5, seed=seed) for seed in range(2)])
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("values", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100])
 @pytest.mark.parametrize("queries", [1, 2, 6])
 def test_values_around_vectors(queries, values):
-    check_against_plain([make((16,), queries, 19, 6, values)])
+    check_against_plain([make((16,), queries, 19, 6, values, seed=seed) for seed in range(3)])
 
 
 @pytest.mark.parametrize("queries", [2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 257])
 def test_rows_around_blocks(queries):
-    check_against_plain([make((4,), queries, 19, 6, 5)])
+    check_against_plain([make((4,), queries, 19, 6, 5, seed=seed) for seed in range(3)])
 
 
 @pytest.mark.core
