@@ -88,6 +88,7 @@ def measure_case(
     modes: list[str],
     budget: float,
     rounds: int,
+    providers: list[Provider],
 ) -> list[tuple[str, str, dict[str, object]]]:
     """(provider, mode, measured columns) for every provider that knows this case."""
     # Each case compiles anew, for its own sizes: the best that torch.compile can do.
@@ -98,7 +99,7 @@ def measure_case(
     results: list[tuple[str, str, dict[str, object]]] = []
 
     runners: list[tuple[Provider, Runner]] = []
-    for provider in PROVIDERS:
+    for provider in providers:
         runner = provider.runner(case, inputs)
         if runner is not None:
             runners.append((provider, runner))
@@ -153,6 +154,7 @@ def run(
     device: torch.device,
     budget: float,
     rounds: int,
+    providers: list[Provider],
     output: TextIO,
 ) -> None:
     about = machine(device)
@@ -161,7 +163,9 @@ def run(
     todo = [(suite, case, dtype) for dtype in dtypes for suite, case in cases]
     for number, (suite, case, dtype) in enumerate(todo, start=1):
         chosen = [mode for mode in modes if mode in case.modes]
-        for provider, mode, columns in measure_case(case, dtype, device, chosen, budget, rounds):
+        for provider, mode, columns in measure_case(
+            case, dtype, device, chosen, budget, rounds, providers
+        ):
             row = Row(
                 **about,  # type: ignore[arg-type]
                 suite=suite,
@@ -191,6 +195,8 @@ def main() -> None:
     parser.add_argument(
         "--shapes", help=f"suites ({', '.join(SUITES)}) or BxLqxLkxHxDv, separated by commas"
     )
+    names = [provider.name for provider in PROVIDERS]
+    parser.add_argument("--providers", default=",".join(names), help=f"of {', '.join(names)}")
     parser.add_argument("--modes", default="forward,full", help="forward, full or both")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -222,6 +228,7 @@ def main() -> None:
             arguments.modes.split(","),
             device,
             budget=arguments.budget or (1.0 if arguments.quick else 10.0),
+            providers=[p for p in PROVIDERS if p.name in arguments.providers.split(",")],
             rounds=arguments.rounds or (7 if arguments.quick else 30),
             output=output,
         )

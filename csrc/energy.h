@@ -4,7 +4,7 @@
 //
 // Write a = e^{-2q} and b = e^{2k}, which cost O((Lq + Lk) H) exponentials. Then
 //
-//     t = (b - a) / (b + a) = 1 - 2 w a / (b + a) / w
+//     t = (b - a) / (b + a) = 1 - 2 a / (a + b)
 //
 // so that a feature costs one addition, y = b + a, and a share of one division: the fractions of four features are
 // joined, n0/y0 + n1/y1 = (n0 y1 + n1 y0) / (y0 y1), twice. Joining needs products of four y that neither overflow nor
@@ -228,7 +228,7 @@ void add_energies(const T* query, const T* keys, std::int64_t groups, const T* c
 
 // One score in the direct form with lanes over features: a single query row would use every packed key only once.
 template <class T>
-T energy(const T* query, const T* key, const T* weight, T normaliser, std::int64_t hidden) {
+T energy(const T* query, const T* key, const T* weight, std::int64_t hidden) {
   constexpr int L = lanes<T>;
   Vec<T> total = {};
   for (std::int64_t h = 0; h < hidden; h += group * L) {
@@ -240,7 +240,7 @@ T energy(const T* query, const T* key, const T* weight, T normaliser, std::int64
       const Vec<T> k = whole ? load(key + at) : load_part<T>(key + at, left, 0);
       const Vec<T> w = whole ? load(weight + at) : load_part<T>(weight + at, left, 0);
       tanh_fraction(q + k, z[g], y[g]);
-      z[g] *= w * normaliser;
+      z[g] *= w;
     }
     const Vec<T> z01 = z[0] * y[1] + z[1] * y[0], y01 = y[0] * y[1];
     const Vec<T> z23 = z[2] * y[3] + z[3] * y[2], y23 = y[2] * y[3];

@@ -95,6 +95,10 @@ class ScoreBlock {
       for (std::int64_t h = h0; h < std::min<std::int64_t>(p.hidden, h0 + features_summed); ++h) sum += w[h] * normaliser;
       c[h0 / features_summed] = T(sum / 2);
     }
+    if (p.queries == 1) {
+      T* to = weight_.get(p.hidden);
+      for (std::int64_t h = 0; h < p.hidden; ++h) to[h] = w[h] * normaliser;
+    }
     for (bool& b : query_packed_) b = false;
     scores = scores_.get(rows * TK);
   }
@@ -128,10 +132,12 @@ class ScoreBlock {
 
     if (p.queries == 1) {
       form[0] = direct;
-      for (std::int64_t j = 0; j < count; ++j)
-        if (active[0][j / K])
-          scores[j] = energy(p.query.at(entry, row0), p.key.at(entry, key0 + j), p.weight.at(entry, 0), normaliser,
-                             p.hidden);
+      for (std::int64_t j = 0; j < count; ++j) {
+        if (!active[0][j / K]) continue;
+        // Memory would wait for arithmetic here, and arithmetic for memory at the values: these come in meanwhile.
+        prefetch(p.value.at(entry, key0 + j), p.values);
+        scores[j] = energy(p.query.at(entry, row0), p.key.at(entry, key0 + j), weight_.get(0), p.hidden);
+      }
       finish_row(0, key0);
       return true;
     }
@@ -187,6 +193,10 @@ class ScoreBlock {
  private:
   const T* bias_memory() const { return const_cast<Buffer<T>&>(bias_).get(0); }
 
+  static void prefetch(const T* row, std::int64_t columns) {
+    for (std::int64_t c = 0; c < columns; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
+  }
+
   void pack(Form f, std::int64_t key0, const bool* block_used) {
     const std::int64_t width = features * constants(f);
     if (!query_packed_[f]) {
@@ -238,7 +248,7 @@ class ScoreBlock {
   typename Simd<T>::Bits query_largest[most_rows], weight_largest = 0;
   T normaliser = 1;
   bool query_packed_[3] = {};
-  Buffer<T> query_[3], key_[3], centre_, bias_, scores_;
+  Buffer<T> query_[3], key_[3], weight_, centre_, bias_, scores_;
 };
 
 // The keep factors, 0 or keep_scale, of `count` keys from key0 (a multiple of four) on.

@@ -103,7 +103,9 @@ def dense_mask(
             lengths = lengths[..., None, :] if per_row else lengths[..., None]
         allowed = allowed & (j < lengths[..., None].long())
     if attn_mask is not None:
-        allowed = allowed & (attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf)
+        allowed = allowed & (
+            attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+        )
     masked = attn_mask is not None or lengths is not None or is_causal or window is not None
     return allowed if masked else None
 

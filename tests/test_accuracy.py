@@ -70,11 +70,11 @@ def test_scale(scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("height", [-200.0, -88.8, 120.0, 1e4])
-@pytest.mark.parametrize("keys", [33, 48, 65, 127])
+@pytest.mark.parametrize("keys", [33, 48, 65])
 def test_scores_far_from_zero(keys, height, dtype):
     """exp(lse) over- or underflows; a tail that counts as score 0 would show (lse = -200)."""
     mask = torch.full((1, keys), height, dtype=dtype)
-    cases = [make((), 6, keys, 12, 5, dtype=dtype, seed=seed) for seed in range(8)]
+    cases = [make((8,), 6, keys, 12, 5, dtype=dtype)]
     # The weights are recomputed from an lse of this size, rounded.
     magnitude = abs(height) if dtype == torch.float64 else max(1.0, abs(height) / 50)
     check_against_plain(cases, attn_mask=mask, magnitude=magnitude)

@@ -169,9 +169,7 @@ def test_under_dropout():
     inputs = make((2,), QUERIES, KEYS, 8, 6)
     options = bool_mask(torch.float32)
     upstream = {"out": torch.randn(2, QUERIES, 6), "weights": torch.randn(2, QUERIES, KEYS)}
-    outputs, grads = gradients(
-        lambda x: fused(x, dropout_p=0.5, **options), inputs, upstream
-    )
+    outputs, grads = gradients(lambda x: fused(x, dropout_p=0.5, **options), inputs, upstream)
     assert torch.equal(outputs["out"][0, EMPTY], torch.zeros(6))
     assert torch.equal(grads["query"][0, EMPTY], torch.zeros(8))
     assert all(grad.isfinite().all() for grad in grads.values())

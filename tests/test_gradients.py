@@ -48,8 +48,15 @@ def test_gradcheck(pick, queries):
 @pytest.mark.parametrize("queries", [1, 3], ids=["one row", "rows"])
 def test_gradgradcheck(pick, queries):
     assert gradgradcheck(
-        function(pick, scale=0.7), leaves((2,), queries, 3, 4, 2), gen_non_contig_grad_outputs=True
+        function(pick, scale=0.7),
+        leaves((2,), queries, 3, 4, 2),
+        gen_non_contig_grad_outputs=True,
+        fast_mode=True,
     )
+
+
+def test_gradgradcheck_of_every_element():
+    assert gradgradcheck(function((0, 1, 2), scale=0.7), leaves((), 2, 3, 2, 2))
 
 
 MASKING = {
@@ -80,7 +87,9 @@ def test_masked(masking):
     assert gradgradcheck(lambda *t: tuple(call(*t)[i] for i in pick), inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (4,), (1, 4), (2, 1), (2, 2, 4), (2, 1, 4), ()], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 4), (4,), (1, 4), (2, 1), (2, 2, 4), (2, 1, 4), ()], ids=str
+)
 def test_float_mask(shape):
     inputs = leaves((2,), 2, 4, 4, 2)
     mask = torch.randn(shape, dtype=torch.float64, requires_grad=True)

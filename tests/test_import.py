@@ -55,14 +55,8 @@ new = {name.split(".")[0] for name in set(sys.modules) - before}
 assert not torch.cuda.is_initialized()
 assert not new & {"triton", "matplotlib", "setuptools", "IPython"}, new
 """
-    succeeded(python(code + TRY.replace("import torch\n", ""), cpu="pytorch"))
-    if ON_KERNEL:
-        succeeded(python(code + TRY))
-
-
-def test_cuda_stays_uninitialised_through_use():
-    result = python(TRY + "assert not torch.cuda.is_initialized()\n")
-    succeeded(result)
+    cpu = None if ON_KERNEL else "pytorch"
+    succeeded(python(code + TRY + "assert not torch.cuda.is_initialized()\n", cpu=cpu))
 
 
 def test_plot_without_matplotlib_is_a_sentence():
@@ -88,11 +82,11 @@ def copied(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("library", ["missing", "broken", "empty"])
+@pytest.mark.parametrize("library", ["missing", "broken"])
 def test_falls_back_with_one_warning(copied, library):
     if library != "missing":
-        content = b"" if library == "empty" else b"\x7fELF but no library at all" * 50
-        (copied / "additive_attn" / "_C.abi3.so").write_bytes(content)
+        broken = copied / "additive_attn" / "_C.abi3.so"
+        broken.write_bytes(b"\x7fELF but no library at all" * 50)
     code = TRY + "import additive_attn; additive_attn.show_config(); print(ops.cpu_path())"
     result = succeeded(python(code, copied, flags=("-W", "always")))
     assert result.stderr.count("UserWarning: additive_attn") == 1, result.stderr
@@ -102,11 +96,10 @@ def test_falls_back_with_one_warning(copied, library):
     assert reason in result.stdout and reason in result.stderr
 
 
-def test_asking_for_the_fallback_is_silent(copied):
-    for path in (copied, PACKAGE_PARENT):
-        code = TRY + "print(ops.cpu_path(), ops.cpu_reason)"
-        result = succeeded(python(code, path, cpu="pytorch", flags=("-W", "error::UserWarning")))
-        assert result.stdout.startswith("pytorch ADDITIVE_ATTN_CPU=pytorch")
+def test_asking_for_the_fallback_is_silent():
+    code = TRY + "print(ops.cpu_path(), ops.cpu_reason)"
+    result = succeeded(python(code, cpu="pytorch", flags=("-W", "error::UserWarning")))
+    assert result.stdout.startswith("pytorch ADDITIVE_ATTN_CPU=pytorch")
 
 
 def test_asking_for_a_library_that_is_missing(copied):
@@ -115,7 +108,7 @@ def test_asking_for_a_library_that_is_missing(copied):
     assert "ImportError: ADDITIVE_ATTN_CPU=baseline cannot be served" in result.stderr
 
 
-@pytest.mark.parametrize("value", ["fast", "", "AVX2"])
+@pytest.mark.parametrize("value", ["AVX2", ""])
 def test_values_that_name_nothing(value):
     result = python(TRY, cpu=value)
     assert result.returncode != 0
@@ -124,7 +117,7 @@ def test_values_that_name_nothing(value):
 
 
 @pytest.mark.skipif(not ON_KERNEL, reason="there is no kernel to choose")
-@pytest.mark.parametrize("value", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("value", ["avx512", "baseline"])
 def test_forced_paths_run_or_say_why_not(value):
     result = python(TRY + "print(ops.cpu_path())", cpu=value)
     if result.returncode == 0:
@@ -175,8 +168,8 @@ def test_called_from_several_python_threads():
     code = """
 import threading, torch
 from additive_attn import additive_attention
-tensors = [torch.randn(2, 60, 16), torch.randn(2, 150, 16), torch.randn(2, 150, 8), torch.randn(16)]
-leaves = [x.requires_grad_() for x in tensors]
+shapes = (2, 60, 16), (2, 150, 16), (2, 150, 8), (16,)
+leaves = [torch.randn(shape).requires_grad_() for shape in shapes]
 expected = additive_attention(*leaves)
 grads = torch.autograd.grad(expected.sum(), leaves)
 problems = []

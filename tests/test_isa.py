@@ -35,6 +35,11 @@ def test_core(path):
     if available.returncode and "which this processor or this build lacks" in available.stderr:
         pytest.skip(f"this machine has no {path}")
     assert available.returncode == 0, available.stderr
-    result = run(["-m", "pytest", "-q", "-m", "core", "-p", "no:cacheprovider", str(TESTS)], path)
+    # The fallback has no tiles and vectors, around which to test.
+    names = "not around and not drops_what" if path == "pytorch" else ""
+    result = run(
+        ["-m", "pytest", "-q", "-m", "core", "-k", names, "-p", "no:cacheprovider", str(TESTS)],
+        path,
+    )
     assert result.returncode == 0, result.stdout[-5000:]
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 300

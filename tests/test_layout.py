@@ -1,4 +1,4 @@
-"""Promise 5: any strides, offsets, broadcast dims, odd sizes, sizes 0 and 1, many batch entries."""
+"""Promise 5: any strides, offsets, broadcast dims, odd sizes, sizes 0 and 1, huge batches."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ def around(x, *pads):
     """x as a slice of a larger tensor of NaN: who reads beyond it, reads NaN."""
     size = [n + before + after for n, (before, after) in zip(x.shape, pads, strict=True)]
     outer = torch.full(size, NAN, dtype=x.dtype)
-    inner = outer[
-        tuple(slice(b, b + n) for n, (b, _) in zip(x.shape, pads, strict=True))
-    ]
+    inner = outer[tuple(slice(b, b + n) for n, (b, _) in zip(x.shape, pads, strict=True))]
     inner.copy_(x)
     return inner
 
@@ -148,7 +146,7 @@ def test_expanded_inputs(name, dim):
     assert_layout_free(everything({**inputs, name: view}), everything(same))
 
 
-@pytest.mark.parametrize("recipe", RECIPES + ["expanded"])
+@pytest.mark.parametrize("recipe", [*RECIPES, "expanded"])
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_mask_strides(kind, recipe):
     inputs = make((3,), 5, 21, 12, 10)
@@ -198,7 +196,9 @@ def test_keys_around_tiles(queries, keys):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("hidden", [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 63, 65, 127, 129, 260])
+@pytest.mark.parametrize(
+    "hidden", [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 63, 65, 127, 129, 260]
+)
 @pytest.mark.parametrize("queries", [1, 6])
 def test_features_around_vectors(queries, hidden):
     check_against_plain([make((16,), queries, 19, hidden, 5, seed=seed) for seed in range(2)])

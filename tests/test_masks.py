@@ -39,7 +39,9 @@ ATTN_MASKS = {
 LENGTHS = {
     "no lengths": None,
     "(B,)": torch.tensor([21, 4, 0]),
-    "(B, Lq)": torch.randint(0, KEYS + 1, (3, QUERIES), generator=torch.Generator().manual_seed(2)),
+    "(B, Lq)": torch.randint(
+        0, KEYS + 1, (3, QUERIES), generator=torch.Generator().manual_seed(2)
+    ),
 }
 WINDOWS = [None, (0, 0), (2, 3), (-1, 1), (4, -1), (-1, -1), (100, 100)]
 
@@ -103,7 +105,8 @@ def test_accuracy_of_the_gradient_of_a_float_mask(dtype):
 
 SHAPES = [
     (), (KEYS,), (1,), (1, KEYS), (QUERIES, 1), (1, 1), (QUERIES, KEYS), (3, 1, 1), (1, 1, KEYS),
-    (3, QUERIES, KEYS), (2, 1, 1, KEYS), (2, 1, QUERIES, KEYS), (1, 3, 1, KEYS), (2, 3, QUERIES, 1),
+    (3, QUERIES, KEYS), (2, 1, 1, KEYS), (2, 1, QUERIES, KEYS), (1, 3, 1, KEYS),
+    (2, 3, QUERIES, 1),
 ]  # fmt: skip
 
 
@@ -133,9 +136,7 @@ def test_lengths_around_tiles(queries, stop):
     inputs = make((), queries, 140, 12, 9)
     short = {n: x[:stop] if n in ("key", "value") else x for n, x in inputs.items()}
     upstream = {"out": torch.randn(queries, 9), "lse": torch.randn(queries)}
-    masked, grads = gradients(
-        lambda x: fused(x, lengths=torch.tensor(stop)), inputs, upstream
-    )
+    masked, grads = gradients(lambda x: fused(x, lengths=torch.tensor(stop)), inputs, upstream)
     expected, expected_grads = gradients(fused, short, upstream)
     torch.testing.assert_close(masked["out"], expected["out"], atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(masked["lse"], expected["lse"], atol=2e-6, rtol=1e-5)
@@ -151,9 +152,10 @@ def test_lengths_around_tiles(queries, stop):
 @pytest.mark.core
 @pytest.mark.parametrize("queries,keys", [(150, 150), (40, 200), (200, 40), (1, 70), (300, 1)])
 @pytest.mark.parametrize(
-    "options", [dict(is_causal=True), dict(window=(10, 0)), dict(window=(0, 65)), dict(window=(64, 64))],
+    "options",
+    [dict(is_causal=True), *(dict(window=w) for w in ((10, 0), (0, 65), (64, 64)))],
     ids=str,
-)  # fmt: skip
+)
 def test_bands_over_many_tiles(queries, keys, options):
     """Tiles that the band leaves empty are skipped; the ones on its edge are not."""
     inputs = make((), queries, keys, 8, 5)
@@ -240,7 +242,9 @@ def test_masked_float_positions_get_no_gradient():
     inputs["attn_mask"] = masks("float", (6, 20))
     hidden = inputs["attn_mask"] == -math.inf
     _, grads = gradients(
-        lambda x: fused({k: v for k, v in x.items() if k != "attn_mask"}, attn_mask=x["attn_mask"]),
+        lambda x: fused(
+            {k: v for k, v in x.items() if k != "attn_mask"}, attn_mask=x["attn_mask"]
+        ),
         inputs,
         {"out": torch.randn(6, 6), "lse": torch.randn(6)},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -14,10 +15,10 @@ from additive_attn import additive_attention, merge_attention
 def chunks(inputs, cuts, **options):
     """Attention over each range of keys."""
     outs, lses = [], []
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, stop in itertools.pairwise(cuts):
         mask = options.get("attn_mask")
         out, lse = additive_attention(
-            inputs["query"], inputs["key"][..., start:stop, :], inputs["value"][..., start:stop, :],
+            inputs["query"], *(inputs[name][..., start:stop, :] for name in ("key", "value")),
             inputs["weight"], attn_mask=None if mask is None else mask[..., start:stop],
             need_lse=True,
         )  # fmt: skip
@@ -26,7 +27,9 @@ def chunks(inputs, cuts, **options):
     return outs, lses
 
 
-@pytest.mark.parametrize("cuts", [(0, 90), (0, 1, 90), (0, 30, 60, 90), (0, 0, 45, 45, 90)], ids=str)
+@pytest.mark.parametrize(
+    "cuts", [(0, 90), (0, 1, 90), (0, 30, 60, 90), (0, 0, 45, 45, 90)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_chunks_of_keys(cuts, dtype):
     inputs = make((2, 3), 7, 90, 12, 5, dtype=dtype, heads=True)

@@ -59,9 +59,7 @@ def test_not_a_bit_changes(queries, kind, poison):
     inputs = make((2,), queries, KEYS, 12, 9)
     upstream = {name: torch.randn_like(x) for name, x in fused(inputs, **options).items()}
     clean, clean_grads = gradients(lambda x: fused(x, **options), zeroed(inputs), upstream)
-    bad, bad_grads = gradients(
-        lambda x: fused(x, **options), poisoned(inputs, poison), upstream
-    )
+    bad, bad_grads = gradients(lambda x: fused(x, **options), poisoned(inputs, poison), upstream)
     for name in OUTPUTS:
         assert_same(bad[name], clean[name], name)
     for name in bad_grads:
@@ -77,9 +75,7 @@ def test_other_dtypes(kind, dtype):
     inputs = make((2,), 6, KEYS, 12, 9, dtype=dtype)
     upstream = {"out": torch.randn(2, 6, 9).to(dtype)}
     clean, clean_grads = gradients(lambda x: fused(x, **kind(6)), zeroed(inputs), upstream)
-    bad, bad_grads = gradients(
-        lambda x: fused(x, **kind(6)), poisoned(inputs, math.nan), upstream
-    )
+    bad, bad_grads = gradients(lambda x: fused(x, **kind(6)), poisoned(inputs, math.nan), upstream)
     for name in OUTPUTS:
         assert_same(bad[name], clean[name], name)
     for name in bad_grads:

@@ -38,7 +38,7 @@ def test_compile_with_inductor(dynamo):
     """Full graph, forward and backward, dynamic lengths, one compilation for all of them."""
 
     def attend(query, key, value, weight, lengths):
-        out, weights, lse = additive_attention(
+        out, weights, _ = additive_attention(
             query * 2, key, value, weight, lengths=lengths, is_causal=True, need_weights=True,
             need_lse=True,
         )  # fmt: skip
@@ -184,7 +184,7 @@ def test_opcheck_backward(case, needs):
     needs = list(needs)
     mask = options[0]
     needs[4] = needs[4] and mask is not None and mask.is_floating_point()
-    out, weights, lse = torch.ops.additive_attn.forward(*inputs.values(), *options, True)
+    out, _, lse = torch.ops.additive_attn.forward(*inputs.values(), *options, True)
     upstream = [torch.randn_like(out).transpose(0, 1).contiguous().transpose(0, 1), None]
     backward = torch.ops.additive_attn.backward.default
     arguments = (*upstream, torch.randn_like(lse), *inputs.values(), *options[:3], lse)
@@ -238,7 +238,8 @@ def test_vmap_is_the_batched_call():
     expected = fused(inputs)
     for in_dims in ((0, 0, 0, None), (1, 2, -1, None)):
         moved = [
-            x if d is None else x.movedim(0, d) for x, d in zip(inputs.values(), in_dims, strict=True)
+            x if d is None else x.movedim(0, d)
+            for x, d in zip(inputs.values(), in_dims, strict=True)
         ]
         call = lambda *t: additive_attention(*t, need_weights=True, need_lse=True)  # noqa: E731
         ours = torch.func.vmap(call, in_dims=in_dims)(*moved)
@@ -304,18 +305,20 @@ def test_hessian_and_double_backward():
     ours = lambda q: additive_attention(q, *list(inputs.values())[1:]).square().sum()  # noqa: E731
     theirs = lambda q: plain(q, *list(inputs.values())[1:])["out"].square().sum()  # noqa: E731
     expected = torch.func.hessian(theirs)(inputs["query"])
-    torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(ours))(inputs["query"]), expected)
-    torch.testing.assert_close(torch.func.hessian(ours)(inputs["query"]), expected)
     torch.testing.assert_close(
-        torch.autograd.functional.hessian(ours, inputs["query"]), expected
+        torch.func.jacrev(torch.func.jacrev(ours))(inputs["query"]), expected
     )
+    torch.testing.assert_close(torch.func.hessian(ours)(inputs["query"]), expected)
+    torch.testing.assert_close(torch.autograd.functional.hessian(ours, inputs["query"]), expected)
 
 
 def test_forward_mode():
     inputs = make((2,), 3, 4, 3, 2, dtype=torch.float64)
     tangents = [torch.randn_like(x) for x in inputs.values()]
     with forward_ad.dual_level():
-        duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs.values(), tangents, strict=True)]
+        duals = [
+            forward_ad.make_dual(x, t) for x, t in zip(inputs.values(), tangents, strict=True)
+        ]
         got = forward_ad.unpack_dual(additive_attention(*duals)).tangent
         expected = forward_ad.unpack_dual(plain(*duals)["out"]).tangent
     torch.testing.assert_close(got, expected)
@@ -387,8 +390,9 @@ def test_meta_and_fake_tensors():
         out, weights = layer(torch.empty(2, 5, 6), torch.empty(2, 7, 6))
     assert out.shape == (2, 5, 6) and weights.shape == (2, 5, 7) and out.is_meta
     with torch._subclasses.FakeTensorMode():
-        out = additive_attention(torch.empty(2, 5, 8), torch.empty(2, 7, 8), torch.empty(2, 7, 3),
-                                 torch.empty(8), lengths=torch.ones(2, dtype=torch.int64))  # fmt: skip
+        shapes = (2, 5, 8), (2, 7, 8), (2, 7, 3), (8,)
+        lengths = torch.ones(2, dtype=torch.int64)
+        out = additive_attention(*(torch.empty(shape) for shape in shapes), lengths=lengths)
     assert out.shape == (2, 5, 3)
 
 

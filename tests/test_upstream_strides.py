@@ -107,9 +107,7 @@ def test_through_what_models_do(use):
             return contiguous_first(grad)
 
     direct = backward_of(lambda x: use(additive_attention(*x.values())), inputs)
-    cleaned = backward_of(
-        lambda x: use(Contiguous.apply(additive_attention(*x.values()))), inputs
-    )
+    cleaned = backward_of(lambda x: use(Contiguous.apply(additive_attention(*x.values()))), inputs)
     assert_layout_free(direct, cleaned)
 
 
