@@ -30,9 +30,11 @@ def python(code, path=PACKAGE_PARENT, cpu=None, flags=()):
     env["PYTHONPATH"] = str(path)
     if cpu is not None:
         env["ADDITIVE_ATTN_CPU"] = cpu
+    # Python puts the working directory before PYTHONPATH.
     return subprocess.run(
-        [sys.executable, *flags, "-c", code], capture_output=True, text=True, env=env, check=False
-    )
+        [sys.executable, *flags, "-c", code],
+        capture_output=True, text=True, env=env, check=False, cwd=path,
+    )  # fmt: skip
 
 
 def succeeded(result):
