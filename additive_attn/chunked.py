@@ -124,6 +124,9 @@ def backward(
         probability = torch.exp(score - lse[..., block, None])
         if allowed is not None:
             probability = torch.where(allowed, probability, 0.0)
+        # They sum to 1: dividing takes out the rounding of lse, which all keys of a row share.
+        total = probability.sum(-1, keepdim=True)
+        probability = torch.where(total > 0, probability / total, probability)
 
         factor: Tensor | float = 1.0
         if seed is not None:
