@@ -8,23 +8,27 @@
 //
 // so that a feature costs one addition, y = b + a, and a share of one division: the fractions of four features are
 // joined, n0/y0 + n1/y1 = (n0 y1 + n1 y0) / (y0 y1), twice. Joining needs products of four y that neither overflow nor
-// underflow, and differences that do not cancel; three forms of numerator and denominator cover every input:
+// underflow, and differences that do not cancel; four forms of numerator and denominator cover every input:
 //
-//     form      when                    numerator z          denominator y       result
-//     centred   |q|, |k| <= 1           w beta - w alpha     beta + (2 + alpha)  sum z/y         alpha = a - 1, beta = b - 1
-//     factored  |q|, |k| <= safe_range  w a                  b + a               sum (w - 2 z/y)
-//     direct    otherwise, NaN, Inf     w P(q + k)           Q(q + k)            sum z/y         tanh = P / Q
+//     form        when                    numerator z          denominator y       result
+//     centred     |q|, |k| <= 1           w beta - w alpha     beta + (2 + alpha)  sum z/y         alpha = a - 1, beta = b - 1
+//     difference  |q|, |k| <= safe        w (b - a)            b + a               sum z/y
+//     factored    the same                w a                  b + a               sum (w - 2 z/y)
+//     direct      otherwise, NaN, Inf     w P(q + k)           Q(q + k)            sum z/y         tanh = P / Q
 //
-// `factored` has an absolute error of an ulp of 1 in every tanh, as the plain layer has where tanh is near 1; `centred`
-// keeps the relative error where all tanh are small. `direct` limits q + k to where tanh has become 1, evaluates a
-// tanh per pair, and treats NaN and Inf as the plain layer does. The form is chosen per query row and key
-// tile, so a result never depends on how the rows are shared out among threads.
+// `factored` is the fastest. It has an absolute error of an ulp of 1 in every tanh, as the plain layer has where tanh is
+// near 1. Over many features these errors average out better than the plain layer's; with few features, or where no fused
+// multiply-add spares the joining its roundings, `difference` keeps the sum as small as the score itself. `centred` keeps
+// the relative error where all tanh are small. `direct` limits q + k to where tanh has become 1, evaluates a tanh per pair,
+// and treats NaN and Inf as the plain layer does. The form is chosen per query row and key tile, so a result never depends
+// on how the rows are shared out among threads.
 //
 // The weights are divided by a power of two so that |w| <= 2 and no numerator overflows.
 //
 // Lanes run over keys: a tile is packed as [block of 2 vectors of keys][h][key], a query row as [4 features][constant].
 
-enum Form { centred, factored, direct };
+enum Form { centred, difference, factored, direct };
+constexpr int forms = 4;
 
 template <class T>
 struct Range;
@@ -39,6 +43,7 @@ struct Range<double> {
 };
 constexpr int group = 4;            // features that share a division
 constexpr int features_cached = 128;  // so many features of a key block stay in the first-level cache
+constexpr int features_few = 64;      // up to so many, `difference` rather than `factored`
 constexpr int features_summed = 32;   // partial sums are centred after so many features, which keeps them small
 
 template <class T>
@@ -96,10 +101,12 @@ typename Simd<T>::Bits ordered_bits(T x) {
 }
 
 template <class T>
-Form choose_form(typename Simd<T>::Bits query, typename Simd<T>::Bits key, typename Simd<T>::Bits weight) {
+Form choose_form(typename Simd<T>::Bits query, typename Simd<T>::Bits key, typename Simd<T>::Bits weight,
+                 std::int64_t hidden) {
   const auto most = std::max(query, key);
-  if (most <= ordered_bits<T>(1)) return weight < ordered_bits<T>(INFINITY) ? centred : direct;
-  return most <= ordered_bits<T>(Range<T>::safe) && weight < ordered_bits<T>(INFINITY) ? factored : direct;
+  if (most > ordered_bits<T>(Range<T>::safe) || weight >= ordered_bits<T>(INFINITY)) return direct;
+  if (most <= ordered_bits<T>(1)) return centred;
+  return fused_multiply_add && hidden > features_few ? factored : difference;
 }
 
 // 2^-e with 2^e <= largest |w| < 2^(e+1). NaN where a weight is not finite: so are the plain layer's results, in every row.
@@ -127,10 +134,10 @@ void pack_query(Form form, const T* q, const T* w, T normaliser, std::int64_t hi
       store(constant[0], u);
       store(constant[1], -u * alpha);
       store(constant[2], alpha + T(2));
-    } else if (form == factored) {
+    } else if (form != direct) {
       const Vec<T> a = exp<T>(x * T(-2));
       store(constant[0], a);
-      store(constant[1], u * a);
+      store(constant[1], form == factored ? u * a : u);
     } else {
       store(constant[0], x);
       store(constant[1], u);
@@ -147,7 +154,7 @@ template <class T>
 struct KeyConstant {
   Form form;
   Vec<T> operator()(Vec<T> k) const {
-    return form == centred ? expm1<T>(k * T(2)) : form == factored ? exp<T>(k * T(2)) : k;
+    return form == direct ? k : form == centred ? expm1<T>(k * T(2)) : exp<T>(k * T(2));
   }
 };
 
@@ -185,6 +192,9 @@ inline void fraction(const T* constant, int feature, Vec<T> k, Vec<T>& z, Vec<T>
   if constexpr (form == centred) {
     z = k * *c0 + *c1;
     y = k + *c2;
+  } else if constexpr (form == difference) {
+    z = (k - *c0) * *c1;
+    y = k + *c0;
   } else if constexpr (form == factored) {
     z = splat<T>(*c1);
     y = k + *c0;

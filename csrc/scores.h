@@ -147,7 +147,7 @@ class ScoreBlock {
       key_largest[j] = largest(p.key.at(entry, key0 + j), p.hidden);
       tile_largest = std::max(tile_largest, key_largest[j]);
     }
-    bool form_used[3] = {};
+    bool form_used[forms] = {};
     for (std::int64_t r = 0; r < rows; ++r) {
       auto most = tile_largest;
       if (!complete) {  // what a masked key holds must not matter, not even to the form
@@ -155,10 +155,10 @@ class ScoreBlock {
         for (std::int64_t j = 0; j < count; ++j)
           if (!masked(r, key0 + j, key0)) most = std::max(most, key_largest[j]);
       }
-      form[r] = choose_form<T>(query_largest[r], most, weight_largest);
+      form[r] = choose_form<T>(query_largest[r], most, weight_largest, p.hidden);
       form_used[form[r]] = true;
     }
-    for (Form f : {centred, factored, direct})
+    for (Form f : {centred, difference, factored, direct})
       if (form_used[f]) pack(f, key0, block_used);
 
     for (std::int64_t h0 = 0; h0 < std::max<std::int64_t>(features, 1); h0 += features_cached) {
@@ -217,6 +217,7 @@ class ScoreBlock {
     const T* k = key_[f].get(0) + (b * features + h0) * K;
     const T* c = centre_.get(0) + h0 / features_summed;
     if (f == centred) return add_energies<T, centred>(q, k, groups, c, s);
+    if (f == difference) return add_energies<T, difference>(q, k, groups, c, s);
     if (f == factored) return add_energies<T, factored>(q, k, groups, c, s);
     add_energies<T, direct>(q, k, groups, c, s);
   }
@@ -247,8 +248,8 @@ class ScoreBlock {
   Form form[most_rows];
   typename Simd<T>::Bits query_largest[most_rows], weight_largest = 0;
   T normaliser = 1;
-  bool query_packed_[3] = {};
-  Buffer<T> query_[3], key_[3], weight_, centre_, bias_, scores_;
+  bool query_packed_[forms] = {};
+  Buffer<T> query_[forms], key_[forms], weight_, centre_, bias_, scores_;
 };
 
 // The keep factors, 0 or keep_scale, of `count` keys from key0 (a multiple of four) on.

@@ -8,6 +8,12 @@
 template <class T>
 struct Simd;
 
+#if VECTOR_BYTES > 16 || defined(__aarch64__) || defined(__FMA__)
+constexpr bool fused_multiply_add = true;
+#else
+constexpr bool fused_multiply_add = false;
+#endif
+
 template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(VECTOR_BYTES)));

@@ -37,16 +37,18 @@ def test_no_worse_than_plain(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [40, 100])
 @pytest.mark.parametrize("spread", [1e-3, 0.1, 5.0])
-def test_small_and_large_activations(spread, dtype):
+def test_small_and_large_activations(spread, hidden, dtype):
     """Small sums keep their relative error: 1 - 2/(1 + e^2x) alone would lose it."""
-    cases = [make((2,), 30, 50, 40, 16, dtype=dtype, seed=s, spread=spread) for s in SEEDS]
+    cases = [make((2,), 30, 50, hidden, 16, dtype=dtype, seed=s, spread=spread) for s in SEEDS]
     check_against_plain(cases, magnitude=min(spread, 1.0))
 
 
+@pytest.mark.parametrize("hidden", [24, 80])
 @pytest.mark.parametrize("upstream", ["out", "weights", "lse"])
-def test_gradients_of_each_output(upstream):
-    cases = [make((2,), 30, 70, 24, 16, seed=seed) for seed in SEEDS]
+def test_gradients_of_each_output(upstream, hidden):
+    cases = [make((2,), 30, 70, hidden, 16, seed=seed) for seed in SEEDS]
     check_against_plain(cases, upstream_of=[upstream])
 
 

@@ -44,6 +44,19 @@ def test_gradcheck(pick, queries):
     assert gradcheck(function(pick, scale=0.7), leaves((2,), queries, 4, 5, 3))
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("spread", [0.2, 1.0, 100.0])
+@pytest.mark.parametrize("hidden", [5, 66], ids=["few features", "many features"])
+def test_gradcheck_of_every_form(hidden, spread):
+    """The kernel's form depends on the largest magnitude and on the number of features."""
+    inputs = leaves((), 2, 3, hidden, 2)
+    with torch.no_grad():
+        inputs[0][:, 0] = spread
+        inputs[0][:, 1:] *= min(spread, 1.0)
+        inputs[1].mul_(min(spread, 1.0))
+    assert gradcheck(function((0, 1, 2)), inputs)
+
+
 @pytest.mark.parametrize("pick", PICKS, ids=PICK_IDS)
 @pytest.mark.parametrize("queries", [1, 3], ids=["one row", "rows"])
 def test_gradgradcheck(pick, queries):

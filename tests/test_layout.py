@@ -191,10 +191,7 @@ def test_lengths_strides(dtype, kind):
 @pytest.mark.core
 @pytest.mark.parametrize("keys", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128])
 @pytest.mark.parametrize("queries", [1, 3, 4, 5])
-def test_keys_around_tiles(queries, keys, request):
-    if ops.cpu_path() == "baseline" and (queries, keys) == (3, 8):
-        reason = "SSE2 has no fused multiply-add: dkey is off by 5e-6, the plain layer by 7e-7"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_keys_around_tiles(queries, keys):
     check_against_plain([make((16,), queries, keys, 6, 5, seed=seed) for seed in range(3)])
 
 

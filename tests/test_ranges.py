@@ -21,16 +21,18 @@ from oracle import (
 
 # Around the limits between the kernel's forms in float32 (1 and 10) and float64 (1 and 80), where
 # four factors overflow (10.4 and 21.8), where e^2x overflows (44, 355), and far beyond.
+FEATURES = [24, 72]  # the kernel sums few and many features differently
 LIMITS = [0.1, 0.99, 1.01, 9.9, 10.1, 11.0, 15.0, 21.0, 23.0, 43.0, 45.0, 79.0, 81.0, 90.0, 200.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", FEATURES)
 @pytest.mark.parametrize("size", LIMITS)
-def test_one_magnitude(size, dtype):
+def test_one_magnitude(size, hidden, dtype):
     """Signs mixed: sums of both near zero and of twice the size occur."""
     cases = []
     for seed in range(3):
-        case = make((), 12, 40, 24, 8, dtype=dtype, seed=seed)
+        case = make((), 12, 40, hidden, 8, dtype=dtype, seed=seed)
         for name in ("query", "key"):
             case[name] = (case[name].sign() * size * (1 - 0.1 * torch.rand(case[name].shape))).to(
                 dtype
@@ -41,12 +43,13 @@ def test_one_magnitude(size, dtype):
 
 @pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("hidden", FEATURES)
 @pytest.mark.parametrize("queries", [1, 24])
-def test_all_magnitudes_in_one_call(queries, dtype):
+def test_all_magnitudes_in_one_call(queries, hidden, dtype):
     """Each row and each key has its own magnitude, 0.1 to 200, in every combination."""
     cases = []
     for seed in range(3):
-        case = make((2,), queries, 150, 24, 8, dtype=dtype, seed=seed)
+        case = make((2,), queries, 150, hidden, 8, dtype=dtype, seed=seed)
         g = torch.Generator().manual_seed(seed)
         for name in ("query", "key"):
             count = case[name].shape[1]
@@ -56,34 +59,37 @@ def test_all_magnitudes_in_one_call(queries, dtype):
     check_against_plain(cases)
 
 
-def test_all_magnitudes_among_features():
+@pytest.mark.parametrize("hidden", FEATURES)
+def test_all_magnitudes_among_features(hidden):
     """One feature of 200 beside features of 0.1."""
     cases = []
     for seed in range(3):
-        case = make((2,), 24, 70, 33, 8, seed=seed)
-        size = 10 ** torch.linspace(-1, 2.3, 33)
+        case = make((2,), 24, 70, hidden, 8, seed=seed)
+        size = 10 ** torch.linspace(-1, 2.3, hidden)
         case["query"] *= size
         case["key"] *= size.flip(0)
         cases.append(case)
     check_against_plain(cases)
 
 
-def test_opposite_magnitudes_cancel():
+@pytest.mark.parametrize("hidden", FEATURES)
+def test_opposite_magnitudes_cancel(hidden):
     """q = 60 and k = -60 + x: the sum is small, both factors are extreme."""
     cases = []
     for seed in range(3):
         for base in (8.0, 20.0, 60.0):
-            case = make((), 20, 40, 16, 8, seed=seed)
+            case = make((), 20, 40, hidden, 8, seed=seed)
             case["query"] += base
             case["key"] -= base
             cases.append(case)
     check_against_plain(cases)
 
 
+@pytest.mark.parametrize("hidden", FEATURES)
 @pytest.mark.parametrize("other", [0.5, 5.0, 9.0, 12.0, 40.0, 100.0])
-def test_one_large_row_changes_no_other(other):
+def test_one_large_row_changes_no_other(other, hidden):
     """The form is chosen per row, so a neighbour's magnitude changes no bit of this row."""
-    inputs = make((), 20, 70, 24, 8, spread=0.3)
+    inputs = make((), 20, 70, hidden, 8, spread=0.3)
     changed = {**inputs, "query": inputs["query"].clone()}
     changed["query"][11] = other
     ours, before = fused(changed), fused(inputs)
@@ -93,10 +99,11 @@ def test_one_large_row_changes_no_other(other):
     )
 
 
-def test_continuous_across_the_limits():
+@pytest.mark.parametrize("hidden", FEATURES)
+def test_continuous_across_the_limits(hidden):
     """On both sides of a limit, results are those of float64: no step between the forms."""
     for limit in (1.0, 10.0):
-        inputs = make((), 6, 30, 16, 5, spread=0.2)
+        inputs = make((), 6, 30, hidden, 5, spread=0.2)
         results = []
         for nudge in (-1e-5, 1e-5):
             case = {**inputs, "key": inputs["key"].clone()}
@@ -137,10 +144,10 @@ PLACES = [("query", (1, 3)), ("key", (4, 2)), ("value", (4, 1)), ("weight", (2,)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("name,place", PLACES, ids=[name for name, _ in PLACES])
-@pytest.mark.parametrize("queries", [2, 7])
-def test_special_values_as_in_the_plain_layer(queries, name, place, poison, dtype):
+@pytest.mark.parametrize("queries,hidden", [(2, 6), (7, 6), (7, 70)])
+def test_special_values_as_in_the_plain_layer(queries, hidden, name, place, poison, dtype):
     """Which outputs and gradients are NaN, Inf or finite is as in the plain layer."""
-    inputs = make((), queries, 40, 6, 5, dtype=dtype)
+    inputs = make((), queries, 40, hidden, 5, dtype=dtype)
     inputs[name][place] = poison
     theirs_out = plain(*(x.double() for x in inputs.values()))
     upstream = random_upstream(theirs_out)
