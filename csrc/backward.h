@@ -356,6 +356,7 @@ class FeaturePass {
       if (!std::memchr(on, 1, blocks)) continue;
       const bool row_special = load_query(r, h, q, a);
       const T* g = gradient(r) + key0;
+      if (r + 1 < ws.rows) prefetch(gradient(r + 1) + key0, keys);  // rows lie pages apart, which hardware does not foresee
       if (++summed % rows_summed == 0) add_and_clear(sum_key, sum_key_rows, keys * F);
       T sum_query[F] = {};
       std::memset(sum_weight, 0, F * sizeof(T));
@@ -419,10 +420,10 @@ class FeaturePass {
 
   // q, padded, and e^{-2q} with its rest if wanted; true if the factored form does not serve.
   bool load_query(std::int64_t r, std::int64_t h, T* q, T* a) const {
-    const T* row = p.query.at(entry, ws.row0 + r);
-    for (int l = 0; l < F; ++l) q[l] = h + l < p.hidden ? row[h + l] : T(0);
-    for (int v = 0; v < feature_vectors && a; ++v) store_exp<T>(load(q + v * L) * T(-2), a + v * L, a + F + v * L);
-    return largest(q, F) > ordered_bits<T>(Range<T>::safe);
+    const T* x = load_features(p.query.at(entry, ws.row0 + r), h, q);
+    if (x != q) std::memcpy(q, x, F * sizeof(T));
+    for (int v = 0; v < feature_vectors && a; ++v) store_exp<T>(load(x + v * L) * T(-2), a + v * L, a + F + v * L);
+    return largest(x, F) > ordered_bits<T>(Range<T>::safe);
   }
 
   // A group of a row's features: where it lies, or a copy padded with zeros at the end of the row.

@@ -59,6 +59,11 @@ inline std::int64_t rows_per_block(std::int64_t batch, std::int64_t queries, int
 }
 
 template <class T>
+void prefetch(const T* row, std::int64_t columns) {
+  for (std::int64_t c = 0; c < columns; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
+}
+
+template <class T>
 class ScoreBlock {
  public:
   static constexpr int K = block_keys<T>, TK = tile_keys<T>;
@@ -192,10 +197,6 @@ class ScoreBlock {
 
  private:
   const T* bias_memory() const { return const_cast<Buffer<T>&>(bias_).get(0); }
-
-  static void prefetch(const T* row, std::int64_t columns) {
-    for (std::int64_t c = 0; c < columns; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
-  }
 
   void pack(Form f, std::int64_t key0, const bool* block_used) {
     const std::int64_t width = features * constants(f);

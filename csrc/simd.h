@@ -127,10 +127,23 @@ inline void exp_parts(Vec<T> x, Vec<T>& power, Vec<T>& r, Vec<T>& low) {
   power = (Vec<T>)((as_bits<T>(shifted) << S::mantissa) + (typename S::Bits(S::bias) << S::mantissa));
 }
 
+// A constant that the compiler is not to know: GCC sees minimum and maximum instructions in `clamp` for variables only.
+template <class T>
+inline Vec<T> variable(T x) {
+  Vec<T> v = splat<T>(x);
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 template <class T>
 inline Vec<T> clamp(Vec<T> x, T low, T high) {  // NaN stays NaN
-  x = x < low ? splat<T>(low) : x;
-  return x > high ? splat<T>(high) : x;
+  const Vec<T> least = variable<T>(low), most = variable<T>(high);
+  x = x < least ? least : x;
+  return most < x ? most : x;
 }
 
 // e^x for exp_low <= x <= exp_high or NaN, and what its rounding leaves out.
