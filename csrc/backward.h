@@ -97,8 +97,11 @@ class RowPass {
     const T lse = p.lse[n * p.queries + i], shift = lse == T(-INFINITY) ? T(0) : lse;
     T keep[TK];
     if (p.seed) {
-      dropout_factors(p, n, i, key0, s.count, keep);
-      for (std::int64_t j = 0; j < s.count; ++j) g[j] = keep[j] == T(0) ? T(0) : g[j] * keep[j];
+      dropout_factors(p, n, i, key0, keep);
+      for (int j = 0; j < TK; j += L) {
+        const Vec<T> factor = load(keep + j);
+        store(g + j, factor == T(0) ? (Vec<T>){} : load(g + j) * factor);
+      }
     }
     if (p.grad_weights) {
       const T* upstream = p.grad_weights.at(n, i) + key0;
@@ -112,8 +115,10 @@ class RowPass {
     }
     // The sign remembers what was dropped, until the row is finished.
     if (p.seed)
-      for (std::int64_t j = 0; j < s.count; ++j)
-        if (keep[j] == T(0)) probability[j] = -probability[j];
+      for (int j = 0; j < TK; j += L) {
+        const Vec<T> x = load(probability + j);
+        store(probability + j, load(keep + j) == T(0) ? -x : x);
+      }
   }
 
   void finish_row(std::int64_t n, std::int64_t i) {

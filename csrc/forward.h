@@ -61,8 +61,8 @@ class ForwardBlock {
     sum_ += sum<T>(total);
     if (p.seed) {
       T keep[TK];
-      dropout_factors(p, s.entry, s.row0 + r, key0, s.count, keep);
-      for (std::int64_t j = 0; j < s.count; ++j) row[j] = row[j] * keep[j];
+      dropout_factors(p, s.entry, s.row0 + r, key0, keep);
+      for (int j = 0; j < TK; j += L) store(row + j, load(row + j) * load(keep + j));
     }
   }
 

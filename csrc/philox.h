@@ -17,6 +17,20 @@ inline Words multiply_low(Words a, std::uint32_t b) {
 #endif
 }
 
+// a0 b0 a1 b1 ... in two vectors.
+template <int... l>
+inline void interleave(Words& a, Words& b, std::integer_sequence<int, l...>) {
+  constexpr int n = word_lanes;
+#ifdef HAS_SHUFFLEVECTOR
+  const Words low = __builtin_shufflevector(a, b, (l / 2 + l % 2 * n)...);
+  b = __builtin_shufflevector(a, b, (n / 2 + l / 2 + l % 2 * n)...);
+#else
+  const Words low = {(l % 2 ? b : a)[l / 2]...};
+  b = (Words){(l % 2 ? b : a)[n / 2 + l / 2]...};
+#endif
+  a = low;
+}
+
 // Words of the keys [first, first + 4 * counters), first a multiple of four. A counter takes a 64-bit lane: of its four
 // 32-bit parts only the low halves count, so products need no unpacking.
 template <int counters>
@@ -42,10 +56,10 @@ void philox(std::uint64_t seed, std::uint64_t entry, std::uint64_t row, std::uin
     k1 += 0xBB67AE85u;
   }
   for (int v = 0; v < n; ++v) {
-    const Words even = (c0[v] & 0xFFFFFFFFu) | (c1[v] << 32), odd = (c2[v] & 0xFFFFFFFFu) | (c3[v] << 32);
-    for (int l = 0; l < word_lanes; ++l) {
-      const std::uint64_t four[2] = {even[l], odd[l]};  // little-endian, as every supported processor is
-      std::memcpy(words + 4 * (v * word_lanes + l), four, sizeof four);
-    }
+    Words even = (c0[v] & 0xFFFFFFFFu) | (c1[v] << 32), odd = (c2[v] & 0xFFFFFFFFu) | (c3[v] << 32);
+    interleave(even, odd, std::make_integer_sequence<int, word_lanes>{});
+    // Little-endian, as every supported processor is.
+    std::memcpy(words + 4 * v * word_lanes, &even, sizeof even);
+    std::memcpy(words + (4 * v + 2) * word_lanes, &odd, sizeof odd);
   }
 }

@@ -253,18 +253,15 @@ class ScoreBlock {
   Buffer<T> query_[forms], key_[forms], weight_, centre_, bias_, scores_;
 };
 
-// The keep factors, 0 or keep_scale, of `count` keys from key0 (a multiple of four) on.
+// The keep factors, 0 or keep_scale, of a tile of keys.
 template <class T>
-void dropout_factors(const Problem<T>& p, std::int64_t entry, std::int64_t row, std::int64_t key0, std::int64_t count,
-                     T* factors) {
-  constexpr int counters = tile_keys<T> / 4;
-  std::uint32_t words[4 * counters];
-  for (std::int64_t j0 = 0; j0 < count; j0 += 4 * counters) {
-    philox<counters>(std::uint64_t(p.seed[p.seed_offset[entry]]), std::uint64_t(entry), std::uint64_t(row),
-                     std::uint64_t(key0 + j0), words);
-    const std::int64_t some = std::min<std::int64_t>(4 * counters, count - j0);
-    for (std::int64_t j = 0; j < some; ++j) factors[j0 + j] = words[j] < p.drop_below ? T(0) : p.keep_scale;
-  }
+void dropout_factors(const Problem<T>& p, std::int64_t entry, std::int64_t row, std::int64_t key0, T* factors) {
+  std::uint32_t words[tile_keys<T>];
+  philox<tile_keys<T> / 4>(std::uint64_t(p.seed[p.seed_offset[entry]]), std::uint64_t(entry), std::uint64_t(row),
+                           std::uint64_t(key0), words);
+  const std::uint32_t drop_below = p.drop_below;  // members could be among the factors, for all that the compiler knows
+  const T keep_scale = p.keep_scale;
+  for (int j = 0; j < tile_keys<T>; ++j) factors[j] = words[j] < drop_below ? T(0) : keep_scale;
 }
 
 template <class T>
