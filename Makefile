@@ -8,12 +8,13 @@ BIN    := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help build test demo bench lint clean
+.PHONY: help build test demo bench gpu lint clean
 
 help:
 	@echo "make test    run the tests"
 	@echo "make demo    equivalence, gradients and speed on this machine, then a short training"
 	@echo "make bench   full benchmark: csv, figures and table under benchmarks/results/"
+	@echo "make gpu     tests and benchmark on a GPU, with the Python that has torch and Triton"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove what was built (keeps $(VENV))"
 
@@ -45,6 +46,9 @@ bench: build
 	@$(BIN)/python -m benchmarks.run
 	@$(BIN)/python -m benchmarks.plot
 	@$(BIN)/python -m benchmarks.table
+
+gpu:
+	@PYTHON=$(PYTHON) benchmarks/gpu.sh
 
 lint: build
 	@echo "==> lint"

@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from additive_attn import ops
+from additive_attn import gpu, ops
 
 
 def show_config() -> str:
@@ -22,6 +22,7 @@ def show_config() -> str:
         "cpu path": f"{ops.cpu_path()} ({ops.cpu_reason})",
         "cpu library": str(ops.library_path or "none"),
         "cpu threads": str(torch.get_num_threads()),
+        "gpu path": gpu.described(),
         "other devices": "pytorch (plain PyTorch in blocks of query rows)",
     }
     width = max(map(len, lines))

@@ -2,11 +2,9 @@
 same weights.
 
 Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The seed is the
-key; the counter
-is the position: word ``j % 4`` of counter ``(j // 4, i, n mod 2^32, n div 2^32)`` decides about
-    key ``j`` of query row
-``i`` in batch entry ``n`` (row-major). A weight is kept iff its word is at least ``dropout_p *
-2^32``.
+key; the counter is the position: word ``j % 4`` of counter ``(j // 4, i, n mod 2^32, n div 2^32)``
+decides about key ``j`` of query row ``i`` in batch entry ``n`` (row-major). A weight is kept iff
+its word is at least ``dropout_p * 2^32``.
 """
 
 from __future__ import annotations

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from numbers import Real
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from additive_attn.autograd import attend
+from additive_attn.chunked import lse_dtype
 from additive_attn.dropout import draw_seed
+from additive_attn.ops import require_one_device
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+)  # fmt: skip
 
 
 def additive_attention(
@@ -52,7 +58,7 @@ def additive_attention(
             added to the scores, where ``-inf`` = do not attend.
         lengths: ``(B,)`` or ``(B, Lq)`` integers in [0, Lk], B the first leading dim (without
             leading dims: ``()`` or ``(Lq,)``): the number of leading keys to attend to. The range
-                is checked on the CPU and clamped elsewhere.
+            is checked on the CPU and clamped elsewhere.
         is_causal: key j is attended to iff j <= i (upper left aligned).
         window: ``(left, right)``: keys i - left ... i + right; -1 = unbounded.
         dropout_p: probability of dropping a weight; applied whenever it is above 0, so pass 0 in
@@ -101,13 +107,18 @@ def masked_attention(
         and isinstance(value, Tensor)
         and isinstance(weight, Tensor)
     ):
-        _refuse_type(query=query, key=key, value=value, weight=weight)
+        refuse_types(query=query, key=key, value=value, weight=weight)
+    if not (query.layout is key.layout is value.layout is weight.layout is torch.strided):
+        refuse_layouts(query=query, key=key, value=value, weight=weight)
     query, key, value, weight, attn_mask = autocasted(query, key, value, weight, attn_mask)
 
     device = query.device
-    query_shape, key_shape, value_shape, weight_shape = (
-        query.shape, key.shape, value.shape, weight.shape,
-    )  # fmt: skip
+    try:
+        query_shape, key_shape, value_shape, weight_shape = (
+            query.shape, key.shape, value.shape, weight.shape,
+        )  # fmt: skip
+    except RuntimeError:  # a nested tensor may call itself strided, and has no shape
+        refuse_layouts(query=query, key=key, value=value, weight=weight)
     batch = query_shape[:-2]
     # A correct call passes these few comparisons; the rest is found out, or worded, apart.
     if not (
@@ -123,28 +134,24 @@ def masked_attention(
     if not (dtype == key.dtype == value.dtype == weight.dtype and dtype in _DTYPES):
         _refuse_dtypes(query=query, key=key, value=value, weight=weight)
     if not (device == key.device == value.device == weight.device):
-        _refuse_devices(query=query, key=key, value=value, weight=weight)
+        require_one_device(query=query, key=key, value=value, weight=weight)
 
     if attn_mask is not None:
         _check_mask(attn_mask, query, batch, (query_shape[-2], key_shape[-2]))
     if lengths is not None:
-        lengths = aligned_lengths(lengths, query, batch, query_shape[-2], key_shape[-2])
+        lengths = aligned_lengths(lengths, key, batch, query_shape[-2])
     left = right = -1
     if window is not None:
         left, right = _checked_window(window)
     if is_causal:
         right = 0
-    if not (isinstance(scale, (int, float)) and -math.inf < scale < math.inf):
-        raise ValueError(
-            f"scale is {scale!r}, but the scores need a finite factor. The default is 1.0."
-        )
-    seed = None
-    if dropout_p != 0.0:
-        if not (isinstance(dropout_p, (int, float)) and 0.0 <= dropout_p <= 1.0):
-            raise ValueError(
-                f"dropout_p is {dropout_p!r}, but a probability lies between 0 and 1."
-            )
-        seed = draw_seed(device)
+    if not (isinstance(is_causal, bool) and isinstance(need_weights, bool)):
+        _refuse_flags(is_causal=is_causal, need_weights=need_weights)
+    if type(scale) is not float or not -math.inf < scale < math.inf:
+        scale = checked_scale(scale)
+    if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
+        dropout_p = checked_probability("dropout_p", dropout_p)
+    seed = draw_seed(device) if dropout_p > 0.0 else None
     return attend(
         query, key, value, weight, attn_mask, lengths, seed, score_bias,
         left, right, dropout_p, scale, need_weights,
@@ -170,8 +177,18 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         that is empty in every set stays 0 and ``-inf``.
 
     Raises:
+        TypeError: they are not sequences of floating tensors, or their dtypes do not fit.
         ValueError: the sequences are empty, differ in length, or their shapes do not fit.
+        RuntimeError: tensors are on different devices.
     """
+    for name, given in (("outs", outs), ("lses", lses)):
+        if not isinstance(given, (Sequence, Tensor)) or not all(
+            isinstance(tensor, Tensor) for tensor in given
+        ):
+            raise TypeError(
+                f"merge_attention got {name} that are no sequence of tensors, but a "
+                f"{_described(given)}. Pass a list of the results of additive_attention."
+            )
     if len(outs) == 0 or len(outs) != len(lses):
         raise ValueError(
             f"merge_attention got {len(outs)} outs and {len(lses)} lses, but needs one lse for "
@@ -185,6 +202,18 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
                 f"{tuple(lse.shape)}, but every out must be (..., Lq, Dv) with an lse (..., Lq), "
                 f"all of the shape of the first, {tuple(outs[0].shape)}."
             )
+        if (
+            out.dtype not in _DTYPES
+            or out.dtype != outs[0].dtype
+            or lse.dtype != lse_dtype(out.dtype)
+        ):
+            raise TypeError(
+                f"merge_attention got an out of {out.dtype} with an lse of {lse.dtype}, but all "
+                "outs must have one dtype among float64, float32, bfloat16 and float16 (the "
+                f"first has {outs[0].dtype}), with an lse of float64 if that is float64, and of "
+                "float32 else. Convert them with .to(dtype)."
+            )
+        require_one_device(**{"outs[0]": outs[0], "out": out, "lse": lse})
     stacked = torch.stack(tuple(lses))
     # Rows that are empty everywhere are merged as zeros, so that no NaN enters their gradient, and
     # then cleared.
@@ -261,6 +290,8 @@ def _check_mask(
         raise TypeError(
             f"attn_mask is a {type(attn_mask).__name__}, but must be a tensor or None."
         )
+    if attn_mask.layout is not torch.strided:
+        refuse_layouts(attn_mask=attn_mask)
     dtype = attn_mask.dtype
     if dtype != torch.bool and dtype != query.dtype:
         cure = (
@@ -273,7 +304,7 @@ def _check_mask(
             f"query, {query.dtype} (added to the scores). {cure}."
         )
     if attn_mask.device != query.device:
-        _refuse_devices(query=query, attn_mask=attn_mask)
+        require_one_device(query=query, attn_mask=attn_mask)
     full = (*batch, *scores)
     shape = attn_mask.shape
     if len(shape) > len(full) or any(
@@ -286,9 +317,7 @@ def _check_mask(
         )
 
 
-def aligned_lengths(
-    lengths: Tensor, query: Tensor, batch: torch.Size, num_queries: int, num_keys: int
-) -> Tensor:
+def aligned_lengths(lengths: Tensor, key: Tensor, batch: torch.Size, num_queries: int) -> Tensor:
     """``lengths`` as int64, broadcastable to ``(*batch, Lq)``."""
     if not isinstance(lengths, Tensor):
         raise TypeError(
@@ -299,35 +328,81 @@ def aligned_lengths(
         raise TypeError(
             f"lengths has dtype {lengths.dtype}, but must hold integers. Convert it with .long()."
         )
-    if lengths.device != query.device:
-        _refuse_devices(query=query, lengths=lengths)
-    per_row = (*batch[:1], num_queries)
-    if lengths.shape != batch[:1] and lengths.shape != per_row:
+    if lengths.layout is not torch.strided:
+        refuse_layouts(lengths=lengths)
+    if lengths.device != key.device:
+        require_one_device(key=key, lengths=lengths)
+    shape, per_sequence = lengths.shape, batch[:1]
+    if shape != per_sequence and shape != (*per_sequence, num_queries):
         raise ValueError(
-            f"lengths has shape {tuple(lengths.shape)}, but must be {tuple(batch[:1])}, one "
-            f"length per sequence, or {per_row}, one per query."
+            f"lengths has shape {tuple(shape)}, but must be {tuple(per_sequence)}, one length "
+            f"per sequence, or {(*per_sequence, num_queries)}, one per query."
         )
+    if lengths.dtype != torch.int64:
+        lengths = lengths.to(torch.int64)
     if _is_readable(lengths) and lengths.numel() > 0:
-        low, high = (bound.item() for bound in lengths.aminmax())
+        low, high = _bounds(lengths)
+        num_keys = key.shape[-2]
         if low < 0 or high > num_keys:
             raise ValueError(
                 f"lengths holds values from {low} to {high}, but key has {num_keys} positions: "
                 f"lengths must lie between 0 and {num_keys}."
             )
-    if batch:
-        rows = num_queries if lengths.dim() == 2 else 1
+    if len(batch) > 1 or (batch and len(shape) == 1):
+        rows = num_queries if len(shape) == 2 else 1
         lengths = lengths.reshape(batch[0], *(1,) * (len(batch) - 1), rows)
-    return lengths.to(torch.int64)
+    return lengths
 
 
 def _is_readable(tensor: Tensor) -> bool:
     """Whether values can be looked at without stopping a device, a trace or a transform."""
     return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(tensor) is Tensor
+        not torch.compiler.is_compiling()
+        and tensor.is_cpu
         and not torch._C._are_functorch_transforms_active()
+        # A subclass that dispatches by itself, as those of tracing do, may hold no values.
+        and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     )
+
+
+def _bounds(tensor: Tensor) -> tuple[int, int]:
+    """The smallest and the largest element of an integer tensor of at most two dims."""
+    if tensor.numel() > 64:
+        low, high = tensor.aminmax()
+        return int(low), int(high)
+    # A decoder step is so short that starting a reduction would show.
+    values: Any = tensor.tolist()
+    if tensor.dim() == 2:
+        values = [value for row in values for value in row]
+    return (min(values), max(values)) if tensor.dim() > 0 else (values, values)
+
+
+def checked_scale(scale: float) -> float:
+    """``scale`` as a float, from any finite real number."""
+    try:
+        number = float(scale) if isinstance(scale, Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if isinstance(scale, bool) or not -math.inf < number < math.inf:
+        raise ValueError(
+            f"scale is {scale!r}, but the scores need a finite factor, a number such as a float. "
+            "The default is 1.0."
+        )
+    return number
+
+
+def checked_probability(name: str, probability: float) -> float:
+    """``probability`` as a float, from any real number in [0, 1]."""
+    if (
+        isinstance(probability, bool)
+        or not isinstance(probability, Real)
+        or not 0.0 <= probability <= 1.0
+    ):
+        raise ValueError(
+            f"{name} is {probability!r}, but a probability is a number, such as a float, between "
+            "0 and 1."
+        )
+    return float(probability)
 
 
 def _checked_window(window: tuple[int, int]) -> tuple[int, int]:
@@ -335,26 +410,45 @@ def _checked_window(window: tuple[int, int]) -> tuple[int, int]:
         not isinstance(window, (tuple, list))
         or len(window) != 2
         or any(
-            isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)) for side in window
+            isinstance(side, bool)
+            or not isinstance(side, (int, torch.SymInt))
+            or side < -1
+            or (isinstance(side, int) and side >= 2**63)
+            for side in window
         )
-        or window[0] < -1
-        or window[1] < -1
     ):
         raise ValueError(
-            f"window is {window!r}, but must be a pair (left, right) of integers, each -1 "
-            "(unbounded) or more: query i attends to the keys i - left ... i + right."
+            f"window is {window!r}, but must be a pair (left, right) of Python integers below "
+            "2**63, each -1 (unbounded) or more: query i attends to the keys i - left ... i + "
+            "right."
         )
     return window[0], window[1]
 
 
-def _refuse_type(**tensors: Any) -> None:
+def refuse_types(**tensors: Any) -> NoReturn:
     found = ", ".join(f"{name} is a {type(tensor).__name__}" for name, tensor in tensors.items())
     raise TypeError(
-        f"additive_attention needs tensors, but {found}. Convert them with torch.as_tensor."
+        f"Additive attention needs tensors, but {found}. Convert them with torch.as_tensor."
     )
 
 
-def _refuse_dtypes(**tensors: Tensor) -> None:
+def refuse_layouts(**tensors: Tensor) -> NoReturn:
+    found = ", ".join(
+        f"{name} is nested" if tensor.is_nested else f"{name} is {tensor.layout}"
+        for name, tensor in tensors.items()
+    )
+    raise TypeError(
+        f"Additive attention needs dense tensors, but {found}. Convert a sparse tensor with "
+        ".to_dense(), and a nested one with .to_padded_tensor(0.0), passing its lengths."
+    )
+
+
+def _refuse_flags(**flags: Any) -> NoReturn:
+    found = ", ".join(f"{name} is {flag!r}" for name, flag in flags.items())
+    raise TypeError(f"{found}, but both must be True or False. Convert them with bool().")
+
+
+def _refuse_dtypes(**tensors: Tensor) -> NoReturn:
     found = ", ".join(f"{name} is {tensor.dtype}" for name, tensor in tensors.items())
     raise TypeError(
         "additive_attention needs query, key, value and weight of one dtype among float64, "
@@ -363,9 +457,8 @@ def _refuse_dtypes(**tensors: Tensor) -> None:
     )
 
 
-def _refuse_devices(**tensors: Tensor) -> None:
-    found = ", ".join(f"{name} is on {tensor.device}" for name, tensor in tensors.items())
-    raise RuntimeError(
-        f"additive_attention needs all tensors on one device, but {found}. Move them with "
-        ".to(device)."
-    )
+def _described(given: Any) -> str:
+    kind = type(given).__name__
+    if isinstance(given, (list, tuple)):
+        kind += f" of {', '.join(sorted({type(element).__name__ for element in given}))}"
+    return kind

@@ -21,8 +21,8 @@ def interval_mask(
     keys: tuple[int, int],
     device: torch.device,
 ) -> Tensor | None:
-    """The intervals of a block as a bool tensor ``(..., rows, keys)``; None if every pair is
-    allowed."""
+    """The intervals of a block as a bool tensor ``(..., rows, keys)``, rows or 1 where all are
+    alike; None if every pair is allowed."""
     if lengths is None and left < 0 and right < 0:
         return None
     key = torch.arange(*keys, device=device)
@@ -34,7 +34,8 @@ def interval_mask(
     if right >= 0:
         allowed = allowed & (key - row <= right)
     if lengths is not None:
-        if lengths.dim() > 0 and lengths.shape[-1] != 1:
+        lengths = torch.atleast_1d(lengths)
+        if lengths.shape[-1] != 1:
             lengths = lengths[..., slice(*rows)]
         allowed = allowed & (key < lengths[..., None])
     return allowed

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import math
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from additive_attn.autograd import attend
-from additive_attn.dropout import draw_seed
-from additive_attn.functional import aligned_lengths, autocasted, masked_attention
+from additive_attn.functional import (
+    aligned_lengths,
+    checked_probability,
+    checked_scale,
+    masked_attention,
+    refuse_layouts,
+    refuse_types,
+)
+from additive_attn.ops import require_one_device
 
 
 class ProjectedMemory(NamedTuple):
@@ -22,9 +28,11 @@ class ProjectedMemory(NamedTuple):
     value: Tensor
     """Values ``(B, Lk, Dv)``, or ``(Lk, Dv)`` unbatched."""
     lengths: Tensor | None = None
-    """Number of leading keys to attend to, int64 ``(B, 1)``, or ``()`` unbatched."""
+    """Number of leading keys to attend to, int64 ``(B, 1)``, or ``()`` unbatched. Made by hand,
+    also ``(B,)`` and of any integer dtype."""
     attn_mask: Tensor | None = None
-    """Keys to attend to, bool ``(B, 1, Lk)``, or ``(1, Lk)`` unbatched; True = attend."""
+    """Keys to attend to, bool ``(B, 1, Lk)``, or ``(1, Lk)`` unbatched; True = attend. Made by
+    hand, also float, added to the scores."""
 
 
 class AdditiveAttention(nn.Module):
@@ -53,6 +61,8 @@ class AdditiveAttention(nn.Module):
             (B, Lq, Lk) in both cases.
         device, dtype: of the parameters.
 
+    Queries, keys and values have B sequences each, or 1, which is shared by all.
+
     Parameters in the state_dict: ``query_layer.weight (hidden_dim, query_dim)``,
     ``query_layer.bias``, ``key_layer.weight (hidden_dim, key_dim)``, ``key_layer.bias``,
     ``energy_layer.weight (1, hidden_dim)``, ``energy_layer.bias (1)``. The last shifts every score
@@ -60,8 +70,13 @@ class AdditiveAttention(nn.Module):
     state_dicts load. With normalize=True, v is ``energy_layer.weight``, g is ``energy_gain ()``, b
     is ``energy_offset (hidden_dim)``, and there is no ``energy_layer.bias``.
 
+    ``query_layer`` and ``key_layer`` are called, with their hooks. Of ``energy_layer`` only the
+    parameters are read: parametrizations of its weight work, its forward and hooks never run.
+
     Raises:
-        ValueError: a dimension is below 1, dropout is outside [0, 1], or scale is not finite.
+        TypeError: a dimension is no integer.
+        ValueError: a dimension is below 1, dropout is no number in [0, 1], or scale is no finite
+            number.
     """
 
     def __init__(
@@ -80,22 +95,11 @@ class AdditiveAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.query_dim = input_dim if query_dim is None else query_dim
-        self.key_dim = input_dim if key_dim is None else key_dim
-        self.hidden_dim = hidden_dim
-        for name in ("query_dim", "key_dim", "hidden_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, but a layer needs at least one feature."
-                )
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout is {dropout}, but a probability lies between 0 and 1.")
-        if not math.isfinite(scale):
-            raise ValueError(
-                f"scale is {scale}, but the scores need a finite factor. The default is 1.0."
-            )
-        self.dropout = float(dropout)
-        self.scale = float(scale)
+        self.query_dim = _features("query_dim", input_dim if query_dim is None else query_dim)
+        self.key_dim = _features("key_dim", input_dim if key_dim is None else key_dim)
+        self.hidden_dim = hidden_dim = _features("hidden_dim", hidden_dim)
+        self.dropout = checked_probability("dropout", dropout)
+        self.scale = checked_scale(scale)
         self.normalize = normalize
         self.batch_first = batch_first
 
@@ -137,7 +141,8 @@ class AdditiveAttention(nn.Module):
             attn_mask: ``(Lq, Lk)`` or ``(B, Lq, Lk)``: bool, **True = attend**; or float, added to
                 the scores.
             is_causal: key j is attended to iff j <= i.
-            lengths: integers ``(B,)`` or ``(B, Lq)``: number of leading keys to attend to.
+            lengths: integers ``(B,)`` or ``(B, Lq)``, or unbatched ``()`` or ``(Lq,)``: number of
+                leading keys to attend to.
             window: ``(left, right)``: keys i - left ... i + right; -1 = unbounded.
 
         Returns:
@@ -149,6 +154,10 @@ class AdditiveAttention(nn.Module):
         """
         if value is None:
             value = key
+        if not (
+            isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+        ):
+            refuse_types(query=query, key=key, value=value)
         rank = query.dim()
         if not (2 <= rank <= 3 and key.dim() == rank and value.dim() == rank):
             raise ValueError(
@@ -156,19 +165,21 @@ class AdditiveAttention(nn.Module):
                 f"value {tuple(value.shape)}, but all three must have 3 dims (batched) or all "
                 "three 2 (unbatched). For one query (B, D) per sequence, use project and step."
             )
-        projected_query, projected_key = self._project_query(query), self._project_key(key)
+        projected_query = self._project_query(query)
+        projected_key = _projected(self.key_layer, key, "key", self.key_dim)
         swap = rank == 3 and not self.batch_first
         if swap:
             projected_query = projected_query.transpose(0, 1)
             projected_key, value = projected_key.transpose(0, 1), value.transpose(0, 1)
         if key_padding_mask is not None:
             attn_mask = _with_padding(attn_mask, key_padding_mask, projected_key)
+        energy_weight, energy_bias = self._energy(rank)
         out, weights, _ = masked_attention(
             projected_query,
             projected_key,
             value,
-            self._energy_weight(rank),
-            self.energy_layer.bias,
+            energy_weight,
+            energy_bias,
             attn_mask,
             lengths,
             is_causal,
@@ -190,29 +201,49 @@ class AdditiveAttention(nn.Module):
     ) -> ProjectedMemory:
         """Prepares what a decoder attends to, once per sequence, for :meth:`step`.
 
-        Takes key, value, lengths ``(B,)`` and key_padding_mask as :meth:`forward` does.
+        Args:
+            key: ``(B, Lk, key_dim)``, or ``(Lk, key_dim)`` unbatched.
+            value: ``(B, Lk, Dv)``, or ``(Lk, Dv)``; the key itself by default.
+            lengths: integers ``(B,)``, or ``()``: number of leading keys to attend to.
+            key_padding_mask: bool ``(B, Lk)``, or ``(Lk,)``: **True = ignore**.
+
+        Returns:
+            The projected keys, the values, and lengths and mask in the form that :meth:`step`
+            passes on.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`forward`.
         """
         if value is None:
             value = key
+        if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
+            refuse_types(key=key, value=value)
         if not (2 <= key.dim() <= 3 and value.dim() == key.dim()):
             raise ValueError(
                 f"AdditiveAttention.project got key {tuple(key.shape)} and value "
                 f"{tuple(value.shape)}, but both must have 3 dims (batched) or both 2 "
                 "(unbatched)."
             )
-        projected = self._project_key(key)
+        projected = _projected(self.key_layer, key, "key", self.key_dim)
+        if projected.device != value.device:
+            require_one_device(key=projected, value=value)
         if key.dim() == 3 and not self.batch_first:
             projected, value = projected.transpose(0, 1), value.transpose(0, 1)
-        if projected.shape[:-1] != value.shape[:-1]:
+        batch = _common_batch(projected.shape[:-2], value.shape[:-2])
+        if batch is None or projected.shape[-2] != value.shape[-2]:
             raise ValueError(
                 f"AdditiveAttention.project got key {tuple(key.shape)} and value "
                 f"{tuple(value.shape)}, but each key belongs to one value: they may differ in "
-                "the last dim only."
+                "the last dim only, or have a batch of 1."
             )
         if lengths is not None:
-            lengths = aligned_lengths(
-                lengths, projected, projected.shape[:-2], 1, projected.shape[-2]
-            )
+            if isinstance(lengths, Tensor) and lengths.dim() != len(batch):
+                raise ValueError(
+                    f"AdditiveAttention.project got lengths of shape {tuple(lengths.shape)}, but "
+                    f"needs one length per sequence, {tuple(batch)}. Lengths per query are for "
+                    "forward."
+                )
+            lengths = aligned_lengths(lengths, projected, batch, 1)
         attn_mask = None
         if key_padding_mask is not None:
             attn_mask = _with_padding(None, key_padding_mask, projected)
@@ -225,7 +256,8 @@ class AdditiveAttention(nn.Module):
 
         Args:
             query: ``(B, query_dim)``, or ``(query_dim,)`` with an unbatched memory.
-            memory: from :meth:`project`, of this layer.
+            memory: from :meth:`project`, of this layer; what ``_replace`` puts there is checked
+                as :meth:`forward` checks its arguments.
             need_weights: whether to return the weights.
 
         Returns:
@@ -233,28 +265,43 @@ class AdditiveAttention(nn.Module):
             ``(Lk,)``.
 
         Raises:
-            ValueError: query and memory do not fit.
+            TypeError, ValueError, RuntimeError: query and memory do not fit, or as
+                :meth:`forward`.
         """
-        key = memory.key
-        if query.dim() != key.dim() - 1 or query.shape[:-1] != key.shape[:-2]:
+        if not isinstance(memory, ProjectedMemory):
+            raise TypeError(
+                f"AdditiveAttention.step got a memory that is a {type(memory).__name__}, but "
+                "needs a ProjectedMemory. Prepare it with project."
+            )
+        key, value, lengths, attn_mask = memory
+        if not (
+            isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+        ):
+            refuse_types(query=query, key=key, value=value)
+        rank = key.dim()
+        if not (2 <= rank <= 3 and value.dim() == rank == query.dim() + 1):
             raise ValueError(
                 f"AdditiveAttention.step got query {tuple(query.shape)} and a memory of "
-                f"projected keys {tuple(key.shape)}, but needs one query per sequence: (B, "
-                "query_dim) for keys (B, Lk, hidden_dim), or (query_dim,) for keys (Lk, "
-                "hidden_dim)."
+                f"projected keys {tuple(key.shape)} and values {tuple(value.shape)}, but needs "
+                "one query per sequence: (B, query_dim) for keys (B, Lk, hidden_dim) and values "
+                "(B, Lk, Dv), or (query_dim,) for keys (Lk, hidden_dim) and values (Lk, Dv)."
             )
+        energy_weight, energy_bias = self._energy(rank)
         # One row of queries per sequence: (B, 1, hidden_dim).
-        projected = self._project_query(query).unsqueeze(-2)
-        weight = self._energy_weight(projected.dim())
-        projected, key, value, weight, attn_mask = autocasted(
-            projected, key, memory.value, weight, memory.attn_mask
+        out, weights, _ = masked_attention(
+            self._project_query(query).unsqueeze(-2),
+            key,
+            value,
+            energy_weight,
+            energy_bias,
+            attn_mask,
+            lengths,
+            False,
+            None,
+            self.dropout if self.training else 0.0,
+            self.scale,
+            need_weights,
         )
-        dropout_p = self.dropout if self.training else 0.0
-        seed = draw_seed(query.device) if dropout_p > 0.0 else None
-        out, weights, _ = attend(
-            projected, key, value, weight, attn_mask, memory.lengths, seed, self.energy_layer.bias,
-            -1, -1, dropout_p, self.scale, need_weights,
-        )  # fmt: skip
         return out.squeeze(-2), weights.squeeze(-2) if need_weights else None
 
     def extra_repr(self) -> str:
@@ -273,30 +320,63 @@ class AdditiveAttention(nn.Module):
         return ", ".join(parts)
 
     def _project_query(self, query: Tensor) -> Tensor:
-        if query.shape[-1] != self.query_dim:
-            raise ValueError(
-                f"query has {query.shape[-1]} features, but this layer was made for "
-                f"query_dim={self.query_dim}."
-            )
-        projected: Tensor = self.query_layer(query)
+        projected = _projected(self.query_layer, query, "query", self.query_dim)
         return projected + self.energy_offset if self.normalize else projected
 
-    def _project_key(self, key: Tensor) -> Tensor:
-        if key.shape[-1] != self.key_dim:
-            raise ValueError(
-                f"key has {key.shape[-1]} features, but this layer was made for "
-                f"key_dim={self.key_dim}."
-            )
-        projected: Tensor = self.key_layer(key)
-        return projected
-
-    def _energy_weight(self, rank: int) -> Tensor:
-        weight = self.energy_layer.weight
+    def _energy(self, rank: int) -> tuple[Tensor, Tensor | None]:
+        layer = self.energy_layer
+        weight = layer.weight
         if self.normalize:
             weight = self.energy_gain * weight / weight.norm()
         # (1, hidden_dim) broadcasts over a batch; without one, its first dim would count as a
         # batch.
-        return weight if rank > 2 else weight.squeeze(0)
+        return weight if rank > 2 else weight.squeeze(0), layer.bias
+
+
+def _features(name: str, count: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, Integral):
+        raise TypeError(
+            f"{name} is {count!r}, a {type(count).__name__}, but must be an integer, the number "
+            "of features."
+        )
+    if count < 1:
+        raise ValueError(f"{name} is {count}, but a layer needs at least one feature.")
+    return int(count)
+
+
+def _projected(layer: nn.Module, tensor: Tensor, name: str, features: int) -> Tensor:
+    try:
+        if tensor.shape[-1] != features:
+            raise ValueError(
+                f"{name} has {tensor.shape[-1]} features, but this layer was made for "
+                f"{name}_dim={features}."
+            )
+        projected: Tensor = layer(tensor)
+    except RuntimeError:
+        # Asked only now: autocast and layers put in by the user take more than their own dtype.
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            refuse_layouts(**{name: tensor})
+        for parameter in layer.parameters():
+            if parameter.device != tensor.device:
+                raise RuntimeError(
+                    f"{name} is on {tensor.device}, but this layer is on {parameter.device}. Move "
+                    "one of them with .to(device)."
+                ) from None
+            if parameter.dtype != tensor.dtype:
+                raise TypeError(
+                    f"{name} is {tensor.dtype}, but the parameters of this layer are "
+                    f"{parameter.dtype}. Convert one of them with .to(dtype), or call under "
+                    "torch.autocast."
+                ) from None
+        raise
+    return projected
+
+
+def _common_batch(first: torch.Size, second: torch.Size) -> torch.Size | None:
+    """What two batches of at most one dim broadcast to, or None."""
+    if first == second or second == (1,):
+        return first
+    return second if first == (1,) else None
 
 
 def _with_padding(attn_mask: Tensor | None, key_padding_mask: Tensor, key: Tensor) -> Tensor:
@@ -312,6 +392,10 @@ def _with_padding(attn_mask: Tensor | None, key_padding_mask: Tensor, key: Tenso
             f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, but must have one "
             f"entry per key, {tuple(key.shape[:-1])}."
         )
+    if key_padding_mask.device != key.device:
+        require_one_device(key=key, key_padding_mask=key_padding_mask)
+    if key_padding_mask.layout is not torch.strided:
+        refuse_layouts(key_padding_mask=key_padding_mask)
     attended = key_padding_mask.logical_not().unsqueeze(-2)
     if attn_mask is None:
         return attended

@@ -2,7 +2,7 @@
 who computes them.
 
 Every tensor argument broadcasts over leading dims. The plain PyTorch implementation serves every
-device; a compiled library replaces it on the CPU.
+device; a compiled library replaces it on the CPU, and Triton kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from additive_attn import chunked
+from additive_attn import chunked, gpu
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, "
@@ -36,8 +36,23 @@ torch.library.define(
 )
 torch.library.impl("additive_attn::forward", "default", chunked.forward)
 torch.library.impl("additive_attn::backward", "default", chunked.backward)
+torch.library.impl("additive_attn::forward", "CUDA", gpu.forward)
+torch.library.impl("additive_attn::backward", "CUDA", gpu.backward)
 
 
+def require_one_device(**tensors: Tensor | None) -> None:
+    """Refuses tensors that lie on several devices, in words."""
+    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(given.values())) > 1:
+        found = ", ".join(f"{name} is on {device}" for name, device in given.items())
+        raise RuntimeError(
+            f"additive_attention needs all tensors on one device, but {found}. Move them with "
+            ".to(device)."
+        )
+
+
+# One meta tensor brings a call here although the others are real, and what is returned would be
+# memory that nobody has written.
 @torch.library.register_fake("additive_attn::forward")
 def _forward_shapes(
     query: Tensor,
@@ -53,6 +68,10 @@ def _forward_shapes(
     scale: float,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    require_one_device(
+        query=query, key=key, value=value, weight=weight, attn_mask=attn_mask, lengths=lengths,
+        seed=seed,
+    )  # fmt: skip
     batch = chunked.batch_shape(query, key, value, weight, attn_mask, lengths, seed)
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     return (
@@ -85,6 +104,11 @@ def _backward_shapes(
     need_weight: bool,
     need_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    require_one_device(
+        grad_out=grad_out, grad_weights=grad_weights, grad_lse=grad_lse,
+        query=query, key=key, value=value, weight=weight, attn_mask=attn_mask, lengths=lengths,
+        seed=seed, lse=lse,
+    )  # fmt: skip
     batch = chunked.batch_shape(query, key, value, weight, attn_mask, lengths, seed)
     mask_shape = attn_mask.shape if need_mask and attn_mask is not None else (0,)
     return (
@@ -96,7 +120,7 @@ def _backward_shapes(
     )
 
 
-_CPU_PATHS = ("avx512", "avx2", "baseline", "pytorch")
+_CPU_PATHS = ("avx512", "avx2", "baseline", "pytorch", "triton")
 
 
 def _load_library() -> tuple[Path | None, str]:
@@ -109,6 +133,9 @@ def _load_library() -> tuple[Path | None, str]:
         )
     if forced == "pytorch":
         return None, "ADDITIVE_ATTN_CPU=pytorch asks for plain PyTorch"
+    if forced == "triton":
+        _interpret()
+        return None, "ADDITIVE_ATTN_CPU=triton asks for the GPU's kernels in Triton's interpreter"
     candidates = sorted(Path(__file__).parent.glob("_C*.so"))
     problem = "the package was installed without its compiled library"
     if candidates:
@@ -119,7 +146,10 @@ def _load_library() -> tuple[Path | None, str]:
         else:
             why = "the best path of this machine" if forced is None else "ADDITIVE_ATTN_CPU"
             return candidates[-1], f"chosen by {why}"
-    cure = "install a C++ compiler and run: pip install --force-reinstall --no-deps additive-attn"
+    cure = (
+        "install a C++ compiler and run, in the folder of the package's sources: pip install "
+        "--force-reinstall --no-deps --no-build-isolation ."
+    )
     if forced is not None:
         raise ImportError(
             f"ADDITIVE_ATTN_CPU={forced} cannot be served: {problem}. To build it, {cure}"
@@ -133,6 +163,19 @@ def _load_library() -> tuple[Path | None, str]:
     return None, problem
 
 
+def _interpret() -> None:
+    """Registers the Triton kernels for the CPU too, which tests them without a GPU."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise ImportError(
+            "ADDITIVE_ATTN_CPU=triton runs the GPU's kernels in Triton's interpreter, to test "
+            "them: set TRITON_INTERPRET=1 too."
+        )
+    from additive_attn.triton import operators
+
+    torch.library.impl("additive_attn::forward", "CPU", operators.forward)
+    torch.library.impl("additive_attn::backward", "CPU", operators.backward)
+
+
 library_path, cpu_reason = _load_library()
 
 forward = torch.ops.additive_attn.forward.default
@@ -140,5 +183,8 @@ backward = torch.ops.additive_attn.backward.default
 
 
 def cpu_path() -> str:
-    """What computes on the CPU: avx512, avx2, neon, baseline, or pytorch."""
-    return "pytorch" if library_path is None else torch.ops.additive_attn.cpu_isa()
+    """What computes on the CPU: avx512, avx2, neon, baseline, pytorch, or triton (interpreted)."""
+    if library_path is None:
+        return "triton" if os.environ.get("ADDITIVE_ATTN_CPU") == "triton" else "pytorch"
+    isa: str = torch.ops.additive_attn.cpu_isa()
+    return isa

@@ -66,9 +66,12 @@ def plot_attention(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: shape, head, tokens or lengths do not fit the weights.
+        TypeError: weights are no real numbers, or ax is no Axes.
+        ValueError: shape, head, tokens or lengths do not fit the weights, or max_ticks is below 1.
     """
     plt = _import_pyplot()
+    if max_ticks < 1:
+        raise ValueError(f"max_ticks is {max_ticks}, but at least one position is labelled.")
     images = _select(weights, head)
     images = images[:, : _length("target", target_length, target_tokens, images.shape[1])]
     images = images[..., : _length("source", source_length, source_tokens, images.shape[2])]
@@ -119,14 +122,23 @@ def _import_pyplot() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "plot_attention draws with matplotlib, which is not installed. "
-            "Install it with: pip install 'additive-attn[plot]'"
+            "Install it with: pip install matplotlib"
         ) from error
     return plt
 
 
 def _select(weights: Any, head: int | str) -> Tensor:
     """The chosen heads, ``(number, target, source)``."""
-    weights = torch.as_tensor(weights).detach()
+    try:
+        weights = torch.as_tensor(weights).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"weights are a {type(weights).__name__}, but must be a tensor, or an array or list "
+            "of numbers. The layer returns them second."
+        ) from None
+    if weights.is_complex() or weights.is_meta:
+        found = weights.dtype if weights.is_complex() else "on meta, where there are no values"
+        raise TypeError(f"weights are {found}, but real numbers are drawn. Pass those.")
     shape = tuple(weights.shape)
     while weights.dim() > 3 and weights.shape[0] == 1:
         weights = weights[0]
@@ -142,7 +154,8 @@ def _select(weights: Any, head: int | str) -> Tensor:
         return weights
     if head == "mean":
         return weights.mean(dim=0, keepdim=True)
-    if isinstance(head, int) and -len(weights) <= head < len(weights):
+    # True is an int to Python, and more likely a wish for all heads than for the second.
+    if type(head) is int and -len(weights) <= head < len(weights):
         return weights[head][None]
     raise ValueError(
         f'head is {head!r}; the weights have {len(weights)} heads, so it may be "mean", "grid" '
@@ -164,8 +177,14 @@ def _length(name: str, length: int | None, tokens: Sequence[str] | None, availab
 
 def _as_axes_array(ax: Any, count: int) -> Any:
     import numpy
+    from matplotlib.axes import Axes
 
     axes = numpy.ravel(numpy.asarray(ax, dtype=object))
+    if not all(isinstance(each, Axes) for each in axes):
+        raise TypeError(
+            f"ax is {ax!r}, but must be matplotlib Axes, as pyplot.subplots() returns them, or "
+            'an array of them with head="grid".'
+        )
     if len(axes) != count:
         raise ValueError(
             f"ax holds {len(axes)} Axes, but {count} images are to be drawn. Pass {count}, or "

@@ -508,7 +508,7 @@ void mask_pass(const Backward<T>& p, const Workspace<T>& ws, std::int64_t key0, 
   for (std::int64_t n = ws.entry0; n < ws.entry0 + ws.entries; ++n)
     for (std::int64_t i = ws.row0; i < ws.row0 + ws.rows; ++i) {
       const std::int64_t at = ws.index(n, i);
-      T* out = p.grad_mask + p.grad_mask_offset[n] + i * p.grad_mask_row;
+      double* out = p.grad_mask + p.grad_mask_offset[n] + i * p.grad_mask_row;
       for (std::int64_t j = key0; j < key0 + count; ++j)
         if (ws.active[at * ws.blocks + j / K]) out[j * p.grad_mask_column] += ws.gradient[at * ws.keys + j];
     }

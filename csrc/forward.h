@@ -5,6 +5,12 @@ constexpr std::int64_t tasks_wanted = 64;    // split the keys when there are fe
 constexpr std::int64_t split_keys = 2048;    // ...but into no shorter pieces than this
 
 // One block of rows over one range of keys: unnormalised out, running maximum and running sum.
+// The values are summed with weights below 2^-k, 2^k >= Lk: so no sum overflows that the normalised weights would not.
+template <class T>
+T weight_unit(std::int64_t keys) {
+  return std::ldexp(T(1), -int(std::ceil(std::log2(double(std::max<std::int64_t>(keys, 1))))));
+}
+
 template <class T>
 class ForwardBlock {
  public:
@@ -33,6 +39,8 @@ class ForwardBlock {
   const std::int64_t width;
 
  private:
+  const T unit = weight_unit<T>(p.keys);
+
   void softmax_row(std::int64_t r, std::int64_t key0, T* out, T& maximum, T& sum_) {
     constexpr int L = lanes<T>;
     T* row = s.scores + r * TK;
@@ -56,7 +64,7 @@ class ForwardBlock {
     for (int j = 0; j < TK; j += L) {
       const Vec<T> e = exp<T>(load(row + j) - shift);
       total += e;
-      store(row + j, e);
+      store(row + j, e * unit);
     }
     sum_ += sum<T>(total);
     if (p.seed) {
@@ -124,9 +132,10 @@ void finish_row(const Forward<T>& p, std::int64_t n, std::int64_t i, const T* ou
   const std::int64_t at = n * p.queries + i;
   const bool empty = maximum == T(-INFINITY) && sum == T(0);
   const T lse = empty ? T(-INFINITY) : maximum + std::log(sum), inverse = empty ? T(0) : T(1) / sum;
+  const T share = empty ? T(0) : T(1) / (sum * weight_unit<T>(p.keys));
   p.lse[at] = lse;
   for (std::int64_t d = 0; d < p.values; d += L)
-    store_part<T>(p.out + at * p.values + d, load(out + d) * inverse, p.values - d);
+    store_part<T>(p.out + at * p.values + d, load(out + d) * share, p.values - d);
   if (!p.weights) return;
   T* w = p.weights + at * p.keys;
   const T shift = empty ? T(0) : maximum;

@@ -299,9 +299,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_as(
   const Tensor weight = gradient(need_weight, {p.hidden}, p.grad_weight);
 
   need_mask = need_mask && a.attn_mask && a.attn_mask->scalar_type() != ScalarType::Bool;
-  Tensor mask = empty(need_mask ? sizes(*a.attn_mask) : Sizes{0}, type);
+  Tensor mask = empty(need_mask ? sizes(*a.attn_mask) : Sizes{0}, ScalarType::Double);
   if (need_mask) mask = torch::stable::zero_(mask);
-  p.grad_mask = need_mask ? data<T>(mask) : nullptr;
+  p.grad_mask = need_mask ? data<double>(mask) : nullptr;
   Offsets mask_offsets;
   if (need_mask) {
     mask_offsets = batch_offsets(inputs.batch, mask, std::min<int64_t>(mask.dim(), 2));

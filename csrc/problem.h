@@ -56,7 +56,9 @@ struct Backward : Problem<T> {
   Rows<const T> grad_out, grad_weights;  // no data = zero
   Rows<const T> grad_lse;               // element (n, i); no data = zero
   T *grad_query, *grad_key, *grad_value, *grad_weight;  // (B, Lq, H), (B, Lk, H), (B, Lk, Dv), (B, H) or null
-  T* grad_mask;                         // contiguous in the mask's own shape, zeroed by the caller, or null
+  // Contiguous in the mask's own shape, zeroed by the caller, or null; double, since a mask may broadcast over thousands
+  // of rows.
+  double* grad_mask;
   const std::int64_t* grad_mask_offset;
   std::int64_t grad_mask_row, grad_mask_column;
 };

@@ -301,12 +301,13 @@ Results<T> run(const Case& c, const Inputs<T>& in, int threads) {
   b.grad_weight = gradient(c.weight, c.batch * c.hidden, r.weight);
   const bool bias = c.bias && c.mask != MaskType::none && c.mask != MaskType::boolean;
   const MaskData& m = in.mask;
-  b.grad_mask = gradient(bias, m.batch * m.rows * m.columns, r.bias);
-  for (T& x : r.bias) x = 0;
+  std::vector<double> grad_mask(bias ? m.batch * m.rows * m.columns : 0);
+  b.grad_mask = bias ? grad_mask.data() : nullptr;
   b.grad_mask_offset = m.gradient_offset.data();
   b.grad_mask_row = m.rows == 1 ? 0 : m.columns;
   b.grad_mask_column = m.columns == 1 ? 0 : 1;
   kernels().backward(b, on_threads(threads));
+  r.bias.assign(grad_mask.begin(), grad_mask.end());
   return r;
 }
 

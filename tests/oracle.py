@@ -16,6 +16,7 @@ from torch import Tensor
 from additive_attn import additive_attention, ops
 
 ON_KERNEL = ops.cpu_path() != "pytorch"
+DEVICE = os.environ.get("ADDITIVE_ATTN_TEST_DEVICE", "cpu")  # where the fused layer runs
 PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(ops.__file__)))
 INPUTS = ("query", "key", "value", "weight")
 OUTPUTS = ("out", "weights", "lse")
@@ -111,9 +112,11 @@ def dense_mask(
 
 
 def fused(inputs: Mapping[str, Tensor], **options: Any) -> Tensors:
-    """All three outputs of the public function."""
-    outputs = additive_attention(*inputs.values(), need_weights=True, need_lse=True, **options)
-    return dict(zip(OUTPUTS, outputs, strict=True))
+    """All three outputs of the public function, computed on DEVICE."""
+    there = [x.to(DEVICE) for x in inputs.values()]
+    options = {k: x.to(DEVICE) if isinstance(x, Tensor) else x for k, x in options.items()}
+    outputs = additive_attention(*there, need_weights=True, need_lse=True, **options)
+    return {name: x.cpu() for name, x in zip(OUTPUTS, outputs, strict=True)}
 
 
 def plain_masked(inputs: Mapping[str, Tensor], *, scale: float = 1.0, **masking: Any) -> Tensors:

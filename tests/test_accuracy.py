@@ -131,3 +131,14 @@ def test_weights_sum_to_one():
     weights = fused(make((3,), 20, 333, 16, 4))["weights"]
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 20))
     assert (weights >= 0).all()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("keys", [400, 5000])
+def test_large_values_do_not_overflow(queries, keys):
+    """Their average is finite though their sum is not."""
+    case = make((), queries, keys, 8, 3)
+    case["value"] = torch.full((keys, 3), 3e36)
+    expected = torch.full((queries, 3), 3e36)
+    torch.testing.assert_close(fused(case)["out"], expected, rtol=1e-5, atol=0.0)

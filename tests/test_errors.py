@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from oracle import make
+from oracle import PACKAGE_PARENT, make
 
 from additive_attn import AdditiveAttention, additive_attention, merge_attention, ops
 
@@ -23,6 +23,10 @@ def call(**changes):
 
 def t(*shape, dtype=torch.float32, **kw):
     return torch.zeros(shape, dtype=dtype, **kw)
+
+
+def nested(**options):
+    return torch.nested.nested_tensor([t(5, 8), t(3, 8)], **options)
 
 
 F64, F16 = torch.float64, torch.float16
@@ -91,6 +95,25 @@ CASES = {
     "window triple": (dict(window=(1, 2, 3)), ValueError, r"pair \(left, right\)"),
     "window float": (dict(window=(1.0, 2)), ValueError, r"integers"),
     "window bool": (dict(window=(True, 2)), ValueError, r"integers"),
+    "window 2**63": (dict(window=(2**63, 0)), ValueError, r"below 2\*\*63"),
+    "scale huge": (dict(scale=10**400), ValueError, r"finite factor"),
+    "scale tensor": (dict(scale=torch.tensor(2.0)), ValueError, r"scale is tensor\(2.\).*a float"),
+    "dropout bool": (dict(dropout_p=True), ValueError, r"dropout_p is True.*a float"),
+    "dropout tensor": (dict(dropout_p=torch.tensor(0.1)), ValueError, r"dropout_p is tensor"),
+    "flag text": (dict(need_weights="x"), TypeError, r"need_weights is 'x'.*True or False"),
+    "causal text": (dict(is_causal="no"), TypeError, r"is_causal is 'no'.*True or False"),
+    "uint16 mask": (dict(attn_mask=t(3, 5, dtype=torch.uint16)), TypeError, r"\.bool\(\)"),
+    "sparse key": (dict(key=t(2, 5, 8).to_sparse()), TypeError, r"key is torch.sparse_coo"),
+    "sparse mask": (dict(attn_mask=t(3, 5).to_sparse()), TypeError, r"attn_mask is torch.sparse"),
+    "nested key": (dict(key=nested()), TypeError, r"key is nested"),
+    "jagged key": (dict(key=nested(layout=torch.jagged)), TypeError, r"key is nested"),
+    "lengths of a subclass": (
+        dict(lengths=torch.nn.Parameter(torch.tensor([99, -3]), requires_grad=False)),
+        ValueError, r"from -3 to 99",
+    ),
+    "many lengths": (
+        dict(query=t(2, 40, 8), lengths=torch.arange(80).reshape(2, 40)), ValueError, "0 to 79",
+    ),
 }  # fmt: skip
 
 
@@ -119,7 +142,7 @@ def layer_cases():
         "1-D": (lambda: layer(t(8), t(8)), ValueError, "3 dims"),
         "4-D": (lambda: layer(t(1, 2, 3, 8), t(1, 2, 3, 8)), ValueError, "3 dims"),
         "step": (lambda: layer.step(x, memory), ValueError, "one query per sequence"),
-        "step batch": (lambda: layer.step(t(3, 8), memory), ValueError, "one query per sequence"),
+        "step batch": (lambda: layer.step(t(3, 8), memory), ValueError, r"leading dims .*2, 5"),
         "step features": (lambda: layer.step(t(2, 7), memory), ValueError, "7 features"),
         "project": (lambda: layer.project(t(8)), ValueError, "3 dims"),
         "project value": (lambda: layer.project(x, t(2, 4, 8)), ValueError, "each key belongs"),
@@ -142,12 +165,58 @@ def layer_cases():
             lambda: AdditiveAttention(8, 8, dropout=float("nan")), ValueError, "dropout is nan",
         ),
         "scale": (lambda: AdditiveAttention(8, 8, scale=float("nan")), ValueError, "scale is nan"),
+        "padding device": (
+            lambda: layer(x, x, key_padding_mask=t(2, 3, dtype=torch.bool, device="meta")),
+            RuntimeError, "key_padding_mask is on meta",
+        ),
+        "query dtype": (lambda: layer(x.double(), x), TypeError, "query is torch.float64"),
+        "key integers": (lambda: layer(x, x.long()), TypeError, "key is torch.int64"),
+        "value dtype": (lambda: layer(x, x, x.double()), TypeError, "value is torch.float64"),
+        "query device": (lambda: layer(x.to("meta"), x), RuntimeError, "query is on meta"),
+        "energy device": (
+            lambda: meta_energy()(x, x), RuntimeError, "weight is on meta",
+        ),
+        "key None": (lambda: layer(x, None), TypeError, "key is a NoneType"),
+        "query list": (lambda: layer([1.0], x), TypeError, "query is a list"),
+        "value array": (lambda: layer(x, x, x.numpy()), TypeError, "value is a ndarray"),
+        "sparse": (lambda: layer(x.to_sparse(), x), TypeError, "query is torch.sparse_coo"),
+        "nested": (lambda: layer(x, nested()), TypeError, "key is nested"),
+        "jagged": (lambda: layer(x, nested(layout=torch.jagged)), TypeError, "key is nested"),
+        "hidden text": (lambda: AdditiveAttention(8, "8"), TypeError, "hidden_dim is '8', a str"),
+        "hidden None": (lambda: AdditiveAttention(8, None), TypeError, "hidden_dim is None"),
+        "input float": (lambda: AdditiveAttention(4.5, 8), TypeError, "query_dim is 4.5, a float"),
+        "dropout None": (
+            lambda: AdditiveAttention(8, 8, dropout=None), ValueError, "dropout is None",
+        ),
+        "dropout bool": (
+            lambda: AdditiveAttention(8, 8, dropout=True), ValueError, "dropout is True",
+        ),
+        "merge None": (lambda: merge_attention(None, None), TypeError, "outs .* NoneType"),
+        "merge arrays": (
+            lambda: merge_attention([x.numpy()], [t(2, 3)]), TypeError, "outs .* ndarray",
+        ),
+        "merge dtypes": (
+            lambda: merge_attention([x, x.double()], [t(2, 3), t(2, 3, dtype=F64)]), TypeError,
+            "float64",
+        ),
+        "merge integers": (
+            lambda: merge_attention([x.long()], [t(2, 3)]), TypeError, "out of torch.int64",
+        ),
+        "merge devices": (
+            lambda: merge_attention([x], [t(2, 3, device="meta")]), RuntimeError, "lse is on meta",
+        ),
         "merge nothing": (lambda: merge_attention([], []), ValueError, "0 outs and 0 lses"),
         "merge counts": (lambda: merge_attention([x], []), ValueError, "1 outs and 0 lses"),
         "merge shapes": (
             lambda: merge_attention([x, x], [t(2, 3), t(2, 4)]), ValueError, r"\(2, 4\)",
         ),
     }  # fmt: skip
+
+
+def meta_energy():
+    layer = AdditiveAttention(8, 4)
+    layer.energy_layer.to("meta")
+    return layer
 
 
 @pytest.mark.parametrize("name", layer_cases())
@@ -157,6 +226,87 @@ def test_module_sentences(name):
         function()
     assert re.search(sentence, str(caught.value), re.S), caught.value
     assert_sentence(str(caught.value))
+
+
+def step_cases():
+    layer, x = AdditiveAttention(8, 4), t(2, 5, 8)
+    memory = layer.project(x, lengths=torch.tensor([5, 2]))
+    single = layer.project(x[0])
+    mask = t(2, 1, 5, dtype=torch.int64)
+    return {
+        # a memory -> (exception, what the sentence names)
+        "value dtype": (layer.project(x, x.double()), TypeError, "value is torch.float64"),
+        "key dtype": (memory._replace(key=memory.key.double()), TypeError, "key is torch.float64"),
+        "one feature": (memory._replace(key=t(2, 5, 1)), ValueError, "key has 1"),
+        "another layer": (AdditiveAttention(8, 6).project(x), ValueError, "key has 6"),
+        "value batch": (memory._replace(value=t(3, 5, 8)), ValueError, "leading dims"),
+        "value rank": (memory._replace(value=t(5, 8)), ValueError, "one query per sequence"),
+        "value size": (memory._replace(value=t(2, 4, 8)), ValueError, "value has 4"),
+        "value device": (memory._replace(value=x.to("meta")), RuntimeError, "value is on meta"),
+        "no value": (memory._replace(value=None), TypeError, "value is a NoneType"),
+        "lengths range": (memory._replace(lengths=torch.tensor([[9], [1]])), ValueError, "1 to 9"),
+        "lengths dtype": (memory._replace(lengths=t(2, 1)), TypeError, "lengths has dtype"),
+        "lengths shape": (memory._replace(lengths=torch.tensor([1])), ValueError, "lengths has"),
+        "mask shape": (
+            memory._replace(attn_mask=torch.ones(2, 5).bool()), ValueError, "attn_mask has shape",
+        ),
+        "mask dtype": (memory._replace(attn_mask=mask), TypeError, "attn_mask has dtype"),
+        "mask device": (
+            memory._replace(attn_mask=mask.to("meta").bool()), RuntimeError, "mask is on meta",
+        ),
+        "unbatched": (single, ValueError, "one query per sequence"),
+        "tuple": (tuple(memory), TypeError, "memory that is a tuple.*project"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", step_cases())
+def test_step_checks_what_forward_checks(name):
+    memory, exception, sentence = step_cases()[name]
+    with pytest.raises(exception) as caught:
+        AdditiveAttention(8, 4).step(t(2, 8), memory)
+    assert re.search(sentence, str(caught.value), re.S), caught.value
+    assert_sentence(str(caught.value))
+
+
+def test_step_and_project_refuse_other_settings():
+    layer, x = AdditiveAttention(8, 4), t(2, 5, 8)
+    memory = layer.project(x)
+    layer.dropout = 2.0
+    for attend in (lambda: layer(x, x), lambda: layer.step(x[:, 0], memory)):
+        with pytest.raises(ValueError, match=r"dropout_p is 2\.0"):
+            attend()
+    with pytest.raises(RuntimeError, match="value is on meta"):
+        layer.project(x, x.to("meta"))
+    for key, lengths in ((x, torch.ones(2, 1).long()), (x[0], torch.tensor([3]))):
+        with pytest.raises(ValueError, match="one length per sequence"):
+            layer.project(key, lengths=lengths)
+
+
+def test_operators_refuse_tensors_on_several_devices():
+    """One meta tensor calls for shapes alone, and the result would be unwritten memory."""
+    inputs = make((2,), 3, 5, 8, 6)
+    tensors = [*inputs.values(), None, None, None]
+    options = -1, -1, 0.0, 1.0
+    saved = ops.forward(*tensors, *options, False)[2]
+    mixed = [*tensors[:2], tensors[2].to("meta"), *tensors[3:]]
+    with pytest.raises(RuntimeError, match=r"query is on cpu.*value is on meta"):
+        ops.forward(*mixed, *options, False)
+    with pytest.raises(RuntimeError, match=r"query is on cpu.*value is on meta"):
+        ops.backward(t(2, 3, 6), None, None, *mixed, saved, *options, *[True] * 5)
+    assert ops.forward(*(x.to("meta") for x in inputs.values()), None, None, None, *options, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_unsigned_lengths(dtype):
+    lengths = torch.tensor([5, 2])
+    assert torch.equal(call(lengths=lengths.to(dtype)), call(lengths=lengths))
+
+
+def test_numbers_of_other_types():
+    numpy = pytest.importorskip("numpy")
+    assert torch.equal(call(scale=numpy.float32(2)), call(scale=2))
+    layer = AdditiveAttention(numpy.int64(8), numpy.int32(4), dropout=numpy.float32(0.5))
+    assert type(layer.hidden_dim) is int and layer.dropout == 0.5
 
 
 BAD_MASKS = {
@@ -267,8 +417,9 @@ print("backward survived", refused)
 
 def test_raw_operator_calls_do_not_crash():
     result = subprocess.run(
-        [sys.executable, "-c", RAW_CALLS], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", RAW_CALLS], capture_output=True, text=True, check=False,
+        cwd=PACKAGE_PARENT,
+    )  # fmt: skip
     assert result.returncode == 0, f"{result.returncode}: {result.stderr[-2000:]}"
     assert "forward survived" in result.stdout and "backward survived" in result.stdout
     assert int(re.search(r"forward survived (\d+)", result.stdout)[1]) > 20

@@ -138,7 +138,7 @@ def test_show_config(capsys):
 def test_module_prints_the_configuration():
     result = subprocess.run(
         [sys.executable, "-m", "additive_attn"], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": PACKAGE_PARENT},
+        env={**os.environ, "PYTHONPATH": PACKAGE_PARENT}, cwd=PACKAGE_PARENT,
     )  # fmt: skip
     assert succeeded(result).stdout.strip() == show_config().strip()
 

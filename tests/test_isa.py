@@ -17,10 +17,10 @@ TESTS = Path(__file__).parent
 RUNNING = ops.cpu_path()
 
 
-def run(code, path):
+def run(code, path, **variables):
     return subprocess.run(
-        [sys.executable, *code], capture_output=True, text=True, check=False, cwd=TESTS.parent,
-        env={**os.environ, "PYTHONPATH": PACKAGE_PARENT, "ADDITIVE_ATTN_CPU": path},
+        [sys.executable, *code], capture_output=True, text=True, check=False, cwd=PACKAGE_PARENT,
+        env={**os.environ, "PYTHONPATH": PACKAGE_PARENT, "ADDITIVE_ATTN_CPU": path, **variables},
     )  # fmt: skip
 
 
@@ -43,3 +43,13 @@ def test_core(path):
     )
     assert result.returncode == 0, result.stdout[-5000:]
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 300
+
+
+def test_triton_interpreter():
+    pytest.importorskip("triton")
+    result = run(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "test_triton.py")],
+        "triton", TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 40

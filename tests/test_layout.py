@@ -10,6 +10,7 @@ import torch
 from oracle import (
     INPUTS,
     OUTPUTS,
+    PACKAGE_PARENT,
     assert_all_same,
     assert_layout_free,
     check_against_plain,
@@ -375,8 +376,9 @@ assert torch.equal(
 
 def test_offsets_beyond_int32():
     result = subprocess.run(
-        [sys.executable, "-c", BEYOND_INT32], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", BEYOND_INT32], capture_output=True, text=True, check=False,
+        cwd=PACKAGE_PARENT,
+    )  # fmt: skip
     if result.returncode == 77:
         pytest.skip("this system does not hand out 13 GB of addresses")
     assert result.returncode == 0, result.stderr

@@ -249,3 +249,16 @@ def test_masked_float_positions_get_no_gradient():
         {"out": torch.randn(6, 6), "lse": torch.randn(6)},
     )
     assert torch.equal(grads["attn_mask"] == 0, hidden)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "batch,queries,keys,mask",
+    [(1024, 32, 16, (16,)), (16, 1024, 16, (1, 16)), (512, 2, 16, (2, 16)), (512, 2, 16, (2, 1))],
+    ids=str,
+)
+def test_gradient_of_a_mask_shared_by_many_rows(batch, queries, keys, mask):
+    """Tens of thousands of terms in one sum, as of a learned position bias."""
+    g = torch.Generator().manual_seed(0)
+    cases = [make((batch,), queries, keys, 4, 4, seed=seed) for seed in range(2)]
+    check_against_plain(cases, upstream_of=["out"], attn_mask=torch.randn(mask, generator=g))

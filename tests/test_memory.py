@@ -57,7 +57,7 @@ def extra_megabytes(length: int, *, need_weights: bool = False, queries: int | N
     arguments = (length, 128, need_weights, queries or length)
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, *(str(int(a)) for a in arguments)],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, cwd=PACKAGE_PARENT,
         env={**os.environ, "PYTHONPATH": PACKAGE_PARENT},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

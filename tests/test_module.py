@@ -207,6 +207,17 @@ def test_step_unbatched():
     torch.testing.assert_close(weights[:4], expected[1][0])
 
 
+@pytest.mark.parametrize("sizes", [(1, B, B), (B, 1, 1), (B, 1, B), (B, B, 1)], ids=str)
+def test_a_batch_of_one_is_shared(sizes):
+    layer, _ = layers()
+    query, key, value = (x[:size] for x, size in zip(tensors(), sizes, strict=True))
+    out, weights = layer(query, key, value)
+    full = (x.expand(B, -1, -1) for x in (query, key, value))
+    torch.testing.assert_close((out, weights), layer(*full))
+    context, step_weights = layer.step(query[:, 0], layer.project(key, value))
+    torch.testing.assert_close((context, step_weights), (out[:, 0], weights[:, 0]))
+
+
 def test_normalize():
     """g v / |v| . tanh(query + key + b), by hand and in float64."""
     layer = AdditiveAttention(D, H, normalize=True, dtype=torch.float64)

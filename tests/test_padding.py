@@ -50,6 +50,23 @@ def zeroed(inputs):
     return poisoned(inputs, 0.0)
 
 
+def by_one_length(queries):
+    return dict(lengths=torch.tensor(LENGTH))
+
+
+@pytest.mark.core
+def test_one_length_without_a_batch():
+    inputs = make((), 5, KEYS, 12, 9)
+    upstream = {name: torch.randn_like(x) for name, x in fused(inputs).items()}
+    whole = gradients(lambda x: fused(x, **by_one_length(5)), poisoned(inputs, math.nan), upstream)
+    rows = gradients(
+        lambda x: fused(x, lengths=torch.full((5,), LENGTH)), zeroed(inputs), upstream
+    )
+    for ours, expected in zip(whole, rows, strict=True):
+        for name in ours:
+            assert_same(ours[name], expected[name], name)
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("poison", POISONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)

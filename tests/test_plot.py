@@ -39,6 +39,23 @@ def test_takes_weights_as_they_come():
     plot_attention(torch.rand(5, 7), style="alignment", source_length=3)
 
 
+BAD = {
+    # what is passed -> (exception, what the sentence names)
+    "None": (dict(weights=None), TypeError, "weights are a NoneType"),
+    "complex": (dict(weights=torch.ones(2, 3) * 1j), TypeError, "weights are torch.complex64"),
+    "meta": (dict(weights=torch.ones(2, 3, device="meta")), TypeError, "weights are on meta"),
+    "head": (dict(head=True), ValueError, "head is True"),
+    "no ticks": (dict(max_ticks=0, source_tokens=list("abc")), ValueError, "max_ticks is 0"),
+    "axes": (dict(ax=3), TypeError, "ax is 3, but must be matplotlib Axes"),
+}
+
+
+@pytest.mark.parametrize("changes,exception,sentence", BAD.values(), ids=BAD.keys())
+def test_errors_are_sentences(changes, exception, sentence):
+    with pytest.raises(exception, match=sentence):
+        plot_attention(**dict(weights=torch.rand(2, 2, 3)) | changes)
+
+
 def test_draws_into_given_axes():
     from matplotlib import pyplot
 

@@ -283,6 +283,25 @@ def test_per_sample_gradients():
         torch.testing.assert_close(ours[n], leaf.grad)
 
 
+@pytest.mark.parametrize("dim", [None, 0, 1])
+@pytest.mark.parametrize("shape", [(5, 9), (9,)], ids=str)
+def test_per_sample_gradients_of_a_float_mask(shape, dim):
+    """Of a mask per sample, and of one that all share, each sample's own part."""
+    inputs = make((4,), 5, 9, 8, 6, dtype=torch.float64)
+    weight = inputs.pop("weight")
+    samples = torch.randn(4, *shape, dtype=torch.float64)
+    mask = samples[0] if dim is None else samples.movedim(0, dim)
+
+    def loss(mask, *tensors):
+        return additive_attention(*tensors, weight, attn_mask=mask).square().sum()
+
+    ours = torch.func.vmap(torch.func.grad(loss), (dim, 0, 0, 0))(mask, *inputs.values())
+    for n in range(4):
+        leaf = samples[0 if dim is None else n].clone().requires_grad_()
+        loss(leaf, *(x[n] for x in inputs.values())).backward()
+        torch.testing.assert_close(ours[n], leaf.grad)
+
+
 @pytest.mark.parametrize("jacobian", [torch.func.jacrev, torch.func.jacfwd])
 def test_jacobians(jacobian):
     inputs = make((), 3, 4, 3, 2, dtype=torch.float64)

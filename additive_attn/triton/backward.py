@@ -1,0 +1,660 @@
+"""The operator ``additive_attn::backward`` on a GPU.
+
+With P = exp(S - lse), D the dropout factors, and the upstream gradients of out, weights and lse,
+
+    dP = D o (dO V^T) + dWeights    delta_i = sum_j P_ij dP_ij      G = P o (dP - delta + dlse)
+    dV = (P o D)^T dO               dMask = G                       dS = scale G
+    dq_ih = w_h sum_j dS_ij (1 - t^2)               dk_jh = w_h sum_i dS_ij (1 - t^2)
+    dw_h = sum_ij dS_ij t_ijh
+
+With Q = e^{2q}, K = e^{2k} and s = 1 / (1 + Q K): t = 1 - 2 s and 1 - t^2 = 4 (s - s^2), which
+costs six instructions per tanh for dq with dw and five for dk, two features sharing a reciprocal.
+The same s - s^2 comes from 1 / (1 + 1/(Q K)), so that either pass streams what ``prepare.py`` has
+stored, K or 1/Q, and keeps the other in registers. Loops run over the reduced index, j for dq and
+i for dk: no sum crosses threads until its end, nothing is atomic, and results repeat bit for bit.
+
+G of a bounded number of rows is kept at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from additive_attn.triton import configs
+from additive_attn.triton.launch import launch
+from additive_attn.triton.numerics import exp_and_rest, keep_factors, quarters, reciprocal, tanh
+from additive_attn.triton.prepare import SAFE
+from additive_attn.triton.problem import Problem
+
+
+@triton.jit(
+    do_not_specialize=["entry_begin", "rows", "row_begin", "row_count", "key_begin", "key_count"]
+)
+def _gradient_kernel(
+    scores, products, gradient, lse,
+    grad_weights, gw_outer, gw_inner, gw_row, gw_column,
+    grad_lse, gl_outer, gl_inner, gl_row,
+    seed, seed_outer, seed_inner, threshold, keep_scale,
+    inner, entry_begin, rows, row_begin, row_count, row_padded, key_begin, key_count, key_padded,
+    BLOCK: tl.constexpr, GRAD_WEIGHTS: tl.constexpr, GRAD_LSE: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """A row: scores become P o D, ``gradient`` G, with zeros up to its padded size. ``products``
+    is dO V^T. P is divided by its sum, which takes out the rounding of lse."""
+    program = tl.program_id(0).to(tl.int64)
+    r = (program % row_padded).to(tl.int32)
+    entry = program // row_padded
+    n = entry_begin + entry
+    o = n // inner
+    m = n % inner
+    i = row_begin + r
+    inside = r < row_count
+    source = (entry * row_count + r) * key_count
+    j = tl.arange(0, BLOCK)
+    base = tl.load(lse + n * rows + i, mask=inside, other=0.0)
+    base = tl.where(base == float("inf"), float("nan"), base)
+    base = tl.where(base == float("-inf"), 0.0, base)
+    totals = tl.zeros([BLOCK], scores.dtype.element_ty)
+    deltas = tl.zeros([BLOCK], scores.dtype.element_ty)
+    for key0 in range(0, key_count, BLOCK):
+        p, g, factor = _probabilities(
+            scores, products, grad_weights, gw_outer, gw_inner, gw_row, gw_column,
+            seed, seed_outer, seed_inner, threshold, keep_scale,
+            o, m, n, i, r, row_count, source, key_begin, key0, key_count, base,
+            BLOCK, GRAD_WEIGHTS, DROPOUT,
+        )  # fmt: skip
+        totals += p
+        deltas += p * g
+    total = tl.sum(totals, 0)
+    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    delta = tl.sum(deltas, 0) * inverse
+    if GRAD_LSE:
+        delta -= tl.load(
+            grad_lse + o * gl_outer + m * gl_inner + i.to(tl.int64) * gl_row,
+            mask=inside,
+            other=0.0,
+        )
+    to = (entry * row_padded + r) * key_padded
+    for key0 in range(0, key_padded, BLOCK):
+        p, g, factor = _probabilities(
+            scores, products, grad_weights, gw_outer, gw_inner, gw_row, gw_column,
+            seed, seed_outer, seed_inner, threshold, keep_scale,
+            o, m, n, i, r, row_count, source, key_begin, key0, key_count, base,
+            BLOCK, GRAD_WEIGHTS, DROPOUT,
+        )  # fmt: skip
+        p = p * inverse
+        g = tl.where(p == 0.0, 0.0, p * (g - delta))
+        tl.store(gradient + to + key0 + j, g, mask=key0 + j < key_padded)
+        tl.store(
+            scores + source + key0 + j,
+            p * factor,
+            mask=(key0 + j < key_count) & (r + tl.zeros([BLOCK], tl.int32) < row_count),
+        )
+
+
+@triton.jit
+def _probabilities(
+    scores, products, grad_weights, gw_outer, gw_inner, gw_row, gw_column,
+    seed, seed_outer, seed_inner, threshold, keep_scale,
+    o, m, n, i, r, row_count, source, key_begin, key0, key_count, base,
+    BLOCK: tl.constexpr, GRAD_WEIGHTS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """P, dP and D of some keys of a row; 0 where it does not attend."""
+    j = key0 + tl.arange(0, BLOCK)
+    here = (j < key_count) & (r + tl.zeros([BLOCK], tl.int32) < row_count)
+    x = tl.load(scores + source + j, mask=here, other=float("-inf"))
+    used = x != float("-inf")
+    p = tl.where(used, tl.exp(x - base), 0.0)
+    g = tl.load(products + source + j, mask=here & used, other=0.0)
+    factor = tl.full([BLOCK], 1.0, p.dtype)
+    if DROPOUT:
+        word = tl.load(seed + o * seed_outer + m * seed_inner)
+        factor = keep_factors(
+            word, n, i + tl.zeros([1], tl.int32), key_begin + key0, threshold, keep_scale, 1, BLOCK
+        )
+        factor = tl.reshape(factor, [BLOCK]).to(p.dtype)
+        g = tl.where(factor == 0.0, 0.0, g * factor)
+    if GRAD_WEIGHTS:
+        place = grad_weights + o * gw_outer + m * gw_inner + i.to(tl.int64) * gw_row
+        upstream = tl.load(place + (key_begin + j).to(tl.int64) * gw_column, mask=here, other=0.0)
+        g += tl.where(used, upstream.to(p.dtype), 0.0)
+    return p, g, factor
+
+
+@triton.jit
+def _pair(y0, y1, TARGET: tl.constexpr):
+    """1/y0 and 1/y1 from one reciprocal: of a single pair (i, j), so that pairs stay apart."""
+    both = reciprocal(y0 * y1, TARGET)
+    return both * y1, both * y0
+
+
+@triton.jit
+def _features(place, h, padded: tl.constexpr, TILE: tl.constexpr):
+    """A prepared row's features h, 1 beyond the last: what lies there belongs to other rows."""
+    if padded % TILE == 0:
+        return tl.load(place + h)
+    else:
+        return tl.load(place + h, mask=h < padded, other=1.0)
+
+
+@triton.jit
+def _direct(x, y, g):
+    """g (1 - t^2) / 4 and g t with t = tanh(x + y); a g of 0 leaves no trace of its pair."""
+    t = tanh(x + y)
+    used = g != 0.0
+    return tl.where(used, g * (1.0 - t * t) * 0.25, 0.0), tl.where(used, g * t, 0.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "entry_begin",
+        "rows",
+        "row_begin",
+        "row_count",
+        "keys",
+        "key_begin",
+        "key_count",
+        "left",
+        "right",
+    ]
+)
+def query_kernel(
+    query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
+    key_exp, query_size, key_size,
+    query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
+    gradient, grad_query, grad_weight,
+    inner, entry_begin, rows, row_begin, row_count, row_padded,
+    keys, key_begin, key_count, key_padded, hidden, left, right,
+    RX: tl.constexpr, TX: tl.constexpr, RH: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+    padded: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows and 2 RH TH features, all keys: sum_j G (1 - t^2) / 4 to ``grad_query`` and,
+    summed over the rows too, sum G t to ``grad_weight`` [entry][row tile][feature]."""
+    BX: tl.constexpr = RX * TX
+    BH: tl.constexpr = RH * TH
+    tiles = tl.cdiv(row_count, BX)
+    feature_tiles = tl.cdiv(padded, 2 * BH)
+    program = tl.program_id(0).to(tl.int64)
+    tile = (program % tiles).to(tl.int32)
+    h0 = (program // tiles % feature_tiles).to(tl.int32) * (2 * BH)
+    entry = program // tiles // feature_tiles
+    n = entry_begin + entry
+    o = n // inner
+    m = n % inner
+    ha = h0 + tl.arange(0, RH)[:, None] + RH * tl.arange(0, TH)[None, :]
+    hb = ha + BH
+    r = tile * BX + tl.arange(0, RX)[:, None] + RX * tl.arange(0, TX)[None, :]
+    i = tl.minimum(row_begin + r, rows - 1).to(tl.int64)
+    q_rows = query + o * query_outer + m * query_inner + i[:, None, :, None] * query_row
+    qa = tl.load(q_rows + tl.minimum(ha, hidden - 1).to(tl.int64)[None, :, None, :] * query_h)
+    qb = tl.load(q_rows + tl.minimum(hb, hidden - 1).to(tl.int64)[None, :, None, :] * query_h)
+    qa = qa.to(gradient.dtype.element_ty)
+    qb = qb.to(gradient.dtype.element_ty)
+    g_rows = gradient + (entry * row_padded + r.to(tl.int64)) * key_padded
+    sum_a = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
+    sum_b = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
+    weight_a = tl.zeros([RH, TX, TH], gradient.dtype.element_ty)
+    weight_b = tl.zeros([RH, TX, TH], gradient.dtype.element_ty)
+    k_rows = key + o * key_outer + m * key_inner
+    first = tl.maximum(row_begin + tile * BX - left, key_begin)
+    last = tl.minimum(row_begin + tile * BX + BX + right, key_begin + key_count)
+    first = (first - key_begin) // BLOCK * BLOCK
+    last = last - key_begin
+
+    if not WIDE:
+        at_query = o * query_exp_outer + m * query_exp_inner
+        at_key = o * key_exp_outer + m * key_exp_inner
+        size_i = tl.load(query_size + at_query + i)
+        wild_i = size_i > SAFE
+        Qa, rest_a = exp_and_rest(tl.where(wild_i[:, None, :, None], 0.0, 2.0 * qa))
+        Qb, rest_b = exp_and_rest(tl.where(wild_i[:, None, :, None], 0.0, 2.0 * qb))
+        any_wild_i = tl.max(wild_i.to(tl.int32)) != 0
+        all_small_i = tl.max(tl.where(wild_i, 0.0, size_i)) <= 1.0
+        b_rows = key_exp + at_key * padded
+        flat = tl.arange(0, BX)[:, None].to(tl.int64) + tile * BX
+        flat_rows = gradient + (entry * row_padded + flat) * key_padded
+
+    for k0 in range(first, last, BLOCK):
+        if WIDE:
+            wild = True
+        else:
+            # A key decides something only where G is not 0.
+            block = k0 + tl.arange(0, BLOCK)
+            used = tl.load(flat_rows + block[None, :]) != 0.0
+            size_j = tl.load(key_size + at_key + tl.minimum(key_begin + block, keys - 1))
+            size_j = tl.where(tl.max(used.to(tl.int32), 0) != 0, size_j, 0.0)
+            wild = any_wild_i | (tl.max(size_j) > SAFE)
+            small = all_small_i & (tl.max(tl.where(size_j > SAFE, 0.0, size_j)) <= 1.0)
+        if wild:
+            part_a = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
+            part_b = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
+            total = tl.zeros([RX, 1, TX, 1], gradient.dtype.element_ty)
+            for c in range(k0, tl.minimum(k0 + BLOCK, last)):
+                j1 = tl.minimum(key_begin + c, keys - 1)
+                g = tl.load(g_rows + c)[:, None, :, None]
+                k_row = k_rows + j1.to(tl.int64) * key_row
+                ka = tl.load(k_row + tl.minimum(ha, hidden - 1).to(tl.int64) * key_h).to(qa.dtype)
+                kb = tl.load(k_row + tl.minimum(hb, hidden - 1).to(tl.int64) * key_h).to(qa.dtype)
+                da, ta = _direct(qa, ka[None, :, None, :], g)
+                db, tb = _direct(qb, kb[None, :, None, :], g)
+                if not WIDE:
+                    # The other pairs as beside no such row or key, to the bit.
+                    direct = tl.maximum(size_i, tl.load(key_size + at_key + j1)) > SAFE
+                    direct = direct[:, None, :, None]
+                    Ka = _features(b_rows + j1.to(tl.int64) * padded, ha, padded, 2 * BH)[
+                        None, :, None, :
+                    ]
+                    Kb = _features(b_rows + j1.to(tl.int64) * padded, hb, padded, 2 * BH)[
+                        None, :, None, :
+                    ]
+                    sa, sb = _pair(Qa * Ka + 1.0, Qb * Kb + 1.0, TARGET)
+                    g = tl.where(direct, 0.0, g)
+                    sum_a += g * (sa - sa * sa)
+                    sum_b += g * (sb - sb * sb)
+                    part_a += g * sa
+                    part_b += g * sb
+                    total += g
+                    da = tl.where(direct, da, 0.0)
+                    db = tl.where(direct, db, 0.0)
+                    ta = tl.where(direct, ta, 0.0)
+                    tb = tl.where(direct, tb, 0.0)
+                sum_a += da
+                sum_b += db
+                weight_a += tl.sum(ta, 0)
+                weight_b += tl.sum(tb, 0)
+            if not WIDE:
+                weight_a += tl.sum(total - 2.0 * part_a, 0)
+                weight_b += tl.sum(total - 2.0 * part_b, 0)
+        elif small:
+            # t = (K - 1/Q) / (K + 1/Q), whose difference is exact; 1/Q has its own rounding, which
+            # takes the place of that of Q.
+            la, ra = exp_and_rest(-2.0 * qa)
+            lb, rb = exp_and_rest(-2.0 * qb)
+            ra = 0.5 * (ra / la + rest_a / Qa)
+            rb = 0.5 * (rb / lb + rest_b / Qb)
+            for c in range(k0, tl.minimum(k0 + BLOCK, last)):
+                j1 = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
+                g = tl.load(g_rows + c)[:, None, :, None]
+                Ka = _features(b_rows + j1 * padded, ha, padded, 2 * BH)[None, :, None, :]
+                Kb = _features(b_rows + j1 * padded, hb, padded, 2 * BH)[None, :, None, :]
+                sa, sb = _pair(la + Ka, lb + Kb, TARGET)
+                ta = (Ka - la) * sa
+                tb = (Kb - lb) * sb
+                da = g * (1.0 - ta * ta)
+                db = g * (1.0 - tb * tb)
+                sum_a += 0.25 * da
+                sum_b += 0.25 * db
+                weight_a += tl.sum(g * ta - da * ra, 0)
+                weight_b += tl.sum(g * tb - db * rb, 0)
+        else:
+            part_a = tl.zeros([RX, RH, TX, TH], tl.float32)
+            part_b = tl.zeros([RX, RH, TX, TH], tl.float32)
+            total = tl.zeros([RX, TX], tl.float32)
+            f = tl.arange(0, 4)
+            K_rows = b_rows + tl.cast(key_begin + k0, tl.int64) * padded
+            for c in range(k0, tl.minimum(k0 + BLOCK, last), 4):
+                g4 = tl.load(g_rows[:, :, None] + c + f[None, None, :])
+                g = quarters(g4, RX, TX)
+                for u in tl.static_range(4):
+                    Ka = _features(K_rows + u * padded, ha, padded, 2 * BH)
+                    Kb = _features(K_rows + u * padded, hb, padded, 2 * BH)
+                    g1 = g[u]
+                    total += g1
+                    g1 = g1[:, None, :, None]
+                    sa, sb = _pair(
+                        Qa * Ka[None, :, None, :] + 1.0, Qb * Kb[None, :, None, :] + 1.0, TARGET
+                    )
+                    sum_a += g1 * (sa - sa * sa)
+                    sum_b += g1 * (sb - sb * sb)
+                    part_a += g1 * sa
+                    part_b += g1 * sb
+                K_rows += 4 * padded
+            weight_a += tl.sum(total[:, None, :, None] - 2.0 * part_a, 0)
+            weight_b += tl.sum(total[:, None, :, None] - 2.0 * part_b, 0)
+
+    if not WIDE:
+        # dw by the roundings of Q, which all keys of a row share: + (1 - t^2) / 2 per unit.
+        weight_a += tl.sum(2.0 * sum_a * (rest_a / Qa), 0)
+        weight_b += tl.sum(2.0 * sum_b * (rest_b / Qb), 0)
+    to = grad_query + (n * rows + i[:, None, :, None]) * hidden
+    inside = (r < row_count)[:, None, :, None]
+    tl.store(to + ha[None, :, None, :], sum_a, mask=inside & (ha < hidden)[None, :, None, :])
+    tl.store(to + hb[None, :, None, :], sum_b, mask=inside & (hb < hidden)[None, :, None, :])
+    to = grad_weight + (entry * tiles + tile) * hidden
+    tl.store(to + ha, tl.sum(weight_a, 1), mask=ha < hidden)
+    tl.store(to + hb, tl.sum(weight_b, 1), mask=hb < hidden)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "entry_begin",
+        "rows",
+        "row_begin",
+        "row_count",
+        "keys",
+        "key_begin",
+        "key_count",
+        "left",
+        "right",
+    ]
+)
+def key_kernel(
+    query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
+    query_exp, query_size, key_size,
+    query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
+    gradient, grad_key, grad_weight,
+    inner, entry_begin, rows, row_begin, row_count, row_padded,
+    keys, key_begin, key_count, key_padded, hidden, left, right,
+    RX: tl.constexpr, TX: tl.constexpr, RH: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+    padded: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys and 2 RH TH features, all rows: adds sum_i G (1 - t^2) / 4 to ``grad_key``;
+    what the roundings of K leave out of dw to ``grad_weight`` [entry][key tile][feature]."""
+    BX: tl.constexpr = RX * TX
+    BH: tl.constexpr = RH * TH
+    tiles = tl.cdiv(key_count, BX)
+    feature_tiles = tl.cdiv(padded, 2 * BH)
+    program = tl.program_id(0).to(tl.int64)
+    tile = (program % tiles).to(tl.int32)
+    h0 = (program // tiles % feature_tiles).to(tl.int32) * (2 * BH)
+    entry = program // tiles // feature_tiles
+    n = entry_begin + entry
+    o = n // inner
+    m = n % inner
+    ha = h0 + tl.arange(0, RH)[:, None] + RH * tl.arange(0, TH)[None, :]
+    hb = ha + BH
+    c = tile * BX + tl.arange(0, RX)[:, None] + RX * tl.arange(0, TX)[None, :]
+    j = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
+    k_rows = key + o * key_outer + m * key_inner + j[:, None, :, None] * key_row
+    ka = tl.load(k_rows + tl.minimum(ha, hidden - 1).to(tl.int64)[None, :, None, :] * key_h)
+    kb = tl.load(k_rows + tl.minimum(hb, hidden - 1).to(tl.int64)[None, :, None, :] * key_h)
+    ka = ka.to(gradient.dtype.element_ty)
+    kb = kb.to(gradient.dtype.element_ty)
+    g_columns = gradient + entry * row_padded * key_padded + c
+    sum_a = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
+    sum_b = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
+    q_rows = query + o * query_outer + m * query_inner
+    first = tl.maximum(key_begin + tile * BX - right, row_begin)
+    last = tl.minimum(key_begin + tile * BX + BX + left, row_begin + row_count)
+    first = (first - row_begin) // BLOCK * BLOCK
+    last = last - row_begin
+
+    if not WIDE:
+        at_query = o * query_exp_outer + m * query_exp_inner
+        at_key = o * key_exp_outer + m * key_exp_inner
+        size_j = tl.load(key_size + at_key + j)
+        wild_j = size_j > SAFE
+        Ba, _rest_a = exp_and_rest(tl.where(wild_j[:, None, :, None], 0.0, -2.0 * ka))
+        Bb, _rest_b = exp_and_rest(tl.where(wild_j[:, None, :, None], 0.0, -2.0 * kb))
+        any_wild_j = tl.max(wild_j.to(tl.int32)) != 0
+        a_rows = query_exp + at_query * padded
+        flat_columns = gradient + entry * row_padded * key_padded + tile * BX
+        flat_columns += tl.arange(0, BX)[None, :]
+
+    for r0 in range(first, last, BLOCK):
+        if WIDE:
+            wild = True
+        else:
+            # A row decides something only where G is not 0.
+            block = r0 + tl.arange(0, BLOCK)
+            used = tl.load(flat_columns + block[:, None].to(tl.int64) * key_padded) != 0.0
+            size_i = tl.load(query_size + at_query + tl.minimum(row_begin + block, rows - 1))
+            size_i = tl.where(tl.max(used.to(tl.int32), 1) != 0, size_i, 0.0)
+            wild = any_wild_j | (tl.max(size_i) > SAFE)
+        if wild:
+            for r in range(r0, tl.minimum(r0 + BLOCK, last)):
+                i1 = tl.minimum(row_begin + r, rows - 1).to(tl.int64)
+                g = tl.load(g_columns + tl.cast(r, tl.int64) * key_padded)[:, None, :, None]
+                q_row = q_rows + i1 * query_row
+                qa = tl.load(q_row + tl.minimum(ha, hidden - 1).to(tl.int64) * query_h).to(
+                    ka.dtype
+                )
+                qb = tl.load(q_row + tl.minimum(hb, hidden - 1).to(tl.int64) * query_h).to(
+                    ka.dtype
+                )
+                da, _ta = _direct(ka, qa[None, :, None, :], g)
+                db, _tb = _direct(kb, qb[None, :, None, :], g)
+                if not WIDE:
+                    direct = tl.maximum(size_j, tl.load(query_size + at_query + i1)) > SAFE
+                    direct = direct[:, None, :, None]
+                    Aa = _features(a_rows + i1 * padded, ha, padded, 2 * BH)[None, :, None, :]
+                    Ab = _features(a_rows + i1 * padded, hb, padded, 2 * BH)[None, :, None, :]
+                    sa, sb = _pair(Ba * Aa + 1.0, Bb * Ab + 1.0, TARGET)
+                    g = tl.where(direct, 0.0, g)
+                    sum_a += g * (sa - sa * sa)
+                    sum_b += g * (sb - sb * sb)
+                    da = tl.where(direct, da, 0.0)
+                    db = tl.where(direct, db, 0.0)
+                sum_a += da
+                sum_b += db
+        else:
+            A_rows = a_rows + tl.cast(row_begin + r0, tl.int64) * padded
+            g_place = g_columns + tl.cast(r0, tl.int64) * key_padded
+            for _ in range(r0, tl.minimum(r0 + BLOCK, last), 4):
+                for u in tl.static_range(4):
+                    g = tl.load(g_place)[:, None, :, None]
+                    Aa = _features(A_rows + u * padded, ha, padded, 2 * BH)[None, :, None, :]
+                    Ab = _features(A_rows + u * padded, hb, padded, 2 * BH)[None, :, None, :]
+                    sa, sb = _pair(Ba * Aa + 1.0, Bb * Ab + 1.0, TARGET)
+                    sum_a += g * (sa - sa * sa)
+                    sum_b += g * (sb - sb * sb)
+                    g_place += key_padded
+                A_rows += 4 * padded
+
+    to = grad_key + (n * keys + j[:, None, :, None]) * hidden
+    inside = (c < key_count)[:, None, :, None]
+    place = inside & (ha < hidden)[None, :, None, :]
+    tl.store(
+        to + ha[None, :, None, :],
+        tl.load(to + ha[None, :, None, :], mask=place) + sum_a,
+        mask=place,
+    )
+    place = inside & (hb < hidden)[None, :, None, :]
+    tl.store(
+        to + hb[None, :, None, :],
+        tl.load(to + hb[None, :, None, :], mask=place) + sum_b,
+        mask=place,
+    )
+    if not WIDE:
+        # The other kernel has used the stored e^{2k}, with its rounding.
+        Ka, left_a = exp_and_rest(tl.where(wild_j[:, None, :, None], 0.0, 2.0 * ka))
+        Kb, left_b = exp_and_rest(tl.where(wild_j[:, None, :, None], 0.0, 2.0 * kb))
+        correction_a = tl.sum(tl.sum(tl.where(inside, 2.0 * sum_a * (left_a / Ka), 0.0), 0), 1)
+        correction_b = tl.sum(tl.sum(tl.where(inside, 2.0 * sum_b * (left_b / Kb), 0.0), 0), 1)
+        to = grad_weight + (entry * tiles + tile) * hidden
+        tl.store(to + ha, correction_a, mask=ha < hidden)
+        tl.store(to + hb, correction_b, mask=hb < hidden)
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    attn_mask: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    lse: Tensor,
+    left: int,
+    right: int,
+    dropout_p: float,
+    scale: float,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+    need_weight: bool,
+    need_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    p = Problem(query, key, value, weight, attn_mask, lengths, seed, left, right, dropout_p, scale)
+    need_mask = need_mask and attn_mask is not None
+
+    def zeros(needed: bool, *shape: int) -> Tensor:
+        return torch.zeros(shape if needed else (0,), dtype=p.accumulator, device=p.device)
+
+    grad_query = zeros(need_query or need_weight, p.entries, p.rows, p.hidden)
+    grad_key = zeros(need_key or need_weight, p.entries, p.keys, p.hidden)
+    grad_value = zeros(need_value, p.entries, p.keys, p.values)
+    grad_weight = zeros(need_weight, p.entries, p.hidden)
+    grad_mask = zeros(need_mask, *(attn_mask.shape if attn_mask is not None else ()))
+    lse = lse.contiguous()
+    if p.entries and p.rows and p.keys:
+        for chunk in p.chunks():
+            _chunk(
+                p, chunk, lse, _entries(grad_out, p, 2), grad_weights, grad_lse,
+                grad_query, grad_key, grad_value, grad_weight, grad_mask,
+                need_query, need_key, need_value, need_weight, need_mask,
+            )  # fmt: skip
+    # dS = scale G, and the weight, which no pair needed.
+    factor = p.batch.view(weight, 1).to(p.accumulator).reshape(p.entries, 1, p.hidden)
+    batch = p.batch.shape
+    empty = query.new_empty(0)
+    if need_query:
+        grad_query = (
+            (grad_query * (factor * (4 * scale))).to(p.dtype).view(*batch, *query.shape[-2:])
+        )
+    if need_key:
+        grad_key = (grad_key * (factor * (4 * scale))).to(p.dtype).view(*batch, *key.shape[-2:])
+    if need_value:
+        grad_value = grad_value.to(p.dtype).view(*batch, *value.shape[-2:])
+    if need_weight:
+        grad_weight = (grad_weight * scale).view(*batch, p.hidden)
+    return (
+        grad_query if need_query else empty,
+        grad_key if need_key else empty,
+        grad_value if need_value else empty,
+        grad_weight if need_weight else lse.new_empty(0),
+        grad_mask.to(p.dtype) if need_mask else empty,
+    )
+
+
+def _entries(x: Tensor | None, p: Problem, rank: int) -> Tensor | None:
+    """(entries, ...) in the computing dtype, without a copy where that is possible."""
+    if x is None:
+        return None
+    x = p.batch.view(x, rank)
+    return x.to(p.accumulator).reshape(p.entries, *x.shape[2:])
+
+
+def _chunk(
+    p: Problem, chunk: tuple[int, int, int, int], lse: Tensor, grad_out: Tensor | None,
+    grad_weights: Tensor | None, grad_lse: Tensor | None,
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, grad_weight: Tensor,
+    grad_mask: Tensor,
+    need_query: bool, need_key: bool, need_value: bool, need_weight: bool, need_mask: bool,
+) -> None:  # fmt: skip
+    """The share of some rows of some entries in all gradients."""
+    entry, entries, row, rows = chunk
+    key, end = p.key_range(row, row + rows)
+    count = end - key
+    if count <= 0:
+        return
+    scores = p.scores(entry, entries, row, rows, key, count)
+    upstream = None if grad_out is None else grad_out[entry : entry + entries, row : row + rows]
+    if upstream is None:
+        products = torch.zeros_like(scores)
+    else:
+        values = _entries(p.value, p, 2)
+        assert values is not None
+        products = upstream @ values[entry : entry + entries, key:end].mT
+    tile = configs.GRADIENT_TILE
+    width = tile["RX"] * tile["TX"]
+    block = max(configs.GRADIENT_BLOCK, width)
+    row_padded, key_padded = -(-rows // block) * block, -(-count // block) * block
+    gradient = torch.empty(entries, row_padded, key_padded, dtype=p.accumulator, device=p.device)
+    launch(
+        _gradient_kernel, entries * row_padded, scores,
+        scores, products, gradient, lse, *_strided(grad_weights, 2, p, lse),
+        *_strided(grad_lse, 1, p, lse),
+        *p.dropout_arguments(), p.batch.inner, entry, p.rows, row, rows, row_padded,
+        key, count, key_padded,
+        BLOCK=256, GRAD_WEIGHTS=grad_weights is not None, GRAD_LSE=grad_lse is not None,
+        DROPOUT=p.seed is not None, num_warps=2,
+    )  # fmt: skip
+    if need_value and upstream is not None:
+        grad_value[entry : entry + entries, key:end] += scores.mT @ upstream
+    if need_mask:
+        _add_mask(p, gradient[:, :rows, :count], entry, row, key, grad_mask)
+    if p.hidden == 0:
+        return
+
+    prepared: tuple[object, ...]
+    if p.wide:
+        prepared = (p.weight.weight, p.weight.weight, p.weight.weight, 0, 0, 0, 0)
+        query_exp = p.weight.weight
+    else:
+        of_query, of_key = p.prepared()
+        query_exp = of_query.exponential
+        prepared = (
+            of_key.exponential, of_query.size, of_key.size,
+            *of_query.size.stride()[:2], *of_key.size.stride()[:2],
+        )  # fmt: skip
+    inputs = (p.query, p.key, *p.query.stride(), *p.key.stride())
+    sizes = (
+        p.batch.inner, entry, p.rows, row, rows, row_padded, p.keys, key, count, key_padded,
+        p.hidden, p.left, p.right,
+    )  # fmt: skip
+    options = dict(
+        **tile,
+        BLOCK=configs.GRADIENT_BLOCK,
+        padded=p.weight.padded,
+        WIDE=p.wide,
+        TARGET=p.form()["TARGET"],
+        num_warps=8,
+    )
+    features = -(-p.weight.padded // (2 * tile["RH"] * tile["TH"]))
+    if need_query or need_weight:
+        tiles = -(-rows // width)
+        parts = torch.empty(entries, tiles, p.hidden, dtype=p.accumulator, device=p.device)
+        launch(
+            query_kernel, entries * tiles * features, parts,
+            *inputs, *prepared, gradient, grad_query, parts, *sizes, **options,
+        )  # fmt: skip
+        if need_weight:
+            grad_weight[entry : entry + entries] += parts.sum(1)
+    if need_key or (need_weight and not p.wide):
+        tiles = -(-count // width)
+        parts = torch.empty(entries, tiles, p.hidden, dtype=p.accumulator, device=p.device)
+        launch(
+            key_kernel, entries * tiles * features, parts,
+            *inputs, query_exp, *prepared[1:], gradient, grad_key, parts, *sizes, **options,
+        )  # fmt: skip
+        if need_weight and not p.wide:
+            grad_weight[entry : entry + entries] += parts.sum(1)
+
+
+def _strided(x: Tensor | None, rank: int, p: Problem, stand_in: Tensor) -> tuple[object, ...]:
+    """A tensor and its strides as kernels take them; one that is missing is not read."""
+    if x is None:
+        return (stand_in, *(0,) * (rank + 2))
+    view = p.batch.view(x, rank)
+    return (view, *view.stride())
+
+
+def _add_mask(
+    p: Problem, gradient: Tensor, entry: int, row: int, key: int, grad_mask: Tensor
+) -> None:
+    """Adds G to the mask's gradient, summed over what the mask broadcasts."""
+    mask = grad_mask if grad_mask.dim() >= 2 else grad_mask[None]
+    rows, keys = gradient.shape[1:]
+    target = mask[..., row : row + rows, :] if mask.shape[-2] > 1 else mask
+    target = target[..., key : key + keys] if mask.shape[-1] > 1 else target
+    leading = mask.shape[:-2]
+    tail = tuple(target.shape[-2:])
+    gradient = gradient.sum_to_size(gradient.shape[0], *tail)
+    if all(size == 1 for size in leading):
+        target += gradient.sum(0).view(target.shape)
+        return
+    # Entries of a chunk are consecutive, not always whole batch dims.
+    index = torch.arange(leading.numel()).view(leading).expand(p.batch.shape).reshape(-1)
+    flat = target.reshape(-1, *tail) if target.is_contiguous() else None
+    for e in range(gradient.shape[0]):
+        place = int(index[entry + e])
+        if flat is not None:
+            flat[place] += gradient[e]
+        else:
+            target[tuple(torch.unravel_index(torch.tensor(place), leading))] += gradient[e]

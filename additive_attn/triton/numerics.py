@@ -1,0 +1,101 @@
+"""Functions of numbers that the kernels share: the same on every GPU and in the interpreter."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def reciprocal(x, TARGET: tl.constexpr):
+    """1 / x to about an ulp, for 2^-126 < x < 2^126. A division would scale its operands first."""
+    if TARGET == "cuda":
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    elif TARGET == "hip":
+        return tl.inline_asm_elementwise(
+            "v_rcp_f32 $0, $1", "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def exp_and_rest(x):
+    """e^x for |x| <= 20, and what its rounding leaves out. ``tl.exp`` rounds x log2(e) first,
+    which at x = 20 costs 20 ulp."""
+    n = (x * 1.4426950408889634 + 12582912.0) - 12582912.0
+    high = x - n * 0.693145751953125
+    r = high - n * 1.42860682030941723e-06
+    rest = (high - r) - n * 1.42860682030941723e-06
+    p = 1.9841270114e-4
+    p = p * r + 1.3888889225e-3
+    p = p * r + 8.3333337680e-3
+    p = p * r + 4.1666667908e-2
+    p = p * r + 1.6666667163e-1
+    p = p * r + 0.5
+    low = p * (r * r) + rest
+    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    u = r + 1.0
+    v = (r - (u - 1.0)) + low
+    scaled = power * u
+    e = power * v + scaled
+    return e, power * v - (e - scaled)
+
+
+@triton.jit
+def tanh_parts(x):
+    """tanh(x) = z / y in float32: the rational function of the CPU kernel; NaN stays NaN."""
+    x = tl.where(x > 9.0, 9.0, tl.where(x < -9.0, -9.0, x))
+    u = x * x
+    z = u * 1.3354552e-8 + 2.0609001e-5
+    z = z * u + 3.4955831e-3
+    z = z * u + 0.13381021
+    z = (z * u + 1.0) * x
+    y = u * 7.7765128e-7 + 3.2856266e-4
+    y = y * u + 2.5876964e-2
+    y = y * u + 0.46714336
+    y = y * u + 1.0
+    return z, y
+
+
+@triton.jit
+def tanh(x):
+    """In float64 by exp, and near 0, where that would cancel, by Pade's approximant; in float32 by
+    the rational function."""
+    if x.dtype == tl.float64:
+        u = x * x
+        near = (
+            x
+            * (135135.0 + u * (17325.0 + u * (378.0 + u)))
+            / (135135.0 + u * (62370.0 + u * (3150.0 + u * 28.0)))
+        )
+        e = tl.exp(-2.0 * tl.abs(x))
+        far = (1.0 - e) / (1.0 + e)
+        return tl.where(tl.abs(x) < 0.5, near, tl.where(x < 0.0, -far, far))
+    else:
+        z, y = tanh_parts(x)
+        return z / y
+
+
+@triton.jit
+def quarters(x, R: tl.constexpr, T: tl.constexpr):
+    """The four slices of [R, T, 4]."""
+    even, odd = tl.split(tl.reshape(x, [R, T, 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def keep_factors(seed, entry, i, key0, threshold, keep_scale, BM: tl.constexpr, BN: tl.constexpr):
+    """[BM, BN] factors, 0 or keep_scale, of rows i and keys key0, key0 + 1, ... (a multiple of 4):
+    word j % 4 of the Philox4x32-10 counter (j / 4, i, entry mod 2^32, entry / 2^32)."""
+    c0 = (key0 // 4 + tl.arange(0, BN // 4))[None, :] + tl.zeros([BM, BN // 4], tl.int32)
+    c1 = i[:, None] + tl.zeros([BM, BN // 4], tl.int32)
+    c2 = (entry & 0xFFFFFFFF).to(tl.uint32) + tl.zeros([BM, BN // 4], tl.uint32)
+    c3 = (entry >> 32).to(tl.uint32) + tl.zeros([BM, BN // 4], tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, c0.to(tl.uint32), c1.to(tl.uint32), c2, c3)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BM, BN])
+    return tl.where(words.to(tl.uint64) < threshold, 0.0, keep_scale)

@@ -1,0 +1,178 @@
+"""The arguments of the operators as the kernels take them: views over (outer, inner) batch dims,
+prepared tensors, masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from additive_attn import chunked
+from additive_attn.dropout import keep_threshold
+from additive_attn.triton import configs
+from additive_attn.triton.launch import BatchShape, launch, target
+from additive_attn.triton.prepare import (
+    CENTRED_FEATURES,
+    FEW_FEATURES,
+    PreparedRows,
+    prepare_rows,
+    prepare_weight,
+)
+
+
+class Problem:
+    """One call. What a kernel needs comes in the order of its parameters."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor,
+        attn_mask: Tensor | None,
+        lengths: Tensor | None,
+        seed: Tensor | None,
+        left: int,
+        right: int,
+        dropout_p: float,
+        scale: float,
+    ) -> None:
+        shape = chunked.batch_shape(query, key, value, weight, attn_mask, lengths, seed)
+        self.batch = BatchShape(shape)
+        self.device = query.device
+        self.dtype = query.dtype
+        self.wide = query.dtype == torch.float64
+        self.accumulator = chunked.lse_dtype(query.dtype)
+        self.rows, self.hidden = query.shape[-2:]
+        self.keys, self.values = value.shape[-2:]
+        self.entries = self.batch.entries
+        self.query = self.batch.view(query, 2)
+        self.key = self.batch.view(key, 2)
+        self.value = self.batch.view(value, 2)
+        self.weight = prepare_weight(weight, self.batch)
+        self._raw_query, self._raw_key = query, key
+        self._prepared: tuple[PreparedRows, PreparedRows] | None = None
+        self.mask = None if attn_mask is None else _mask_view(attn_mask, self)
+        self.lengths = None if lengths is None else _lengths_view(lengths, self)
+        self.seed = None if seed is None else self.batch.view(seed, 0)
+        self.left = self.rows if left < 0 else min(left, self.rows)
+        self.right = self.keys if right < 0 else min(right, self.keys)
+        self.dropout_p = dropout_p
+        self.scale = scale
+
+    def prepared(self) -> tuple[PreparedRows, PreparedRows]:
+        """Exponentials of query and key, computed when first needed."""
+        if self._prepared is None:
+            self._prepared = (
+                prepare_rows(self._raw_query, -1, self.weight, self.batch),
+                prepare_rows(self._raw_key, 1, self.weight, self.batch),
+            )
+        return self._prepared
+
+    def score_arguments(self) -> tuple[object, ...]:
+        """Parameters ``query`` to ``mask_column`` of the kernels that compute scores."""
+        prepared: tuple[object, ...]
+        if self.wide:
+            # Never read: float64 takes the direct form.
+            prepared = (*(self.weight.weight,) * 6, 0, 0, 0, 0)
+        else:
+            rows, keys = self.prepared()
+            prepared = (
+                rows.exponential, keys.exponential, rows.size, keys.size,
+                rows.correction, keys.correction,
+                *rows.size.stride()[:2], *keys.size.stride()[:2],
+            )  # fmt: skip
+        return (
+            self.query, self.key, *self.query.stride(), *self.key.stride(), *prepared,
+            self.weight.weight, self.weight.unit, self.weight.centre, *self.weight.unit.stride(),
+            *self.mask_arguments(),
+        )  # fmt: skip
+
+    def mask_arguments(self) -> tuple[object, ...]:
+        """Parameters ``mask`` to ``mask_column``."""
+        if self.mask is None:
+            return (self.weight.unit, 0, 0, 0, 0)
+        mask = self.mask.view(torch.uint8) if self.mask.dtype == torch.bool else self.mask
+        return (mask, *mask.stride())
+
+    def length_arguments(self) -> tuple[object, ...]:
+        """Parameters ``lengths`` to ``length_row``."""
+        if self.lengths is None:
+            return (self.weight.unit, 0, 0, 0)
+        return (self.lengths, *self.lengths.stride())
+
+    def dropout_arguments(self) -> tuple[object, ...]:
+        """Parameters ``seed`` to ``keep_scale``."""
+        keep_scale = 0.0 if self.dropout_p == 1 else 1 / (1 - self.dropout_p)
+        if self.seed is None:
+            return (self.weight.unit, 0, 0, 0, 1.0)
+        return (self.seed, *self.seed.stride(), keep_threshold(self.dropout_p), keep_scale)
+
+    def masking(self) -> dict[str, object]:
+        kind = "none"
+        if self.mask is not None:
+            kind = "bool" if self.mask.dtype == torch.bool else "float"
+        return {"MASK": kind, "HAS_LENGTHS": self.lengths is not None}
+
+    def form(self) -> dict[str, object]:
+        return {
+            "FEW": self.hidden <= FEW_FEATURES,
+            "CENTRED": CENTRED_FEATURES,
+            "TARGET": target(),
+        }
+
+    def key_range(self, row_begin: int, row_end: int) -> tuple[int, int]:
+        """Keys that rows [row_begin, row_end) may attend to, lengths and mask aside."""
+        low = max(0, row_begin - self.left)
+        return min(low, self.keys), max(low, min(self.keys, row_end + self.right))
+
+    def chunks(self) -> list[tuple[int, int, int, int]]:
+        """(first entry, entries, first row, rows) whose scores fit into the workspace."""
+        budget = max(1, configs.WORKSPACE_ELEMENTS // max(1, self.keys))
+        some_rows = min(self.rows, max(16, budget))
+        some_entries = max(1, min(self.entries, budget // max(1, some_rows)))
+        return [
+            (n, min(some_entries, self.entries - n), i, min(some_rows, self.rows - i))
+            for n in range(0, self.entries, some_entries)
+            for i in range(0, self.rows, some_rows)
+        ]
+
+    def scores(self, entry: int, entries: int, row: int, rows: int, key: int, keys: int) -> Tensor:
+        """(entries, rows, keys): scale * score + mask, -inf where a row may not attend."""
+        from additive_attn.triton.scores import score_kernel, single_row_kernel
+
+        scores = torch.empty(entries, rows, keys, dtype=self.accumulator, device=self.device)
+        tail = (
+            self.hidden, self.weight.padded, self.left, self.right, self.scale,
+        )  # fmt: skip
+        if self.rows == 1:
+            block = 16
+            launch(
+                single_row_kernel, entries * -(-keys // block), scores,
+                self.query, self.key, *self.query.stride(), *self.key.stride(),
+                self.weight.weight, self.weight.unit, *self.weight.unit.stride(),
+                *self.mask_arguments(), *self.length_arguments(),
+                scores, self.batch.inner, entry, self.keys, key, keys, *tail,
+                **self.masking(), BLOCK=block, FEATURES=64 if self.wide else 128, num_warps=4,
+            )  # fmt: skip
+            return scores
+        tile = configs.score_tile(rows)
+        programs = entries * -(-rows // tile.rows) * -(-keys // tile.keys)
+        launch(
+            score_kernel, programs, scores,
+            *self.score_arguments(), *self.length_arguments(),
+            scores, self.batch.inner, entry, self.rows, row, rows, self.keys, key, keys, *tail,
+            **tile.sizes(), **self.form(), **self.masking(), WIDE=self.wide,
+            num_warps=tile.warps,
+        )  # fmt: skip
+        return scores
+
+
+def _mask_view(mask: Tensor, problem: Problem) -> Tensor:
+    mask = torch.atleast_2d(mask)
+    shape = (*mask.shape[:-2], problem.rows, problem.keys)
+    return problem.batch.view(mask.expand(shape), 2)
+
+
+def _lengths_view(lengths: Tensor, problem: Problem) -> Tensor:
+    lengths = torch.atleast_1d(lengths)
+    return problem.batch.view(lengths.expand(*lengths.shape[:-1], problem.rows), 1)
