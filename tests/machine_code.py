@@ -52,8 +52,6 @@ def compiled(
             signature[name] = "constexpr"
         elif name in pointers:
             signature[name] = pointers[name]
-        elif name in ("scale", "keep_scale"):
-            signature[name] = "fp32"
         elif name == "threshold":
             signature[name] = "i64"
         elif INTEGERS.search(name) or name in SIZES:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton brings compiler and disassembler")
 
-from machine_code import AMD, NVIDIA, compiled, special
+from machine_code import AMD, INTEGERS, NVIDIA, SIZES, compiled, special
 
 from additive_attn.triton import backward, configs, forward, prepare, scores
 
@@ -95,3 +95,45 @@ def test_special_functions_per_tanh(name, most, target):
     reciprocals, group, _ = HOT[name]
     loop = build(name, target).hot_loop(reciprocals)
     assert special(loop) / (reciprocals * group) <= most
+
+
+def variants():
+    """(label, kernel, constants, pointer types, warps). The interpreter knows no types."""
+    half = {name: "*fp16" for name in ("query", "key", "value", "out", "weights")}
+    double = {
+        name: "*fp64"
+        for kernel in KERNELS.values()
+        for name in kernel[0].arg_names
+        if name not in {"lengths", "seed", "threshold", *SIZES} and not INTEGERS.search(name)
+    }
+    for rows in (4096, 12, 6, 3):
+        for mask, few in (("none", True), ("float", False)):
+            tile = configs.score_tile(rows)
+            constants = {**tile.sizes(), **FORM, "WIDE": False, "MASK": mask, "FEW": few}
+            yield f"{rows} rows, {mask}", scores.score_kernel, constants, half, tile.warps
+        tile = configs.score_tile(rows, wide=True)
+        constants = {**tile.sizes(), **FORM, "WIDE": True, "MASK": "float"}
+        yield f"{rows} rows, float64", scores.score_kernel, constants, double, tile.warps
+    for types, features in ((half, 128), (double, 64)):
+        constants = {"MASK": "float", "HAS_LENGTHS": False, "BLOCK": 16, "FEATURES": features}
+        yield f"one row, {features}", scores.single_row_kernel, constants, types, 4
+    constants = {"BM": 16, "BN": 32, "BD": 64, "DROPOUT": False, "PRECISION": "tf32"}
+    yield "values, tf32", forward._value_kernel, constants, half, 4
+    yield "values, float64", forward._value_kernel, {**constants, "BM": 1}, double, 4
+    for name in ("lse", "score gradients", "weights"):
+        kernel, constants, warps = KERNELS[name]
+        yield f"{name}, float64", kernel, constants, double, warps
+    for kernel in (backward.query_kernel, backward.key_kernel):
+        yield "96 features", kernel, {**GRADIENT, "padded": 96}, half, 8
+        yield "gradients, float64", kernel, {**GRADIENT, "WIDE": True}, double, 8
+
+
+VARIANTS = list(variants())
+
+
+@pytest.mark.parametrize("label,kernel,constants,types,warps", VARIANTS, ids=lambda x: str(x)[:24])
+def test_every_variant_compiles(label, kernel, constants, types, warps):
+    if "TARGET" in kernel.arg_names:
+        constants = {**constants, "TARGET": "cuda"}
+    masks = {"mask": types["query"] if constants.get("MASK") == "float" else "*u8"}
+    assert compiled(kernel, constants, {**POINTERS, **types, **masks}, "sm_90", warps).spilled == 0

@@ -218,7 +218,17 @@ def query_kernel(
 
     for k0 in range(first, last, BLOCK):
         if WIDE:
-            wild = True
+            for c in range(k0, tl.minimum(k0 + BLOCK, last)):
+                g = tl.load(g_rows + c)[:, None, :, None]
+                k_row = k_rows + tl.minimum(key_begin + c, keys - 1).to(tl.int64) * key_row
+                ka = tl.load(k_row + tl.minimum(ha, hidden - 1).to(tl.int64) * key_h)
+                kb = tl.load(k_row + tl.minimum(hb, hidden - 1).to(tl.int64) * key_h)
+                da, ta = _direct(qa, ka[None, :, None, :], g)
+                db, tb = _direct(qb, kb[None, :, None, :], g)
+                sum_a += da
+                sum_b += db
+                weight_a += tl.sum(ta, 0)
+                weight_b += tl.sum(tb, 0)
         else:
             # A key decides something only where G is not 0.
             block = k0 + tl.arange(0, BLOCK)
@@ -227,19 +237,22 @@ def query_kernel(
             size_j = tl.where(tl.max(used.to(tl.int32), 0) != 0, size_j, 0.0)
             wild = any_wild_i | (tl.max(size_j) > SAFE)
             small = all_small_i & (tl.max(tl.where(size_j > SAFE, 0.0, size_j)) <= 1.0)
-        if wild:
-            part_a = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
-            part_b = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
-            total = tl.zeros([RX, 1, TX, 1], gradient.dtype.element_ty)
-            for c in range(k0, tl.minimum(k0 + BLOCK, last)):
-                j1 = tl.minimum(key_begin + c, keys - 1)
-                g = tl.load(g_rows + c)[:, None, :, None]
-                k_row = k_rows + j1.to(tl.int64) * key_row
-                ka = tl.load(k_row + tl.minimum(ha, hidden - 1).to(tl.int64) * key_h).to(qa.dtype)
-                kb = tl.load(k_row + tl.minimum(hb, hidden - 1).to(tl.int64) * key_h).to(qa.dtype)
-                da, ta = _direct(qa, ka[None, :, None, :], g)
-                db, tb = _direct(qb, kb[None, :, None, :], g)
-                if not WIDE:
+            if wild:
+                part_a = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
+                part_b = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
+                total = tl.zeros([RX, 1, TX, 1], gradient.dtype.element_ty)
+                for c in range(k0, tl.minimum(k0 + BLOCK, last)):
+                    j1 = tl.minimum(key_begin + c, keys - 1)
+                    g = tl.load(g_rows + c)[:, None, :, None]
+                    k_row = k_rows + j1.to(tl.int64) * key_row
+                    ka = tl.load(k_row + tl.minimum(ha, hidden - 1).to(tl.int64) * key_h).to(
+                        qa.dtype
+                    )
+                    kb = tl.load(k_row + tl.minimum(hb, hidden - 1).to(tl.int64) * key_h).to(
+                        qa.dtype
+                    )
+                    da, ta = _direct(qa, ka[None, :, None, :], g)
+                    db, tb = _direct(qb, kb[None, :, None, :], g)
                     # The other pairs as beside no such row or key, to the bit.
                     direct = tl.maximum(size_i, tl.load(key_size + at_key + j1)) > SAFE
                     direct = direct[:, None, :, None]
@@ -260,59 +273,60 @@ def query_kernel(
                     db = tl.where(direct, db, 0.0)
                     ta = tl.where(direct, ta, 0.0)
                     tb = tl.where(direct, tb, 0.0)
-                sum_a += da
-                sum_b += db
-                weight_a += tl.sum(ta, 0)
-                weight_b += tl.sum(tb, 0)
-            if not WIDE:
+                    sum_a += da
+                    sum_b += db
+                    weight_a += tl.sum(ta, 0)
+                    weight_b += tl.sum(tb, 0)
                 weight_a += tl.sum(total - 2.0 * part_a, 0)
                 weight_b += tl.sum(total - 2.0 * part_b, 0)
-        elif small:
-            # t = (K - 1/Q) / (K + 1/Q), whose difference is exact; 1/Q has its own rounding, which
-            # takes the place of that of Q.
-            la, ra = exp_and_rest(-2.0 * qa)
-            lb, rb = exp_and_rest(-2.0 * qb)
-            ra = 0.5 * (ra / la + rest_a / Qa)
-            rb = 0.5 * (rb / lb + rest_b / Qb)
-            for c in range(k0, tl.minimum(k0 + BLOCK, last)):
-                j1 = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
-                g = tl.load(g_rows + c)[:, None, :, None]
-                Ka = _features(b_rows + j1 * padded, ha, padded, 2 * BH)[None, :, None, :]
-                Kb = _features(b_rows + j1 * padded, hb, padded, 2 * BH)[None, :, None, :]
-                sa, sb = _pair(la + Ka, lb + Kb, TARGET)
-                ta = (Ka - la) * sa
-                tb = (Kb - lb) * sb
-                da = g * (1.0 - ta * ta)
-                db = g * (1.0 - tb * tb)
-                sum_a += 0.25 * da
-                sum_b += 0.25 * db
-                weight_a += tl.sum(g * ta - da * ra, 0)
-                weight_b += tl.sum(g * tb - db * rb, 0)
-        else:
-            part_a = tl.zeros([RX, RH, TX, TH], tl.float32)
-            part_b = tl.zeros([RX, RH, TX, TH], tl.float32)
-            total = tl.zeros([RX, TX], tl.float32)
-            f = tl.arange(0, 4)
-            K_rows = b_rows + tl.cast(key_begin + k0, tl.int64) * padded
-            for c in range(k0, tl.minimum(k0 + BLOCK, last), 4):
-                g4 = tl.load(g_rows[:, :, None] + c + f[None, None, :])
-                g = quarters(g4, RX, TX)
-                for u in tl.static_range(4):
-                    Ka = _features(K_rows + u * padded, ha, padded, 2 * BH)
-                    Kb = _features(K_rows + u * padded, hb, padded, 2 * BH)
-                    g1 = g[u]
-                    total += g1
-                    g1 = g1[:, None, :, None]
-                    sa, sb = _pair(
-                        Qa * Ka[None, :, None, :] + 1.0, Qb * Kb[None, :, None, :] + 1.0, TARGET
-                    )
-                    sum_a += g1 * (sa - sa * sa)
-                    sum_b += g1 * (sb - sb * sb)
-                    part_a += g1 * sa
-                    part_b += g1 * sb
-                K_rows += 4 * padded
-            weight_a += tl.sum(total[:, None, :, None] - 2.0 * part_a, 0)
-            weight_b += tl.sum(total[:, None, :, None] - 2.0 * part_b, 0)
+            elif small:
+                # t = (K - 1/Q) / (K + 1/Q), whose difference is exact; 1/Q has its own rounding,
+                # which takes the place of that of Q.
+                la, ra = exp_and_rest(-2.0 * qa)
+                lb, rb = exp_and_rest(-2.0 * qb)
+                ra = 0.5 * (ra / la + rest_a / Qa)
+                rb = 0.5 * (rb / lb + rest_b / Qb)
+                for c in range(k0, tl.minimum(k0 + BLOCK, last)):
+                    j1 = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
+                    g = tl.load(g_rows + c)[:, None, :, None]
+                    Ka = _features(b_rows + j1 * padded, ha, padded, 2 * BH)[None, :, None, :]
+                    Kb = _features(b_rows + j1 * padded, hb, padded, 2 * BH)[None, :, None, :]
+                    sa, sb = _pair(la + Ka, lb + Kb, TARGET)
+                    ta = (Ka - la) * sa
+                    tb = (Kb - lb) * sb
+                    da = g * (1.0 - ta * ta)
+                    db = g * (1.0 - tb * tb)
+                    sum_a += 0.25 * da
+                    sum_b += 0.25 * db
+                    weight_a += tl.sum(g * ta - da * ra, 0)
+                    weight_b += tl.sum(g * tb - db * rb, 0)
+            else:
+                part_a = tl.zeros([RX, RH, TX, TH], tl.float32)
+                part_b = tl.zeros([RX, RH, TX, TH], tl.float32)
+                total = tl.zeros([RX, TX], tl.float32)
+                f = tl.arange(0, 4)
+                K_rows = b_rows + tl.cast(key_begin + k0, tl.int64) * padded
+                for c in range(k0, tl.minimum(k0 + BLOCK, last), 4):
+                    g4 = tl.load(g_rows[:, :, None] + c + f[None, None, :])
+                    g = quarters(g4, RX, TX)
+                    for u in tl.static_range(4):
+                        Ka = _features(K_rows + u * padded, ha, padded, 2 * BH)
+                        Kb = _features(K_rows + u * padded, hb, padded, 2 * BH)
+                        g1 = g[u]
+                        total += g1
+                        g1 = g1[:, None, :, None]
+                        sa, sb = _pair(
+                            Qa * Ka[None, :, None, :] + 1.0,
+                            Qb * Kb[None, :, None, :] + 1.0,
+                            TARGET,
+                        )
+                        sum_a += g1 * (sa - sa * sa)
+                        sum_b += g1 * (sb - sb * sb)
+                        part_a += g1 * sa
+                        part_b += g1 * sb
+                    K_rows += 4 * padded
+                weight_a += tl.sum(total[:, None, :, None] - 2.0 * part_a, 0)
+                weight_b += tl.sum(total[:, None, :, None] - 2.0 * part_b, 0)
 
     if not WIDE:
         # dw by the roundings of Q, which all keys of a row share: + (1 - t^2) / 2 per unit.
@@ -395,7 +409,15 @@ def key_kernel(
 
     for r0 in range(first, last, BLOCK):
         if WIDE:
-            wild = True
+            for r in range(r0, tl.minimum(r0 + BLOCK, last)):
+                g = tl.load(g_columns + tl.cast(r, tl.int64) * key_padded)[:, None, :, None]
+                q_row = q_rows + tl.minimum(row_begin + r, rows - 1).to(tl.int64) * query_row
+                qa = tl.load(q_row + tl.minimum(ha, hidden - 1).to(tl.int64) * query_h)
+                qb = tl.load(q_row + tl.minimum(hb, hidden - 1).to(tl.int64) * query_h)
+                da, _ta = _direct(ka, qa[None, :, None, :], g)
+                db, _tb = _direct(kb, qb[None, :, None, :], g)
+                sum_a += da
+                sum_b += db
         else:
             # A row decides something only where G is not 0.
             block = r0 + tl.arange(0, BLOCK)
@@ -403,20 +425,19 @@ def key_kernel(
             size_i = tl.load(query_size + at_query + tl.minimum(row_begin + block, rows - 1))
             size_i = tl.where(tl.max(used.to(tl.int32), 1) != 0, size_i, 0.0)
             wild = any_wild_j | (tl.max(size_i) > SAFE)
-        if wild:
-            for r in range(r0, tl.minimum(r0 + BLOCK, last)):
-                i1 = tl.minimum(row_begin + r, rows - 1).to(tl.int64)
-                g = tl.load(g_columns + tl.cast(r, tl.int64) * key_padded)[:, None, :, None]
-                q_row = q_rows + i1 * query_row
-                qa = tl.load(q_row + tl.minimum(ha, hidden - 1).to(tl.int64) * query_h).to(
-                    ka.dtype
-                )
-                qb = tl.load(q_row + tl.minimum(hb, hidden - 1).to(tl.int64) * query_h).to(
-                    ka.dtype
-                )
-                da, _ta = _direct(ka, qa[None, :, None, :], g)
-                db, _tb = _direct(kb, qb[None, :, None, :], g)
-                if not WIDE:
+            if wild:
+                for r in range(r0, tl.minimum(r0 + BLOCK, last)):
+                    i1 = tl.minimum(row_begin + r, rows - 1).to(tl.int64)
+                    g = tl.load(g_columns + tl.cast(r, tl.int64) * key_padded)[:, None, :, None]
+                    q_row = q_rows + i1 * query_row
+                    qa = tl.load(q_row + tl.minimum(ha, hidden - 1).to(tl.int64) * query_h).to(
+                        ka.dtype
+                    )
+                    qb = tl.load(q_row + tl.minimum(hb, hidden - 1).to(tl.int64) * query_h).to(
+                        ka.dtype
+                    )
+                    da, _ta = _direct(ka, qa[None, :, None, :], g)
+                    db, _tb = _direct(kb, qb[None, :, None, :], g)
                     direct = tl.maximum(size_j, tl.load(query_size + at_query + i1)) > SAFE
                     direct = direct[:, None, :, None]
                     Aa = _features(a_rows + i1 * padded, ha, padded, 2 * BH)[None, :, None, :]
@@ -427,21 +448,21 @@ def key_kernel(
                     sum_b += g * (sb - sb * sb)
                     da = tl.where(direct, da, 0.0)
                     db = tl.where(direct, db, 0.0)
-                sum_a += da
-                sum_b += db
-        else:
-            A_rows = a_rows + tl.cast(row_begin + r0, tl.int64) * padded
-            g_place = g_columns + tl.cast(r0, tl.int64) * key_padded
-            for _ in range(r0, tl.minimum(r0 + BLOCK, last), 4):
-                for u in tl.static_range(4):
-                    g = tl.load(g_place)[:, None, :, None]
-                    Aa = _features(A_rows + u * padded, ha, padded, 2 * BH)[None, :, None, :]
-                    Ab = _features(A_rows + u * padded, hb, padded, 2 * BH)[None, :, None, :]
-                    sa, sb = _pair(Ba * Aa + 1.0, Bb * Ab + 1.0, TARGET)
-                    sum_a += g * (sa - sa * sa)
-                    sum_b += g * (sb - sb * sb)
-                    g_place += key_padded
-                A_rows += 4 * padded
+                    sum_a += da
+                    sum_b += db
+            else:
+                A_rows = a_rows + tl.cast(row_begin + r0, tl.int64) * padded
+                g_place = g_columns + tl.cast(r0, tl.int64) * key_padded
+                for _ in range(r0, tl.minimum(r0 + BLOCK, last), 4):
+                    for u in tl.static_range(4):
+                        g = tl.load(g_place)[:, None, :, None]
+                        Aa = _features(A_rows + u * padded, ha, padded, 2 * BH)[None, :, None, :]
+                        Ab = _features(A_rows + u * padded, hb, padded, 2 * BH)[None, :, None, :]
+                        sa, sb = _pair(Ba * Aa + 1.0, Bb * Ab + 1.0, TARGET)
+                        sum_a += g * (sa - sa * sa)
+                        sum_b += g * (sb - sb * sb)
+                        g_place += key_padded
+                    A_rows += 4 * padded
 
     to = grad_key + (n * keys + j[:, None, :, None]) * hidden
     inside = (c < key_count)[:, None, :, None]

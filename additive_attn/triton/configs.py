@@ -33,13 +33,15 @@ class Tile:
         return {"RM": self.RM, "TM": self.TM, "RN": self.RN, "TN": self.TN}
 
 
-def score_tile(rows: int) -> Tile:
-    """For tiles of scores alone."""
+def score_tile(rows: int, wide: bool = False) -> Tile:
+    """For tiles of scores; ``wide``: in float64, whose numbers take two registers."""
+    if wide:
+        return Tile(2, 8, 2, 16) if rows > 8 else Tile(2, 2, 2, 64)
     if rows >= 24:
         return Tile(4, 16, 4, 16)
     if rows > 8:
         return Tile(4, 4, 4, 32)
-    return Tile(4, 1 if rows <= 4 else 2, 2, 64)
+    return Tile(4, 2, 2, 64) if rows > 4 else Tile(2, 2, 2, 64)
 
 
 def splits(programs: int, keys: int, block: int, processors: int) -> int:

@@ -90,7 +90,7 @@ def quarters(x, R: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def keep_factors(seed, entry, i, key0, threshold, keep_scale, BM: tl.constexpr, BN: tl.constexpr):
-    """[BM, BN] factors, 0 or keep_scale, of rows i and keys key0, key0 + 1, ... (a multiple of 4):
+    """[BM, BN] factors, 0 or *keep_scale, of rows i and keys from key0 (a multiple of 4) on:
     word j % 4 of the Philox4x32-10 counter (j / 4, i, entry mod 2^32, entry / 2^32)."""
     c0 = (key0 // 4 + tl.arange(0, BN // 4))[None, :] + tl.zeros([BM, BN // 4], tl.int32)
     c1 = i[:, None] + tl.zeros([BM, BN // 4], tl.int32)
@@ -98,4 +98,4 @@ def keep_factors(seed, entry, i, key0, threshold, keep_scale, BM: tl.constexpr, 
     c3 = (entry >> 32).to(tl.uint32) + tl.zeros([BM, BN // 4], tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0.to(tl.uint32), c1.to(tl.uint32), c2, c3)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BM, BN])
-    return tl.where(words.to(tl.uint64) < threshold, 0.0, keep_scale)
+    return tl.where(words.to(tl.uint64) < threshold, 0.0, tl.load(keep_scale))

@@ -14,4 +14,4 @@ __all__ = ["backward", "forward", "probe"]
 
 def probe(device: torch.device) -> None:
     """Runs the smallest kernel, which raises where Triton, its compiler or the driver fails."""
-    prepare_weight(torch.zeros(1, device=device), BatchShape(torch.Size()))
+    prepare_weight(torch.zeros(1, device=device), BatchShape(torch.Size()), 1.0)

@@ -104,7 +104,8 @@ def _exp_kernel(
 @dataclass(frozen=True)
 class PreparedWeight:
     """``weight`` (outer, inner, HP) = w / unit padded with zeros, in the computing dtype; |w| < 2
-    after that. ``unit`` (outer, inner) is a power of two, NaN where a weight is not finite.
+    after that. ``unit`` (outer, inner) is a power of two times the scale of the scores,
+    NaN where a weight is not finite.
     ``centre`` (outer, inner, HP / 32): half the sums of 32 weights each."""
 
     weight: Tensor
@@ -125,7 +126,7 @@ class PreparedRows:
     correction: Tensor
 
 
-def prepare_weight(weight: Tensor, batch: BatchShape) -> PreparedWeight:
+def prepare_weight(weight: Tensor, batch: BatchShape, scale: float) -> PreparedWeight:
     """``weight`` (*b, H) of any strides."""
     view = batch.narrow(weight, 1)
     outer, inner, hidden = view.shape
@@ -144,6 +145,8 @@ def prepare_weight(weight: Tensor, batch: BatchShape) -> PreparedWeight:
         _weight_kernel, outer * inner, weight, view, prepared, unit, centre, *view.stride(),
         inner, hidden, padded, BLOCK=block, CENTRED=CENTRED_FEATURES,
     )  # fmt: skip
+    if scale != 1.0:
+        unit *= scale
     return PreparedWeight(
         batch.expand(prepared), batch.expand(unit), batch.expand(centre), hidden, padded
     )

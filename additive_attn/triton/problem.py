@@ -48,7 +48,7 @@ class Problem:
         self.query = self.batch.view(query, 2)
         self.key = self.batch.view(key, 2)
         self.value = self.batch.view(value, 2)
-        self.weight = prepare_weight(weight, self.batch)
+        self.weight = prepare_weight(weight, self.batch, scale)
         self._raw_query, self._raw_key = query, key
         self._prepared: tuple[PreparedRows, PreparedRows] | None = None
         self.mask = None if attn_mask is None else _mask_view(attn_mask, self)
@@ -57,7 +57,6 @@ class Problem:
         self.left = self.rows if left < 0 else min(left, self.rows)
         self.right = self.keys if right < 0 else min(right, self.keys)
         self.dropout_p = dropout_p
-        self.scale = scale
 
     def prepared(self) -> tuple[PreparedRows, PreparedRows]:
         """Exponentials of query and key, computed when first needed."""
@@ -104,8 +103,10 @@ class Problem:
         """Parameters ``seed`` to ``keep_scale``."""
         keep_scale = 0.0 if self.dropout_p == 1 else 1 / (1 - self.dropout_p)
         if self.seed is None:
-            return (self.weight.unit, 0, 0, 0, 1.0)
-        return (self.seed, *self.seed.stride(), keep_threshold(self.dropout_p), keep_scale)
+            return (self.weight.unit, 0, 0, 0, self.weight.unit)
+        # A tensor: Triton would take a Python number as float32.
+        factor = torch.full((1,), keep_scale, dtype=self.accumulator, device=self.device)
+        return (self.seed, *self.seed.stride(), keep_threshold(self.dropout_p), factor)
 
     def masking(self) -> dict[str, object]:
         kind = "none"
@@ -142,7 +143,7 @@ class Problem:
 
         scores = torch.empty(entries, rows, keys, dtype=self.accumulator, device=self.device)
         tail = (
-            self.hidden, self.weight.padded, self.left, self.right, self.scale,
+            self.hidden, self.weight.padded, self.left, self.right,
         )  # fmt: skip
         if self.rows == 1:
             block = 16
@@ -155,7 +156,7 @@ class Problem:
                 **self.masking(), BLOCK=block, FEATURES=64 if self.wide else 128, num_warps=4,
             )  # fmt: skip
             return scores
-        tile = configs.score_tile(rows)
+        tile = configs.score_tile(rows, self.wide)
         programs = entries * -(-rows // tile.rows) * -(-keys // tile.keys)
         launch(
             score_kernel, programs, scores,

@@ -182,7 +182,7 @@ def score_tile(
     query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
     weight, unit, centre, weight_outer, weight_inner,
     mask, mask_outer, mask_inner, mask_row, mask_column,
-    n, inner, row0, rows, key0, keys, hidden, padded, low, high, scale,
+    n, inner, row0, rows, key0, keys, hidden, padded, low, high,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
     FEW: tl.constexpr, WIDE: tl.constexpr, CENTRED: tl.constexpr, MASK: tl.constexpr,
     TARGET: tl.constexpr,
@@ -211,7 +211,7 @@ def score_tile(
         row0, rows, key0, keys, hidden, padded, used,
         RM, TM, RN, TN, FEW, WIDE, CENTRED, TARGET,
     )  # fmt: skip
-    score = energy * (scale * tl.load(unit + at_weight))
+    score = energy * tl.load(unit + at_weight)
     if MASK == "float":
         score += bias
     return tl.where(used, score, float("-inf"))
@@ -231,7 +231,7 @@ def score_kernel(
     mask, mask_outer, mask_inner, mask_row, mask_column,
     lengths, length_outer, length_inner, length_row,
     scores, inner, entry_begin, rows, row_begin, row_count, keys, key_begin, key_count,
-    hidden, padded, left, right, scale,
+    hidden, padded, left, right,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
     FEW: tl.constexpr, WIDE: tl.constexpr, CENTRED: tl.constexpr, MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, TARGET: tl.constexpr,
@@ -262,7 +262,7 @@ def score_kernel(
             query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
             weight, unit, centre, weight_outer, weight_inner,
             mask, mask_outer, mask_inner, mask_row, mask_column,
-            n, inner, row0, rows, key0, keys, hidden, padded, low, high, scale,
+            n, inner, row0, rows, key0, keys, hidden, padded, low, high,
             RM, TM, RN, TN, FEW, WIDE, CENTRED, MASK, TARGET,
         )  # fmt: skip
         tl.store(scores + place, score, mask=inside)
@@ -277,7 +277,7 @@ def single_row_kernel(
     mask, mask_outer, mask_inner, mask_row, mask_column,
     lengths, length_outer, length_inner, length_row,
     scores, inner, entry_begin, keys, key_begin, key_count,
-    hidden, padded, left, right, scale,
+    hidden, padded, left, right,
     MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """``score_kernel`` for one row, which uses every key only once: nothing is prepared."""
@@ -315,7 +315,7 @@ def single_row_kernel(
         )  # fmt: skip
         x = q.to(energy.dtype)[None, :] + k.to(energy.dtype)
         energy += tl.sum(w[None, :] * tanh(x), 1)
-    score = energy * (scale * tl.load(unit + o * weight_outer + m * weight_inner))
+    score = energy * tl.load(unit + o * weight_outer + m * weight_inner)
     if MASK == "float":
         score += tl.reshape(bias, [BLOCK])
     tl.store(
