@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from additive_attn import ops
-from additive_attn.chunked import batch_shape, lse_dtype
 from additive_attn.dropout import keep_mask
 from additive_attn.masking import interval_mask
 from additive_attn.reference import plain_additive_attention
+from additive_attn.shapes import batch_shape, lse_dtype
 
 # left, right, dropout_p, scale, need_weights: as one argument, which a Function passes on faster.
 Options = tuple[int, int, float, float, bool]

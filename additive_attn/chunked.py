@@ -14,6 +14,7 @@ from torch import Tensor
 from additive_attn.dropout import keep_mask
 from additive_attn.masking import interval_bounds, interval_mask, mask_block
 from additive_attn.reference import plain_additive_attention
+from additive_attn.shapes import batch_shape, lse_dtype
 
 # Elements of the largest temporary of a block; one row is the least that a block can hold.
 _BLOCK_ELEMENTS = 2**20
@@ -178,32 +179,6 @@ def backward(
         grad_weight,
         grad_mask.to(query.dtype),
     )
-
-
-def batch_shape(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    attn_mask: Tensor | None,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-) -> torch.Size:
-    """The batch dims that all arguments of an operator broadcast to."""
-    shapes = [query.shape[:-2], key.shape[:-2], value.shape[:-2], weight.shape[:-1]]
-    if attn_mask is not None:
-        shapes.append(attn_mask.shape[:-2])
-    if lengths is not None:
-        shapes.append(lengths.shape[:-1])
-    if seed is not None:
-        shapes.append(seed.shape)
-    batch: torch.Size = torch.broadcast_shapes(*shapes)
-    return batch
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Scores are accumulated, and the log-sum-exp is returned, in this dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _blocks(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from additive_attn.autograd import attend
-from additive_attn.chunked import lse_dtype
 from additive_attn.dropout import draw_seed
 from additive_attn.ops import require_one_device
+from additive_attn.shapes import lse_dtype
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from additive_attn import chunked, gpu
+from additive_attn.shapes import batch_shape, lse_dtype
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, "
@@ -72,12 +73,12 @@ def _forward_shapes(
         query=query, key=key, value=value, weight=weight, attn_mask=attn_mask, lengths=lengths,
         seed=seed,
     )  # fmt: skip
-    batch = chunked.batch_shape(query, key, value, weight, attn_mask, lengths, seed)
+    batch = batch_shape(query, key, value, weight, attn_mask, lengths, seed)
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     return (
         query.new_empty((*batch, num_queries, value.shape[-1])),
         query.new_empty((*batch, num_queries, num_keys) if need_weights else (0,)),
-        query.new_empty((*batch, num_queries), dtype=chunked.lse_dtype(query.dtype)),
+        query.new_empty((*batch, num_queries), dtype=lse_dtype(query.dtype)),
     )
 
 
@@ -109,7 +110,7 @@ def _backward_shapes(
         query=query, key=key, value=value, weight=weight, attn_mask=attn_mask, lengths=lengths,
         seed=seed, lse=lse,
     )  # fmt: skip
-    batch = chunked.batch_shape(query, key, value, weight, attn_mask, lengths, seed)
+    batch = batch_shape(query, key, value, weight, attn_mask, lengths, seed)
     mask_shape = attn_mask.shape if need_mask and attn_mask is not None else (0,)
     return (
         query.new_empty((*batch, *query.shape[-2:]) if need_query else (0,)),

@@ -19,7 +19,8 @@ from additive_attn import additive_attention, chunked, gpu, ops
 from additive_attn.dropout import draw_seed
 
 pytestmark = pytest.mark.skipif(
-    ops.cpu_path() != "triton" and DEVICE == "cpu", reason="no GPU, and not the interpreter"
+    ops.cpu_path() != "triton" and DEVICE == "cpu",
+    reason="runs in the interpreter, which test_isa.py starts, or on a GPU",
 )
 
 
@@ -80,6 +81,18 @@ MASKING = {
 @pytest.mark.parametrize("masking", MASKING.values(), ids=MASKING)
 def test_masks(masking):
     check_against_plain([make((2,), 9, 21, 9, 5)], scale=0.5, **masking)
+
+
+@pytest.mark.parametrize(
+    "mask", [(20, 9), (2, 1, 1, 9), (2, 2, 20, 9), None], ids=["rows", "entries", "all", "none"]
+)
+def test_a_workspace_smaller_than_the_problem(mask, monkeypatch):
+    """Rows and entries in several parts; the last rows' window lies beyond the last key."""
+    triton_configs = pytest.importorskip("additive_attn.triton.configs")
+    monkeypatch.setattr(triton_configs, "WORKSPACE_ELEMENTS", 64)
+    masking = dict(window=(3, 2)) if mask is None else dict(attn_mask=torch.randn(mask))
+    batch = () if mask is None else (2, 2)
+    check_against_plain([make(batch, 40 if mask is None else 20, 9, 7, 5)], **masking)
 
 
 def test_heads():

@@ -18,6 +18,8 @@ G of a bounded number of rows is kept at a time.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -524,9 +526,11 @@ def backward(
     grad_mask = zeros(need_mask, *(attn_mask.shape if attn_mask is not None else ()))
     lse = lse.contiguous()
     if p.entries and p.rows and p.keys:
+        upstream = None if grad_out is None else _entries(grad_out, p, 2)
+        values = _entries(value, p, 2)
         for chunk in p.chunks():
             _chunk(
-                p, chunk, lse, _entries(grad_out, p, 2), grad_weights, grad_lse,
+                p, chunk, lse, values, upstream, grad_weights, grad_lse,
                 grad_query, grad_key, grad_value, grad_weight, grad_mask,
                 need_query, need_key, need_value, need_weight, need_mask,
             )  # fmt: skip
@@ -553,17 +557,15 @@ def backward(
     )
 
 
-def _entries(x: Tensor | None, p: Problem, rank: int) -> Tensor | None:
+def _entries(x: Tensor, p: Problem, rank: int) -> Tensor:
     """(entries, ...) in the computing dtype, without a copy where that is possible."""
-    if x is None:
-        return None
     x = p.batch.view(x, rank)
     return x.to(p.accumulator).reshape(p.entries, *x.shape[2:])
 
 
 def _chunk(
-    p: Problem, chunk: tuple[int, int, int, int], lse: Tensor, grad_out: Tensor | None,
-    grad_weights: Tensor | None, grad_lse: Tensor | None,
+    p: Problem, chunk: tuple[int, int, int, int], lse: Tensor, values: Tensor,
+    grad_out: Tensor | None, grad_weights: Tensor | None, grad_lse: Tensor | None,
     grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, grad_weight: Tensor,
     grad_mask: Tensor,
     need_query: bool, need_key: bool, need_value: bool, need_weight: bool, need_mask: bool,
@@ -579,8 +581,6 @@ def _chunk(
     if upstream is None:
         products = torch.zeros_like(scores)
     else:
-        values = _entries(p.value, p, 2)
-        assert values is not None
         products = upstream @ values[entry : entry + entries, key:end].mT
     tile = configs.GRADIENT_TILE
     width = tile["RX"] * tile["TX"]
@@ -660,7 +660,7 @@ def _add_mask(
     p: Problem, gradient: Tensor, entry: int, row: int, key: int, grad_mask: Tensor
 ) -> None:
     """Adds G to the mask's gradient, summed over what the mask broadcasts."""
-    mask = grad_mask if grad_mask.dim() >= 2 else grad_mask[None]
+    mask = torch.atleast_2d(grad_mask)
     rows, keys = gradient.shape[1:]
     target = mask[..., row : row + rows, :] if mask.shape[-2] > 1 else mask
     target = target[..., key : key + keys] if mask.shape[-1] > 1 else target
@@ -671,11 +671,7 @@ def _add_mask(
         target += gradient.sum(0).view(target.shape)
         return
     # Entries of a chunk are consecutive, not always whole batch dims.
-    index = torch.arange(leading.numel()).view(leading).expand(p.batch.shape).reshape(-1)
-    flat = target.reshape(-1, *tail) if target.is_contiguous() else None
-    for e in range(gradient.shape[0]):
-        place = int(index[entry + e])
-        if flat is not None:
-            flat[place] += gradient[e]
-        else:
-            target[tuple(torch.unravel_index(torch.tensor(place), leading))] += gradient[e]
+    target = target.expand(*p.batch.shape, *tail)
+    indices = itertools.product(*map(range, p.batch.shape))
+    for index, share in zip(itertools.islice(indices, entry, None), gradient, strict=False):
+        target[index] += share

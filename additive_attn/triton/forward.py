@@ -160,37 +160,30 @@ def forward(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     p = Problem(query, key, value, weight, attn_mask, lengths, seed, left, right, dropout_p, scale)
-    batch = p.batch.shape
-    lse = query.new_empty((*batch, p.rows), dtype=p.accumulator)
-    if lse.numel() == 0 or p.keys == 0:
-        out = query.new_zeros((*batch, p.rows, p.values))
-        weights = query.new_zeros((*batch, p.rows, p.keys) if need_weights else (0,))
-        return out, weights, lse.fill_(-torch.inf)
-    return _in_chunks(p, lse, need_weights)
-
-
-def _in_chunks(p: Problem, lse: Tensor, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
     shape = (*p.batch.shape, p.rows)
-    weights = torch.zeros(
-        (*shape, p.keys) if need_weights else (0,), dtype=p.dtype, device=p.device
-    )
+    lse = query.new_empty(shape, dtype=p.accumulator)
+    weights = query.new_zeros((*shape, p.keys) if need_weights else (0,))
+    if lse.numel() == 0 or p.keys == 0:
+        return query.new_zeros((*shape, p.values)), weights, lse.fill_(-torch.inf)
     single = p.rows == 1 or p.wide
     BM, BN, BD = (1, 32, 64) if single else (16, 32, 64)
     out = None
-    for entry, entries, row, rows in p.chunks():
-        key, end = p.key_range(row, row + rows)
-        scores = p.scores(entry, entries, row, rows, key, end - key)
+    chunks = p.chunks()
+    for entry, entries, row, rows in chunks:
+        begin, end = p.key_range(row, row + rows)
+        count = end - begin
+        scores = p.scores(entry, entries, row, rows, begin, count)
         launch(
             _lse_kernel, entries * rows, scores,
-            scores, lse, weights, entry, p.rows, row, rows, p.keys, key, end - key,
+            scores, lse, weights, entry, p.rows, row, rows, p.keys, begin, count,
             BLOCK=256, NEED_WEIGHTS=need_weights, num_warps=2,
         )  # fmt: skip
         programs = entries * -(-rows // BM) * -(-p.values // BD)
         splits = 1
-        if len(p.chunks()) == 1:
-            splits = configs.splits(programs, end - key, BN, processors(p.device))
-        per_split = -(-(end - key) // (splits * BN)) * BN
-        splits = max(1, -(-(end - key) // max(1, per_split)))
+        if len(chunks) == 1:
+            splits = configs.splits(programs, count, BN, processors(p.device))
+        per_split = -(-count // (splits * BN)) * BN
+        splits = max(1, -(-count // max(1, per_split)))
         if out is None:
             out = torch.empty(
                 (splits, *shape, p.values), device=p.device,
@@ -199,7 +192,7 @@ def _in_chunks(p: Problem, lse: Tensor, need_weights: bool) -> tuple[Tensor, Ten
         launch(
             _value_kernel, programs * splits, scores,
             scores, lse, p.value, *p.value.stride(), *p.dropout_arguments(),
-            out, p.batch.inner, entry, p.entries, p.rows, row, rows, p.keys, key, end - key,
+            out, p.batch.inner, entry, p.entries, p.rows, row, rows, p.keys, begin, count,
             p.values, splits, per_split, BM=BM, BN=BN, BD=BD, DROPOUT=p.seed is not None,
             PRECISION=precision(p), num_warps=4,
         )  # fmt: skip

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from additive_attn import chunked
 from additive_attn.dropout import keep_threshold
+from additive_attn.shapes import batch_shape, lse_dtype
 from additive_attn.triton import configs
 from additive_attn.triton.launch import BatchShape, launch, target
 from additive_attn.triton.prepare import (
@@ -17,6 +17,7 @@ from additive_attn.triton.prepare import (
     prepare_rows,
     prepare_weight,
 )
+from additive_attn.triton.scores import score_kernel, single_row_kernel
 
 
 class Problem:
@@ -36,12 +37,12 @@ class Problem:
         dropout_p: float,
         scale: float,
     ) -> None:
-        shape = chunked.batch_shape(query, key, value, weight, attn_mask, lengths, seed)
+        shape = batch_shape(query, key, value, weight, attn_mask, lengths, seed)
         self.batch = BatchShape(shape)
         self.device = query.device
         self.dtype = query.dtype
         self.wide = query.dtype == torch.float64
-        self.accumulator = chunked.lse_dtype(query.dtype)
+        self.accumulator = lse_dtype(query.dtype)
         self.rows, self.hidden = query.shape[-2:]
         self.keys, self.values = value.shape[-2:]
         self.entries = self.batch.entries
@@ -123,8 +124,8 @@ class Problem:
 
     def key_range(self, row_begin: int, row_end: int) -> tuple[int, int]:
         """Keys that rows [row_begin, row_end) may attend to, lengths and mask aside."""
-        low = max(0, row_begin - self.left)
-        return min(low, self.keys), max(low, min(self.keys, row_end + self.right))
+        low = min(max(0, row_begin - self.left), self.keys)
+        return low, max(low, min(self.keys, row_end + self.right))
 
     def chunks(self) -> list[tuple[int, int, int, int]]:
         """(first entry, entries, first row, rows) whose scores fit into the workspace."""
@@ -139,8 +140,6 @@ class Problem:
 
     def scores(self, entry: int, entries: int, row: int, rows: int, key: int, keys: int) -> Tensor:
         """(entries, rows, keys): scale * score + mask, -inf where a row may not attend."""
-        from additive_attn.triton.scores import score_kernel, single_row_kernel
-
         scores = torch.empty(entries, rows, keys, dtype=self.accumulator, device=self.device)
         tail = (
             self.hidden, self.weight.padded, self.left, self.right,
