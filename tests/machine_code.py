@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NVIDIA = {f"sm_{capability}": capability for capability in (80, 90, 100)}
 AMD = ("gfx942",)
-INTEGERS = re.compile(r"_(outer|inner|row|column|h)$")
 
 
 @dataclass(frozen=True)
@@ -41,47 +43,69 @@ def special(loop: Counter[str]) -> int:
     return sum(count for name, count in loop.items() if name.startswith("MUFU"))
 
 
-def compiled(
-    kernel: Any, constants: dict[str, Any], pointers: dict[str, str], target: str, warps: int
-) -> Code:
-    """``pointers``: types of the pointer parameters that are not float32. Pointers, and sizes that
-    are padded, are divisible by 16, as in real calls."""
-    signature: dict[str, str] = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in pointers:
-            signature[name] = pointers[name]
-        elif name == "threshold":
-            signature[name] = "i64"
-        elif INTEGERS.search(name) or name in SIZES:
-            signature[name] = "i32"
-        else:
-            signature[name] = "*fp32"
-    divisible = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name.endswith("_padded")
-    }
-    amd = target in AMD
-    built = triton.compile(
-        ASTSource(kernel, signature, constants, divisible),
-        target=GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", NVIDIA[target], 32),
-        options={
-            "num_warps": warps // 2 if amd and warps > 1 else warps,
-            "enable_fp_fusion": True,
-        },
-    )
-    if amd:
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel: its name, the arguments it was compiled for, and how many programs of it
+    the call would have started."""
+
+    name: str
+    arguments: str
+    programs: int
+    code: Code
+
+
+class _Device:
+    """What Triton asks a driver for, without a GPU."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_device(self) -> str:
+        return self.target  # the key of Triton's cache
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        if self.target in AMD:
+            return GPUTarget("hip", self.target, 64)
+        return GPUTarget("cuda", NVIDIA[self.target], 32)
+
+
+def compiled_calls(target: str, function: Callable[[], None]) -> list[Kernel]:
+    """The kernels that ``function`` would run on a GPU: every launch compiles for ``target``, as
+    the arguments of the call ask for, and runs nothing. What the kernels would have written is
+    left unwritten."""
+    launched: dict[int, tuple[Any, Any, int]] = {}
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        built = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        launched.setdefault(id(built), (kernel, built, grid[0]))
+        return built
+
+    before = triton.runtime.driver._active
+    hip = torch.version.hip
+    triton.runtime.driver.set_active(_Device(target))
+    JITFunction.run = compile_only
+    torch.version.hip = "compiled for" if target in AMD else None
+    try:
+        function()
+    finally:
+        triton.runtime.driver._active = before
+        JITFunction.run = run
+        torch.version.hip = hip
+    return [
+        Kernel(kernel.__name__, str(built.metadata), programs, _code(built, target))
+        for kernel, built, programs in launched.values()
+    ]
+
+
+@functools.cache
+def _code(built: Any, target: str) -> Code:
+    if target in AMD:
         return _amd(built.asm["amdgcn"], built.metadata.shared)
     return _nvidia(built.asm["cubin"], built.metadata.shared)
-
-
-SIZES = {
-    "inner", "entry_begin", "entries", "rows", "row_begin", "row_count", "row_padded", "keys",
-    "key_begin", "key_count", "key_padded", "hidden", "padded", "length", "length_padded",
-    "values", "left", "right", "splits", "keys_per_split",
-}  # fmt: skip
 
 
 def _nvidia(cubin: bytes, shared: int) -> Code:

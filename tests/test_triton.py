@@ -36,6 +36,10 @@ SHAPES = [
     ((2,), 5, 65, 4, 16),
     ((), 33, 64, 65, 1),
     ((), 65, 31, 100, 70),
+    # Long enough for the reduced index to be split over programs.
+    ((2,), 1, 300, 6, 5),
+    ((), 2, 530, 5, 4),
+    ((), 530, 3, 5, 4),
 ]
 
 
@@ -66,30 +70,43 @@ def test_all_magnitudes_in_one_call(hidden):
     check_against_plain([case])
 
 
-MASKING = {
-    "bool": dict(attn_mask=torch.rand(2, 9, 21, generator=torch.Generator().manual_seed(1)) > 0.4),
-    "float": dict(attn_mask=torch.randn(9, 21, generator=torch.Generator().manual_seed(1))),
-    "float per key": dict(attn_mask=torch.randn(21, generator=torch.Generator().manual_seed(1))),
-    "float per entry": dict(attn_mask=torch.randn(2, 9, 1)),
-    "lengths": dict(lengths=torch.tensor([5, 21])),
-    "lengths per row": dict(lengths=torch.arange(18).view(2, 9)),
-    "causal": dict(is_causal=True),
-    "window": dict(window=(3, 2)),
-}
+def masking(kind, queries, keys):
+    g = torch.Generator().manual_seed(1)
+    return {
+        "bool": dict(attn_mask=torch.rand(2, queries, keys, generator=g) > 0.4),
+        "float": dict(attn_mask=torch.randn(queries, keys, generator=g)),
+        "float per key": dict(attn_mask=torch.randn(keys, generator=g)),
+        "float per entry": dict(attn_mask=torch.randn(2, queries, 1, generator=g)),
+        "lengths": dict(lengths=torch.tensor([5, keys])),
+        "lengths per row": dict(lengths=torch.arange(2 * queries).view(2, queries)),
+        "causal": dict(is_causal=True),
+        "window": dict(window=(3, 2)),
+    }[kind]
 
 
-@pytest.mark.parametrize("masking", MASKING.values(), ids=MASKING)
-def test_masks(masking):
-    check_against_plain([make((2,), 9, 21, 9, 5)], scale=0.5, **masking)
+MASKS = [
+    "bool", "float", "float per key", "float per entry", "lengths", "lengths per row", "causal",
+    "window",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("queries,keys", [(9, 21), (1, 150)])
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks(kind, queries, keys):
+    check_against_plain(
+        [make((2,), queries, keys, 9, 5)], scale=0.3, **masking(kind, queries, keys)
+    )
 
 
 @pytest.mark.parametrize(
-    "mask", [(20, 9), (2, 1, 1, 9), (2, 2, 20, 9), None], ids=["rows", "entries", "all", "none"]
+    "mask,workspace",
+    [((20, 9), 512), ((2, 1, 1, 9), 2600), ((2, 2, 20, 9), 2600), (None, 512)],
+    ids=["rows", "entries", "all", "none"],
 )
-def test_a_workspace_smaller_than_the_problem(mask, monkeypatch):
+def test_a_workspace_smaller_than_the_problem(mask, workspace, monkeypatch):
     """Rows and entries in several parts; the last rows' window lies beyond the last key."""
     triton_configs = pytest.importorskip("additive_attn.triton.configs")
-    monkeypatch.setattr(triton_configs, "WORKSPACE_ELEMENTS", 64)
+    monkeypatch.setattr(triton_configs, "WORKSPACE_ELEMENTS", workspace)
     masking = dict(window=(3, 2)) if mask is None else dict(attn_mask=torch.randn(mask))
     batch = () if mask is None else (2, 2)
     check_against_plain([make(batch, 40 if mask is None else 20, 9, 7, 5)], **masking)
@@ -143,18 +160,56 @@ def test_nan_at_attended_positions(name):
     assert name != "query" or not out[[0, 2, 3]].any()
 
 
-def test_dropout_is_that_of_every_backend():
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite(strange):
+    """They reach the rows that attend to them, alone, dropout included."""
+    case = make((), 20, 37, 7, 5)
+    case["value"][[3, 34], [1, 2]] = strange
+    mask = torch.rand(20, 37, generator=torch.Generator().manual_seed(1)) > 0.5
     seed = draw_seed(torch.device("cpu"))
-    case = make((2,), 5, 21, 9, 5)
-    arguments = (*case.values(), None, None, seed, -1, -1, 0.4, 1.0)
-    expected = chunked.forward(*arguments, True)
-    there = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
-    for ours, theirs in zip(ops.forward(*there, True), expected, strict=True):
+    for chosen, dropout_p in ((None, 0.0), (seed, 0.5)):
+        arguments = (*case.values(), mask, None, chosen, -1, -1, dropout_p, 1.0, False)
+        there = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
+        torch.testing.assert_close(
+            ops.forward(*there)[0].cpu(), chunked.forward(*arguments)[0], equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nan_in_a_single_row(name):
+    case = make((2,), 1, 9, 7, 5)
+    case[name][1, 0, 2] = torch.nan
+    out = fused(case)["out"].isnan()
+    assert out[1].any() and not out[0].any()
+    assert name == "value" or out[1].all()
+
+
+@pytest.mark.parametrize("queries,keys", [(5, 21), (1, 150), (70, 40)])
+def test_dropout_is_that_of_every_backend(queries, keys, monkeypatch):
+    """The same weights survive, forward and backward, wherever the parts of a problem begin."""
+    triton_configs = pytest.importorskip("additive_attn.triton.configs")
+    monkeypatch.setattr(triton_configs, "WORKSPACE_ELEMENTS", 2048)
+    seed = draw_seed(torch.device("cpu"))
+    case = make((2,), queries, keys, 9, 5)
+    inputs = (*case.values(), None, None, seed)
+    options = (7, 2, 0.4, 0.3)
+
+    def there(arguments):
+        return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
+
+    expected = chunked.forward(*inputs, *options, True)
+    for ours, theirs in zip(ops.forward(*there(inputs), *options, True), expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs)
+    upstream = [torch.randn_like(x) for x in expected]
+    arguments = (*upstream, *inputs, expected[2], *options, True, True, True, True, False)
+    expected = chunked.backward(*arguments)
+    for ours, theirs in zip(ops.backward(*there(arguments)), expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_strides():
-    case = make((2,), 5, 21, 9, 6)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_strides(queries):
+    case = make((2,), queries, 21, 9, 6)
     strided = {
         "query": case["query"].mT.contiguous().mT,
         "key": case["key"].repeat_interleave(2, -1)[..., ::2],
@@ -165,9 +220,30 @@ def test_strides():
         assert_same(ours, expected, name)
 
 
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("given", [{"out"}, {"weights"}, {"lse"}, {"weights", "lse"}], ids=str)
+def test_some_upstream_gradients(given, queries):
+    check_against_plain([make((2,), queries, 9, 7, 5)], upstream_of=sorted(given))
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("wanted", ["query", "key", "value", "weight"])
+def test_only_the_gradient_that_is_wanted(wanted, queries):
+    case = make((2,), queries, 9, 7, 5)
+    upstream = random_upstream(fused(case))
+    _, everything = gradients(fused, case, upstream)
+    leaf = {**case, wanted: case[wanted].clone().requires_grad_()}
+    outputs = fused(leaf)
+    (alone,) = torch.autograd.grad(
+        list(outputs.values()), leaf[wanted], [upstream[name] for name in outputs]
+    )
+    assert_same(alone, everything[wanted], wanted)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("empty", ["batch", "queries", "keys", "hidden", "values"])
-def test_size_zero(empty):
-    sizes = {"batch": 2, "queries": 3, "keys": 5, "hidden": 4, "values": 6} | {empty: 0}
+def test_size_zero(empty, queries):
+    sizes = {"batch": 2, "queries": queries, "keys": 5, "hidden": 4, "values": 6} | {empty: 0}
     batch, *rest = sizes.values()
     inputs = make((batch,), *rest)
     upstream = random_upstream(fused(inputs))

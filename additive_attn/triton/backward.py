@@ -25,22 +25,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from additive_attn.triton import configs
+from additive_attn.triton import configs, single
 from additive_attn.triton.launch import launch
-from additive_attn.triton.numerics import exp_and_rest, keep_factors, quarters, reciprocal, tanh
+from additive_attn.triton.numerics import (
+    exp_and_rest,
+    keep_factors,
+    number,
+    quarters,
+    reciprocal,
+    tanh,
+)
 from additive_attn.triton.prepare import SAFE
 from additive_attn.triton.problem import Problem
 
 
-@triton.jit(
-    do_not_specialize=["entry_begin", "rows", "row_begin", "row_count", "key_begin", "key_count"]
-)
+@triton.jit(do_not_specialize=configs.VARYING)
 def _gradient_kernel(
     scores, products, gradient, lse,
     grad_weights, gw_outer, gw_inner, gw_row, gw_column,
     grad_lse, gl_outer, gl_inner, gl_row,
-    seed, seed_outer, seed_inner, threshold, keep_scale,
+    seed, seed_outer, seed_inner, threshold, keep_bits,
     inner, entry_begin, rows, row_begin, row_count, row_padded, key_begin, key_count, key_padded,
+    score_padded,
     BLOCK: tl.constexpr, GRAD_WEIGHTS: tl.constexpr, GRAD_LSE: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """A row: scores become P o D, ``gradient`` G, with zeros up to its padded size. ``products``
@@ -53,7 +59,8 @@ def _gradient_kernel(
     m = n % inner
     i = row_begin + r
     inside = r < row_count
-    source = (entry * row_count + r) * key_count
+    source = (entry * row_count + r) * score_padded
+    product = (entry * row_count + r) * key_count
     j = tl.arange(0, BLOCK)
     base = tl.load(lse + n * rows + i, mask=inside, other=0.0)
     base = tl.where(base == float("inf"), float("nan"), base)
@@ -63,8 +70,8 @@ def _gradient_kernel(
     for key0 in range(0, key_count, BLOCK):
         p, g, factor = _probabilities(
             scores, products, grad_weights, gw_outer, gw_inner, gw_row, gw_column,
-            seed, seed_outer, seed_inner, threshold, keep_scale,
-            o, m, n, i, r, row_count, source, key_begin, key0, key_count, base,
+            seed, seed_outer, seed_inner, threshold, keep_bits,
+            o, m, n, i, r, row_count, source, product, key_begin, key0, key_count, base,
             BLOCK, GRAD_WEIGHTS, DROPOUT,
         )  # fmt: skip
         totals += p
@@ -82,8 +89,8 @@ def _gradient_kernel(
     for key0 in range(0, key_padded, BLOCK):
         p, g, factor = _probabilities(
             scores, products, grad_weights, gw_outer, gw_inner, gw_row, gw_column,
-            seed, seed_outer, seed_inner, threshold, keep_scale,
-            o, m, n, i, r, row_count, source, key_begin, key0, key_count, base,
+            seed, seed_outer, seed_inner, threshold, keep_bits,
+            o, m, n, i, r, row_count, source, product, key_begin, key0, key_count, base,
             BLOCK, GRAD_WEIGHTS, DROPOUT,
         )  # fmt: skip
         p = p * inverse
@@ -99,8 +106,8 @@ def _gradient_kernel(
 @triton.jit
 def _probabilities(
     scores, products, grad_weights, gw_outer, gw_inner, gw_row, gw_column,
-    seed, seed_outer, seed_inner, threshold, keep_scale,
-    o, m, n, i, r, row_count, source, key_begin, key0, key_count, base,
+    seed, seed_outer, seed_inner, threshold, keep_bits,
+    o, m, n, i, r, row_count, source, product, key_begin, key0, key_count, base,
     BLOCK: tl.constexpr, GRAD_WEIGHTS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """P, dP and D of some keys of a row; 0 where it does not attend."""
@@ -109,12 +116,19 @@ def _probabilities(
     x = tl.load(scores + source + j, mask=here, other=float("-inf"))
     used = x != float("-inf")
     p = tl.where(used, tl.exp(x - base), 0.0)
-    g = tl.load(products + source + j, mask=here & used, other=0.0)
+    g = tl.load(products + product + j, mask=here & used, other=0.0)
     factor = tl.full([BLOCK], 1.0, p.dtype)
     if DROPOUT:
         word = tl.load(seed + o * seed_outer + m * seed_inner)
         factor = keep_factors(
-            word, n, i + tl.zeros([1], tl.int32), key_begin + key0, threshold, keep_scale, 1, BLOCK
+            word,
+            n,
+            i + tl.zeros([1], tl.int32),
+            key_begin + key0,
+            threshold,
+            number(keep_bits).to(p.dtype),
+            1,
+            BLOCK,
         )
         factor = tl.reshape(factor, [BLOCK]).to(p.dtype)
         g = tl.where(factor == 0.0, 0.0, g * factor)
@@ -149,31 +163,20 @@ def _direct(x, y, g):
     return tl.where(used, g * (1.0 - t * t) * 0.25, 0.0), tl.where(used, g * t, 0.0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "entry_begin",
-        "rows",
-        "row_begin",
-        "row_count",
-        "keys",
-        "key_begin",
-        "key_count",
-        "left",
-        "right",
-    ]
-)
+@triton.jit(do_not_specialize=configs.VARYING)
 def query_kernel(
     query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
     key_exp, query_size, key_size,
     query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
     gradient, grad_query, grad_weight,
-    inner, entry_begin, rows, row_begin, row_count, row_padded,
-    keys, key_begin, key_count, key_padded, hidden, left, right,
+    inner, entries, entry_begin, rows, row_begin, row_count, row_padded,
+    keys, key_begin, key_count, key_padded, hidden, left, right, splits, keys_per_split,
     RX: tl.constexpr, TX: tl.constexpr, RH: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
     padded: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows and 2 RH TH features, all keys: sum_j G (1 - t^2) / 4 to ``grad_query`` and,
-    summed over the rows too, sum G t to ``grad_weight`` [entry][row tile][feature]."""
+    """A tile of rows and 2 RH TH features, a range of keys: sum_j G (1 - t^2) / 4 to
+    ``grad_query`` [split][entry][row] and, summed over the rows too, sum G t to ``grad_weight``
+    [split][entry][row tile]."""
     BX: tl.constexpr = RX * TX
     BH: tl.constexpr = RH * TH
     tiles = tl.cdiv(row_count, BX)
@@ -181,7 +184,8 @@ def query_kernel(
     program = tl.program_id(0).to(tl.int64)
     tile = (program % tiles).to(tl.int32)
     h0 = (program // tiles % feature_tiles).to(tl.int32) * (2 * BH)
-    entry = program // tiles // feature_tiles
+    split = program // tiles // feature_tiles % splits
+    entry = program // tiles // feature_tiles // splits
     n = entry_begin + entry
     o = n // inner
     m = n % inner
@@ -202,8 +206,9 @@ def query_kernel(
     k_rows = key + o * key_outer + m * key_inner
     first = tl.maximum(row_begin + tile * BX - left, key_begin)
     last = tl.minimum(row_begin + tile * BX + BX + right, key_begin + key_count)
-    first = (first - key_begin) // BLOCK * BLOCK
-    last = last - key_begin
+    begin = split.to(tl.int32) * keys_per_split
+    first = tl.maximum((first - key_begin) // BLOCK * BLOCK, begin)
+    last = tl.minimum(last - key_begin, begin + keys_per_split)
 
     if not WIDE:
         at_query = o * query_exp_outer + m * query_exp_inner
@@ -334,40 +339,29 @@ def query_kernel(
         # dw by the roundings of Q, which all keys of a row share: + (1 - t^2) / 2 per unit.
         weight_a += tl.sum(2.0 * sum_a * (rest_a / Qa), 0)
         weight_b += tl.sum(2.0 * sum_b * (rest_b / Qb), 0)
-    to = grad_query + (n * rows + i[:, None, :, None]) * hidden
+    to = grad_query + ((split * entries + entry) * row_count + r[:, None, :, None]) * hidden
     inside = (r < row_count)[:, None, :, None]
     tl.store(to + ha[None, :, None, :], sum_a, mask=inside & (ha < hidden)[None, :, None, :])
     tl.store(to + hb[None, :, None, :], sum_b, mask=inside & (hb < hidden)[None, :, None, :])
-    to = grad_weight + (entry * tiles + tile) * hidden
+    to = grad_weight + ((split * entries + entry) * tiles + tile) * hidden
     tl.store(to + ha, tl.sum(weight_a, 1), mask=ha < hidden)
     tl.store(to + hb, tl.sum(weight_b, 1), mask=hb < hidden)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "entry_begin",
-        "rows",
-        "row_begin",
-        "row_count",
-        "keys",
-        "key_begin",
-        "key_count",
-        "left",
-        "right",
-    ]
-)
+@triton.jit(do_not_specialize=configs.VARYING)
 def key_kernel(
     query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
     query_exp, query_size, key_size,
     query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
     gradient, grad_key, grad_weight,
-    inner, entry_begin, rows, row_begin, row_count, row_padded,
-    keys, key_begin, key_count, key_padded, hidden, left, right,
+    inner, entries, entry_begin, rows, row_begin, row_count, row_padded,
+    keys, key_begin, key_count, key_padded, hidden, left, right, splits, rows_per_split,
     RX: tl.constexpr, TX: tl.constexpr, RH: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
     padded: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys and 2 RH TH features, all rows: adds sum_i G (1 - t^2) / 4 to ``grad_key``;
-    what the roundings of K leave out of dw to ``grad_weight`` [entry][key tile][feature]."""
+    """A tile of keys and 2 RH TH features, a range of rows: sum_i G (1 - t^2) / 4 to ``grad_key``
+    [split][entry][key]; what the roundings of K leave out of dw to ``grad_weight``
+    [split][entry][key tile]."""
     BX: tl.constexpr = RX * TX
     BH: tl.constexpr = RH * TH
     tiles = tl.cdiv(key_count, BX)
@@ -375,7 +369,8 @@ def key_kernel(
     program = tl.program_id(0).to(tl.int64)
     tile = (program % tiles).to(tl.int32)
     h0 = (program // tiles % feature_tiles).to(tl.int32) * (2 * BH)
-    entry = program // tiles // feature_tiles
+    split = program // tiles // feature_tiles % splits
+    entry = program // tiles // feature_tiles // splits
     n = entry_begin + entry
     o = n // inner
     m = n % inner
@@ -394,8 +389,9 @@ def key_kernel(
     q_rows = query + o * query_outer + m * query_inner
     first = tl.maximum(key_begin + tile * BX - right, row_begin)
     last = tl.minimum(key_begin + tile * BX + BX + left, row_begin + row_count)
-    first = (first - row_begin) // BLOCK * BLOCK
-    last = last - row_begin
+    begin = split.to(tl.int32) * rows_per_split
+    first = tl.maximum((first - row_begin) // BLOCK * BLOCK, begin)
+    last = tl.minimum(last - row_begin, begin + rows_per_split)
 
     if not WIDE:
         at_query = o * query_exp_outer + m * query_exp_inner
@@ -466,27 +462,17 @@ def key_kernel(
                         g_place += key_padded
                     A_rows += 4 * padded
 
-    to = grad_key + (n * keys + j[:, None, :, None]) * hidden
+    to = grad_key + ((split * entries + entry) * key_count + c[:, None, :, None]) * hidden
     inside = (c < key_count)[:, None, :, None]
-    place = inside & (ha < hidden)[None, :, None, :]
-    tl.store(
-        to + ha[None, :, None, :],
-        tl.load(to + ha[None, :, None, :], mask=place) + sum_a,
-        mask=place,
-    )
-    place = inside & (hb < hidden)[None, :, None, :]
-    tl.store(
-        to + hb[None, :, None, :],
-        tl.load(to + hb[None, :, None, :], mask=place) + sum_b,
-        mask=place,
-    )
+    tl.store(to + ha[None, :, None, :], sum_a, mask=inside & (ha < hidden)[None, :, None, :])
+    tl.store(to + hb[None, :, None, :], sum_b, mask=inside & (hb < hidden)[None, :, None, :])
     if not WIDE:
         # The other kernel has used the stored e^{2k}, with its rounding.
         Ka, left_a = exp_and_rest(tl.where(wild_j[:, None, :, None], 0.0, 2.0 * ka))
         Kb, left_b = exp_and_rest(tl.where(wild_j[:, None, :, None], 0.0, 2.0 * kb))
         correction_a = tl.sum(tl.sum(tl.where(inside, 2.0 * sum_a * (left_a / Ka), 0.0), 0), 1)
         correction_b = tl.sum(tl.sum(tl.where(inside, 2.0 * sum_b * (left_b / Kb), 0.0), 0), 1)
-        to = grad_weight + (entry * tiles + tile) * hidden
+        to = grad_weight + ((split * entries + entry) * tiles + tile) * hidden
         tl.store(to + ha, correction_a, mask=ha < hidden)
         tl.store(to + hb, correction_b, mask=hb < hidden)
 
@@ -519,31 +505,38 @@ def backward(
     def zeros(needed: bool, *shape: int) -> Tensor:
         return torch.zeros(shape if needed else (0,), dtype=p.accumulator, device=p.device)
 
+    grad_mask = zeros(need_mask, *(() if attn_mask is None else attn_mask.shape))
+    lse = lse.contiguous()
+    some = p.entries > 0 and p.rows > 0 and p.keys > 0
+    if some and p.rows == 1:
+        gradients, gradient = single.backward(
+            p, lse, grad_out, grad_weights, grad_lse,
+            need_query, need_key, need_value, need_weight,
+        )  # fmt: skip
+        if need_mask:
+            _add_mask(p, gradient, 0, 0, 0, grad_mask)
+        return (*gradients, grad_mask.to(p.dtype))
     grad_query = zeros(need_query or need_weight, p.entries, p.rows, p.hidden)
-    grad_key = zeros(need_key or need_weight, p.entries, p.keys, p.hidden)
+    grad_key = zeros(need_key, p.entries, p.keys, p.hidden)
     grad_value = zeros(need_value, p.entries, p.keys, p.values)
     grad_weight = zeros(need_weight, p.entries, p.hidden)
-    grad_mask = zeros(need_mask, *(attn_mask.shape if attn_mask is not None else ()))
-    lse = lse.contiguous()
-    if p.entries and p.rows and p.keys:
+    if some:
         upstream = None if grad_out is None else _entries(grad_out, p, 2)
         values = _entries(value, p, 2)
-        for chunk in p.chunks():
+        for chunk in p.chunks(configs.gradient_block(p.rows), configs.gradient_block(p.keys)):
             _chunk(
                 p, chunk, lse, values, upstream, grad_weights, grad_lse,
                 grad_query, grad_key, grad_value, grad_weight, grad_mask,
                 need_query, need_key, need_value, need_weight, need_mask,
             )  # fmt: skip
     # dS = scale G, and the weight, which no pair needed.
-    factor = p.batch.view(weight, 1).to(p.accumulator).reshape(p.entries, 1, p.hidden)
+    factor = p.weight_view.to(p.accumulator).reshape(p.entries, 1, p.hidden) * (4 * scale)
     batch = p.batch.shape
     empty = query.new_empty(0)
     if need_query:
-        grad_query = (
-            (grad_query * (factor * (4 * scale))).to(p.dtype).view(*batch, *query.shape[-2:])
-        )
+        grad_query = (grad_query * factor).to(p.dtype).view(*batch, *query.shape[-2:])
     if need_key:
-        grad_key = (grad_key * (factor * (4 * scale))).to(p.dtype).view(*batch, *key.shape[-2:])
+        grad_key = (grad_key * factor).to(p.dtype).view(*batch, *key.shape[-2:])
     if need_value:
         grad_value = grad_value.to(p.dtype).view(*batch, *value.shape[-2:])
     if need_weight:
@@ -553,7 +546,7 @@ def backward(
         grad_key if need_key else empty,
         grad_value if need_value else empty,
         grad_weight if need_weight else lse.new_empty(0),
-        grad_mask.to(p.dtype) if need_mask else empty,
+        grad_mask.to(p.dtype),
     )
 
 
@@ -579,25 +572,24 @@ def _chunk(
     scores = p.scores(entry, entries, row, rows, key, count)
     upstream = None if grad_out is None else grad_out[entry : entry + entries, row : row + rows]
     if upstream is None:
-        products = torch.zeros_like(scores)
+        products = scores.new_zeros(entries, rows, count)
     else:
         products = upstream @ values[entry : entry + entries, key:end].mT
-    tile = configs.GRADIENT_TILE
-    width = tile["RX"] * tile["TX"]
-    block = max(configs.GRADIENT_BLOCK, width)
-    row_padded, key_padded = -(-rows // block) * block, -(-count // block) * block
+    row_block, key_block = configs.gradient_block(rows), configs.gradient_block(count)
+    row_padded = -(-rows // row_block) * row_block
+    key_padded = -(-count // key_block) * key_block
     gradient = torch.empty(entries, row_padded, key_padded, dtype=p.accumulator, device=p.device)
     launch(
         _gradient_kernel, entries * row_padded, scores,
         scores, products, gradient, lse, *_strided(grad_weights, 2, p, lse),
         *_strided(grad_lse, 1, p, lse),
         *p.dropout_arguments(), p.batch.inner, entry, p.rows, row, rows, row_padded,
-        key, count, key_padded,
-        BLOCK=256, GRAD_WEIGHTS=grad_weights is not None, GRAD_LSE=grad_lse is not None,
-        DROPOUT=p.seed is not None, num_warps=2,
+        key, count, key_padded, scores.shape[-1],
+        **configs.row_block(count), GRAD_WEIGHTS=grad_weights is not None,
+        GRAD_LSE=grad_lse is not None, DROPOUT=p.seed is not None,
     )  # fmt: skip
     if need_value and upstream is not None:
-        grad_value[entry : entry + entries, key:end] += scores.mT @ upstream
+        grad_value[entry : entry + entries, key:end] += scores[..., :count].mT @ upstream
     if need_mask:
         _add_mask(p, gradient[:, :rows, :count], entry, row, key, grad_mask)
     if p.hidden == 0:
@@ -608,7 +600,7 @@ def _chunk(
         prepared = (p.weight.weight, p.weight.weight, p.weight.weight, 0, 0, 0, 0)
         query_exp = p.weight.weight
     else:
-        of_query, of_key = p.prepared()
+        of_query, of_key = p.prepared
         query_exp = of_query.exponential
         prepared = (
             of_key.exponential, of_query.size, of_key.size,
@@ -616,36 +608,50 @@ def _chunk(
         )  # fmt: skip
     inputs = (p.query, p.key, *p.query.stride(), *p.key.stride())
     sizes = (
-        p.batch.inner, entry, p.rows, row, rows, row_padded, p.keys, key, count, key_padded,
-        p.hidden, p.left, p.right,
+        p.batch.inner, entries, entry, p.rows, row, rows, row_padded, p.keys, key, count,
+        key_padded, p.hidden, p.left, p.right,
     )  # fmt: skip
-    options = dict(
-        **tile,
-        BLOCK=configs.GRADIENT_BLOCK,
-        padded=p.weight.padded,
-        WIDE=p.wide,
-        TARGET=p.form()["TARGET"],
-        num_warps=8,
-    )
-    features = -(-p.weight.padded // (2 * tile["RH"] * tile["TH"]))
+    options = {"padded": p.weight.padded, "WIDE": p.wide, "TARGET": p.form()["TARGET"]}
+
+    def parts(
+        length: int, reduced: int, block: int, total: Tensor
+    ) -> tuple[int, int, int, Tensor, Tensor, dict[str, int]]:
+        tile = configs.gradient_tile(length)
+        tiles = -(-length // (tile["RX"] * tile["TX"]))
+        programs = entries * tiles * -(-p.weight.padded // (2 * tile["RH"] * tile["TH"]))
+        splits, per_split = configs.splits(programs, reduced, block, p.processors)
+        of_rows = total[None] if splits == 1 else total.new_empty(splits, *total.shape)
+        of_weight = total.new_empty(splits, entries, tiles, p.hidden)
+        return programs, splits, per_split, of_rows, of_weight, tile
+
     if need_query or need_weight:
-        tiles = -(-rows // width)
-        parts = torch.empty(entries, tiles, p.hidden, dtype=p.accumulator, device=p.device)
+        total = grad_query[entry : entry + entries, row : row + rows]
+        programs, splits, per_split, of_rows, of_weight, tile = parts(
+            rows, count, key_block, total
+        )
         launch(
-            query_kernel, entries * tiles * features, parts,
-            *inputs, *prepared, gradient, grad_query, parts, *sizes, **options,
+            query_kernel, programs * splits, total,
+            *inputs, *prepared, gradient, of_rows, of_weight, *sizes, splits, per_split,
+            **tile, BLOCK=key_block, **options,
         )  # fmt: skip
+        if splits > 1:
+            torch.sum(of_rows, 0, out=total)
         if need_weight:
-            grad_weight[entry : entry + entries] += parts.sum(1)
+            grad_weight[entry : entry + entries] += of_weight.sum((0, 2))
     if need_key or (need_weight and not p.wide):
-        tiles = -(-count // width)
-        parts = torch.empty(entries, tiles, p.hidden, dtype=p.accumulator, device=p.device)
+        total = gradient.new_empty(entries, count, p.hidden)
+        programs, splits, per_split, of_rows, of_weight, tile = parts(
+            count, rows, row_block, total
+        )
         launch(
-            key_kernel, entries * tiles * features, parts,
-            *inputs, query_exp, *prepared[1:], gradient, grad_key, parts, *sizes, **options,
+            key_kernel, programs * splits, total,
+            *inputs, query_exp, *prepared[1:], gradient, of_rows, of_weight, *sizes, splits,
+            per_split, **tile, BLOCK=row_block, **options,
         )  # fmt: skip
+        if need_key:
+            grad_key[entry : entry + entries, key:end] += of_rows.sum(0)
         if need_weight and not p.wide:
-            grad_weight[entry : entry + entries] += parts.sum(1)
+            grad_weight[entry : entry + entries] += of_weight.sum((0, 2))
 
 
 def _strided(x: Tensor | None, rank: int, p: Problem, stand_in: Tensor) -> tuple[object, ...]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WORKSPACE_ELEMENTS = 2**22  # scores that are kept at a time: 16 MB in float32, which caches hold
+import triton
+
+WORKSPACE_ELEMENTS = 2**23  # scores that are kept at a time: 32 MB in float32, which caches hold
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,66 @@ def score_tile(rows: int, wide: bool = False) -> Tile:
     return Tile(4, 2, 2, 64) if rows > 4 else Tile(2, 2, 2, 64)
 
 
-def splits(programs: int, keys: int, block: int, processors: int) -> int:
-    """Into how many ranges the keys are split, so that every multiprocessor has work."""
-    wanted = -(-2 * processors // max(programs, 1))
-    return max(1, min(wanted, keys // (4 * block)))
+def splits(programs: int, length: int, block: int, processors: int) -> tuple[int, int]:
+    """Into how many ranges of whole blocks a reduced index is split, and how long they are, so
+    that every multiprocessor has work."""
+    wanted = max(1, min(4 * processors // max(programs, 1), length // (4 * block)))
+    per_split = max(1, -(-length // (wanted * block))) * block
+    return max(1, -(-length // per_split)), per_split
 
 
-# In the passes over features: RX rows (or keys) by 2 RH features per thread, TX by TH threads.
-GRADIENT_TILE = {"RX": 4, "TX": 16, "RH": 2, "TH": 16}
-GRADIENT_BLOCK = 64  # keys (or rows) between two additions of partial sums
+def value_tile(rows: int, wide: bool) -> dict[str, int]:
+    """For the weighted sum: BM rows, BN keys at a time, BD features of the value."""
+    if wide:
+        return {"BM": 1, "BN": 32, "BD": 32, "num_warps": 4}
+    if rows <= 16:
+        return {"BM": 16, "BN": 32, "BD": 64, "num_warps": 4}
+    # More loads in flight, or larger tiles, cost registers that are not there.
+    return {"BM": 64, "BN": 32, "BD": 32, "num_warps": 4, "num_stages": 1}
+
+
+def row_block(keys: int) -> dict[str, int]:
+    """For passes over rows of scores, one program each."""
+    return {"BLOCK": 256, "num_warps": 2} if keys <= 4096 else {"BLOCK": 2048, "num_warps": 8}
+
+
+def gradient_tile(length: int) -> dict[str, int]:
+    """For the passes over features: RX rows (or keys) by 2 RH features per thread, TX by TH
+    threads."""
+    if length > 16:
+        return {"RX": 4, "TX": 16, "RH": 2, "TH": 16, "num_warps": 8}
+    return {"RX": 1, "TX": 16, "RH": 4, "TH": 16, "num_warps": 8}
+
+
+def gradient_block(length: int) -> int:
+    """Keys (or rows) between two additions of partial sums; lengths are padded to whole blocks."""
+    return 64 if length > 16 else 16
+
+
+SINGLE_KEYS = 16  # one query per entry: keys at a time
+
+
+def single_tile(hidden: int, values: int, wide: bool, most_values: int) -> dict[str, int]:
+    """Sums over features of the value are kept in registers where ``most_values`` allows it."""
+    VALUES = min(triton.next_power_of_2(max(values, 1)), most_values // 4 if wide else most_values)
+    return {
+        "BLOCK": SINGLE_KEYS,
+        "FEATURES": min(triton.next_power_of_2(max(hidden, 1)), 64 if wide else 128),
+        "VALUES": VALUES,
+        "num_warps": 8 if VALUES > (128 if wide else 256) else 4,
+    }
+
+
+# Sizes, offsets and numbers that differ from call to call: a kernel is compiled once for all.
+VARYING = (
+    "inner", "entries", "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin",
+    "key_count", "keys_per_split", "rows_per_split", "splits", "length", "left", "right",
+    "threshold", "keep_bits", "scale_bits",
+    *(
+        f"{name}_{dim}"
+        for name in ("query", "key", "value", "weight", "mask", "length", "seed", "query_exp",
+                     "key_exp", "gw", "gl", "go", "stride")
+        for dim in ("outer", "inner")
+    ),
+    "mask_row", "length_row", "gw_row", "gl_row",
+)  # fmt: skip

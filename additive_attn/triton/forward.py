@@ -4,7 +4,8 @@ A bounded number of scores at a time, so few that they stay in the second-level 
 of all pairs, a tile per program; the log-sum-exp of each row; the weighted sum of the values, the
 keys split over programs where rows alone would not fill the machine. So the score kernel has all
 registers to itself: with the accumulators of an online softmax beside its tiles it spilled, or
-spent more instructions per tanh, in every shape that was tried."""
+spent more instructions per tanh, in every shape that was tried. One query per entry has kernels of
+its own (``single.py``)."""
 
 from __future__ import annotations
 
@@ -13,91 +14,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from additive_attn.triton import configs
+from additive_attn.triton import configs, single
 from additive_attn.triton.launch import launch, target
-from additive_attn.triton.numerics import keep_factors
+from additive_attn.triton.numerics import keep_factor, keep_factors, number
 from additive_attn.triton.problem import Problem
 
 
-@triton.jit
-def shielded_product(p, v, used, acc, PRECISION: tl.constexpr):
-    """acc + p @ v, in which a pair that is not ``used`` adds 0 whatever v holds."""
-    finite = tl.abs(v) < float("inf")
-    if tl.min(finite.to(tl.int32)) != 0:
-        acc = tl.dot(p, v, acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(p, tl.where(finite, v, 0.0), acc, input_precision=PRECISION)
-        column = tl.arange(0, p.shape[1])
-        for k in range(0, p.shape[1]):
-            here = (column == k)[None, :]
-            p_k = tl.sum(tl.where(here, p, 0.0), 1)
-            used_k = tl.max((here & used).to(tl.int32), 1) != 0
-            v_k = tl.sum(tl.where((column == k)[:, None] & (finite.to(tl.int32) == 0), v, 0.0), 0)
-            acc += tl.where(used_k[:, None], p_k[:, None] * v_k[None, :], 0.0)
-    return acc
-
-
-@triton.jit(do_not_specialize=["rows", "row_begin", "row_count", "keys", "key_begin", "key_count"])
+@triton.jit(do_not_specialize=configs.VARYING)
 def _lse_kernel(
     scores, lse, weights, entry_begin, rows, row_begin, row_count, keys, key_begin, key_count,
-    BLOCK: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
+    score_padded, BLOCK: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """The log-sum-exp of a row of scores, and its softmax if wanted."""
     program = tl.program_id(0).to(tl.int64)
     row = (entry_begin + program // row_count) * rows + row_begin + program % row_count
+    scores += program * score_padded
     j = tl.arange(0, BLOCK)
     maximum = tl.full([BLOCK], float("-inf"), scores.dtype.element_ty)
-    for key0 in range(0, key_count, BLOCK):
-        x = tl.load(
-            scores + program * key_count + key0 + j, mask=key0 + j < key_count, other=float("-inf")
-        )
+    sums = tl.zeros([BLOCK], scores.dtype.element_ty)
+    for key0 in range(0, score_padded, BLOCK):
+        x = tl.load(scores + key0 + j, mask=key0 + j < score_padded, other=float("-inf"))
+        before = maximum
         maximum = tl.maximum(maximum, x)
+        shift = tl.where(maximum == float("-inf"), 0.0, maximum)
+        sums = sums * tl.exp(before - shift) + tl.exp(x - shift)
     most = tl.max(maximum, 0)
     shift = tl.where(most == float("-inf"), 0.0, most)
-    sums = tl.zeros([BLOCK], scores.dtype.element_ty)
-    for key0 in range(0, key_count, BLOCK):
-        x = tl.load(
-            scores + program * key_count + key0 + j, mask=key0 + j < key_count, other=float("-inf")
-        )
-        sums += tl.exp(x - shift)
-    total = tl.sum(sums, 0)
+    total = tl.sum(sums * tl.exp(maximum - shift), 0)
     empty = total == 0.0
     tl.store(lse + row, tl.where(empty, float("-inf"), shift + tl.log(total)))
     if NEED_WEIGHTS:
         inverse = 1.0 / tl.where(empty, 1.0, total)
         for key0 in range(0, key_count, BLOCK):
-            x = tl.load(
-                scores + program * key_count + key0 + j,
-                mask=key0 + j < key_count,
-                other=float("-inf"),
-            )
+            inside = key0 + j < key_count
+            x = tl.load(scores + key0 + j, mask=inside, other=float("-inf"))
             p = tl.where(x == float("-inf"), 0.0, tl.exp(x - shift) * inverse)
             tl.store(
                 weights + row * keys + key_begin + key0 + j, p.to(weights.dtype.element_ty),
-                mask=key0 + j < key_count,
+                mask=inside,
             )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "row_begin",
-        "row_count",
-        "keys",
-        "key_begin",
-        "key_count",
-        "keys_per_split",
-    ]
-)
+@triton.jit(do_not_specialize=configs.VARYING)
 def _value_kernel(
     scores, lse, value, value_outer, value_inner, value_row, value_column,
-    seed, seed_outer, seed_inner, threshold, keep_scale,
-    out, inner, entry_begin, entries, rows, row_begin, row_count, keys, key_begin, key_count,
-    values, splits, keys_per_split,
+    seed, seed_outer, seed_inner, threshold, keep_bits,
+    out, inner, entries, entry_begin, rows, row_begin, row_count, key_begin, key_count,
+    score_padded, values, left, right, splits, keys_per_split,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [split][entry][row] = sum_j exp(score_ij - lse_i) D_ij value_j over a range of keys."""
+    """out [split][entry][row] = sum_j exp(score_ij - lse_i) D_ij value_j over a range of keys.
+
+    A value that is not finite is left out first: 0 * Inf would reach the rows that may not attend
+    to it. Where there was one, a second loop adds such values to the rows that may."""
     row_tiles = tl.cdiv(row_count, BM)
     value_tiles = tl.cdiv(values, BD)
     program = tl.program_id(0).to(tl.int64)
@@ -111,38 +81,70 @@ def _value_kernel(
     m = n % inner
     r = row0 + tl.arange(0, BM)
     base = tl.load(lse + n * rows + row_begin + r, mask=r < row_count, other=0.0)
-    base = tl.where(base == float("-inf"), 0.0, base)
+    base = tl.where(base == float("-inf"), 0.0, base)[:, None]
     begin = split.to(tl.int32) * keys_per_split
+    first = tl.maximum(row_begin + row0 - left, key_begin) - key_begin
+    last = tl.minimum(row_begin + row0 + BM + right, key_begin + key_count) - key_begin
+    first = tl.maximum(begin, first // BN * BN)
+    last = tl.minimum(begin + keys_per_split, last)
+    scores += (entry * row_count + r)[:, None] * score_padded
+    inside = (r < row_count)[:, None]
+    value += o * value_outer + m * value_inner + d[None, :].to(tl.int64) * value_column
+    seed += o * seed_outer + m * seed_inner
     acc = tl.zeros([BM, BD], scores.dtype.element_ty)
-    for k0 in range(begin, tl.minimum(begin + keys_per_split, key_count), BN):
-        c = k0 + tl.arange(0, BN)
-        x = tl.load(
-            scores + (entry * row_count + r)[:, None] * key_count + c[None, :],
-            mask=(r < row_count)[:, None] & (c < key_count)[None, :], other=float("-inf"),
+    strange = tl.zeros([BN, BD], acc.dtype)
+    for k0 in range(first, last, BN):
+        p, v = _block(
+            scores, base, value, value_row, seed, threshold, keep_bits, inside, d, values,
+            n, row_begin + r, key_begin, k0, last, BM, BN, DROPOUT,
         )  # fmt: skip
-        used = x != float("-inf")
-        p = tl.where(used, tl.exp(x - base[:, None]), 0.0)
-        if DROPOUT:
-            word = tl.load(seed + o * seed_outer + m * seed_inner)
-            p *= keep_factors(
-                word, n, row_begin + r, key_begin + k0, threshold, keep_scale, BM, BN
-            )
-        j = key_begin + c
-        place = value + o * value_outer + m * value_inner + j[:, None].to(tl.int64) * value_row
-        v = tl.load(
-            place + d[None, :].to(tl.int64) * value_column,
-            mask=(c < key_count)[:, None] & (d < values)[None, :], other=0.0,
-        ).to(acc.dtype)  # fmt: skip
+        v = v.to(acc.dtype)
+        strange += v * 0.0  # NaN from the first number on that is not finite
+        v = tl.where(tl.abs(v) < float("inf"), v, 0.0)
         if BM == 1:
-            shielded = tl.where(tl.reshape(used, [BN])[:, None], v, 0.0)
-            acc += tl.sum(tl.reshape(p, [BN])[:, None] * shielded, 0)[None, :]
+            acc += tl.sum(tl.reshape(p, [BN])[:, None] * v, 0)[None, :]
         else:
-            acc = shielded_product(p, v, used, acc, PRECISION)
-    row = (split * entries + n) * rows + row_begin + r
+            acc = tl.dot(p, v, acc, input_precision=PRECISION)
+    if tl.max((strange != 0.0).to(tl.int32)) != 0:
+        for c in range(first, last):
+            x = tl.load(scores + c, mask=inside, other=float("-inf"))
+            p = tl.exp(x - base)
+            if DROPOUT:
+                keep_scale = number(keep_bits).to(p.dtype)
+                p *= keep_factor(
+                    tl.load(seed), n, row_begin + r, key_begin + c, threshold, keep_scale
+                )[:, None]
+            v = tl.load(
+                value + (key_begin + tl.cast(c, tl.int64)) * value_row,
+                mask=(d < values)[None, :], other=0.0,
+            ).to(acc.dtype)  # fmt: skip
+            used = (x != float("-inf")) & ((tl.abs(v) < float("inf")) == 0)
+            acc += tl.where(used, p * v, 0.0)
+    row = (split * entries + entry) * row_count + r
     tl.store(
         out + row[:, None] * values + d[None, :], acc.to(out.dtype.element_ty),
-        mask=(r < row_count)[:, None] & (d < values)[None, :],
+        mask=inside & (d < values)[None, :],
     )  # fmt: skip
+
+
+@triton.jit
+def _block(
+    scores, base, value, value_row, seed, threshold, keep_bits, inside, d, values,
+    n, i, key_begin, k0, last, BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """P o D of rows i and BN keys, and the values of these keys."""
+    c = k0 + tl.arange(0, BN)
+    # What lies beyond the last key is -inf.
+    x = tl.load(scores + c[None, :], mask=inside, other=float("-inf"))
+    p = tl.where(x == float("-inf"), 0.0, tl.exp(x - base))
+    if DROPOUT:
+        keep_scale = number(keep_bits).to(p.dtype)
+        p *= keep_factors(tl.load(seed), n, i, key_begin + k0, threshold, keep_scale, BM, BN)
+    v = tl.load(
+        value + (key_begin + c)[:, None].to(tl.int64) * value_row,
+        mask=(c < last)[:, None] & (d < values)[None, :], other=0.0,
+    )  # fmt: skip
+    return p, v
 
 
 def forward(
@@ -161,43 +163,41 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     p = Problem(query, key, value, weight, attn_mask, lengths, seed, left, right, dropout_p, scale)
     shape = (*p.batch.shape, p.rows)
-    lse = query.new_empty(shape, dtype=p.accumulator)
+    if p.entries == 0 or p.rows == 0 or p.keys == 0:
+        weights = query.new_zeros((*shape, p.keys) if need_weights else (0,))
+        lse = query.new_full(shape, -torch.inf, dtype=p.accumulator)
+        return query.new_zeros((*shape, p.values)), weights, lse
+    if p.rows == 1:
+        return single.forward(p, need_weights)
     weights = query.new_zeros((*shape, p.keys) if need_weights else (0,))
-    if lse.numel() == 0 or p.keys == 0:
-        return query.new_zeros((*shape, p.values)), weights, lse.fill_(-torch.inf)
-    single = p.rows == 1 or p.wide
-    BM, BN, BD = (1, 32, 64) if single else (16, 32, 64)
-    out = None
-    chunks = p.chunks()
-    for entry, entries, row, rows in chunks:
+    lse = query.new_empty(shape, dtype=p.accumulator)
+    tile = configs.value_tile(p.rows, p.wide)
+    out = query.new_empty((*shape, p.values))
+    flat = out.view(p.entries, p.rows, p.values)
+    for entry, entries, row, rows in p.chunks():
         begin, end = p.key_range(row, row + rows)
         count = end - begin
         scores = p.scores(entry, entries, row, rows, begin, count)
         launch(
             _lse_kernel, entries * rows, scores,
             scores, lse, weights, entry, p.rows, row, rows, p.keys, begin, count,
-            BLOCK=256, NEED_WEIGHTS=need_weights, num_warps=2,
+            scores.shape[-1], NEED_WEIGHTS=need_weights, **configs.row_block(count),
         )  # fmt: skip
-        programs = entries * -(-rows // BM) * -(-p.values // BD)
-        splits = 1
-        if len(chunks) == 1:
-            splits = configs.splits(programs, count, BN, processors(p.device))
-        per_split = -(-count // (splits * BN)) * BN
-        splits = max(1, -(-count // max(1, per_split)))
-        if out is None:
-            out = torch.empty(
-                (splits, *shape, p.values), device=p.device,
-                dtype=p.dtype if splits == 1 else p.accumulator,
-            )  # fmt: skip
+        programs = entries * -(-rows // tile["BM"]) * -(-p.values // tile["BD"])
+        splits, per_split = configs.splits(programs, count, tile["BN"], p.processors)
+        # Consecutive in memory: some rows of one entry, or all rows of some entries.
+        part = flat[entry : entry + entries, row : row + rows]
+        parts = part if splits == 1 else scores.new_empty(splits, *part.shape)
         launch(
             _value_kernel, programs * splits, scores,
             scores, lse, p.value, *p.value.stride(), *p.dropout_arguments(),
-            out, p.batch.inner, entry, p.entries, p.rows, row, rows, p.keys, begin, count,
-            p.values, splits, per_split, BM=BM, BN=BN, BD=BD, DROPOUT=p.seed is not None,
-            PRECISION=precision(p), num_warps=4,
+            parts, p.batch.inner, entries, entry, p.rows, row, rows, begin, count,
+            scores.shape[-1], p.values,            p.left, p.right, splits, per_split,
+            DROPOUT=p.seed is not None, PRECISION=precision(p), **tile,
         )  # fmt: skip
-    assert out is not None
-    return (out[0] if len(out) == 1 else out.sum(0).to(p.dtype)), weights, lse
+        if splits > 1:
+            part.copy_(parts.sum(0))
+    return out, weights, lse
 
 
 def precision(p: Problem) -> str:
@@ -206,9 +206,3 @@ def precision(p: Problem) -> str:
         return "ieee"
     allowed = torch.get_float32_matmul_precision() != "highest"
     return "tf32" if p.dtype in (torch.float16, torch.bfloat16) or allowed else "ieee"
-
-
-def processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,19 @@ def target() -> str:
     if interpreted():
         return "none"
     return "hip" if torch.version.hip is not None else "cuda"
+
+
+def bits(x: float) -> int:
+    """A number as kernels take it (``numerics.number``)."""
+    (integer,) = struct.unpack("<q", struct.pack("<d", x))
+    return int(integer)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a small number in the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **options: Any) -> None:

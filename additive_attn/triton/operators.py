@@ -6,10 +6,10 @@ import torch
 
 from additive_attn.triton.backward import backward
 from additive_attn.triton.forward import forward
-from additive_attn.triton.launch import BatchShape
+from additive_attn.triton.launch import BatchShape, interpreted
 from additive_attn.triton.prepare import prepare_weight
 
-__all__ = ["backward", "forward", "probe"]
+__all__ = ["backward", "forward", "interpreted", "probe"]
 
 
 def probe(device: torch.device) -> None:

@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from additive_attn.triton.launch import BatchShape, launch
-from additive_attn.triton.numerics import exp_and_rest
+from additive_attn.triton.configs import VARYING
+from additive_attn.triton.launch import BatchShape, bits, launch
+from additive_attn.triton.numerics import exp_and_rest, number
 
 SAFE = tl.constexpr(10.0)  # (e^{2 SAFE} + e^{2 SAFE})^4 < 2^120
 FEW_FEATURES = 64  # up to so many the plain layer rounds so little that w (b - a) is needed
@@ -32,10 +33,10 @@ BLOCK_ROWS = 64  # rows are padded beyond the last so that the gradient's loops 
 CENTRED_FEATURES = 32  # partial sums are centred after so many features, which keeps them small
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _weight_kernel(
     weight, prepared, unit, centre,
-    stride_outer, stride_inner, stride_h, inner, hidden, padded,
+    stride_outer, stride_inner, stride_h, inner, hidden, padded, scale_bits,
     BLOCK: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
@@ -51,18 +52,19 @@ def _weight_kernel(
         inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
         scale = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
         w = w * inverse
-        tl.store(unit + n, tl.where(finite != 0, scale, float("nan")))
+        scale = tl.where(finite != 0, scale, float("nan"))
+        tl.store(unit + n, scale * number(scale_bits).to(tl.float32))
         sums = tl.sum(tl.reshape(w, [BLOCK // CENTRED, CENTRED]), 1)
         block = tl.arange(0, BLOCK // CENTRED)
         tl.store(
             centre + n * (padded // CENTRED) + block, sums * 0.5, mask=block < padded // CENTRED
         )
     else:
-        tl.store(unit + n, 1.0)
+        tl.store(unit + n, number(scale_bits))
     tl.store(prepared + n * padded + h, w, mask=h < padded)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _exp_kernel(
     x, weight, exponential, size, correction,
     stride_outer, stride_inner, stride_row, stride_h,
@@ -143,10 +145,8 @@ def prepare_weight(weight: Tensor, batch: BatchShape, scale: float) -> PreparedW
     )
     launch(
         _weight_kernel, outer * inner, weight, view, prepared, unit, centre, *view.stride(),
-        inner, hidden, padded, BLOCK=block, CENTRED=CENTRED_FEATURES,
+        inner, hidden, padded, bits(scale), BLOCK=block, CENTRED=CENTRED_FEATURES,
     )  # fmt: skip
-    if scale != 1.0:
-        unit *= scale
     return PreparedWeight(
         batch.expand(prepared), batch.expand(unit), batch.expand(centre), hidden, padded
     )

@@ -3,21 +3,24 @@ prepared tensors, masks."""
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from additive_attn.dropout import keep_threshold
 from additive_attn.shapes import batch_shape, lse_dtype
 from additive_attn.triton import configs
-from additive_attn.triton.launch import BatchShape, launch, target
+from additive_attn.triton.launch import BatchShape, bits, launch, processors, target
 from additive_attn.triton.prepare import (
     CENTRED_FEATURES,
     FEW_FEATURES,
     PreparedRows,
+    PreparedWeight,
     prepare_rows,
     prepare_weight,
 )
-from additive_attn.triton.scores import score_kernel, single_row_kernel
+from additive_attn.triton.scores import score_kernel
 
 
 class Problem:
@@ -49,24 +52,36 @@ class Problem:
         self.query = self.batch.view(query, 2)
         self.key = self.batch.view(key, 2)
         self.value = self.batch.view(value, 2)
-        self.weight = prepare_weight(weight, self.batch, scale)
-        self._raw_query, self._raw_key = query, key
-        self._prepared: tuple[PreparedRows, PreparedRows] | None = None
+        self.weight_view = self.batch.view(weight, 1)
+        self._arguments = query, key, weight
         self.mask = None if attn_mask is None else _mask_view(attn_mask, self)
         self.lengths = None if lengths is None else _lengths_view(lengths, self)
         self.seed = None if seed is None else self.batch.view(seed, 0)
         self.left = self.rows if left < 0 else min(left, self.rows)
         self.right = self.keys if right < 0 else min(right, self.keys)
         self.dropout_p = dropout_p
+        self.scale = scale
 
+    @property
+    def scale_bits(self) -> int:
+        return bits(self.scale)
+
+    @cached_property
+    def processors(self) -> int:
+        return processors(self.device)
+
+    @cached_property
+    def weight(self) -> PreparedWeight:
+        return prepare_weight(self._arguments[2], self.batch, self.scale)
+
+    @cached_property
     def prepared(self) -> tuple[PreparedRows, PreparedRows]:
-        """Exponentials of query and key, computed when first needed."""
-        if self._prepared is None:
-            self._prepared = (
-                prepare_rows(self._raw_query, -1, self.weight, self.batch),
-                prepare_rows(self._raw_key, 1, self.weight, self.batch),
-            )
-        return self._prepared
+        """Exponentials of query and key."""
+        query, key, _ = self._arguments
+        return (
+            prepare_rows(query, -1, self.weight, self.batch),
+            prepare_rows(key, 1, self.weight, self.batch),
+        )
 
     def score_arguments(self) -> tuple[object, ...]:
         """Parameters ``query`` to ``mask_column`` of the kernels that compute scores."""
@@ -75,7 +90,7 @@ class Problem:
             # Never read: float64 takes the direct form.
             prepared = (*(self.weight.weight,) * 6, 0, 0, 0, 0)
         else:
-            rows, keys = self.prepared()
+            rows, keys = self.prepared
             prepared = (
                 rows.exponential, keys.exponential, rows.size, keys.size,
                 rows.correction, keys.correction,
@@ -90,24 +105,22 @@ class Problem:
     def mask_arguments(self) -> tuple[object, ...]:
         """Parameters ``mask`` to ``mask_column``."""
         if self.mask is None:
-            return (self.weight.unit, 0, 0, 0, 0)
+            return (self.query, 0, 0, 0, 0)
         mask = self.mask.view(torch.uint8) if self.mask.dtype == torch.bool else self.mask
         return (mask, *mask.stride())
 
     def length_arguments(self) -> tuple[object, ...]:
         """Parameters ``lengths`` to ``length_row``."""
         if self.lengths is None:
-            return (self.weight.unit, 0, 0, 0)
+            return (self.query, 0, 0, 0)
         return (self.lengths, *self.lengths.stride())
 
     def dropout_arguments(self) -> tuple[object, ...]:
-        """Parameters ``seed`` to ``keep_scale``."""
-        keep_scale = 0.0 if self.dropout_p == 1 else 1 / (1 - self.dropout_p)
+        """Parameters ``seed`` to ``keep_bits``."""
         if self.seed is None:
-            return (self.weight.unit, 0, 0, 0, self.weight.unit)
-        # A tensor: Triton would take a Python number as float32.
-        factor = torch.full((1,), keep_scale, dtype=self.accumulator, device=self.device)
-        return (self.seed, *self.seed.stride(), keep_threshold(self.dropout_p), factor)
+            return (self.query, 0, 0, 0, 0)
+        keep_scale = 0.0 if self.dropout_p == 1 else 1 / (1 - self.dropout_p)
+        return (self.seed, *self.seed.stride(), keep_threshold(self.dropout_p), bits(keep_scale))
 
     def masking(self) -> dict[str, object]:
         kind = "none"
@@ -124,14 +137,27 @@ class Problem:
 
     def key_range(self, row_begin: int, row_end: int) -> tuple[int, int]:
         """Keys that rows [row_begin, row_end) may attend to, lengths and mask aside."""
-        low = min(max(0, row_begin - self.left), self.keys)
+        # A multiple of four, in which the dropout factors come, and of what is loaded at once.
+        low = min(max(0, row_begin - self.left), self.keys) // 16 * 16
         return low, max(low, min(self.keys, row_end + self.right))
 
-    def chunks(self) -> list[tuple[int, int, int, int]]:
-        """(first entry, entries, first row, rows) whose scores fit into the workspace."""
-        budget = max(1, configs.WORKSPACE_ELEMENTS // max(1, self.keys))
-        some_rows = min(self.rows, max(16, budget))
-        some_entries = max(1, min(self.entries, budget // max(1, some_rows)))
+    def chunks(self, row_block: int = 1, key_block: int = 64) -> list[tuple[int, int, int, int]]:
+        """(first entry, entries, first row, rows) whose scores, padded to whole blocks, fit into
+        the workspace; of one row there is always room."""
+        budget = configs.WORKSPACE_ELEMENTS
+
+        def size(rows: int) -> int:
+            keys = max(1, min(self.keys, rows + self.left + self.right))
+            return -(-rows // row_block) * row_block * (-(-keys // key_block) * key_block)
+
+        some_rows = self.rows
+        while some_rows > 1 and size(some_rows) > budget:
+            some_rows = -(-some_rows // 2)
+        if some_rows < self.rows and some_rows > 64:
+            some_rows = some_rows // 64 * 64
+        some_entries = 1
+        if some_rows == self.rows:
+            some_entries = max(1, min(self.entries, budget // size(self.rows)))
         return [
             (n, min(some_entries, self.entries - n), i, min(some_rows, self.rows - i))
             for n in range(0, self.entries, some_entries)
@@ -139,28 +165,17 @@ class Problem:
         ]
 
     def scores(self, entry: int, entries: int, row: int, rows: int, key: int, keys: int) -> Tensor:
-        """(entries, rows, keys): scale * score + mask, -inf where a row may not attend."""
-        scores = torch.empty(entries, rows, keys, dtype=self.accumulator, device=self.device)
-        tail = (
-            self.hidden, self.weight.padded, self.left, self.right,
-        )  # fmt: skip
-        if self.rows == 1:
-            block = 16
-            launch(
-                single_row_kernel, entries * -(-keys // block), scores,
-                self.query, self.key, *self.query.stride(), *self.key.stride(),
-                self.weight.weight, self.weight.unit, *self.weight.unit.stride(),
-                *self.mask_arguments(), *self.length_arguments(),
-                scores, self.batch.inner, entry, self.keys, key, keys, *tail,
-                **self.masking(), BLOCK=block, FEATURES=64 if self.wide else 128, num_warps=4,
-            )  # fmt: skip
-            return scores
+        """(entries, rows, keys and padding): scale * score + mask, -inf where a row may not
+        attend."""
         tile = configs.score_tile(rows, self.wide)
-        programs = entries * -(-rows // tile.rows) * -(-keys // tile.keys)
+        padded = -(-keys // tile.keys) * tile.keys
+        scores = torch.empty(entries, rows, padded, dtype=self.accumulator, device=self.device)
+        programs = entries * -(-rows // tile.rows) * (padded // tile.keys)
         launch(
             score_kernel, programs, scores,
             *self.score_arguments(), *self.length_arguments(),
-            scores, self.batch.inner, entry, self.rows, row, rows, self.keys, key, keys, *tail,
+            scores, self.batch.inner, entry, self.rows, row, rows, self.keys, key, padded,
+            self.hidden, self.weight.padded, self.left, self.right,
             **tile.sizes(), **self.form(), **self.masking(), WIDE=self.wide,
             num_warps=tile.warps,
         )  # fmt: skip

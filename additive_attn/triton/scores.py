@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from additive_attn.triton.configs import VARYING
 from additive_attn.triton.numerics import quarters, reciprocal, tanh
 from additive_attn.triton.prepare import SAFE
 
@@ -217,12 +218,7 @@ def score_tile(
     return tl.where(used, score, float("-inf"))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin", "key_count",
-        "left", "right",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=VARYING)
 def score_kernel(
     query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
     query_exp, key_exp, query_size, key_size, query_correction, key_correction,
@@ -230,17 +226,18 @@ def score_kernel(
     weight, unit, centre, weight_outer, weight_inner,
     mask, mask_outer, mask_inner, mask_row, mask_column,
     lengths, length_outer, length_inner, length_row,
-    scores, inner, entry_begin, rows, row_begin, row_count, keys, key_begin, key_count,
+    scores, inner, entry_begin, rows, row_begin, row_count, keys, key_begin, score_padded,
     hidden, padded, left, right,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
     FEW: tl.constexpr, WIDE: tl.constexpr, CENTRED: tl.constexpr, MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """scores [entry][row][key] of rows from row_begin and keys from key_begin, tile by tile."""
+    """scores [entry][row][key] of rows from row_begin and keys from key_begin, tile by tile; -inf
+    beyond the last key."""
     BM: tl.constexpr = RM * TM
     BN: tl.constexpr = RN * TN
     row_tiles = tl.cdiv(row_count, BM)
-    key_tiles = tl.cdiv(key_count, BN)
+    key_tiles = score_padded // BN
     program = tl.program_id(0).to(tl.int64)
     row0 = row_begin + (program % row_tiles).to(tl.int32) * BM
     key0 = key_begin + (program // row_tiles % key_tiles).to(tl.int32) * BN
@@ -252,8 +249,8 @@ def score_kernel(
         lengths + (n // inner) * length_outer + (n % inner) * length_inner, length_row,
         i, rows, keys, left, right, HAS_LENGTHS,
     )  # fmt: skip
-    place = (entry * row_count + i - row_begin)[:, None] * key_count + (j - key_begin)[None, :]
-    inside = (i < row_begin + row_count)[:, None] & (j < key_begin + key_count)[None, :]
+    place = (entry * row_count + i - row_begin)[:, None] * score_padded + (j - key_begin)[None, :]
+    inside = (i < row_begin + row_count)[:, None] & (tl.full([BN], 1, tl.int1))[None, :]
     if (tl.max(tl.minimum(high, key0 + BN) - tl.maximum(low, key0), 0)) > 0:
         score = score_tile(
             query, key, query_outer, query_inner, query_row, query_h,
@@ -268,57 +265,3 @@ def score_kernel(
         tl.store(scores + place, score, mask=inside)
     else:
         tl.store(scores + place, float("-inf"), mask=inside)
-
-
-@triton.jit(do_not_specialize=["entry_begin", "keys", "key_begin", "key_count", "left", "right"])
-def single_row_kernel(
-    query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
-    weight, unit, weight_outer, weight_inner,
-    mask, mask_outer, mask_inner, mask_row, mask_column,
-    lengths, length_outer, length_inner, length_row,
-    scores, inner, entry_begin, keys, key_begin, key_count,
-    hidden, padded, left, right,
-    MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
-    """``score_kernel`` for one row, which uses every key only once: nothing is prepared."""
-    tiles = tl.cdiv(key_count, BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    key0 = key_begin + (program % tiles).to(tl.int32) * BLOCK
-    entry = program // tiles
-    n = entry_begin + entry
-    o = n // inner
-    m = n % inner
-    i = tl.zeros([1], tl.int32)
-    j = key0 + tl.arange(0, BLOCK)
-    low, high = interval(
-        lengths + o * length_outer + m * length_inner, length_row, i, 1, keys, left, right,
-        HAS_LENGTHS,
-    )  # fmt: skip
-    used = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
-    if MASK != "none":
-        bias, used = masked_bias(
-            mask + o * mask_outer + m * mask_inner, mask_row, mask_column, i, j, used, MASK
-        )
-    here = tl.reshape(used, [BLOCK])
-    f = tl.arange(0, FEATURES)
-    q_row = query + o * query_outer + m * query_inner
-    k_rows = key + o * key_outer + m * key_inner + j[:, None].to(tl.int64) * key_row
-    w_row = weight + (o * weight_outer + m * weight_inner) * padded
-    energy = tl.zeros([BLOCK], weight.dtype.element_ty)
-    for h0 in range(0, hidden, FEATURES):
-        h = h0 + f
-        q = tl.load(q_row + h.to(tl.int64) * query_h, mask=h < hidden, other=0.0)
-        w = tl.load(w_row + h, mask=h < hidden, other=0.0)
-        k = tl.load(
-            k_rows + h[None, :].to(tl.int64) * key_h,
-            mask=here[:, None] & (h < hidden)[None, :], other=0.0,
-        )  # fmt: skip
-        x = q.to(energy.dtype)[None, :] + k.to(energy.dtype)
-        energy += tl.sum(w[None, :] * tanh(x), 1)
-    score = energy * tl.load(unit + o * weight_outer + m * weight_inner)
-    if MASK == "float":
-        score += tl.reshape(bias, [BLOCK])
-    tl.store(
-        scores + entry * key_count + j - key_begin, tl.where(here, score, float("-inf")),
-        mask=j < key_begin + key_count,
-    )  # fmt: skip
