@@ -22,4 +22,6 @@ echo "==> benchmark"
 "$PYTHON" -m benchmarks.run --device cuda --shapes small,steps,layers,1x4096x4096x128x128,1x16384x16384x128x128 \
   --budget 1 --rounds 15
 "$PYTHON" -m benchmarks.table
+echo "==> other block sizes than the package's"
+"$PYTHON" -m benchmarks.tune --shapes 1x4096x4096x128x128,1x16x100000x256x512 --budget 0.2 --rounds 5
 "$PYTHON" -c "import matplotlib" 2>/dev/null && "$PYTHON" -m benchmarks.plot || echo "no matplotlib: no figures"

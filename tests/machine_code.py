@@ -6,6 +6,7 @@ import functools
 import re
 import subprocess
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -99,6 +101,35 @@ def compiled_calls(target: str, function: Callable[[], None]) -> list[Kernel]:
         Kernel(kernel.__name__, str(built.metadata), programs, _code(built, target))
         for kernel, built, programs in launched.values()
     ]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors that are alive at once, of those made while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for x in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(x, torch.Tensor):
+                self._count(x.untyped_storage())
+        return results
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._seen or not size:
+            return
+        self._seen.add(place)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, place, size)
+
+    def _forget(self, place: int, size: int) -> None:
+        self._seen.discard(place)
+        self.now -= size
 
 
 @functools.cache

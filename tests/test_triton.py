@@ -253,6 +253,62 @@ def test_size_zero(empty, queries):
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@on_gpu
+@pytest.mark.parametrize("queries", [1, 40])
+def test_cuda_graph(queries):
+    """Nothing waits for the device, forward or backward."""
+    case = {name: x.to(DEVICE) for name, x in make((2,), queries, 50, 9, 5).items()}
+    leaves = {name: x.clone().requires_grad_() for name, x in case.items()}
+    upstream = torch.randn(2, queries, 5, device=DEVICE)
+
+    def step():
+        out = additive_attention(*leaves.values())
+        return out, *torch.autograd.grad(out, list(leaves.values()), upstream)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in leaves.values():
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    for ours, expected in zip(captured, step(), strict=True):
+        assert_same(ours.cpu(), expected.cpu(), "replayed")
+
+
+@on_gpu
+@pytest.mark.parametrize("queries", [1, 40])
+def test_another_stream(queries):
+    case = {name: x.to(DEVICE) for name, x in make((64,), queries, 500, 64, 64).items()}
+    expected = additive_attention(*case.values())
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)
+        late = {name: x.clone() for name, x in case.items()}
+        out = additive_attention(*late.values())
+    stream.synchronize()
+    assert_same(out.cpu(), expected.cpu(), "out")
+
+
+@on_gpu
+def test_another_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = make((2,), 5, 20, 9, 5)
+    outs = [additive_attention(*(x.to(f"cuda:{i}") for x in case.values())) for i in (0, 1)]
+    assert outs[1].device.index == 1
+    assert_same(outs[1].cpu(), outs[0].cpu(), "out")
+
+
 def test_gradcheck():
     inputs = [
         x.to(DEVICE).requires_grad_() for x in make((), 2, 3, 3, 2, dtype=torch.float64).values()

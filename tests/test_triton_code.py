@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton brings compiler and disassembler")
 
-from machine_code import AMD, NVIDIA, compiled_calls, special
+from machine_code import AMD, NVIDIA, PeakMemory, compiled_calls, special
 
-from additive_attn.triton import operators
+from additive_attn.triton import configs, operators
 
 TRITON = importlib.metadata.version("triton")
 # The same source becomes other instructions in another version of the compiler.
@@ -163,3 +163,24 @@ def test_lengths_share_kernels():
     assert len(seen) <= 12
     singles = [(1 + i, 1, 5 + 7 * i) for i in range(50)]
     assert len(several(singles)) <= 12
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 20_000, 20_000), (200_000, 2, 3), (1, 17, 300_000), (1, 300_000, 17), (100_000, 1, 12)],
+    ids=str,
+)
+def test_extra_memory(sizes):
+    """What one call needs beyond its inputs: workspaces of a fixed size, and as much as a few
+    copies of the inputs, results included."""
+    batch, queries, keys = sizes
+    peak = PeakMemory()
+
+    def function():
+        with peak:
+            call(*sizes, 8, 8, need_weights=False)()
+
+    compiled_calls("sm_90", function)
+    inputs = 4 * batch * (queries + keys) * 16
+    workspace = 4 * configs.WORKSPACE_ELEMENTS
+    assert peak.peak <= 4 * workspace + 10 * inputs

@@ -156,6 +156,12 @@ def _features(place, h, padded: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _raw(rows, h, hidden, stride, ACC: tl.constexpr):
+    """Features h of the input's rows; beyond the last, the last again."""
+    return tl.load(rows + tl.minimum(h, hidden - 1).to(tl.int64) * stride).to(ACC)
+
+
+@triton.jit
 def _direct(x, y, g):
     """g (1 - t^2) / 4 and g t with t = tanh(x + y); a g of 0 leaves no trace of its pair."""
     t = tanh(x + y)
@@ -177,6 +183,7 @@ def query_kernel(
     """A tile of rows and 2 RH TH features, a range of keys: sum_j G (1 - t^2) / 4 to
     ``grad_query`` [split][entry][row] and, summed over the rows too, sum G t to ``grad_weight``
     [split][entry][row tile]."""
+    ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
     BH: tl.constexpr = RH * TH
     tiles = tl.cdiv(row_count, BX)
@@ -194,15 +201,13 @@ def query_kernel(
     r = tile * BX + tl.arange(0, RX)[:, None] + RX * tl.arange(0, TX)[None, :]
     i = tl.minimum(row_begin + r, rows - 1).to(tl.int64)
     q_rows = query + o * query_outer + m * query_inner + i[:, None, :, None] * query_row
-    qa = tl.load(q_rows + tl.minimum(ha, hidden - 1).to(tl.int64)[None, :, None, :] * query_h)
-    qb = tl.load(q_rows + tl.minimum(hb, hidden - 1).to(tl.int64)[None, :, None, :] * query_h)
-    qa = qa.to(gradient.dtype.element_ty)
-    qb = qb.to(gradient.dtype.element_ty)
+    qa = _raw(q_rows, ha[None, :, None, :], hidden, query_h, ACC)
+    qb = _raw(q_rows, hb[None, :, None, :], hidden, query_h, ACC)
     g_rows = gradient + (entry * row_padded + r.to(tl.int64)) * key_padded
-    sum_a = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
-    sum_b = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
-    weight_a = tl.zeros([RH, TX, TH], gradient.dtype.element_ty)
-    weight_b = tl.zeros([RH, TX, TH], gradient.dtype.element_ty)
+    sum_a = tl.zeros([RX, RH, TX, TH], ACC)
+    sum_b = tl.zeros([RX, RH, TX, TH], ACC)
+    weight_a = tl.zeros([RH, TX, TH], ACC)
+    weight_b = tl.zeros([RH, TX, TH], ACC)
     k_rows = key + o * key_outer + m * key_inner
     first = tl.maximum(row_begin + tile * BX - left, key_begin)
     last = tl.minimum(row_begin + tile * BX + BX + right, key_begin + key_count)
@@ -228,8 +233,8 @@ def query_kernel(
             for c in range(k0, tl.minimum(k0 + BLOCK, last)):
                 g = tl.load(g_rows + c)[:, None, :, None]
                 k_row = k_rows + tl.minimum(key_begin + c, keys - 1).to(tl.int64) * key_row
-                ka = tl.load(k_row + tl.minimum(ha, hidden - 1).to(tl.int64) * key_h)
-                kb = tl.load(k_row + tl.minimum(hb, hidden - 1).to(tl.int64) * key_h)
+                ka = _raw(k_row, ha, hidden, key_h, ACC)
+                kb = _raw(k_row, hb, hidden, key_h, ACC)
                 da, ta = _direct(qa, ka[None, :, None, :], g)
                 db, tb = _direct(qb, kb[None, :, None, :], g)
                 sum_a += da
@@ -245,19 +250,15 @@ def query_kernel(
             wild = any_wild_i | (tl.max(size_j) > SAFE)
             small = all_small_i & (tl.max(tl.where(size_j > SAFE, 0.0, size_j)) <= 1.0)
             if wild:
-                part_a = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
-                part_b = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
-                total = tl.zeros([RX, 1, TX, 1], gradient.dtype.element_ty)
+                part_a = tl.zeros([RX, RH, TX, TH], ACC)
+                part_b = tl.zeros([RX, RH, TX, TH], ACC)
+                total = tl.zeros([RX, 1, TX, 1], ACC)
                 for c in range(k0, tl.minimum(k0 + BLOCK, last)):
                     j1 = tl.minimum(key_begin + c, keys - 1)
                     g = tl.load(g_rows + c)[:, None, :, None]
                     k_row = k_rows + j1.to(tl.int64) * key_row
-                    ka = tl.load(k_row + tl.minimum(ha, hidden - 1).to(tl.int64) * key_h).to(
-                        qa.dtype
-                    )
-                    kb = tl.load(k_row + tl.minimum(hb, hidden - 1).to(tl.int64) * key_h).to(
-                        qa.dtype
-                    )
+                    ka = _raw(k_row, ha, hidden, key_h, ACC)
+                    kb = _raw(k_row, hb, hidden, key_h, ACC)
                     da, ta = _direct(qa, ka[None, :, None, :], g)
                     db, tb = _direct(qb, kb[None, :, None, :], g)
                     # The other pairs as beside no such row or key, to the bit.
@@ -311,11 +312,10 @@ def query_kernel(
                 part_a = tl.zeros([RX, RH, TX, TH], tl.float32)
                 part_b = tl.zeros([RX, RH, TX, TH], tl.float32)
                 total = tl.zeros([RX, TX], tl.float32)
-                f = tl.arange(0, 4)
+                g_four = g_rows[:, :, None] + tl.arange(0, 4)[None, None, :]
                 K_rows = b_rows + tl.cast(key_begin + k0, tl.int64) * padded
                 for c in range(k0, tl.minimum(k0 + BLOCK, last), 4):
-                    g4 = tl.load(g_rows[:, :, None] + c + f[None, None, :])
-                    g = quarters(g4, RX, TX)
+                    g = quarters(tl.load(g_four + c), RX, TX)
                     for u in tl.static_range(4):
                         Ka = _features(K_rows + u * padded, ha, padded, 2 * BH)
                         Kb = _features(K_rows + u * padded, hb, padded, 2 * BH)
@@ -362,6 +362,7 @@ def key_kernel(
     """A tile of keys and 2 RH TH features, a range of rows: sum_i G (1 - t^2) / 4 to ``grad_key``
     [split][entry][key]; what the roundings of K leave out of dw to ``grad_weight``
     [split][entry][key tile]."""
+    ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
     BH: tl.constexpr = RH * TH
     tiles = tl.cdiv(key_count, BX)
@@ -379,13 +380,11 @@ def key_kernel(
     c = tile * BX + tl.arange(0, RX)[:, None] + RX * tl.arange(0, TX)[None, :]
     j = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
     k_rows = key + o * key_outer + m * key_inner + j[:, None, :, None] * key_row
-    ka = tl.load(k_rows + tl.minimum(ha, hidden - 1).to(tl.int64)[None, :, None, :] * key_h)
-    kb = tl.load(k_rows + tl.minimum(hb, hidden - 1).to(tl.int64)[None, :, None, :] * key_h)
-    ka = ka.to(gradient.dtype.element_ty)
-    kb = kb.to(gradient.dtype.element_ty)
+    ka = _raw(k_rows, ha[None, :, None, :], hidden, key_h, ACC)
+    kb = _raw(k_rows, hb[None, :, None, :], hidden, key_h, ACC)
     g_columns = gradient + entry * row_padded * key_padded + c
-    sum_a = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
-    sum_b = tl.zeros([RX, RH, TX, TH], gradient.dtype.element_ty)
+    sum_a = tl.zeros([RX, RH, TX, TH], ACC)
+    sum_b = tl.zeros([RX, RH, TX, TH], ACC)
     q_rows = query + o * query_outer + m * query_inner
     first = tl.maximum(key_begin + tile * BX - right, row_begin)
     last = tl.minimum(key_begin + tile * BX + BX + left, row_begin + row_count)
@@ -410,8 +409,8 @@ def key_kernel(
             for r in range(r0, tl.minimum(r0 + BLOCK, last)):
                 g = tl.load(g_columns + tl.cast(r, tl.int64) * key_padded)[:, None, :, None]
                 q_row = q_rows + tl.minimum(row_begin + r, rows - 1).to(tl.int64) * query_row
-                qa = tl.load(q_row + tl.minimum(ha, hidden - 1).to(tl.int64) * query_h)
-                qb = tl.load(q_row + tl.minimum(hb, hidden - 1).to(tl.int64) * query_h)
+                qa = _raw(q_row, ha, hidden, query_h, ACC)
+                qb = _raw(q_row, hb, hidden, query_h, ACC)
                 da, _ta = _direct(ka, qa[None, :, None, :], g)
                 db, _tb = _direct(kb, qb[None, :, None, :], g)
                 sum_a += da
@@ -428,12 +427,8 @@ def key_kernel(
                     i1 = tl.minimum(row_begin + r, rows - 1).to(tl.int64)
                     g = tl.load(g_columns + tl.cast(r, tl.int64) * key_padded)[:, None, :, None]
                     q_row = q_rows + i1 * query_row
-                    qa = tl.load(q_row + tl.minimum(ha, hidden - 1).to(tl.int64) * query_h).to(
-                        ka.dtype
-                    )
-                    qb = tl.load(q_row + tl.minimum(hb, hidden - 1).to(tl.int64) * query_h).to(
-                        ka.dtype
-                    )
+                    qa = _raw(q_row, ha, hidden, query_h, ACC)
+                    qb = _raw(q_row, hb, hidden, query_h, ACC)
                     da, _ta = _direct(ka, qa[None, :, None, :], g)
                     db, _tb = _direct(kb, qb[None, :, None, :], g)
                     direct = tl.maximum(size_j, tl.load(query_size + at_query + i1)) > SAFE
@@ -501,9 +496,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     p = Problem(query, key, value, weight, attn_mask, lengths, seed, left, right, dropout_p, scale)
     need_mask = need_mask and attn_mask is not None
+    empty = query.new_empty(0)
 
     def zeros(needed: bool, *shape: int) -> Tensor:
-        return torch.zeros(shape if needed else (0,), dtype=p.accumulator, device=p.device)
+        if not needed:
+            return empty
+        return torch.zeros(shape, dtype=p.accumulator, device=p.device)
 
     grad_mask = zeros(need_mask, *(() if attn_mask is None else attn_mask.shape))
     lse = lse.contiguous()
@@ -530,9 +528,8 @@ def backward(
                 need_query, need_key, need_value, need_weight, need_mask,
             )  # fmt: skip
     # dS = scale G, and the weight, which no pair needed.
-    factor = p.weight_view.to(p.accumulator).reshape(p.entries, 1, p.hidden) * (4 * scale)
+    factor = _entries(weight, p, 1)[:, None] * (4 * scale)
     batch = p.batch.shape
-    empty = query.new_empty(0)
     if need_query:
         grad_query = (grad_query * factor).to(p.dtype).view(*batch, *query.shape[-2:])
     if need_key:
@@ -606,7 +603,7 @@ def _chunk(
             of_key.exponential, of_query.size, of_key.size,
             *of_query.size.stride()[:2], *of_key.size.stride()[:2],
         )  # fmt: skip
-    inputs = (p.query, p.key, *p.query.stride(), *p.key.stride())
+    inputs = (p.query, p.key, *p.query_strides, *p.key_strides)
     sizes = (
         p.batch.inner, entries, entry, p.rows, row, rows, row_padded, p.keys, key, count,
         key_padded, p.hidden, p.left, p.right,

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
-import triton
+from additive_attn.triton.launch import power_of_two
 
 WORKSPACE_ELEMENTS = 2**23  # scores that are kept at a time: 32 MB in float32, which caches hold
 
@@ -85,12 +86,13 @@ def gradient_block(length: int) -> int:
 SINGLE_KEYS = 16  # one query per entry: keys at a time
 
 
+@functools.cache
 def single_tile(hidden: int, values: int, wide: bool, most_values: int) -> dict[str, int]:
     """Sums over features of the value are kept in registers where ``most_values`` allows it."""
-    VALUES = min(triton.next_power_of_2(max(values, 1)), most_values // 4 if wide else most_values)
+    VALUES = min(power_of_two(values), most_values // 4 if wide else most_values)
     return {
         "BLOCK": SINGLE_KEYS,
-        "FEATURES": min(triton.next_power_of_2(max(hidden, 1)), 64 if wide else 128),
+        "FEATURES": min(power_of_two(hidden), 64 if wide else 128),
         "VALUES": VALUES,
         "num_warps": 8 if VALUES > (128 if wide else 256) else 4,
     }
@@ -99,8 +101,8 @@ def single_tile(hidden: int, values: int, wide: bool, most_values: int) -> dict[
 # Sizes, offsets and numbers that differ from call to call: a kernel is compiled once for all.
 VARYING = (
     "inner", "entries", "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin",
-    "key_count", "keys_per_split", "rows_per_split", "splits", "length", "left", "right",
-    "threshold", "keep_bits", "scale_bits",
+    "key_count", "keys_per_split", "rows_per_split", "splits", "length", "length_padded", "left",
+    "right", "threshold", "keep_bits", "scale_bits",
     *(
         f"{name}_{dim}"
         for name in ("query", "key", "value", "weight", "mask", "length", "seed", "query_exp",

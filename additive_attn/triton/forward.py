@@ -190,7 +190,7 @@ def forward(
         parts = part if splits == 1 else scores.new_empty(splits, *part.shape)
         launch(
             _value_kernel, programs * splits, scores,
-            scores, lse, p.value, *p.value.stride(), *p.dropout_arguments(),
+            scores, lse, p.value, *p.value_strides, *p.dropout_arguments(),
             parts, p.batch.inner, entries, entry, p.rows, row, rows, begin, count,
             scores.shape[-1], p.values,            p.left, p.right, splits, per_split,
             DROPOUT=p.seed is not None, PRECISION=precision(p), **tile,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,17 @@ class BatchShape:
         broadcasts."""
         return self.expand(self.narrow(x, rank))
 
+    def strided(self, x: Tensor, rank: int) -> tuple[Tensor, tuple[int, ...]]:
+        """A tensor and the strides of ``view``, which for up to two batch dims needs no view."""
+        if len(self.shape) > 2:
+            x = self.view(x, rank)
+            return x, x.stride()
+        sizes, strides = x.shape, x.stride()
+        dims = len(sizes) - rank
+        outer = strides[0] if dims == 2 and sizes[0] != 1 else 0
+        inner = strides[dims - 1] if dims >= 1 and sizes[dims - 1] != 1 else 0
+        return x, (outer, inner, *strides[dims:])
+
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on any device."""
@@ -75,6 +86,12 @@ def bits(x: float) -> int:
     return int(integer)
 
 
+def power_of_two(n: int) -> int:
+    """The smallest that is at least n and 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; a small number in the interpreter."""
     if device.type != "cuda":
@@ -86,7 +103,9 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
     """Runs ``programs`` programs on the device, and the current stream, of ``tensor``."""
     if programs == 0:
         return
-    device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-    with device:
-        # Named, since later versions of Triton do not fuse by default.
-        kernel[(programs,)](*arguments, **options, enable_fp_fusion=True)
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            launch(kernel, programs, tensor, *arguments, **options)
+        return
+    # Named, since later versions of Triton do not fuse by default.
+    kernel[(programs,)](*arguments, **options, enable_fp_fusion=True)

@@ -24,12 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from additive_attn.triton.configs import VARYING
-from additive_attn.triton.launch import BatchShape, bits, launch
+from additive_attn.triton.launch import BatchShape, bits, launch, power_of_two
 from additive_attn.triton.numerics import exp_and_rest, number
 
 SAFE = tl.constexpr(10.0)  # (e^{2 SAFE} + e^{2 SAFE})^4 < 2^120
 FEW_FEATURES = 64  # up to so many the plain layer rounds so little that w (b - a) is needed
-BLOCK_ROWS = 64  # rows are padded beyond the last so that the gradient's loops need no bounds
+STEP = 4  # the gradient's loops take so many rows at a time, and may begin anywhere
 CENTRED_FEATURES = 32  # partial sums are centred after so many features, which keeps them small
 
 
@@ -136,7 +136,7 @@ def prepare_weight(weight: Tensor, batch: BatchShape, scale: float) -> PreparedW
     padded = -(-max(hidden, 1) // (4 if few else CENTRED_FEATURES)) * (
         4 if few else CENTRED_FEATURES
     )
-    block = max(CENTRED_FEATURES, triton.next_power_of_2(padded))
+    block = max(CENTRED_FEATURES, power_of_two(padded))
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     prepared = torch.empty(outer, inner, padded, dtype=dtype, device=weight.device)
     unit = torch.empty(outer, inner, dtype=dtype, device=weight.device)
@@ -160,12 +160,12 @@ def prepare_rows(x: Tensor, sign: int, weight: PreparedWeight, batch: BatchShape
     inner = max(view.shape[1], 1 if weight.weight.stride(1) == 0 else batch.inner)
     length, hidden = view.shape[2:]
     view = view.expand(outer, inner, length, hidden)
-    length_padded = -(-length // BLOCK_ROWS) * BLOCK_ROWS + BLOCK_ROWS
+    length_padded = -(-(length + STEP - 1) // STEP) * STEP
     shape = (outer, inner, length_padded)
     exponential = torch.empty(*shape, weight.padded, dtype=torch.float32, device=x.device)
     size = torch.empty(shape, dtype=torch.float32, device=x.device)
     correction = torch.empty(shape, dtype=torch.float32, device=x.device)
-    rows, block = 8, min(128, triton.next_power_of_2(weight.padded))
+    rows, block = 8, min(128, power_of_two(weight.padded))
     launch(
         _exp_kernel, outer * inner * -(-length_padded // rows), x, view, weight.weight,
         exponential, size, correction, *view.stride(), *weight.weight.stride()[:2], inner, length,

@@ -40,7 +40,14 @@ class Problem:
         dropout_p: float,
         scale: float,
     ) -> None:
-        shape = batch_shape(query, key, value, weight, attn_mask, lengths, seed)
+        shape = query.shape[:-2]
+        if (
+            key.shape[:-2] != shape
+            or value.shape[:-2] != shape
+            or weight.dim() > 1
+            or not (attn_mask is lengths is seed is None)
+        ):
+            shape = batch_shape(query, key, value, weight, attn_mask, lengths, seed)
         self.batch = BatchShape(shape)
         self.device = query.device
         self.dtype = query.dtype
@@ -49,11 +56,11 @@ class Problem:
         self.rows, self.hidden = query.shape[-2:]
         self.keys, self.values = value.shape[-2:]
         self.entries = self.batch.entries
-        self.query = self.batch.view(query, 2)
-        self.key = self.batch.view(key, 2)
-        self.value = self.batch.view(value, 2)
-        self.weight_view = self.batch.view(weight, 1)
         self._arguments = query, key, weight
+        self.query, self.query_strides = self.batch.strided(query, 2)
+        self.key, self.key_strides = self.batch.strided(key, 2)
+        self.value, self.value_strides = self.batch.strided(value, 2)
+        self.raw_weight, self.weight_strides = self.batch.strided(weight, 1)
         self.mask = None if attn_mask is None else _mask_view(attn_mask, self)
         self.lengths = None if lengths is None else _lengths_view(lengths, self)
         self.seed = None if seed is None else self.batch.view(seed, 0)
@@ -97,7 +104,7 @@ class Problem:
                 *rows.size.stride()[:2], *keys.size.stride()[:2],
             )  # fmt: skip
         return (
-            self.query, self.key, *self.query.stride(), *self.key.stride(), *prepared,
+            self.query, self.key, *self.query_strides, *self.key_strides, *prepared,
             self.weight.weight, self.weight.unit, self.weight.centre, *self.weight.unit.stride(),
             *self.mask_arguments(),
         )  # fmt: skip

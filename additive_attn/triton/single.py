@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from additive_attn.triton import configs
-from additive_attn.triton.launch import launch
+from additive_attn.triton.launch import launch, power_of_two
 from additive_attn.triton.numerics import keep_factors, number, tanh
 from additive_attn.triton.problem import Problem
 from additive_attn.triton.scores import interval, masked_bias
@@ -374,12 +374,12 @@ def gradient_kernel(
 
 def _inputs(p: Problem) -> tuple[object, ...]:
     """Parameters ``query`` to ``keep_bits`` of the kernels that compute scores."""
-    query, weight = p.query.stride(), p.weight_view.stride()
+    query = p.query_strides
     mask, *mask_strides = p.mask_arguments()
     lengths, *length_strides = p.length_arguments()
     return (
-        p.query, p.key, p.value, p.weight_view, query[0], query[1], query[3],
-        *p.key.stride(), *p.value.stride(), *weight,
+        p.query, p.key, p.value, p.raw_weight, query[0], query[1], query[3],
+        *p.key_strides, *p.value_strides, *p.weight_strides,
         mask, mask_strides[0], mask_strides[1], mask_strides[3],
         lengths, length_strides[0], length_strides[1], *p.dropout_arguments(),
     )  # fmt: skip
@@ -415,7 +415,7 @@ def forward(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
         launch(
             merge_kernel, p.entries * tiles, lse,
             parts, tops, totals, scores, out, weights, lse, p.entries, p.keys, p.values, splits,
-            VALUES=values, KEYS=keys, SPLITS=triton.next_power_of_2(splits),
+            VALUES=values, KEYS=keys, SPLITS=power_of_two(splits),
             NEED_WEIGHTS=need_weights, num_warps=4,
         )  # fmt: skip
     return out, weights, lse
@@ -439,39 +439,42 @@ def backward(
     grad_value = empty(need_value, *batch, p.keys, p.values)
     if grad_out is None:
         grad_value.zero_()
-    probabilities, products = lse.new_empty(2, p.entries, 1, p.keys)
-    totals, deltas = lse.new_empty(2, p.entries, splits)
+    probabilities = lse.new_empty(p.entries, 1, p.keys)
+    products = torch.empty_like(probabilities)
+    totals = lse.new_empty(p.entries, splits)
+    deltas = torch.empty_like(totals)
     row_parts = lse.new_empty(2, splits, p.entries, p.hidden if need_row else 0)
-    out_view = lse if grad_out is None else p.batch.view(grad_out, 2)
-    weights_view = lse if grad_weights is None else p.batch.view(grad_weights, 2)
-    lse_view = lse if grad_lse is None else p.batch.view(grad_lse, 1)
-    out_strides = _strides(out_view, grad_out)
+    upstream = _strided(p, grad_out, 2, lse)
     launch(
         probability_kernel, p.entries * splits, lse, *_inputs(p), lse,
-        out_view, *out_strides, weights_view, *_strides(weights_view, grad_weights),
+        *upstream, *_strided(p, grad_weights, 2, lse),
         probabilities, products, totals, deltas,
         p.batch.inner, p.entries, p.keys, p.hidden, p.values, p.left, p.right, p.scale_bits,
         splits, keys_per_split, **tile, **p.masking(), DROPOUT=p.seed is not None,
         GRAD_OUT=grad_out is not None, GRAD_WEIGHTS=grad_weights is not None,
     )  # fmt: skip
-    query, weight = p.query.stride(), p.weight_view.stride()
+    query = p.query_strides
     launch(
         gradient_kernel, p.entries * splits, lse,
-        p.query, p.key, p.weight_view, query[0], query[1], query[3], *p.key.stride(), *weight,
-        *p.dropout_arguments(), out_view, *out_strides,
-        lse_view, *(lse_view.stride()[:2] if grad_lse is not None else (0, 0)),
+        p.query, p.key, p.raw_weight, query[0], query[1], query[3], *p.key_strides,
+        *p.weight_strides, *p.dropout_arguments(), *upstream,
+        *_strided(p, grad_lse, 1, lse),
         probabilities, products, totals, deltas, row_parts[0], grad_key, grad_value, row_parts[1],
         p.batch.inner, p.entries, p.keys, p.hidden, p.values, p.scale_bits, splits, keys_per_split,
-        **tile, SPLITS=triton.next_power_of_2(splits), DROPOUT=p.seed is not None,
+        **tile, SPLITS=power_of_two(splits), DROPOUT=p.seed is not None,
         GRAD_LSE=grad_lse is not None, NEED_KEY=need_key,
         NEED_VALUE=need_value and grad_out is not None, NEED_ROW=need_row,
     )  # fmt: skip
-    sums = row_parts.sum(1)
+    sums = row_parts.sum(1) if splits > 1 else row_parts[:, 0]
     grad_query = sums[0].to(dtype).view(*batch, 1, p.hidden) if need_query else empty(False)
     grad_weight = sums[1].view(*batch, p.hidden) if need_weight else lse.new_empty(0)
     return (grad_query, grad_key, grad_value, grad_weight), products
 
 
-def _strides(view: Tensor, given: Tensor | None) -> tuple[int, ...]:
-    """Outer, inner and column; one that is missing is not read."""
-    return (0, 0, 0) if given is None else (view.stride(0), view.stride(1), view.stride(3))
+def _strided(p: Problem, x: Tensor | None, rank: int, stand_in: Tensor) -> tuple[object, ...]:
+    """An upstream gradient, and its strides without that of the row; one that is missing is not
+    read."""
+    if x is None:
+        return (stand_in, *(0,) * (rank + 1))
+    x, (outer, inner, _, *columns) = p.batch.strided(x, rank)
+    return (x, outer, inner, *columns)
