@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import mmap
 
 import pytest
 import torch
@@ -144,6 +145,24 @@ def test_special_functions_per_tanh(name, most, target):
     reciprocals, group, _ = HOT[name]
     loop = usual(name, target).hot_loop(reciprocals)
     assert special(loop) / (reciprocals * group) <= most
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_offsets_beyond_int32_compile(queries):
+    """Strides that need 64 bits; of 8 GB of addresses a few pages are touched."""
+    # Not from torch.empty, whose memory the tests fill.
+    room = torch.frombuffer(mmap.mmap(-1, 2**33 + 2**20), dtype=torch.float16)
+    query, weight = torch.zeros(2, queries, 8).half(), torch.zeros(8).half()
+    key = room.as_strided((2, 9, 8), (2**31 + 16, 8, 1))
+    value = room.as_strided((2, 9, 5), (5, 2**28, 1))
+
+    def function():
+        inputs = (query, key, value, weight, None, None, None, -1, -1, 0.0, 1.0)
+        out, _, lse = operators.forward(*inputs, False)
+        needs = (True, True, True, True, False)
+        operators.backward(out, None, None, *inputs[:7], lse, *inputs[7:], *needs)
+
+    assert len(compiled_calls("sm_90", function)) >= 3
 
 
 def test_lengths_share_kernels():

@@ -67,11 +67,12 @@ def _gradient_kernel(
     base = tl.where(base == float("-inf"), 0.0, base)
     totals = tl.zeros([BLOCK], scores.dtype.element_ty)
     deltas = tl.zeros([BLOCK], scores.dtype.element_ty)
-    for key0 in range(0, key_count, BLOCK):
+    count = tl.where(inside, key_count, 0)
+    for key0 in range(0, count, BLOCK):
         p, g, factor = _probabilities(
             scores, products, grad_weights, gw_outer, gw_inner, gw_row, gw_column,
             seed, seed_outer, seed_inner, threshold, keep_bits,
-            o, m, n, i, r, row_count, source, product, key_begin, key0, key_count, base,
+            o, m, n, i, source, product, key_begin, key0, key_count, base,
             BLOCK, GRAD_WEIGHTS, DROPOUT,
         )  # fmt: skip
         totals += p
@@ -86,11 +87,11 @@ def _gradient_kernel(
             other=0.0,
         )
     to = (entry * row_padded + r) * key_padded
-    for key0 in range(0, key_padded, BLOCK):
+    for key0 in range(0, count, BLOCK):
         p, g, factor = _probabilities(
             scores, products, grad_weights, gw_outer, gw_inner, gw_row, gw_column,
             seed, seed_outer, seed_inner, threshold, keep_bits,
-            o, m, n, i, r, row_count, source, product, key_begin, key0, key_count, base,
+            o, m, n, i, source, product, key_begin, key0, key_count, base,
             BLOCK, GRAD_WEIGHTS, DROPOUT,
         )  # fmt: skip
         p = p * inverse
@@ -99,20 +100,23 @@ def _gradient_kernel(
         tl.store(
             scores + source + key0 + j,
             p * factor,
-            mask=(key0 + j < key_count) & (r + tl.zeros([BLOCK], tl.int32) < row_count),
+            mask=key0 + j < key_count,
         )
+    for key0 in range(tl.cdiv(count, BLOCK) * BLOCK, key_padded, BLOCK):
+        zeros = tl.zeros([BLOCK], scores.dtype.element_ty)
+        tl.store(gradient + to + key0 + j, zeros, mask=key0 + j < key_padded)
 
 
 @triton.jit
 def _probabilities(
     scores, products, grad_weights, gw_outer, gw_inner, gw_row, gw_column,
     seed, seed_outer, seed_inner, threshold, keep_bits,
-    o, m, n, i, r, row_count, source, product, key_begin, key0, key_count, base,
+    o, m, n, i, source, product, key_begin, key0, key_count, base,
     BLOCK: tl.constexpr, GRAD_WEIGHTS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """P, dP and D of some keys of a row; 0 where it does not attend."""
     j = key0 + tl.arange(0, BLOCK)
-    here = (j < key_count) & (r + tl.zeros([BLOCK], tl.int32) < row_count)
+    here = j < key_count
     x = tl.load(scores + source + j, mask=here, other=float("-inf"))
     used = x != float("-inf")
     p = tl.where(used, tl.exp(x - base), 0.0)

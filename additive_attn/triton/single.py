@@ -443,7 +443,8 @@ def backward(
     products = torch.empty_like(probabilities)
     totals = lse.new_empty(p.entries, splits)
     deltas = torch.empty_like(totals)
-    row_parts = lse.new_empty(2, splits, p.entries, p.hidden if need_row else 0)
+    of_query = lse.new_empty(splits, p.entries, p.hidden if need_row else 0)
+    of_weight = torch.empty_like(of_query)
     upstream = _strided(p, grad_out, 2, lse)
     launch(
         probability_kernel, p.entries * splits, lse, *_inputs(p), lse,
@@ -459,16 +460,22 @@ def backward(
         p.query, p.key, p.raw_weight, query[0], query[1], query[3], *p.key_strides,
         *p.weight_strides, *p.dropout_arguments(), *upstream,
         *_strided(p, grad_lse, 1, lse),
-        probabilities, products, totals, deltas, row_parts[0], grad_key, grad_value, row_parts[1],
+        probabilities, products, totals, deltas, of_query, grad_key, grad_value, of_weight,
         p.batch.inner, p.entries, p.keys, p.hidden, p.values, p.scale_bits, splits, keys_per_split,
         **tile, SPLITS=power_of_two(splits), DROPOUT=p.seed is not None,
         GRAD_LSE=grad_lse is not None, NEED_KEY=need_key,
         NEED_VALUE=need_value and grad_out is not None, NEED_ROW=need_row,
     )  # fmt: skip
-    sums = row_parts.sum(1) if splits > 1 else row_parts[:, 0]
-    grad_query = sums[0].to(dtype).view(*batch, 1, p.hidden) if need_query else empty(False)
-    grad_weight = sums[1].view(*batch, p.hidden) if need_weight else lse.new_empty(0)
+    grad_query, grad_weight = empty(False), lse.new_empty(0)
+    if need_query:
+        grad_query = _sum(of_query).to(dtype).view(*batch, 1, p.hidden)
+    if need_weight:
+        grad_weight = _sum(of_weight).view(*batch, p.hidden)
     return (grad_query, grad_key, grad_value, grad_weight), products
+
+
+def _sum(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def _strided(p: Problem, x: Tensor | None, rank: int, stand_in: Tensor) -> tuple[object, ...]:
