@@ -12,7 +12,8 @@ ADDITIVE_ATTN_TEST_DEVICE=cuda "$PYTHON" -m pytest -q -p no:cacheprovider tests/
 
 if command -v compute-sanitizer >/dev/null; then
   echo "==> compute-sanitizer on a few sizes"
-  ADDITIVE_ATTN_TEST_DEVICE=cuda compute-sanitizer --error-exitcode 1 \
+  # Each tensor an allocation of its own: what lies between tensors would else belong to the cache.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 ADDITIVE_ATTN_TEST_DEVICE=cuda compute-sanitizer --error-exitcode 1 \
     "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton.py -k "sizes or masks"
 else
   echo "==> compute-sanitizer is not installed: skipped"

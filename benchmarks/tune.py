@@ -39,6 +39,8 @@ def values(BM: int, BN: int, BD: int, num_warps: int, num_stages: int) -> dict[s
     return {"BM": BM, "BN": BN, "BD": BD, "num_warps": num_warps, "num_stages": num_stages}
 
 
+LONG = 24  # shorter rows or columns have tiles of their own, which are left alone
+
 # What replaces an attribute of ``configs``: a number, or what a function returns.
 CHOICES: dict[str, list[Any]] = {
     "WORKSPACE_ELEMENTS": [2**power for power in (21, 22, 24, 25)],
@@ -61,7 +63,11 @@ CHOICES: dict[str, list[Any]] = {
 @contextmanager
 def chosen(name: str, choice: Any) -> Iterator[None]:
     kept = getattr(configs, name)
-    setattr(configs, name, (lambda *_: choice) if callable(kept) else choice)
+
+    def function(length: int, *rest: Any) -> Any:
+        return choice if length >= LONG else kept(length, *rest)
+
+    setattr(configs, name, function if callable(kept) else choice)
     try:
         yield
     finally:
@@ -94,6 +100,8 @@ def tune(
         return action
 
     for name, choices in CHOICES.items():
+        if name == "gradient_tile" and mode == "forward":
+            continue
         for choice in choices:
             label = f"{name} = {choice}"
             try:

@@ -48,7 +48,7 @@ def special(loop: Counter[str]) -> int:
 @dataclass(frozen=True)
 class Kernel:
     """A compiled kernel: its name, the arguments it was compiled for, and how many programs of it
-    the call would have started."""
+    a launch would have started at most."""
 
     name: str
     arguments: str
@@ -83,7 +83,8 @@ def compiled_calls(target: str, function: Callable[[], None]) -> list[Kernel]:
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         built = run(kernel, *arguments, grid=grid, warmup=True, **options)
-        launched.setdefault(id(built), (kernel, built, grid[0]))
+        most = max(grid[0], launched.get(id(built), (None, None, 0))[2])
+        launched[id(built)] = kernel, built, most
         return built
 
     before = triton.runtime.driver._active

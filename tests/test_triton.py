@@ -110,7 +110,7 @@ def test_masks(kind, queries, keys):
 
 @pytest.mark.parametrize(
     "mask,workspace",
-    [((20, 9), 700), ((2, 1, 1, 9), 2600), ((2, 2, 20, 9), 2600), (None, 700)],
+    [((12, 5), 900), ((2, 1, 1, 5), 3200), ((2, 2, 12, 5), 3200), (None, 700)],
     ids=["rows", "entries", "all", "none"],
 )
 def test_a_workspace_smaller_than_the_problem(mask, workspace, monkeypatch):
@@ -118,8 +118,8 @@ def test_a_workspace_smaller_than_the_problem(mask, workspace, monkeypatch):
     triton_configs = pytest.importorskip("additive_attn.triton.configs")
     monkeypatch.setattr(triton_configs, "WORKSPACE_ELEMENTS", workspace)
     masking = dict(window=(3, 2)) if mask is None else dict(attn_mask=torch.randn(mask))
-    batch = () if mask is None else (2, 2)
-    check_against_plain([make(batch, 40 if mask is None else 20, 9, 7, 5)], **masking)
+    batch, queries, keys = ((), 40, 9) if mask is None else ((2, 2), 12, 5)
+    check_against_plain([make(batch, queries, keys, 7, 5)], **masking)
 
 
 def test_heads():
@@ -220,12 +220,14 @@ def test_dropout_is_that_of_every_backend(queries, keys, monkeypatch):
 @pytest.mark.parametrize("queries", [1, 5])
 def test_strides(queries):
     case = make((2,), queries, 21, 9, 6)
+    there = {name: x.to(DEVICE) for name, x in case.items()}
     strided = {
-        "query": case["query"].mT.contiguous().mT,
-        "key": case["key"].repeat_interleave(2, -1)[..., ::2],
-        "value": torch.cat([case["value"]] * 2, -1)[..., :6],
-        "weight": case["weight"][:, None].expand(9, 3)[:, 0],
+        "query": there["query"].repeat_interleave(3, -1)[..., ::3],
+        "key": there["key"].mT.contiguous().mT,
+        "value": torch.cat([there["value"]] * 2, -1)[..., :6],
+        "weight": there["weight"].repeat_interleave(2)[::2],
     }
+    assert strided["weight"].stride() == (2,) and not strided["key"].is_contiguous()
     for (name, ours), expected in zip(fused(strided).items(), fused(case).values(), strict=True):
         assert_same(ours, expected, name)
 

@@ -525,7 +525,7 @@ def backward(
     if some:
         upstream = None if grad_out is None else _entries(grad_out, p, 2)
         values = _entries(value, p, 2)
-        for chunk in p.chunks(configs.gradient_block(p.rows), configs.gradient_block(p.keys)):
+        for chunk in p.chunks(configs.gradient_block(p.rows)):
             _chunk(
                 p, chunk, lse, values, upstream, grad_weights, grad_lse,
                 grad_query, grad_key, grad_value, grad_weight, grad_mask,

@@ -192,11 +192,12 @@ def forward(
             _value_kernel, programs * splits, scores,
             scores, lse, p.value, *p.value_strides, *p.dropout_arguments(),
             parts, p.batch.inner, entries, entry, p.rows, row, rows, begin, count,
-            scores.shape[-1], p.values,            p.left, p.right, splits, per_split,
+            scores.shape[-1], p.values, p.left, p.right, splits, per_split,
             DROPOUT=p.seed is not None, PRECISION=precision(p), **tile,
         )  # fmt: skip
         if splits > 1:
             part.copy_(parts.sum(0))
+        del scores  # before the next ones are allocated
     return out, weights, lse
 
 

@@ -148,10 +148,11 @@ class Problem:
         low = min(max(0, row_begin - self.left), self.keys) // 16 * 16
         return low, max(low, min(self.keys, row_end + self.right))
 
-    def chunks(self, row_block: int = 1, key_block: int = 64) -> list[tuple[int, int, int, int]]:
+    def chunks(self, row_block: int = 1) -> list[tuple[int, int, int, int]]:
         """(first entry, entries, first row, rows) whose scores, padded to whole blocks, fit into
         the workspace; of one row there is always room."""
         budget = configs.WORKSPACE_ELEMENTS
+        key_block = configs.score_tile(self.rows, self.wide).keys
 
         def size(rows: int) -> int:
             keys = max(1, min(self.keys, rows + self.left + self.right))
@@ -190,11 +191,11 @@ class Problem:
 
 
 def _mask_view(mask: Tensor, problem: Problem) -> Tensor:
-    mask = torch.atleast_2d(mask)
-    shape = (*mask.shape[:-2], problem.rows, problem.keys)
-    return problem.batch.view(mask.expand(shape), 2)
+    # Narrowed with the rows and keys that it has: expanded ones might be copied.
+    mask, batch = problem.batch.narrow(torch.atleast_2d(mask), 2), problem.batch
+    return mask.expand(batch.outer, batch.inner, problem.rows, problem.keys)
 
 
 def _lengths_view(lengths: Tensor, problem: Problem) -> Tensor:
-    lengths = torch.atleast_1d(lengths)
-    return problem.batch.view(lengths.expand(*lengths.shape[:-1], problem.rows), 1)
+    lengths, batch = problem.batch.narrow(torch.atleast_1d(lengths), 1), problem.batch
+    return lengths.expand(batch.outer, batch.inner, problem.rows)
