@@ -334,6 +334,30 @@ def test_offsets_beyond_int32(queries):
         assert_same(ours, expected, name)
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("needs", [(True,) * 5, (False,) * 5, (False, True, False, True, False)])
+def test_opcheck(needs, queries):
+    """What the operators return has the shapes that traces expect, and shares no memory."""
+    case = [x.to(DEVICE) for x in make((2,), queries, 5, 4, 3).values()]
+    inputs = (*case, torch.randn(queries, 5, device=DEVICE), None, None)
+    options = (-1, -1, 0.0, 1.0)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.forward, (*inputs, *options, needs[0]), test_utils=checks)
+    out, _, lse = ops.forward(*inputs, *options, False)
+    arguments = (torch.randn_like(out), None, None, *inputs, lse, *options, *needs)
+    torch.library.opcheck(ops.backward, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_repeats_to_the_bit(queries):
+    case = make((2,), queries, 150, 9, 5)
+    upstream = random_upstream(fused(case))
+    first, second = (gradients(fused, case, upstream) for _ in range(2))
+    for ours, again in zip(first, second, strict=True):
+        for name in ours:
+            assert_same(ours[name], again[name], name)
+
+
 def test_gradcheck():
     inputs = [
         x.to(DEVICE).requires_grad_() for x in make((), 2, 3, 3, 2, dtype=torch.float64).values()

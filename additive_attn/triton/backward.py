@@ -500,12 +500,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     p = Problem(query, key, value, weight, attn_mask, lengths, seed, left, right, dropout_p, scale)
     need_mask = need_mask and attn_mask is not None
-    empty = query.new_empty(0)
 
     def zeros(needed: bool, *shape: int) -> Tensor:
-        if not needed:
-            return empty
-        return torch.zeros(shape, dtype=p.accumulator, device=p.device)
+        return torch.zeros(shape if needed else (0,), dtype=p.accumulator, device=p.device)
 
     grad_mask = zeros(need_mask, *(() if attn_mask is None else attn_mask.shape))
     lse = lse.contiguous()
@@ -543,9 +540,9 @@ def backward(
     if need_weight:
         grad_weight = (grad_weight * scale).view(*batch, p.hidden)
     return (
-        grad_query if need_query else empty,
-        grad_key if need_key else empty,
-        grad_value if need_value else empty,
+        grad_query if need_query else query.new_empty(0),
+        grad_key if need_key else query.new_empty(0),
+        grad_value if need_value else query.new_empty(0),
         grad_weight if need_weight else lse.new_empty(0),
         grad_mask.to(p.dtype),
     )
