@@ -160,6 +160,28 @@ def _features(place, h, padded: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _tile(
+    length, begin, limit, padded, inner, splits, entry_begin,
+    RX: tl.constexpr, TX: tl.constexpr, RH: tl.constexpr, TH: tl.constexpr,
+):  # fmt: skip
+    """What a program takes: (entry, split, tile) and the number of tiles; its rows (or keys)
+    within the chunk, [RX, TX], and in the input, not beyond ``limit``; the first half of its
+    features, [RH, TH]; the indices of its entry into (outer, inner)."""
+    tiles = tl.cdiv(length, RX * TX)
+    feature_tiles = tl.cdiv(padded, 2 * RH * TH)
+    program = tl.program_id(0).to(tl.int64)
+    tile = (program % tiles).to(tl.int32)
+    h0 = (program // tiles % feature_tiles).to(tl.int32) * (2 * RH * TH)
+    split = program // tiles // feature_tiles % splits
+    entry = program // tiles // feature_tiles // splits
+    n = entry_begin + entry
+    h = h0 + tl.arange(0, RH)[:, None] + RH * tl.arange(0, TH)[None, :]
+    c = tile * (RX * TX) + tl.arange(0, RX)[:, None] + RX * tl.arange(0, TX)[None, :]
+    x = tl.minimum(begin + c, limit - 1).to(tl.int64)
+    return entry, split, tile, tiles, c, x, h, n // inner, n % inner
+
+
+@triton.jit
 def _raw(rows, h, hidden, stride, ACC: tl.constexpr):
     """Features h of the input's rows; beyond the last, the last again."""
     return tl.load(rows + tl.minimum(h, hidden - 1).to(tl.int64) * stride).to(ACC)
@@ -190,20 +212,10 @@ def query_kernel(
     ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
     BH: tl.constexpr = RH * TH
-    tiles = tl.cdiv(row_count, BX)
-    feature_tiles = tl.cdiv(padded, 2 * BH)
-    program = tl.program_id(0).to(tl.int64)
-    tile = (program % tiles).to(tl.int32)
-    h0 = (program // tiles % feature_tiles).to(tl.int32) * (2 * BH)
-    split = program // tiles // feature_tiles % splits
-    entry = program // tiles // feature_tiles // splits
-    n = entry_begin + entry
-    o = n // inner
-    m = n % inner
-    ha = h0 + tl.arange(0, RH)[:, None] + RH * tl.arange(0, TH)[None, :]
+    entry, split, tile, tiles, r, i, ha, o, m = _tile(
+        row_count, row_begin, rows, padded, inner, splits, entry_begin, RX, TX, RH, TH
+    )
     hb = ha + BH
-    r = tile * BX + tl.arange(0, RX)[:, None] + RX * tl.arange(0, TX)[None, :]
-    i = tl.minimum(row_begin + r, rows - 1).to(tl.int64)
     q_rows = query + o * query_outer + m * query_inner + i[:, None, :, None] * query_row
     qa = _raw(q_rows, ha[None, :, None, :], hidden, query_h, ACC)
     qb = _raw(q_rows, hb[None, :, None, :], hidden, query_h, ACC)
@@ -369,20 +381,10 @@ def key_kernel(
     ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
     BH: tl.constexpr = RH * TH
-    tiles = tl.cdiv(key_count, BX)
-    feature_tiles = tl.cdiv(padded, 2 * BH)
-    program = tl.program_id(0).to(tl.int64)
-    tile = (program % tiles).to(tl.int32)
-    h0 = (program // tiles % feature_tiles).to(tl.int32) * (2 * BH)
-    split = program // tiles // feature_tiles % splits
-    entry = program // tiles // feature_tiles // splits
-    n = entry_begin + entry
-    o = n // inner
-    m = n % inner
-    ha = h0 + tl.arange(0, RH)[:, None] + RH * tl.arange(0, TH)[None, :]
+    entry, split, tile, tiles, c, j, ha, o, m = _tile(
+        key_count, key_begin, keys, padded, inner, splits, entry_begin, RX, TX, RH, TH
+    )
     hb = ha + BH
-    c = tile * BX + tl.arange(0, RX)[:, None] + RX * tl.arange(0, TX)[None, :]
-    j = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
     k_rows = key + o * key_outer + m * key_inner + j[:, None, :, None] * key_row
     ka = _raw(k_rows, ha[None, :, None, :], hidden, key_h, ACC)
     kb = _raw(k_rows, hb[None, :, None, :], hidden, key_h, ACC)

@@ -25,6 +25,17 @@ from additive_attn.triton.scores import interval, masked_bias
 
 
 @triton.jit
+def _range(tiles, splits, inner, keys_per_split):
+    """What a program takes: (entry, split, tile); the indices of its entry into (outer, inner);
+    its first key."""
+    program = tl.program_id(0).to(tl.int64)
+    tile = (program % tiles).to(tl.int32)
+    split = program // tiles % splits
+    n = program // tiles // splits
+    return n, split, tile, n // inner, n % inner, split.to(tl.int32) * keys_per_split
+
+
+@triton.jit
 def _block_scores(
     query, key, weight, mask, query_h, key_row, key_h, weight_h, mask_column,
     j, low, high, hidden, scale, ACC: tl.constexpr, MASK: tl.constexpr, FEATURES: tl.constexpr,
@@ -77,13 +88,7 @@ def forward_kernel(
     keys, and the results are final."""
     ACC: tl.constexpr = lse.dtype.element_ty
     value_tiles = tl.maximum(tl.cdiv(values, VALUES), 1)
-    program = tl.program_id(0).to(tl.int64)
-    tile = (program % value_tiles).to(tl.int32)
-    split = program // value_tiles % splits
-    n = program // value_tiles // splits
-    o = n // inner
-    m = n % inner
-    begin = split.to(tl.int32) * keys_per_split
+    n, split, tile, o, m, begin = _range(value_tiles, splits, inner, keys_per_split)
     low, high = interval(
         lengths + o * length_outer + m * length_inner, 0, tl.zeros([1], tl.int32), 1, keys,
         left, right, HAS_LENGTHS,
@@ -211,12 +216,7 @@ def probability_kernel(
 ):  # fmt: skip
     """P and dP of a range of keys of an entry, and the sums of P and of P dP over the range."""
     ACC: tl.constexpr = lse.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    split = program % splits
-    n = program // splits
-    o = n // inner
-    m = n % inner
-    begin = split.to(tl.int32) * keys_per_split
+    n, split, _, o, m, begin = _range(1, splits, inner, keys_per_split)
     last = tl.minimum(begin + keys_per_split, keys)
     low, high = interval(
         lengths + o * length_outer + m * length_inner, 0, tl.zeros([1], tl.int32), 1, keys,
@@ -294,12 +294,7 @@ def gradient_kernel(
     """All gradients of a range of keys of an entry; those of query and weight to
     [split][entry]. Leaves G in ``products``."""
     ACC: tl.constexpr = probabilities.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    split = program % splits
-    n = program // splits
-    o = n // inner
-    m = n % inner
-    begin = split.to(tl.int32) * keys_per_split
+    n, split, _, o, m, begin = _range(1, splits, inner, keys_per_split)
     last = tl.minimum(begin + keys_per_split, keys)
     query += o * query_outer + m * query_inner
     key += o * key_outer + m * key_inner
