@@ -7,8 +7,12 @@ import os
 
 import pytest
 import torch
+from oracle import DEVICE, ON_KERNEL
 
-from additive_attn import ops
+from additive_attn import gpu, ops
+
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 
 def poison_memory() -> None:
@@ -29,9 +33,19 @@ def poison_memory() -> None:
 poison_memory()
 
 
+def poison_device() -> None:
+    """Gives back blocks full of NaN, small and large, which the allocator hands out next."""
+    sizes = [2**9] * 64 + [2**14] * 16 + [2**19] * 8 + [2**25]
+    blocks = [torch.full((size,), 255, dtype=torch.uint8) for size in sizes]
+    blocks.clear()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kernel_under_test() -> str:
     """A suite that silently ran the fallback would prove nothing about the kernel."""
+    if DEVICE != "cpu":
+        assert ON_KERNEL, f"The tests would run on plain PyTorch: {gpu.path()[1]}"
+        return "triton"
     wanted = os.environ.get("ADDITIVE_ATTN_CPU")
     running = ops.cpu_path()
     assert running != "pytorch" or wanted == "pytorch", (
@@ -45,6 +59,8 @@ def kernel_under_test() -> str:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+    if DEVICE != "cpu":
+        poison_device()
 
 
 @pytest.fixture
@@ -56,4 +72,4 @@ def threads():
 
 
 def pytest_report_header() -> str:
-    return f"additive_attn: cpu path {ops.cpu_path()} ({ops.cpu_reason})"
+    return f"additive_attn: on {DEVICE}; cpu path {ops.cpu_path()} ({ops.cpu_reason})"

@@ -13,15 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from additive_attn import additive_attention, ops
+from additive_attn import additive_attention, gpu, ops
 
-ON_KERNEL = ops.cpu_path() != "pytorch"
-DEVICE = os.environ.get("ADDITIVE_ATTN_TEST_DEVICE", "cpu")  # where the fused layer runs
+DEVICE = os.environ.get("ADDITIVE_ATTN_TEST_DEVICE", "cpu")  # where everything runs
+ON_KERNEL = ops.cpu_path() != "pytorch" if DEVICE == "cpu" else gpu.path()[0] is not None
 PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(ops.__file__)))
 INPUTS = ("query", "key", "value", "weight")
 OUTPUTS = ("out", "weights", "lse")
 
 Tensors = dict[str, Tensor]
+
+
+def generator(seed: int) -> torch.Generator:
+    """For random tensors on DEVICE."""
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 def make(
@@ -38,15 +43,20 @@ def make(
 ) -> Tensors:
     """Random inputs. With ``heads``, the weight has one row per entry of the last batch dim."""
     g = torch.Generator().manual_seed(seed)
-    weight = (batch[-1], hidden) if heads else (hidden,)
+
+    def randn(*shape: int) -> Tensor:
+        """The same numbers on every device."""
+        return torch.randn(*shape, generator=g, device="cpu")
+
     inputs = {
-        "query": spread * torch.randn(*batch, queries, hidden, generator=g),
-        "key": spread * torch.randn(*batch, keys, hidden, generator=g),
-        "value": torch.randn(*batch, keys, values, generator=g),
+        "query": spread * randn(*batch, queries, hidden),
+        "key": spread * randn(*batch, keys, hidden),
+        "value": randn(*batch, keys, values),
         # Scores of a usual spread: a softmax that is nearly one-hot has one error that decides.
-        "weight": torch.randn(*weight, generator=g) * min(1.0, 4 / max(hidden, 1) ** 0.5),
+        "weight": randn(*((batch[-1], hidden) if heads else (hidden,)))
+        * min(1.0, 4 / max(hidden, 1) ** 0.5),
     }
-    return {name: x.to(dtype) for name, x in inputs.items()}
+    return {name: x.to(DEVICE, dtype) for name, x in inputs.items()}
 
 
 def plain(
@@ -112,11 +122,9 @@ def dense_mask(
 
 
 def fused(inputs: Mapping[str, Tensor], **options: Any) -> Tensors:
-    """All three outputs of the public function, computed on DEVICE."""
-    there = [x.to(DEVICE) for x in inputs.values()]
-    options = {k: x.to(DEVICE) if isinstance(x, Tensor) else x for k, x in options.items()}
-    outputs = additive_attention(*there, need_weights=True, need_lse=True, **options)
-    return {name: x.cpu() for name, x in zip(OUTPUTS, outputs, strict=True)}
+    """All three outputs of the public function."""
+    outputs = additive_attention(*inputs.values(), need_weights=True, need_lse=True, **options)
+    return dict(zip(OUTPUTS, outputs, strict=True))
 
 
 def plain_masked(inputs: Mapping[str, Tensor], *, scale: float = 1.0, **masking: Any) -> Tensors:
@@ -128,7 +136,7 @@ def plain_masked(inputs: Mapping[str, Tensor], *, scale: float = 1.0, **masking:
 
 def random_upstream(outputs: Mapping[str, Tensor], names: Sequence[str] = OUTPUTS) -> Tensors:
     """Random upstream gradients: constant ones, as of sum(), cancel in a softmax."""
-    g = torch.Generator().manual_seed(1)
+    g = generator(1)
     return {
         name: torch.randn(outputs[name].shape, generator=g).to(outputs[name].dtype)
         for name in names

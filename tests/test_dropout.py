@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from oracle import (
+    DEVICE,
     assert_same,
     check_against_plain,
     error,
@@ -196,7 +197,7 @@ def test_rate_and_mean():
         # The mean of 200000 kept or dropped weights, and its standard deviation.
         deviation = math.sqrt(p / (1 - p) / 200_000)
         assert abs(out.mean().item() - 1) < 5 * deviation
-        seed = draw_seed(torch.device("cpu"))
+        seed = draw_seed(torch.device(DEVICE))
         rate = keep_mask(seed, (4,), (0, 200), (0, 250), p).float().mean().item()
         assert abs(rate - (1 - p)) < 5 * math.sqrt(p * (1 - p) / 200_000)
 
@@ -245,7 +246,7 @@ def test_seeds_come_from_torch_and_advance():
     torch.manual_seed(5)
     assert torch.equal(additive_attention(*inputs.values(), dropout_p=0.5), first)
     torch.manual_seed(5)
-    seed = draw_seed(torch.device("cpu"))
+    seed = draw_seed(torch.device(DEVICE))
     out = ops.forward(*inputs.values(), None, None, seed, -1, -1, 0.5, 1.0, False)[0]
     assert torch.equal(out, first)
 

@@ -15,6 +15,7 @@ from oracle import (
     assert_layout_free,
     check_against_plain,
     fused,
+    generator,
     gradients,
     make,
     plain,
@@ -298,7 +299,7 @@ def test_each_entry_is_its_own_problem():
     ids=str,
 )
 def test_leading_dims_broadcast(shapes):
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     own = {"query": (5, 12), "key": (21, 12), "value": (21, 10)}
     inputs = {
         name: torch.randn(*leading, *own[name], generator=g)

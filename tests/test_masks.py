@@ -14,6 +14,7 @@ from oracle import (
     dense_mask,
     error,
     fused,
+    generator,
     gradients,
     make,
     plain,
@@ -24,7 +25,7 @@ QUERIES, KEYS = 11, 21
 
 
 def masks(kind, shape):
-    g = torch.Generator().manual_seed(5)
+    g = generator(5)
     if kind == "bool":
         return torch.rand(shape, generator=g) < 0.7
     mask = torch.randn(shape, generator=g)
@@ -39,9 +40,7 @@ ATTN_MASKS = {
 LENGTHS = {
     "no lengths": None,
     "(B,)": torch.tensor([21, 4, 0]),
-    "(B, Lq)": torch.randint(
-        0, KEYS + 1, (3, QUERIES), generator=torch.Generator().manual_seed(2)
-    ),
+    "(B, Lq)": torch.randint(0, KEYS + 1, (3, QUERIES), generator=generator(2)),
 }
 WINDOWS = [None, (0, 0), (2, 3), (-1, 1), (4, -1), (-1, -1), (100, 100)]
 
@@ -81,7 +80,7 @@ def test_intersections(attn_mask, lengths, window, is_causal):
         dict(is_causal=True),
         dict(window=(7, 3)),
         dict(lengths=torch.tensor([70, 33])),
-        dict(attn_mask=torch.rand(40, 70, generator=torch.Generator().manual_seed(0)) < 0.6),
+        dict(attn_mask=torch.rand(40, 70, generator=generator(0)) < 0.6),
     ],
     ids=["causal", "window", "lengths", "bool"],
 )
@@ -95,7 +94,7 @@ def test_accuracy_under_masks(masking, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_accuracy_of_the_gradient_of_a_float_mask(dtype):
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     for shape in [(40, 70), (70,), (2, 1, 70), (40, 1), (1, 40, 70), ()]:
         mask = torch.randn(shape, generator=g).to(dtype)
         cases = [make((2,), 40, 70, 24, 12, dtype=dtype, seed=seed) for seed in range(3)]
@@ -259,6 +258,6 @@ def test_masked_float_positions_get_no_gradient():
 )
 def test_gradient_of_a_mask_shared_by_many_rows(batch, queries, keys, mask):
     """Tens of thousands of terms in one sum, as of a learned position bias."""
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     cases = [make((batch,), queries, keys, 4, 4, seed=seed) for seed in range(2)]
     check_against_plain(cases, upstream_of=["out"], attn_mask=torch.randn(mask, generator=g))

@@ -13,6 +13,7 @@ from oracle import (
     check_against_plain,
     error,
     fused,
+    generator,
     gradients,
     make,
     plain,
@@ -51,7 +52,7 @@ def test_all_magnitudes_in_one_call(queries, hidden, dtype):
     cases = []
     for seed in range(3):
         case = make((2,), queries, 150, hidden, 8, dtype=dtype, seed=seed)
-        g = torch.Generator().manual_seed(seed)
+        g = generator(seed)
         for name in ("query", "key"):
             count = case[name].shape[1]
             size = 10 ** (torch.rand(2, count, 1, generator=g) * 3.3 - 1)

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from oracle import assert_same, fused, make, plain
+from oracle import DEVICE, assert_same, fused, generator, make, plain
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
@@ -29,7 +29,7 @@ def dynamo():
 def with_grads(function, inputs, **options):
     leaves = [x.clone().requires_grad_() for x in inputs.values()]
     out = function(*leaves, **options)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    upstream = torch.randn(out.shape, generator=generator(3))
     out.backward(upstream.to(out.dtype))
     return [out.detach(), *(x.grad for x in leaves)]
 
@@ -199,7 +199,7 @@ def test_autocast(dtype):
     query, key = torch.randn(2, 5, 12), torch.randn(2, 7, 12)
     mask = torch.randn(5, 7)
     padding = torch.tensor([[False] * 7, [False] * 3 + [True] * 4])
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         out, weights = layer(query, key)
         expected = plain_layer(query, key, key)[0]
         masked, _ = layer(query, key, attn_mask=mask, key_padding_mask=padding)
@@ -223,7 +223,7 @@ def test_autocast_of_the_function():
     """Mixed inputs meet in the autocast dtype; float64 is left alone and refused beside it."""
     inputs = make((2,), 3, 5, 8, 6)
     inputs["value"] = inputs["value"].bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert additive_attention(*inputs.values()).dtype == torch.bfloat16
         double = {name: x.double() for name, x in inputs.items()}
         assert additive_attention(*double.values()).dtype == torch.float64

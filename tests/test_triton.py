@@ -12,6 +12,7 @@ from oracle import (
     assert_same,
     check_against_plain,
     fused,
+    generator,
     gradients,
     make,
     random_upstream,
@@ -81,7 +82,7 @@ def test_all_magnitudes_in_one_call(hidden):
 
 
 def masking(kind, queries, keys):
-    g = torch.Generator().manual_seed(1)
+    g = generator(1)
     return {
         "bool": dict(attn_mask=torch.rand(2, queries, keys, generator=g) > 0.4),
         "float": dict(attn_mask=torch.randn(queries, keys, generator=g)),
@@ -175,13 +176,12 @@ def test_values_that_are_not_finite(strange):
     """They reach the rows that attend to them, alone, dropout included."""
     case = make((), 20, 37, 7, 5)
     case["value"][[3, 34], [1, 2]] = strange
-    mask = torch.rand(20, 37, generator=torch.Generator().manual_seed(1)) > 0.5
-    seed = draw_seed(torch.device("cpu"))
+    mask = torch.rand(20, 37, generator=generator(1)) > 0.5
+    seed = draw_seed(torch.device(DEVICE))
     for chosen, dropout_p in ((None, 0.0), (seed, 0.5)):
         arguments = (*case.values(), mask, None, chosen, -1, -1, dropout_p, 1.0, False)
-        there = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
         torch.testing.assert_close(
-            ops.forward(*there)[0].cpu(), chunked.forward(*arguments)[0], equal_nan=True
+            ops.forward(*arguments)[0], chunked.forward(*arguments)[0], equal_nan=True
         )
 
 
@@ -199,33 +199,29 @@ def test_dropout_is_that_of_every_backend(queries, keys, monkeypatch):
     """The same weights survive, forward and backward, wherever the parts of a problem begin."""
     triton_configs = pytest.importorskip("additive_attn.triton.configs")
     monkeypatch.setattr(triton_configs, "WORKSPACE_ELEMENTS", 1024)
-    seed = draw_seed(torch.device("cpu"))
+    seed = draw_seed(torch.device(DEVICE))
     case = make((2,), queries, keys, 9, 5)
     inputs = (*case.values(), None, None, seed)
     options = (6, 2, 0.4, 0.3)
 
-    def there(arguments):
-        return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
-
     expected = chunked.forward(*inputs, *options, True)
-    for ours, theirs in zip(ops.forward(*there(inputs), *options, True), expected, strict=True):
-        torch.testing.assert_close(ours.cpu(), theirs)
+    for ours, theirs in zip(ops.forward(*inputs, *options, True), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
     upstream = [torch.randn_like(x) for x in expected]
     arguments = (*upstream, *inputs, expected[2], *options, True, True, True, True, False)
     expected = chunked.backward(*arguments)
-    for ours, theirs in zip(ops.backward(*there(arguments)), expected, strict=True):
-        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(ops.backward(*arguments), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("queries", [1, 5])
 def test_strides(queries):
     case = make((2,), queries, 21, 9, 6)
-    there = {name: x.to(DEVICE) for name, x in case.items()}
     strided = {
-        "query": there["query"].repeat_interleave(3, -1)[..., ::3],
-        "key": there["key"].mT.contiguous().mT,
-        "value": torch.cat([there["value"]] * 2, -1)[..., :6],
-        "weight": there["weight"].repeat_interleave(2)[::2],
+        "query": case["query"].repeat_interleave(3, -1)[..., ::3],
+        "key": case["key"].mT.contiguous().mT,
+        "value": torch.cat([case["value"]] * 2, -1)[..., :6],
+        "weight": case["weight"].repeat_interleave(2)[::2],
     }
     assert strided["weight"].stride() == (2,) and not strided["key"].is_contiguous()
     for (name, ours), expected in zip(fused(strided).items(), fused(case).values(), strict=True):
@@ -268,18 +264,8 @@ def test_size_zero(empty, queries):
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
-@on_gpu
-@pytest.mark.parametrize("queries", [1, 40])
-def test_cuda_graph(queries):
-    """Nothing waits for the device, forward or backward."""
-    case = {name: x.to(DEVICE) for name, x in make((2,), queries, 50, 9, 5).items()}
-    leaves = {name: x.clone().requires_grad_() for name, x in case.items()}
-    upstream = torch.randn(2, queries, 5, device=DEVICE)
-
-    def step():
-        out = additive_attention(*leaves.values())
-        return out, *torch.autograd.grad(out, list(leaves.values()), upstream)
-
+def captured(step):
+    """A graph of ``step``, and what it writes its results to."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -288,19 +274,49 @@ def test_cuda_graph(queries):
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step()
+        results = step()
+    return graph, results
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", [*MASKS, "none"])
+@pytest.mark.parametrize("queries", [1, 40])
+def test_cuda_graph(queries, kind):
+    """Nothing waits for the device, forward or backward."""
+    case = make((2,), queries, 50, 9, 5)
+    options = {} if kind == "none" else masking(kind, queries, 50)
+    leaves = {name: x.clone().requires_grad_() for name, x in case.items()}
+    upstream = torch.randn(2, queries, 5)
+
+    def step():
+        out = additive_attention(*leaves.values(), **options)
+        return out, *torch.autograd.grad(out, list(leaves.values()), upstream)
+
+    graph, results = captured(step)
     with torch.no_grad():
         for x in leaves.values():
             x.copy_(torch.randn_like(x))
     graph.replay()
-    for ours, expected in zip(captured, step(), strict=True):
-        assert_same(ours.cpu(), expected.cpu(), "replayed")
+    for ours, expected in zip(results, step(), strict=True):
+        assert_same(ours, expected, "replayed")
+
+
+@on_gpu
+@pytest.mark.parametrize("queries", [1, 40])
+def test_cuda_graph_draws_other_weights(queries):
+    """A replay drops other weights than the one before."""
+    case = make((2,), queries, 50, 9, 5)
+    graph, out = captured(lambda: additive_attention(*case.values(), dropout_p=0.5))
+    graph.replay()
+    before = out.clone()
+    graph.replay()
+    assert not torch.equal(out, before)
 
 
 @on_gpu
 @pytest.mark.parametrize("queries", [1, 40])
 def test_another_stream(queries):
-    case = {name: x.to(DEVICE) for name, x in make((64,), queries, 500, 64, 64).items()}
+    case = make((64,), queries, 500, 64, 64)
     expected = additive_attention(*case.values())
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -308,7 +324,7 @@ def test_another_stream(queries):
         late = {name: x.clone() for name, x in case.items()}
         out = additive_attention(*late.values())
     stream.synchronize()
-    assert_same(out.cpu(), expected.cpu(), "out")
+    assert_same(out, expected, "out")
 
 
 @on_gpu
@@ -327,19 +343,45 @@ def test_offsets_beyond_int32(queries):
     case = make((2,), queries, 9, 7, 5, dtype=torch.float16)
     # Not from torch.empty, whose memory the tests fill.
     room = torch.frombuffer(mmap.mmap(-1, 2**33 + 2**21), dtype=torch.float16).to(DEVICE)
-    far = {name: x.to(DEVICE) for name, x in case.items()}
-    far["key"] = room.as_strided((2, 9, 7), (2**31 + 16, 7, 1)).copy_(far["key"])
-    far["value"] = room[10**6 :].as_strided((2, 9, 5), (5, 2**28, 1)).copy_(far["value"])
-    for (name, ours), expected in zip(fused(far).items(), fused(case).values(), strict=True):
-        assert_same(ours, expected, name)
+    far = dict(case)
+    far["key"] = room.as_strided((2, 9, 7), (2**31 + 16, 7, 1)).copy_(case["key"])
+    far["value"] = room[10**6 :].as_strided((2, 9, 5), (5, 2**28, 1)).copy_(case["value"])
+    options = (None, None, None, -1, -1, 0.0, 1.0)
+    expected = ops.forward(*case.values(), *options, True)
+    for ours, theirs in zip(ops.forward(*far.values(), *options, True), expected, strict=True):
+        assert_same(ours, theirs)
+    upstream = [torch.randn_like(x) for x in expected]
+
+    def backward(inputs):
+        arguments = (*upstream, *inputs.values(), *options[:3], expected[2], *options[3:])
+        return ops.backward(*arguments, True, True, True, True, False)
+
+    for ours, theirs in zip(backward(far), backward(case), strict=True):
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_lengths_out_of_range(queries):
+    """Read on no host: they stop at the ends of the keys."""
+    case = make((3,), queries, 9, 7, 5).values()
+    given, meant = torch.tensor([[-3], [4], [2**40]]), torch.tensor([[0], [4], [9]])
+
+    def run(lengths):
+        arguments = (*case, None, lengths, None)
+        outputs = ops.forward(*arguments, -1, -1, 0.0, 1.0, True)
+        arguments = (*outputs, *arguments, outputs[2], -1, -1, 0.0, 1.0)
+        return *outputs, *ops.backward(*arguments, True, True, True, True, False)
+
+    for ours, expected in zip(run(given), run(meant), strict=True):
+        assert_same(ours, expected)
 
 
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("needs", [(True,) * 5, (False,) * 5, (False, True, False, True, False)])
 def test_opcheck(needs, queries):
     """What the operators return has the shapes that traces expect, and shares no memory."""
-    case = [x.to(DEVICE) for x in make((2,), queries, 5, 4, 3).values()]
-    inputs = (*case, torch.randn(queries, 5, device=DEVICE), None, None)
+    case = make((2,), queries, 5, 4, 3).values()
+    inputs = (*case, torch.randn(queries, 5), None, None)
     options = (-1, -1, 0.0, 1.0)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.forward, (*inputs, *options, needs[0]), test_utils=checks)
@@ -359,9 +401,7 @@ def test_repeats_to_the_bit(queries):
 
 
 def test_gradcheck():
-    inputs = [
-        x.to(DEVICE).requires_grad_() for x in make((), 2, 3, 3, 2, dtype=torch.float64).values()
-    ]
+    inputs = [x.requires_grad_() for x in make((), 2, 3, 3, 2, dtype=torch.float64).values()]
     assert torch.autograd.gradcheck(
         lambda *x: additive_attention(*x, need_weights=True, need_lse=True), inputs, fast_mode=True
     )

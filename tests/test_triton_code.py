@@ -4,19 +4,19 @@ algebra needs: read from the machine code, since no GPU is needed for that."""
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import mmap
+import weakref
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton brings compiler and disassembler")
 
-from machine_code import AMD, PeakMemory, compiled_calls
-
 from additive_attn.triton import configs, operators, problem
+from benchmarks.machine_code import AMD, LONG, STEP, TRITON, call, compiled_calls
 
-TRITON = importlib.metadata.version("triton")
 # The same source becomes other instructions in another version of the compiler.
 figures = pytest.mark.skipif(
     not TRITON.startswith("3.9."), reason=f"the figures are those of Triton 3.9; this is {TRITON}"
@@ -27,40 +27,41 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def call(
-    batch, queries, keys, hidden, values, *, dtype=torch.float32, mask=None, lengths=False,
-    dropout_p=0.0, need_weights=True, left=-1, right=-1, upstream=("out",),
-):  # fmt: skip
-    """Forward and backward, with everything to be computed."""
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors that are alive at once, of those made while it is active."""
 
-    def function():
-        inputs = [
-            torch.zeros(batch, queries, hidden, dtype=dtype),
-            torch.zeros(batch, keys, hidden, dtype=dtype),
-            torch.zeros(batch, keys, values, dtype=dtype),
-            torch.zeros(hidden, dtype=dtype),
-            None if mask is None else torch.zeros(batch, queries, keys, dtype=mask),
-            torch.zeros(batch, queries, dtype=torch.int64) if lengths else None,
-            torch.zeros((), dtype=torch.int64) if dropout_p else None,
-        ]
-        options = (left, right, dropout_p, 1.0)
-        out, weights, lse = operators.forward(*inputs, *options, need_weights)
-        grads = [x if name in upstream else None for name, x in
-                 (("out", out), ("weights", weights), ("lse", lse))]  # fmt: skip
-        needs = (True, True, True, True, mask is not None and mask.is_floating_point)
-        operators.backward(*grads, *inputs, lse, *options, *needs)
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
 
-    return function
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for x in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(x, torch.Tensor):
+                self._count(x.untyped_storage())
+        return results
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._seen or not size:
+            return
+        self._seen.add(place)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, place, size)
+
+    def _forget(self, place: int, size: int) -> None:
+        self._seen.discard(place)
+        self.now -= size
 
 
-# Shapes for which the float32 kernels below are compiled as in long sequences.
-USUAL = call(1, 512, 512, 128, 128)
 EVERYTHING = dict(
     mask=torch.bool, lengths=True, dropout_p=0.1, left=200, right=100,
     upstream=("out", "weights", "lse"),
 )  # fmt: skip
 CALLS = {
-    "usual": USUAL,
+    "usual": call(*LONG),
     "everything": call(2, 200, 300, 128, 64, **EVERYTHING),
     "float mask": call(2, 200, 300, 128, 64, mask=torch.float32),
     "sizes of one": call(2, 5, 7, 1, 1, mask=torch.bool),
@@ -74,20 +75,15 @@ CALLS = {
     "bfloat16": call(2, 80, 90, 48, 64, dtype=torch.bfloat16, **EVERYTHING),
     "float64": call(2, 70, 80, 40, 64, dtype=torch.float64, mask=torch.float64),
     "float64, everything": call(2, 5, 6, 40, 64, dtype=torch.float64, **EVERYTHING),
-    "single": call(64, 1, 400, 512, 512),
+    "single": call(*STEP),
     "single, smallest": call(1, 1, 10, 32, 20),
     "single, wide values": call(2, 1, 70, 128, 1024, **EVERYTHING),
     "single, everything": call(2, 1, 5000, 128, 300, **EVERYTHING),
     "single, half": call(2, 1, 5000, 128, 300, dtype=torch.float16, mask=torch.float16),
     "single, float64": call(2, 1, 500, 128, 300, dtype=torch.float64, **EVERYTHING),
 }
-HOT = {
-    # Special functions of one iteration, tanh for each of them: a loop with more is not found.
-    # Instructions per tanh at most, on sm_90.
-    "score_kernel": (16, 4, 4.5),
-    "query_kernel": (32, 2, 6.6),
-    "key_kernel": (32, 2, 5.6),
-}
+# Instructions per tanh at most, on sm_90.
+BARS = {"score_kernel": 4.5, "query_kernel": 6.6, "key_kernel": 5.6}
 
 
 @functools.cache
@@ -95,14 +91,9 @@ def kernels(label, target):
     return compiled_calls(target, CALLS[label])
 
 
-def usual(name, target):
-    (kernel,) = [kernel for kernel in kernels("usual", target) if kernel.name == name]
-    return kernel.code
-
-
 def instructions_per_tanh(name, target):
-    reciprocals, group, _ = HOT[name]
-    return usual(name, target).hot_loop(reciprocals).total() / (reciprocals * group)
+    (kernel,) = [kernel for kernel in kernels("usual", target) if kernel.name == name]
+    return kernel.per_tanh()[0]
 
 
 @pytest.mark.parametrize(
@@ -130,14 +121,14 @@ def test_calls_compile_without_spills(label, target):
 
 
 @figures
-@pytest.mark.parametrize("name", HOT)
+@pytest.mark.parametrize("name", BARS)
 def test_instructions_per_tanh(name):
-    assert instructions_per_tanh(name, "sm_90") <= HOT[name][2]
+    assert instructions_per_tanh(name, "sm_90") <= BARS[name]
 
 
 @figures
 @pytest.mark.parametrize("target", ["sm_80", "sm_100"])
-@pytest.mark.parametrize("name", HOT)
+@pytest.mark.parametrize("name", BARS)
 def test_instructions_on_other_gpus(name, target):
     assert instructions_per_tanh(name, target) <= 1.1 * instructions_per_tanh(name, "sm_90")
 

@@ -551,9 +551,9 @@ def backward(
 
 
 def _entries(x: Tensor, p: Problem, rank: int) -> Tensor:
-    """(entries, ...) in the computing dtype, without a copy where that is possible."""
+    """(entries, ...) in the computing dtype, and contiguous: how matmul rounds depends on that."""
     x = p.batch.view(x, rank)
-    return x.to(p.accumulator).reshape(p.entries, *x.shape[2:])
+    return x.to(p.accumulator).reshape(p.entries, *x.shape[2:]).contiguous()
 
 
 def _chunk(

@@ -1,27 +1,48 @@
-"""Compiles Triton kernels for GPUs, which need not be there, and reads their machine code."""
+"""Compiles the Triton kernels for GPUs, which need not be there, and reads their machine code.
+
+    python -m benchmarks.machine_code       registers, spills and instructions per tanh, to
+                                            results/machine-code.csv, a row per kernel
+
+Another version of Triton makes other code of the same source: the rows of the installed version
+are replaced, those of others stay.
+"""
 
 from __future__ import annotations
 
+import argparse
+import csv
 import functools
+import importlib.metadata
 import re
 import subprocess
 import tempfile
-import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from additive_attn.triton import operators
+
+TRITON = importlib.metadata.version("triton")
+RESULTS = Path(__file__).with_name("results")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NVIDIA = {f"sm_{capability}": capability for capability in (80, 90, 100)}
 AMD = ("gfx942",)
+
+# The inner loops at a long sequence: special functions of one iteration, and tanh for each.
+HOT = {"score_kernel": (16, 4), "query_kernel": (32, 2), "key_kernel": (32, 2)}
+COLUMNS = (
+    "triton", "target", "shape", "kernel", "registers", "spilled_bytes", "shared_bytes",
+    "instructions_per_tanh", "special_functions_per_tanh",
+)  # fmt: skip
+LONG = 1, 512, 512, 128, 128  # (B, Lq, Lk, H, Dv)
+STEP = 64, 1, 400, 512, 512
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,11 @@ class Kernel:
     arguments: str
     programs: int
     code: Code
+
+    def per_tanh(self) -> tuple[float, float]:
+        """Of the hot loop: instructions, and special functions, per tanh."""
+        reciprocals, group = HOT[self.name]
+        return self.code.hot_loop(reciprocals).total() / (reciprocals * group), 1 / group
 
 
 class _Device:
@@ -104,33 +130,34 @@ def compiled_calls(target: str, function: Callable[[], None]) -> list[Kernel]:
     ]
 
 
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the tensors that are alive at once, of those made while it is active."""
+def call(
+    batch: int, queries: int, keys: int, hidden: int, values: int, *,
+    dtype: torch.dtype = torch.float32, mask: torch.dtype | None = None, lengths: bool = False,
+    dropout_p: float = 0.0, need_weights: bool = True, left: int = -1, right: int = -1,
+    upstream: Collection[str] = ("out",),
+) -> Callable[[], None]:  # fmt: skip
+    """Forward and backward, all gradients wanted, for ``compiled_calls``."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
+    def function() -> None:
+        inputs: list[Any] = [
+            torch.zeros(batch, queries, hidden, dtype=dtype),
+            torch.zeros(batch, keys, hidden, dtype=dtype),
+            torch.zeros(batch, keys, values, dtype=dtype),
+            torch.zeros(hidden, dtype=dtype),
+            None if mask is None else torch.zeros(batch, queries, keys, dtype=mask),
+            torch.zeros(batch, queries, dtype=torch.int64) if lengths else None,
+            torch.zeros((), dtype=torch.int64) if dropout_p else None,
+        ]
+        options = (left, right, dropout_p, 1.0)
+        arguments: Any = (*inputs, *options, need_weights)
+        out, weights, lse = operators.forward(*arguments)
+        grads = [x if name in upstream else None for name, x in
+                 (("out", out), ("weights", weights), ("lse", lse))]  # fmt: skip
+        needs = (True, True, True, True, mask is not None and mask.is_floating_point)
+        arguments = (*grads, *inputs, lse, *options, *needs)
+        operators.backward(*arguments)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        for x in results if isinstance(results, (tuple, list)) else (results,):
-            if isinstance(x, torch.Tensor):
-                self._count(x.untyped_storage())
-        return results
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage._cdata, storage.nbytes()
-        if place in self._seen or not size:
-            return
-        self._seen.add(place)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, place, size)
-
-    def _forget(self, place: int, size: int) -> None:
-        self._seen.discard(place)
-        self.now -= size
+    return function
 
 
 @functools.cache
@@ -185,3 +212,45 @@ def _amd(assembly: str, shared: int) -> Code:
     # Scalar registers spill into lanes of vector registers, not to memory.
     spilled = field("vgpr_spill_count") + field("private_segment_fixed_size")
     return Code(field("vgpr_count"), spilled, shared, [])
+
+
+def rows() -> list[dict[str, object]]:
+    """Every kernel of a long sequence and of a decoder step, for every target."""
+    found: list[dict[str, object]] = []
+    for target in (*NVIDIA, *AMD):
+        for shape in (LONG, STEP):
+            for kernel in compiled_calls(target, call(*shape)):
+                row: dict[str, object] = {
+                    "triton": TRITON, "target": target, "shape": "x".join(map(str, shape)),
+                    "kernel": kernel.name, "registers": kernel.code.registers,
+                    "spilled_bytes": kernel.code.spilled, "shared_bytes": kernel.code.shared,
+                }  # fmt: skip
+                if shape == LONG and kernel.name in HOT and target in NVIDIA:
+                    instructions, special_functions = kernel.per_tanh()
+                    row["instructions_per_tanh"] = f"{instructions:.2f}"
+                    row["special_functions_per_tanh"] = f"{special_functions:g}"
+                found.append(row)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.machine_code",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS / "machine-code.csv")
+    path = parser.parse_args().output
+    kept: list[dict[str, object]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [dict(row) for row in csv.DictReader(file) if row["triton"] != TRITON]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted([*kept, *rows()], key=lambda row: str(row["triton"])))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
