@@ -55,7 +55,7 @@ CHOICES: dict[str, list[Any]] = {
     ],
     "gradient_tile": [
         gradient(*sizes)
-        for sizes in ((4, 16, 1, 16), (2, 16, 2, 16), (4, 8, 2, 16), (4, 16, 2, 8), (1, 16, 4, 16))
+        for sizes in ((4, 16, 2, 16), (2, 16, 4, 16), (1, 32, 8, 8), (2, 16, 4, 8), (2, 32, 2, 8))
     ],
 }  # fmt: skip
 

@@ -74,7 +74,7 @@ def gradient_tile(length: int) -> dict[str, int]:
     """For the passes over features: RX rows (or keys) by 2 RH features per thread, TX by TH
     threads."""
     if length > 16:
-        return {"RX": 4, "TX": 16, "RH": 2, "TH": 16, "num_warps": 8}
+        return {"RX": 2, "TX": 32, "RH": 4, "TH": 8, "num_warps": 8}
     return {"RX": 1, "TX": 16, "RH": 4, "TH": 16, "num_warps": 8}
 
 
