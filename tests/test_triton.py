@@ -229,6 +229,26 @@ def test_strides(queries):
 
 
 @pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x.repeat_interleave(3, -1)[..., ::3],
+        lambda x: x[..., :1].expand(x.shape),
+        lambda x: x[:1].expand(x.shape),
+    ],
+    ids=["transposed", "sliced", "expanded", "expanded over the batch"],
+)
+def test_strides_of_upstream_gradients(layout, queries):
+    case = make((2,), queries, 21, 9, 6)
+    upstream = {name: layout(x) for name, x in random_upstream(fused(case)).items()}
+    _, ours = gradients(fused, case, upstream)
+    _, expected = gradients(fused, case, {name: x.contiguous() for name, x in upstream.items()})
+    for name in ours:
+        assert_same(ours[name], expected[name], name)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("given", [{"out"}, {"weights"}, {"lse"}, {"weights", "lse"}], ids=str)
 def test_some_upstream_gradients(given, queries):
     check_against_plain([make((2,), queries, 9, 7, 5)], upstream_of=sorted(given))
