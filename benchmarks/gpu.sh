@@ -3,6 +3,8 @@
 # Needs Python with torch, Triton and pytest; installs nothing. PYTHON chooses the interpreter.
 cd "$(dirname "$0")/.." || exit
 export PYTHON=${PYTHON:-python3}
+# cuBLAS repeats bit for bit with a workspace of its own.
+export CUBLAS_WORKSPACE_CONFIG=:4096:8
 export PYTHONPATH="$PWD" ADDITIVE_ATTN_GPU=triton ADDITIVE_ATTN_CPU=${ADDITIVE_ATTN_CPU:-pytorch}
 logs=$(mktemp -d)
 export logs
@@ -20,7 +22,7 @@ echo "==> tests: everything on the GPU"
   for name in $on_cpu; do echo "cpu $name"; done
 } | xargs -P "$(nproc)" -L 1 sh -c '
   export ADDITIVE_ATTN_TEST_DEVICE=$0
-  "$PYTHON" -m pytest -q -p no:cacheprovider "tests/test_$1.py" >"$logs/$1" 2>&1 || touch "$logs/$1.failed"
+  timeout 270 "$PYTHON" -m pytest -q -p no:cacheprovider "tests/test_$1.py" >"$logs/$1" 2>&1 || touch "$logs/$1.failed"
   echo "$1: $(tail -n 1 "$logs/$1")"'
 for mark in "$logs"/*.failed; do
   [ -e "$mark" ] || continue
@@ -31,8 +33,9 @@ done
 if command -v compute-sanitizer >/dev/null; then
   echo "==> compute-sanitizer on a few sizes"
   # Each tensor an allocation of its own: what lies between tensors would else belong to the cache.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 ADDITIVE_ATTN_TEST_DEVICE=cuda compute-sanitizer --error-exitcode 1 \
-    "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton.py -k "sizes or strides" || failed=1
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 ADDITIVE_ATTN_TEST_DEVICE=cuda timeout 90 \
+    compute-sanitizer --error-exitcode 1 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton.py \
+    -k "sizes or strides" || failed=1
 else
   echo "==> compute-sanitizer is not installed: skipped"
 fi
@@ -40,7 +43,7 @@ fi
 echo "==> benchmark"
 shapes=1x1x10x32x20,64x1x400x512x512,32x50x50x1024x1024,1x16x100000x256x512
 shapes=$shapes,1x4096x4096x128x128,1x16384x16384x128x128
-"$PYTHON" -m benchmarks.run --device cuda --shapes "$shapes" --budget 1 --rounds 15 || failed=1
+timeout 230 "$PYTHON" -m benchmarks.run --device cuda --shapes "$shapes" --budget 1 --rounds 15 || failed=1
 "$PYTHON" -m benchmarks.table || failed=1
 if "$PYTHON" -c "import matplotlib" 2>/dev/null; then
   "$PYTHON" -m benchmarks.plot || failed=1

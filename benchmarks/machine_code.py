@@ -245,10 +245,11 @@ def main() -> None:
     if path.exists():
         with path.open(newline="") as file:
             kept = [dict(row) for row in csv.DictReader(file) if row["triton"] != TRITON]
+    found = sorted([*kept, *rows()], key=lambda row: str(row["triton"]))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted([*kept, *rows()], key=lambda row: str(row["triton"])))
+        writer.writerows(found)
     print(f"wrote {path}")
 
 

@@ -160,6 +160,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
 
 def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later counts as taken
         return torch.cuda.mem_get_info(device)[0]
     if sys.platform == "linux":
         with open("/proc/meminfo") as meminfo:

@@ -120,8 +120,10 @@ def measure_case(
                         assert checked is not None
                         reference.check(provider.name, checked, mode)
                     call()
-                except TorchDynamoException as error:
-                    note = f"does not compile: {type(error).__name__}"
+                except (TorchDynamoException, torch.OutOfMemoryError) as error:
+                    too_large = isinstance(error, torch.OutOfMemoryError)
+                    problem = "out of memory" if too_large else "does not compile"
+                    note = f"{problem}: {type(error).__name__}"
                     results.append((provider.name, mode, {"note": note}))
                     continue
                 actions[provider.name] = call

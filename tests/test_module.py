@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import assert_same, error, make, plain
+from oracle import DEVICE, assert_same, error, make, plain
 from torch import nn
 
 from additive_attn import AdditiveAttention, PlainAdditiveAttention, ProjectedMemory
@@ -251,8 +251,9 @@ def test_without_bias():
 
 
 def test_dtype_and_device_arguments():
-    layer = AdditiveAttention(D, H, dtype=torch.bfloat16, device="cpu")
+    layer = AdditiveAttention(D, H, dtype=torch.bfloat16, device=DEVICE)
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    assert {p.device.type for p in layer.parameters()} == {DEVICE}
     query, key, value = (x.bfloat16() for x in tensors())
     assert layer(query, key, value)[0].dtype == torch.bfloat16
 
