@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from oracle import (
+    INPUTS,
     OUTPUTS,
     assert_layout_free,
     assert_same,
@@ -197,7 +198,7 @@ def test_special_mask_values(value):
         assert_same_kind(ours[key], theirs[key], key)
 
 
-@pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -1e30])
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -1e30, -1e9])
 def test_finite_masking_values(fill):
     """Many models mask with a large negative number: it wins over the scores, and all rows of it
     average as the plain layer does."""
@@ -205,9 +206,13 @@ def test_finite_masking_values(fill):
     mask = torch.zeros(4, 40)
     mask[:, 25:] = fill
     mask[3] = fill
-    ours, theirs = fused(inputs, attn_mask=mask), plain(*inputs.values(), bias=mask)
-    torch.testing.assert_close(ours["weights"], theirs["weights"])
-    torch.testing.assert_close(ours["out"], theirs["out"])
+    upstream = random_upstream(plain(*inputs.values(), bias=mask), ("out", "weights"))
+    ours = gradients(lambda x: fused(x, attn_mask=mask), inputs, upstream)
+    theirs = gradients(lambda x: plain(*x.values(), bias=mask), inputs, upstream)
+    for name in ("out", "weights"):
+        torch.testing.assert_close(ours[0][name], theirs[0][name])
+    for name in INPUTS:
+        torch.testing.assert_close(ours[1][name], theirs[1][name])
 
 
 def test_denormals_and_zeros():

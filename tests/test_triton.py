@@ -16,6 +16,7 @@ from oracle import (
     generator,
     gradients,
     make,
+    plain,
     random_upstream,
 )
 
@@ -141,6 +142,32 @@ def test_an_empty_row():
     empty = lengths == 0
     assert (outputs["out"][empty] == 0).all() and (outputs["weights"][empty] == 0).all()
     assert (outputs["lse"][empty] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_rows_of_a_finite_masking_value(queries):
+    """Beside -1e9 the logarithm of a sum is lost."""
+    mask = torch.zeros(2, queries, 21)
+    mask[0, :, 12:] = -1e9
+    mask[1, 0] = -1e9
+    case = make((2,), queries, 21, 9, 5)
+    upstream = random_upstream(plain(*case.values(), bias=mask), ("out", "weights"))
+    ours, grads = gradients(lambda x: fused(x, attn_mask=mask), case, upstream)
+    expected, expected_grads = gradients(lambda x: plain(*x.values(), bias=mask), case, upstream)
+    for name in ours:
+        torch.testing.assert_close(ours[name], expected[name])
+    for name in grads:
+        torch.testing.assert_close(grads[name], expected_grads[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("queries", [1, 4])
+def test_an_infinite_weight(queries, dtype):
+    """All scores are infinite, their softmax NaN."""
+    case = make((), queries, 9, 7, 5, dtype=dtype)
+    case["weight"][2] = torch.inf
+    outputs = fused(case)
+    assert outputs["out"].isnan().all() and outputs["weights"].isnan().all()
 
 
 @pytest.mark.parametrize("queries", [1, 5])

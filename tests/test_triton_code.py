@@ -18,8 +18,9 @@ from additive_attn.triton import configs, operators, problem
 from benchmarks.machine_code import AMD, LONG, STEP, TRITON, call, compiled_calls
 
 # The same source becomes other instructions in another version of the compiler.
+VERSION = tuple(map(int, TRITON.split(".")[:2]))
 figures = pytest.mark.skipif(
-    not TRITON.startswith("3.9."), reason=f"the figures are those of Triton 3.9; this is {TRITON}"
+    VERSION > (3, 9), reason=f"the figures are those of Triton 3.6 to 3.9; this is {TRITON}"
 )
 pytestmark = pytest.mark.skipif(
     torch.version.hip is not None or operators.interpreted(),
@@ -115,9 +116,9 @@ def test_calls_compile_without_spills(label, target):
         assert code.registers <= (512 if target in AMD else 255), kernel.name
         assert code.shared <= 48 * 1024, kernel.name
         assert 0 < kernel.programs < 2**31, kernel.name
-        # With one feature ptxas takes 32 registers and spills two; nobody waits for that.
-        if TRITON.startswith("3.9.") and "sizes of one" not in label:
-            assert code.spilled == 0, kernel.name
+        # Earlier versions spill up to four registers outside all loops, where that lets more
+        # programs run at once.
+        assert code.spilled <= (16 if VERSION < (3, 9) and label != "usual" else 0), kernel.name
 
 
 @figures

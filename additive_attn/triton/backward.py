@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from additive_attn.triton import configs, single
-from additive_attn.triton.launch import launch
+from additive_attn.triton.launch import batch_entry, launch
 from additive_attn.triton.numerics import (
     exp_and_rest,
     keep_factors,
@@ -51,12 +51,10 @@ def _gradient_kernel(
 ):  # fmt: skip
     """A row: scores become P o D, ``gradient`` G, with zeros up to its padded size. ``products``
     is dO V^T. P is divided by its sum, which takes out the rounding of lse."""
-    program = tl.program_id(0).to(tl.int64)
-    r = (program % row_padded).to(tl.int32)
-    entry = program // row_padded
-    n = entry_begin + entry
-    o = n // inner
-    m = n % inner
+    program = tl.program_id(0)
+    r = program % row_padded
+    n, o, m = batch_entry(entry_begin + program // row_padded, inner)
+    entry = n - entry_begin
     i = row_begin + r
     inside = r < row_count
     source = (entry * row_count + r) * score_padded
@@ -169,22 +167,34 @@ def _tile(
     features, [RH, TH]; the indices of its entry into (outer, inner)."""
     tiles = tl.cdiv(length, RX * TX)
     feature_tiles = tl.cdiv(padded, 2 * RH * TH)
-    program = tl.program_id(0).to(tl.int64)
-    tile = (program % tiles).to(tl.int32)
-    h0 = (program // tiles % feature_tiles).to(tl.int32) * (2 * RH * TH)
-    split = program // tiles // feature_tiles % splits
-    entry = program // tiles // feature_tiles // splits
-    n = entry_begin + entry
+    program = tl.program_id(0)
+    tile = program % tiles
+    rest = program // tiles
+    h0 = rest % feature_tiles * (2 * RH * TH)
+    rest = rest // feature_tiles
+    split = rest % splits
+    n, o, m = batch_entry(entry_begin + rest // splits, inner)
     h = h0 + tl.arange(0, RH)[:, None] + RH * tl.arange(0, TH)[None, :]
     c = tile * (RX * TX) + tl.arange(0, RX)[:, None] + RX * tl.arange(0, TX)[None, :]
     x = tl.minimum(begin + c, limit - 1).to(tl.int64)
-    return entry, split, tile, tiles, c, x, h, n // inner, n % inner
+    return n - entry_begin, split, tile, tiles, c, x, h, o, m
 
 
 @triton.jit
 def _raw(rows, h, hidden, stride, ACC: tl.constexpr):
     """Features h of the input's rows; beyond the last, the last again."""
     return tl.load(rows + tl.minimum(h, hidden - 1).to(tl.int64) * stride).to(ACC)
+
+
+@triton.jit
+def _kept(rows, h, hidden, stride, ACC: tl.constexpr):
+    """The same of a tile [RX, RH, TX, TH], to stay in registers. A loop's layout follows that of
+    such loads, which follows the contiguity of their addresses. Here it is not the true one but an
+    order, last dim first, so that threads lie along TX and TH, registers along RX and RH, which
+    Triton 3.6 does not choose by itself. A multiple of 1: never a vector."""
+    place = rows + tl.minimum(h, hidden - 1).to(tl.int64) * stride
+    place = tl.multiple_of(tl.max_contiguous(place, [1, 2, 4, 8]), [1, 1, 1, 1])
+    return tl.load(place).to(ACC)
 
 
 @triton.jit
@@ -217,8 +227,8 @@ def query_kernel(
     )
     hb = ha + BH
     q_rows = query + o * query_outer + m * query_inner + i[:, None, :, None] * query_row
-    qa = _raw(q_rows, ha[None, :, None, :], hidden, query_h, ACC)
-    qb = _raw(q_rows, hb[None, :, None, :], hidden, query_h, ACC)
+    qa = _kept(q_rows, ha[None, :, None, :], hidden, query_h, ACC)
+    qb = _kept(q_rows, hb[None, :, None, :], hidden, query_h, ACC)
     g_rows = gradient + (entry * row_padded + r.to(tl.int64)) * key_padded
     sum_a = tl.zeros([RX, RH, TX, TH], ACC)
     sum_b = tl.zeros([RX, RH, TX, TH], ACC)
@@ -227,7 +237,7 @@ def query_kernel(
     k_rows = key + o * key_outer + m * key_inner
     first = tl.maximum(row_begin + tile * BX - left, key_begin)
     last = tl.minimum(row_begin + tile * BX + BX + right, key_begin + key_count)
-    begin = split.to(tl.int32) * keys_per_split
+    begin = split * keys_per_split
     first = tl.maximum((first - key_begin) // BLOCK * BLOCK, begin)
     last = tl.minimum(last - key_begin, begin + keys_per_split)
 
@@ -386,15 +396,15 @@ def key_kernel(
     )
     hb = ha + BH
     k_rows = key + o * key_outer + m * key_inner + j[:, None, :, None] * key_row
-    ka = _raw(k_rows, ha[None, :, None, :], hidden, key_h, ACC)
-    kb = _raw(k_rows, hb[None, :, None, :], hidden, key_h, ACC)
+    ka = _kept(k_rows, ha[None, :, None, :], hidden, key_h, ACC)
+    kb = _kept(k_rows, hb[None, :, None, :], hidden, key_h, ACC)
     g_columns = gradient + entry * row_padded * key_padded + c
     sum_a = tl.zeros([RX, RH, TX, TH], ACC)
     sum_b = tl.zeros([RX, RH, TX, TH], ACC)
     q_rows = query + o * query_outer + m * query_inner
     first = tl.maximum(key_begin + tile * BX - right, row_begin)
     last = tl.minimum(key_begin + tile * BX + BX + left, row_begin + row_count)
-    begin = split.to(tl.int32) * rows_per_split
+    begin = split * rows_per_split
     first = tl.maximum((first - row_begin) // BLOCK * BLOCK, begin)
     last = tl.minimum(last - row_begin, begin + rows_per_split)
 

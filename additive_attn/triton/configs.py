@@ -89,10 +89,10 @@ SINGLE_KEYS = 16  # one query per entry: keys at a time
 @functools.cache
 def single_tile(hidden: int, values: int, wide: bool, most_values: int) -> dict[str, int]:
     """Sums over features of the value are kept in registers where ``most_values`` allows it."""
-    VALUES = min(power_of_two(values), most_values // 4 if wide else most_values)
+    VALUES = min(power_of_two(max(values, 16)), most_values // 4 if wide else most_values)
     return {
         "BLOCK": SINGLE_KEYS,
-        "FEATURES": min(power_of_two(hidden), 64 if wide else 128),
+        "FEATURES": min(power_of_two(max(hidden, 16)), 64 if wide else 128),
         "VALUES": VALUES,
         "num_warps": 8 if VALUES > (128 if wide else 256) else 4,
     }

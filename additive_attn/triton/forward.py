@@ -15,20 +15,23 @@ import triton.language as tl
 from torch import Tensor
 
 from additive_attn.triton import configs, single
-from additive_attn.triton.launch import launch, target
+from additive_attn.triton.launch import batch_entry, launch, target
 from additive_attn.triton.numerics import keep_factor, keep_factors, number
 from additive_attn.triton.problem import Problem
 
 
 @triton.jit(do_not_specialize=configs.VARYING)
 def _lse_kernel(
-    scores, lse, weights, entry_begin, rows, row_begin, row_count, keys, key_begin, key_count,
-    score_padded, BLOCK: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
+    scores, lse, tops, inverses, weights, entry_begin, rows, row_begin, row_count, keys, key_begin,
+    key_count, score_padded, BLOCK: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """The log-sum-exp of a row of scores, and its softmax if wanted."""
-    program = tl.program_id(0).to(tl.int64)
-    row = (entry_begin + program // row_count) * rows + row_begin + program % row_count
-    scores += program * score_padded
+    """The log-sum-exp of a row of scores, and its softmax if wanted. The largest score and 1 / sum
+    are kept apart too: beside a score of -1e9, with which many models mask, lse cannot hold the
+    logarithm of the sum."""
+    program = tl.program_id(0)
+    entry = tl.cast(entry_begin + program // row_count, tl.int64)
+    row = entry * rows + row_begin + program % row_count
+    scores += program.to(tl.int64) * score_padded
     j = tl.arange(0, BLOCK)
     maximum = tl.full([BLOCK], float("-inf"), scores.dtype.element_ty)
     sums = tl.zeros([BLOCK], scores.dtype.element_ty)
@@ -42,9 +45,11 @@ def _lse_kernel(
     shift = tl.where(most == float("-inf"), 0.0, most)
     total = tl.sum(sums * tl.exp(maximum - shift), 0)
     empty = total == 0.0
+    inverse = 1.0 / tl.where(empty, 1.0, total)
     tl.store(lse + row, tl.where(empty, float("-inf"), shift + tl.log(total)))
+    tl.store(tops + program, shift)
+    tl.store(inverses + program, inverse)
     if NEED_WEIGHTS:
-        inverse = 1.0 / tl.where(empty, 1.0, total)
         for key0 in range(0, key_count, BLOCK):
             inside = key0 + j < key_count
             x = tl.load(scores + key0 + j, mask=inside, other=float("-inf"))
@@ -57,32 +62,30 @@ def _lse_kernel(
 
 @triton.jit(do_not_specialize=configs.VARYING)
 def _value_kernel(
-    scores, lse, value, value_outer, value_inner, value_row, value_column,
+    scores, tops, inverses, value, value_outer, value_inner, value_row, value_column,
     seed, seed_outer, seed_inner, threshold, keep_bits,
-    out, inner, entries, entry_begin, rows, row_begin, row_count, key_begin, key_count,
+    out, inner, entries, entry_begin, row_begin, row_count, key_begin, key_count,
     score_padded, values, left, right, splits, keys_per_split,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [split][entry][row] = sum_j exp(score_ij - lse_i) D_ij value_j over a range of keys.
+    """out [split][entry][row] = sum_j P_ij D_ij value_j over a range of keys.
 
     A value that is not finite is left out first: 0 * Inf would reach the rows that may not attend
     to it. Where there was one, a second loop adds such values to the rows that may."""
     row_tiles = tl.cdiv(row_count, BM)
     value_tiles = tl.cdiv(values, BD)
-    program = tl.program_id(0).to(tl.int64)
-    row0 = (program % row_tiles).to(tl.int32) * BM
+    program = tl.program_id(0)
+    row0 = program % row_tiles * BM
     rest = program // row_tiles
-    d = (rest % value_tiles).to(tl.int32) * BD + tl.arange(0, BD)
-    split = rest // value_tiles % splits
-    entry = rest // value_tiles // splits
-    n = entry_begin + entry
-    o = n // inner
-    m = n % inner
+    d = rest % value_tiles * BD + tl.arange(0, BD)
+    rest = rest // value_tiles
+    split = rest % splits
+    n, o, m = batch_entry(entry_begin + rest // splits, inner)
+    entry = n - entry_begin
     r = row0 + tl.arange(0, BM)
-    base = tl.load(lse + n * rows + row_begin + r, mask=r < row_count, other=0.0)
-    base = tl.where(base == float("-inf"), 0.0, base)[:, None]
-    begin = split.to(tl.int32) * keys_per_split
+    top = tl.load(tops + entry * row_count + r, mask=r < row_count, other=0.0)[:, None]
+    begin = split * keys_per_split
     first = tl.maximum(row_begin + row0 - left, key_begin) - key_begin
     last = tl.minimum(row_begin + row0 + BM + right, key_begin + key_count) - key_begin
     first = tl.maximum(begin, first // BN * BN)
@@ -95,7 +98,7 @@ def _value_kernel(
     strange = tl.zeros([BN, BD], acc.dtype)
     for k0 in range(first, last, BN):
         p, v = _block(
-            scores, base, value, value_row, seed, threshold, keep_bits, inside, d, values,
+            scores, top, value, value_row, seed, threshold, keep_bits, inside, d, values,
             n, row_begin + r, key_begin, k0, last, BM, BN, DROPOUT,
         )  # fmt: skip
         v = v.to(acc.dtype)
@@ -108,7 +111,7 @@ def _value_kernel(
     if tl.max((strange != 0.0).to(tl.int32)) != 0:
         for c in range(first, last):
             x = tl.load(scores + c, mask=inside, other=float("-inf"))
-            p = tl.exp(x - base)
+            p = tl.exp(x - top)
             if DROPOUT:
                 keep_scale = number(keep_bits).to(p.dtype)
                 p *= keep_factor(
@@ -120,6 +123,7 @@ def _value_kernel(
             ).to(acc.dtype)  # fmt: skip
             used = (x != float("-inf")) & ((tl.abs(v) < float("inf")) == 0)
             acc += tl.where(used, p * v, 0.0)
+    acc *= tl.load(inverses + entry * row_count + r, mask=r < row_count, other=0.0)[:, None]
     row = (split * entries + entry) * row_count + r
     tl.store(
         out + row[:, None] * values + d[None, :], acc.to(out.dtype.element_ty),
@@ -129,14 +133,14 @@ def _value_kernel(
 
 @triton.jit
 def _block(
-    scores, base, value, value_row, seed, threshold, keep_bits, inside, d, values,
+    scores, top, value, value_row, seed, threshold, keep_bits, inside, d, values,
     n, i, key_begin, k0, last, BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """P o D of rows i and BN keys, and the values of these keys."""
+    """e^{score - top} o D of rows i and BN keys, and the values of these keys."""
     c = k0 + tl.arange(0, BN)
     # What lies beyond the last key is -inf.
     x = tl.load(scores + c[None, :], mask=inside, other=float("-inf"))
-    p = tl.where(x == float("-inf"), 0.0, tl.exp(x - base))
+    p = tl.where(x == float("-inf"), 0.0, tl.exp(x - top))
     if DROPOUT:
         keep_scale = number(keep_bits).to(p.dtype)
         p *= keep_factors(tl.load(seed), n, i, key_begin + k0, threshold, keep_scale, BM, BN)
@@ -178,9 +182,10 @@ def forward(
         begin, end = p.key_range(row, row + rows)
         count = end - begin
         scores = p.scores(entry, entries, row, rows, begin, count)
+        tops, inverses = lse.new_empty(2, entries * rows)
         launch(
             _lse_kernel, entries * rows, scores,
-            scores, lse, weights, entry, p.rows, row, rows, p.keys, begin, count,
+            scores, lse, tops, inverses, weights, entry, p.rows, row, rows, p.keys, begin, count,
             scores.shape[-1], NEED_WEIGHTS=need_weights, **configs.row_block(count),
         )  # fmt: skip
         programs = entries * -(-rows // tile["BM"]) * -(-p.values // tile["BD"])
@@ -190,8 +195,8 @@ def forward(
         parts = part if splits == 1 else scores.new_empty(splits, *part.shape)
         launch(
             _value_kernel, programs * splits, scores,
-            scores, lse, p.value, *p.value_strides, *p.dropout_arguments(),
-            parts, p.batch.inner, entries, entry, p.rows, row, rows, begin, count,
+            scores, tops, inverses, p.value, *p.value_strides, *p.dropout_arguments(),
+            parts, p.batch.inner, entries, entry, row, rows, begin, count,
             scores.shape[-1], p.values, p.left, p.right, splits, per_split,
             DROPOUT=p.seed is not None, PRECISION=precision(p), **tile,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 
@@ -66,6 +67,13 @@ class BatchShape:
         outer = strides[0] if dims == 2 and sizes[0] != 1 else 0
         inner = strides[dims - 1] if dims >= 1 and sizes[dims - 1] != 1 else 0
         return x, (outer, inner, *strides[dims:])
+
+
+@triton.jit
+def batch_entry(n, inner):
+    """Entry n with its indices into (outer, inner), in 64 bits, which offsets need. Divided in 32,
+    which programs are counted in: a 64-bit division is a call of about a hundred instructions."""
+    return n.to(tl.int64), (n // inner).to(tl.int64), (n % inner).to(tl.int64)
 
 
 def interpreted() -> bool:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from additive_attn.triton.configs import VARYING
-from additive_attn.triton.launch import BatchShape, bits, launch, power_of_two
+from additive_attn.triton.launch import BatchShape, batch_entry, bits, launch, power_of_two
 from additive_attn.triton.numerics import exp_and_rest, number
 
 SAFE = tl.constexpr(10.0)  # (e^{2 SAFE} + e^{2 SAFE})^4 < 2^120
@@ -39,9 +39,9 @@ def _weight_kernel(
     stride_outer, stride_inner, stride_h, inner, hidden, padded, scale_bits,
     BLOCK: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
+    n, o, m = batch_entry(tl.program_id(0), inner)
     h = tl.arange(0, BLOCK)
-    source = weight + (n // inner) * stride_outer + (n % inner) * stride_inner
+    source = weight + o * stride_outer + m * stride_inner
     w = tl.load(source + h.to(tl.int64) * stride_h, mask=h < hidden, other=0.0)
     if w.dtype != tl.float64:
         w = w.to(tl.float32)
@@ -60,7 +60,8 @@ def _weight_kernel(
             centre + n * (padded // CENTRED) + block, sums * 0.5, mask=block < padded // CENTRED
         )
     else:
-        tl.store(unit + n, number(scale_bits))
+        finite = tl.min((tl.abs(w) < float("inf")).to(tl.int32), 0)
+        tl.store(unit + n, tl.where(finite != 0, number(scale_bits), float("nan")))
     tl.store(prepared + n * padded + h, w, mask=h < padded)
 
 
@@ -72,11 +73,11 @@ def _exp_kernel(
     SIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(length_padded, ROWS)
-    n = tl.program_id(0).to(tl.int64) // tiles
+    n, o, m = batch_entry(tl.program_id(0) // tiles, inner)
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     h = tl.arange(0, BLOCK)
     inside = row < length
-    source = x + (n // inner) * stride_outer + (n % inner) * stride_inner
+    source = x + o * stride_outer + m * stride_inner
     source += row[:, None].to(tl.int64) * stride_row
     largest = tl.zeros([ROWS], tl.float32)
     for h0 in range(0, padded, BLOCK):
@@ -88,7 +89,7 @@ def _exp_kernel(
     tl.store(size + n * length_padded + row, largest, mask=row < length_padded)
 
     total = tl.zeros([ROWS], tl.float32)
-    w_row = weight + (n // inner) * weight_outer + (n % inner) * weight_inner
+    w_row = weight + o * weight_outer + m * weight_inner
     for h0 in range(0, padded, BLOCK):
         here = inside[:, None] & (h0 + h < hidden)[None, :] & (largest <= SAFE)[:, None]
         v = tl.load(source + (h0 + h)[None, :].to(tl.int64) * stride_h, mask=here, other=0.0)

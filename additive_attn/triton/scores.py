@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from additive_attn.triton.configs import VARYING
+from additive_attn.triton.launch import batch_entry
 from additive_attn.triton.numerics import quarters, reciprocal, tanh
 from additive_attn.triton.prepare import SAFE
 
@@ -183,14 +184,12 @@ def score_tile(
     query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
     weight, unit, centre, weight_outer, weight_inner,
     mask, mask_outer, mask_inner, mask_row, mask_column,
-    n, inner, row0, rows, key0, keys, hidden, padded, low, high,
+    o, m, row0, rows, key0, keys, hidden, padded, low, high,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
     FEW: tl.constexpr, WIDE: tl.constexpr, CENTRED: tl.constexpr, MASK: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN]: scale * score + mask of entry n, -inf where a row may not attend."""
-    o = n // inner
-    m = n % inner
+    """[BM, BN]: scale * score + mask of entry (o, m), -inf where a row may not attend."""
     i = row0 + tl.arange(0, RM * TM)
     j = key0 + tl.arange(0, RN * TN)
     used = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
@@ -238,15 +237,16 @@ def score_kernel(
     BN: tl.constexpr = RN * TN
     row_tiles = tl.cdiv(row_count, BM)
     key_tiles = score_padded // BN
-    program = tl.program_id(0).to(tl.int64)
-    row0 = row_begin + (program % row_tiles).to(tl.int32) * BM
-    key0 = key_begin + (program // row_tiles % key_tiles).to(tl.int32) * BN
-    entry = program // row_tiles // key_tiles
-    n = entry_begin + entry
+    program = tl.program_id(0)
+    row0 = row_begin + program % row_tiles * BM
+    rest = program // row_tiles
+    key0 = key_begin + rest % key_tiles * BN
+    n, o, m = batch_entry(entry_begin + rest // key_tiles, inner)
+    entry = n - entry_begin
     i = row0 + tl.arange(0, BM)
     j = key0 + tl.arange(0, BN)
     low, high = interval(
-        lengths + (n // inner) * length_outer + (n % inner) * length_inner, length_row,
+        lengths + o * length_outer + m * length_inner, length_row,
         i, rows, keys, left, right, HAS_LENGTHS,
     )  # fmt: skip
     place = (entry * row_count + i - row_begin)[:, None] * score_padded + (j - key_begin)[None, :]
@@ -259,7 +259,7 @@ def score_kernel(
             query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
             weight, unit, centre, weight_outer, weight_inner,
             mask, mask_outer, mask_inner, mask_row, mask_column,
-            n, inner, row0, rows, key0, keys, hidden, padded, low, high,
+            o, m, row0, rows, key0, keys, hidden, padded, low, high,
             RM, TM, RN, TN, FEW, WIDE, CENTRED, MASK, TARGET,
         )  # fmt: skip
         tl.store(scores + place, score, mask=inside)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from additive_attn.triton import configs
-from additive_attn.triton.launch import launch, power_of_two
+from additive_attn.triton.launch import batch_entry, launch, power_of_two
 from additive_attn.triton.numerics import keep_factors, number, tanh
 from additive_attn.triton.problem import Problem
 from additive_attn.triton.scores import interval, masked_bias
@@ -28,11 +28,11 @@ from additive_attn.triton.scores import interval, masked_bias
 def _range(tiles, splits, inner, keys_per_split):
     """What a program takes: (entry, split, tile); the indices of its entry into (outer, inner);
     its first key."""
-    program = tl.program_id(0).to(tl.int64)
-    tile = (program % tiles).to(tl.int32)
-    split = program // tiles % splits
-    n = program // tiles // splits
-    return n, split, tile, n // inner, n % inner, split.to(tl.int32) * keys_per_split
+    program = tl.program_id(0)
+    rest = program // tiles
+    split = rest % splits
+    n, o, m = batch_entry(rest // splits, inner)
+    return n, split, program % tiles, o, m, split * keys_per_split
 
 
 @triton.jit
@@ -57,7 +57,8 @@ def _block_scores(
             key + j[:, None].to(tl.int64) * key_row + h[None, :] * key_h,
             mask=here[:, None] & inside[None, :], other=0.0,
         ).to(ACC)  # fmt: skip
-        energy += tl.sum(w[None, :] * tanh(q[None, :] + k), 1)
+        # An infinite weight makes every score NaN, as a softmax of infinite scores is.
+        energy += tl.sum(w[None, :] * tanh(q[None, :] + k) + (w * 0.0)[None, :], 1)
     score = energy * scale
     if MASK == "float":
         score += tl.reshape(bias, j.shape).to(ACC)
@@ -173,8 +174,8 @@ def merge_kernel(
     VALUES: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """A tile of an entry's out, and of its weights."""
-    n = tl.program_id(0).to(tl.int64) % entries
-    tile = (tl.program_id(0).to(tl.int64) // entries).to(tl.int32)
+    n = (tl.program_id(0) % entries).to(tl.int64)
+    tile = tl.program_id(0) // entries
     s = tl.arange(0, SPLITS)
     top = tl.load(tops + s * entries + n, mask=s < splits, other=float("-inf"))
     largest = tl.max(top, 0)
@@ -186,7 +187,7 @@ def merge_kernel(
     d = tile * VALUES + tl.arange(0, VALUES)
     acc = tl.zeros([VALUES], lse.dtype.element_ty)
     for split in range(0, splits):
-        part = tl.cast(split, tl.int64) * entries + n
+        part = split * entries + n
         factor = tl.exp(tl.load(tops + part) - shift)
         acc += factor * tl.load(parts + part * values + d, mask=d < values, other=0.0)
     tl.store(out + n * values + d, (acc * inverse).to(out.dtype.element_ty), mask=d < values)
