@@ -48,7 +48,7 @@ bench: build
 	@$(BIN)/python -m benchmarks.table
 
 gpu:
-	@PYTHON=$(PYTHON) benchmarks/gpu.sh
+	@PYTHON=$(PYTHON) tools/gpu_check.sh
 
 lint: build
 	@echo "==> lint"

@@ -1,10 +1,11 @@
 """Additive (Bahdanau) attention for PyTorch as a fused layer."""
 
 from additive_attn.config import show_config
-from additive_attn.functional import additive_attention, merge_attention
-from additive_attn.modules import AdditiveAttention, ProjectedMemory
-from additive_attn.reference import PlainAdditiveAttention
-from additive_attn.visualize import plot_attention
+from additive_attn.functional import additive_attention
+from additive_attn.merge import merge_attention
+from additive_attn.nn.additive import AdditiveAttention, ProjectedMemory
+from additive_attn.nn.plain import PlainAdditiveAttention
+from additive_attn.plot import plot_attention
 
 __version__ = "0.1.0"
 

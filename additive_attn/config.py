@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from additive_attn import gpu, ops
+from additive_attn.ops import dispatch
 
 
 def show_config() -> str:
@@ -19,10 +19,10 @@ def show_config() -> str:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "cpu path": f"{ops.cpu_path()} ({ops.cpu_reason})",
-        "cpu library": str(ops.library_path or "none"),
+        "cpu path": f"{dispatch.cpu_path()} ({dispatch.cpu_reason})",
+        "cpu library": str(dispatch.library_path or "none"),
         "cpu threads": str(torch.get_num_threads()),
-        "gpu path": gpu.described(),
+        "gpu path": dispatch.gpu_described(),
         "other devices": "pytorch (plain PyTorch in blocks of query rows)",
     }
     width = max(map(len, lines))

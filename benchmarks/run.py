@@ -25,7 +25,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 import additive_attn
-from additive_attn import ops
+from additive_attn.ops import dispatch
 from benchmarks import measure
 from benchmarks.providers import PROVIDERS, Provider, Runner, make_inputs
 from benchmarks.shapes import QUICK, SUITES, Case, parse
@@ -65,7 +65,7 @@ def machine(device: torch.device) -> dict[str, object]:
         name = torch.cuda.get_device_name(device)
         isa = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     else:
-        name, isa = platform.processor() or platform.machine(), ops.cpu_path()
+        name, isa = platform.processor() or platform.machine(), dispatch.cpu_path()
         if sys.platform == "linux":
             models = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
             name = models[0].strip() if models else name

@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import DEVICE, ON_KERNEL
 
-from additive_attn import gpu, ops
+from additive_attn.ops import dispatch
 
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
@@ -44,12 +44,12 @@ def poison_device() -> None:
 def kernel_under_test() -> str:
     """A suite that silently ran the fallback would prove nothing about the kernel."""
     if DEVICE != "cpu":
-        assert ON_KERNEL, f"The tests would run on plain PyTorch: {gpu.path()[1]}"
+        assert ON_KERNEL, f"The tests would run on plain PyTorch: {dispatch.gpu_path()[1]}"
         return "triton"
     wanted = os.environ.get("ADDITIVE_ATTN_CPU")
-    running = ops.cpu_path()
+    running = dispatch.cpu_path()
     assert running != "pytorch" or wanted == "pytorch", (
-        f"The tests would run on plain PyTorch: {ops.cpu_reason}. Build the kernel, or set "
+        f"The tests would run on plain PyTorch: {dispatch.cpu_reason}. Build the kernel, or set "
         "ADDITIVE_ATTN_CPU=pytorch to test the fallback."
     )
     assert wanted in (None, running) or wanted == "baseline", f"{running} runs instead of {wanted}"
@@ -72,4 +72,4 @@ def threads():
 
 
 def pytest_report_header() -> str:
-    return f"additive_attn: on {DEVICE}; cpu path {ops.cpu_path()} ({ops.cpu_reason})"
+    return f"additive_attn: on {DEVICE}; cpu path {dispatch.cpu_path()} ({dispatch.cpu_reason})"

@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from additive_attn import additive_attention, gpu, ops
+import additive_attn
+from additive_attn import additive_attention
+from additive_attn.ops import dispatch
 
 DEVICE = os.environ.get("ADDITIVE_ATTN_TEST_DEVICE", "cpu")  # where everything runs
-ON_KERNEL = ops.cpu_path() != "pytorch" if DEVICE == "cpu" else gpu.path()[0] is not None
-PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(ops.__file__)))
+ON_KERNEL = (
+    dispatch.cpu_path() != "pytorch" if DEVICE == "cpu" else dispatch.gpu_path()[0] is not None
+)
+PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(additive_attn.__file__)))
 INPUTS = ("query", "key", "value", "weight")
 OUTPUTS = ("out", "weights", "lse")
 

@@ -1,0 +1,1 @@
+"""Implementations of the operators; they do not import each other."""

@@ -1,0 +1,113 @@
+"""Block sizes, as plain functions of shape and target. Tuned by reading machine code: see
+``tests/test_triton_code.py`` for what it must hold to."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from additive_attn.backends.triton.launch import power_of_two
+
+WORKSPACE_ELEMENTS = 2**23  # scores that are kept at a time: 32 MB in float32, which caches hold
+
+
+@dataclass(frozen=True)
+class Tile:
+    """RM x RN pairs per thread, TM x TN threads."""
+
+    RM: int
+    TM: int
+    RN: int
+    TN: int
+
+    @property
+    def rows(self) -> int:
+        return self.RM * self.TM
+
+    @property
+    def keys(self) -> int:
+        return self.RN * self.TN
+
+    @property
+    def warps(self) -> int:
+        return max(1, self.TM * self.TN // 32)
+
+    def sizes(self) -> dict[str, int]:
+        return {"RM": self.RM, "TM": self.TM, "RN": self.RN, "TN": self.TN}
+
+
+def score_tile(rows: int, wide: bool = False) -> Tile:
+    """For tiles of scores; ``wide``: in float64, whose numbers take two registers."""
+    if wide:
+        return Tile(2, 8, 2, 16) if rows > 8 else Tile(2, 2, 2, 64)
+    if rows >= 24:
+        return Tile(4, 16, 4, 16)
+    if rows > 8:
+        return Tile(4, 4, 4, 32)
+    return Tile(4, 2, 2, 64) if rows > 4 else Tile(2, 2, 2, 64)
+
+
+def splits(programs: int, length: int, block: int, processors: int) -> tuple[int, int]:
+    """Into how many ranges of whole blocks a reduced index is split, and how long they are, so
+    that every multiprocessor has work."""
+    wanted = max(1, min(4 * processors // max(programs, 1), length // (4 * block)))
+    per_split = max(1, -(-length // (wanted * block))) * block
+    return max(1, -(-length // per_split)), per_split
+
+
+def value_tile(rows: int, wide: bool) -> dict[str, int]:
+    """For the weighted sum: BM rows, BN keys at a time, BD features of the value."""
+    if wide:
+        return {"BM": 1, "BN": 32, "BD": 32, "num_warps": 4}
+    if rows <= 16:
+        return {"BM": 16, "BN": 32, "BD": 64, "num_warps": 4}
+    # More loads in flight, or larger tiles, cost registers that are not there.
+    return {"BM": 64, "BN": 32, "BD": 32, "num_warps": 4, "num_stages": 1}
+
+
+def row_block(keys: int) -> dict[str, int]:
+    """For passes over rows of scores, one program each."""
+    return {"BLOCK": 256, "num_warps": 2} if keys <= 4096 else {"BLOCK": 2048, "num_warps": 8}
+
+
+def gradient_tile(length: int) -> dict[str, int]:
+    """For the passes over features: RX rows (or keys) by 2 RH features per thread, TX by TH
+    threads."""
+    if length > 16:
+        return {"RX": 2, "TX": 32, "RH": 4, "TH": 8, "num_warps": 8}
+    return {"RX": 1, "TX": 16, "RH": 4, "TH": 16, "num_warps": 8}
+
+
+def gradient_block(length: int) -> int:
+    """Keys (or rows) between two additions of partial sums; lengths are padded to whole blocks."""
+    return 64 if length > 16 else 16
+
+
+SINGLE_KEYS = 16  # one query per entry: keys at a time
+
+
+@functools.cache
+def single_tile(hidden: int, values: int, wide: bool, most_values: int) -> dict[str, int]:
+    """Sums over features of the value are kept in registers where ``most_values`` allows it."""
+    VALUES = min(power_of_two(max(values, 16)), most_values // 4 if wide else most_values)
+    return {
+        "BLOCK": SINGLE_KEYS,
+        "FEATURES": min(power_of_two(max(hidden, 16)), 64 if wide else 128),
+        "VALUES": VALUES,
+        "num_warps": 8 if VALUES > (128 if wide else 256) else 4,
+    }
+
+
+# Sizes, offsets and numbers that differ from call to call: a kernel is compiled once for all.
+VARYING = (
+    "inner", "entries", "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin",
+    "key_count", "keys_per_split", "rows_per_split", "splits", "length", "length_padded", "left",
+    "right", "threshold", "keep_bits", "scale_bits",
+    *(
+        f"{name}_{dim}"
+        for name in ("query", "key", "value", "weight", "mask", "length", "seed", "query_exp",
+                     "key_exp", "gw", "gl", "go", "stride")
+        for dim in ("outer", "inner")
+    ),
+    "mask_row", "length_row", "gw_row", "gl_row",
+)  # fmt: skip

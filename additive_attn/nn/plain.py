@@ -1,0 +1,27 @@
+"""The plain layer: what this package replaces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PlainAdditiveAttention(nn.Module):
+    """Additive attention (Bahdanau et al. 2015, arXiv:1409.0473) in seven lines of plain PyTorch.
+
+    ``query (..., Lq, input_dim)``, ``key (..., Lk, input_dim)``, ``value (..., Lk, Dv)``
+    -> ``out (..., Lq, Dv)``, ``weights (..., Lq, Lk)``. Builds the tensor ``(..., Lq, Lk,
+    hidden_dim)``.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.query_layer = nn.Linear(input_dim, hidden_dim)
+        self.key_layer = nn.Linear(input_dim, hidden_dim)
+        self.energy_layer = nn.Linear(hidden_dim, 1)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = self.query_layer(query), self.key_layer(key)
+        energy = torch.tanh(query[..., :, None, :] + key[..., None, :, :])
+        weights = torch.softmax(self.energy_layer(energy).squeeze(-1), dim=-1)
+        return weights @ value, weights

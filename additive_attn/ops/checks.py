@@ -1,0 +1,285 @@
+"""Every check of what users pass, and every sentence that they read when it does not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from additive_attn.spec.call import lse_dtype
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+)  # fmt: skip
+
+
+def require_one_device(**tensors: Tensor | None) -> None:
+    """Refuses tensors that lie on several devices, in words."""
+    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(given.values())) > 1:
+        found = ", ".join(f"{name} is on {device}" for name, device in given.items())
+        raise RuntimeError(
+            f"additive_attention needs all tensors on one device, but {found}. Move them with "
+            ".to(device)."
+        )
+
+
+def batch_of(
+    query: torch.Size, key: torch.Size, value: torch.Size, weight: torch.Size
+) -> torch.Size:
+    """The leading dims of a call whose tensors differ in them, or the sentence that says what does
+    not fit."""
+    for name, shape in (("query", query), ("key", key), ("value", value)):
+        if len(shape) < 2:
+            raise ValueError(
+                f"{name} has shape {tuple(shape)}, but needs at least two dims: "
+                f"(..., {'Lq' if name == 'query' else 'Lk'}, {'Dv' if name == 'value' else 'H'})."
+            )
+    if query[-1] != key[-1]:
+        raise ValueError(
+            f"query has {query[-1]} features and key has {key[-1]}, but they are added to each "
+            "other: project both to the same hidden size H."
+        )
+    if key[-2] != value[-2]:
+        raise ValueError(
+            f"key has {key[-2]} positions and value has {value[-2]}, but each key belongs to one "
+            "value: key is (..., Lk, H) and value is (..., Lk, Dv)."
+        )
+    try:
+        batch: torch.Size = torch.broadcast_shapes(query[:-2], key[:-2], value[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"The leading dims of query {tuple(query)}, key {tuple(key)} and value "
+            f"{tuple(value)} do not broadcast to each other. Each must be equal, or 1."
+        ) from None
+    heads = query[-3:-2]
+    if weight != query[-1:] and not (heads and weight in (heads + query[-1:], (1, query[-1]))):
+        raise ValueError(
+            f"weight has shape {tuple(weight)}, but a query of shape {tuple(query)} needs a "
+            f"weight of shape ({query[-1]},), or (heads, {query[-1]}) where dim -3 of query is "
+            "heads."
+        )
+    return batch
+
+
+def check_mask(
+    attn_mask: Tensor, query: Tensor, batch: torch.Size, scores: tuple[int, int]
+) -> None:
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(
+            f"attn_mask is a {type(attn_mask).__name__}, but must be a tensor or None."
+        )
+    if attn_mask.layout is not torch.strided:
+        refuse_layouts(attn_mask=attn_mask)
+    dtype = attn_mask.dtype
+    if dtype != torch.bool and dtype != query.dtype:
+        cure = (
+            "Convert it with .bool()"
+            if dtype in _INTEGERS
+            else f"Convert it with .to({query.dtype})"
+        )
+        raise TypeError(
+            f"attn_mask has dtype {dtype}, but must be bool (True = attend) or have the dtype of "
+            f"query, {query.dtype} (added to the scores). {cure}."
+        )
+    if attn_mask.device != query.device:
+        require_one_device(query=query, attn_mask=attn_mask)
+    full = (*batch, *scores)
+    shape = attn_mask.shape
+    if len(shape) > len(full) or any(
+        size != 1 and size != wanted
+        for size, wanted in zip(reversed(shape), reversed(full), strict=False)
+    ):
+        raise ValueError(
+            f"attn_mask has shape {tuple(shape)}, but must broadcast to (..., Lq, Lk) = {full}: "
+            "each dim, counted from the last, must be equal or 1."
+        )
+
+
+def aligned_lengths(lengths: Tensor, key: Tensor, batch: torch.Size, num_queries: int) -> Tensor:
+    """``lengths`` as int64, broadcastable to ``(*batch, Lq)``."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(
+            f"lengths is a {type(lengths).__name__}, but must be an integer tensor. Convert it "
+            "with torch.tensor(lengths)."
+        )
+    if lengths.dtype not in _INTEGERS:
+        raise TypeError(
+            f"lengths has dtype {lengths.dtype}, but must hold integers. Convert it with .long()."
+        )
+    if lengths.layout is not torch.strided:
+        refuse_layouts(lengths=lengths)
+    if lengths.device != key.device:
+        require_one_device(key=key, lengths=lengths)
+    shape, per_sequence = lengths.shape, batch[:1]
+    if shape != per_sequence and shape != (*per_sequence, num_queries):
+        raise ValueError(
+            f"lengths has shape {tuple(shape)}, but must be {tuple(per_sequence)}, one length "
+            f"per sequence, or {(*per_sequence, num_queries)}, one per query."
+        )
+    if lengths.dtype != torch.int64:
+        lengths = lengths.to(torch.int64)
+    if is_readable(lengths) and lengths.numel() > 0:
+        low, high = _bounds(lengths)
+        num_keys = key.shape[-2]
+        if low < 0 or high > num_keys:
+            raise ValueError(
+                f"lengths holds values from {low} to {high}, but key has {num_keys} positions: "
+                f"lengths must lie between 0 and {num_keys}."
+            )
+    if len(batch) > 1 or (batch and len(shape) == 1):
+        rows = num_queries if len(shape) == 2 else 1
+        lengths = lengths.reshape(batch[0], *(1,) * (len(batch) - 1), rows)
+    return lengths
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at without stopping a device, a trace or a transform."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.is_cpu
+        and not torch._C._are_functorch_transforms_active()
+        # A subclass that dispatches by itself, as those of tracing do, may hold no values.
+        and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+
+
+def _bounds(tensor: Tensor) -> tuple[int, int]:
+    """The smallest and the largest element of an integer tensor of at most two dims."""
+    if tensor.numel() > 64:
+        low, high = tensor.aminmax()
+        return int(low), int(high)
+    # A decoder step is so short that starting a reduction would show.
+    values: Any = tensor.tolist()
+    if tensor.dim() == 2:
+        values = [value for row in values for value in row]
+    return (min(values), max(values)) if tensor.dim() > 0 else (values, values)
+
+
+def checked_scale(scale: float) -> float:
+    """``scale`` as a float, from any finite real number."""
+    try:
+        number = float(scale) if isinstance(scale, Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if isinstance(scale, bool) or not -math.inf < number < math.inf:
+        raise ValueError(
+            f"scale is {scale!r}, but the scores need a finite factor, a number such as a float. "
+            "The default is 1.0."
+        )
+    return number
+
+
+def checked_probability(name: str, probability: float) -> float:
+    """``probability`` as a float, from any real number in [0, 1]."""
+    if (
+        isinstance(probability, bool)
+        or not isinstance(probability, Real)
+        or not 0.0 <= probability <= 1.0
+    ):
+        raise ValueError(
+            f"{name} is {probability!r}, but a probability is a number, such as a float, between "
+            "0 and 1."
+        )
+    return float(probability)
+
+
+def checked_window(window: tuple[int, int]) -> tuple[int, int]:
+    if (
+        not isinstance(window, (tuple, list))
+        or len(window) != 2
+        or any(
+            isinstance(side, bool)
+            or not isinstance(side, (int, torch.SymInt))
+            or side < -1
+            or (isinstance(side, int) and side >= 2**63)
+            for side in window
+        )
+    ):
+        raise ValueError(
+            f"window is {window!r}, but must be a pair (left, right) of Python integers below "
+            "2**63, each -1 (unbounded) or more: query i attends to the keys i - left ... i + "
+            "right."
+        )
+    return window[0], window[1]
+
+
+def refuse_types(**tensors: Any) -> NoReturn:
+    found = ", ".join(f"{name} is a {type(tensor).__name__}" for name, tensor in tensors.items())
+    raise TypeError(
+        f"Additive attention needs tensors, but {found}. Convert them with torch.as_tensor."
+    )
+
+
+def refuse_layouts(**tensors: Tensor) -> NoReturn:
+    found = ", ".join(
+        f"{name} is nested" if tensor.is_nested else f"{name} is {tensor.layout}"
+        for name, tensor in tensors.items()
+    )
+    raise TypeError(
+        f"Additive attention needs dense tensors, but {found}. Convert a sparse tensor with "
+        ".to_dense(), and a nested one with .to_padded_tensor(0.0), passing its lengths."
+    )
+
+
+def refuse_flags(**flags: Any) -> NoReturn:
+    found = ", ".join(f"{name} is {flag!r}" for name, flag in flags.items())
+    raise TypeError(f"{found}, but both must be True or False. Convert them with bool().")
+
+
+def refuse_dtypes(**tensors: Tensor) -> NoReturn:
+    found = ", ".join(f"{name} is {tensor.dtype}" for name, tensor in tensors.items())
+    raise TypeError(
+        "additive_attention needs query, key, value and weight of one dtype among float64, "
+        f"float32, bfloat16 and float16, but {found}. Convert them with .to(dtype), or call "
+        "under torch.autocast."
+    )
+
+
+def described(given: Any) -> str:
+    kind = type(given).__name__
+    if isinstance(given, (list, tuple)):
+        kind += f" of {', '.join(sorted({type(element).__name__ for element in given}))}"
+    return kind
+
+
+def check_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    for name, given in (("outs", outs), ("lses", lses)):
+        if not isinstance(given, (Sequence, Tensor)) or not all(
+            isinstance(tensor, Tensor) for tensor in given
+        ):
+            raise TypeError(
+                f"merge_attention got {name} that are no sequence of tensors, but a "
+                f"{described(given)}. Pass a list of the results of additive_attention."
+            )
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise ValueError(
+            f"merge_attention got {len(outs)} outs and {len(lses)} lses, but needs one lse for "
+            "each out and at least one of both. Call additive_attention with need_lse=True to "
+            "get them."
+        )
+    for out, lse in zip(outs, lses, strict=True):
+        if out.shape[:-1] != lse.shape or out.shape != outs[0].shape:
+            raise ValueError(
+                f"merge_attention got an out of shape {tuple(out.shape)} with an lse of shape "
+                f"{tuple(lse.shape)}, but every out must be (..., Lq, Dv) with an lse (..., Lq), "
+                f"all of the shape of the first, {tuple(outs[0].shape)}."
+            )
+        if (
+            out.dtype not in DTYPES
+            or out.dtype != outs[0].dtype
+            or lse.dtype != lse_dtype(out.dtype)
+        ):
+            raise TypeError(
+                f"merge_attention got an out of {out.dtype} with an lse of {lse.dtype}, but all "
+                "outs must have one dtype among float64, float32, bfloat16 and float16 (the "
+                f"first has {outs[0].dtype}), with an lse of float64 if that is float64, and of "
+                "float32 else. Convert them with .to(dtype)."
+            )
+        require_one_device(**{"outs[0]": outs[0], "out": out, "lse": lse})

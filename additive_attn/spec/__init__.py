@@ -1,0 +1,1 @@
+"""What every backend must compute; imports torch only."""

@@ -1,0 +1,105 @@
+"""The CPU kernels under the sanitizers: tests/kernel_driver.cpp against plain loops, no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+COMPILERS = [os.environ.get("CXX"), "g++", "clang++"]
+COMPILER = next((c for c in COMPILERS if c and shutil.which(c)), None)
+FLAGS = ["-std=c++17", "-O1", "-g1", "-w", f"-I{CSRC}", "-pthread"]
+# Only the undefined behaviour that kernels could meet: all of it takes twice as long to compile.
+MEMORY = "-fsanitize=address,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
+MEMORY += ",nonnull-attribute"
+THREADS = "-fsanitize=thread"
+# Threads meet in code that all instruction sets share.
+BASELINE_ONLY = """#include "problem.h"
+namespace additive_attn {
+const Kernels* avx512_kernels() { return nullptr; }
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace additive_attn
+"""
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: install g++ or set CXX"),
+    pytest.mark.skipif(not CSRC.is_dir(), reason="the sources of the CPU kernel are not here"),
+]
+
+
+def compile_all(sources: list[Path], folder: Path, *flags: str) -> list[Path]:
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        command = [COMPILER, *FLAGS, *flags, "-c", source, "-o", target]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def build(objects: list[Path], sources: list[Path], folder: Path, sanitizer: str) -> Path:
+    """The driver with these kernels, of which only the kernels are watched."""
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    command = [COMPILER, sanitizer, probe, "-o", folder / "probe"]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip(f"{COMPILER} cannot build programs with {sanitizer}")
+    objects = [*objects, *compile_all(sources, folder, sanitizer)]
+    program = folder / "driver"
+    subprocess.run([COMPILER, *FLAGS, sanitizer, *objects, "-o", program], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def checker(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    source = ROOT / "tests" / "kernel_driver.cpp"
+    return compile_all([source], tmp_path_factory.mktemp("checker"))
+
+
+@pytest.fixture(scope="module")
+def driver(checker: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sources = sorted(CSRC.glob("kernels*.cpp"))
+    return build(checker, sources, tmp_path_factory.mktemp("memory"), MEMORY)
+
+
+@pytest.fixture(scope="module")
+def threaded_driver(checker: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("threads")
+    (folder / "baseline_only.cpp").write_text(BASELINE_ONLY)
+    sources = [CSRC / "kernels.cpp", CSRC / "kernels_baseline.cpp", folder / "baseline_only.cpp"]
+    return build(checker, sources, folder, THREADS)
+
+
+def run(program: Path, kernels: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [program, *arguments],
+        env={**os.environ, "ADDITIVE_ATTN_CPU": kernels},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if "which this processor or this build lacks" in done.stderr:
+        pytest.skip(f"this processor has no {kernels}")
+    # The undefined-behaviour sanitizer reports and goes on.
+    assert "runtime error" not in done.stderr, done.stderr[-5000:]
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert re.search(r"^[1-9]\d* passed, 0 failed$", done.stdout, re.MULTILINE), done.stdout
+
+
+@pytest.mark.parametrize("kernels", ["baseline", "avx2", "avx512"])
+def test_results_and_memory(driver: Path, kernels: str) -> None:
+    run(driver, kernels)
+
+
+@pytest.mark.parametrize("family", ["split keys", "gradients", "queries"])
+def test_threads(threaded_driver: Path, family: str) -> None:
+    run(threaded_driver, "baseline", family)

@@ -1,0 +1,459 @@
+"""The GPU's kernels, feature by feature, against the plain formula in float64: in Triton's
+interpreter (``test_isa.py`` starts it), or on a GPU with ADDITIVE_ATTN_TEST_DEVICE=cuda."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+from oracle import (
+    DEVICE,
+    assert_layout_free,
+    assert_same,
+    check_against_plain,
+    fused,
+    generator,
+    gradients,
+    make,
+    plain,
+    random_upstream,
+)
+
+from additive_attn import additive_attention
+from additive_attn.backends import blocks
+from additive_attn.ops import dispatch
+from additive_attn.spec.dropout import draw_seed
+
+pytestmark = pytest.mark.skipif(
+    dispatch.cpu_path() != "triton" and DEVICE == "cpu",
+    reason="runs in the interpreter, which test_isa.py starts, or on a GPU",
+)
+
+
+def test_the_kernels_run():
+    """Not the fallback."""
+    assert (
+        dispatch.cpu_path() == "triton" if DEVICE == "cpu" else dispatch.gpu_path()[0] is not None
+    )
+
+
+SHAPES = [
+    ((), 1, 1, 1, 1),
+    ((2,), 1, 40, 33, 17),
+    ((1, 2), 2, 15, 3, 5),
+    ((2,), 5, 65, 4, 16),
+    ((), 33, 64, 65, 1),
+    ((), 65, 31, 100, 70),
+    # Long enough for the reduced index to be split over programs.
+    ((2,), 1, 300, 6, 5),
+    ((), 2, 530, 3, 2),
+    ((), 530, 3, 3, 2),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sizes_around_tiles(shape):
+    batch, *sizes = shape
+    check_against_plain([make(batch, *sizes)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("queries", [1, 6])
+def test_dtypes(queries, dtype):
+    check_against_plain([make((2,), queries, 19, 9, 5, dtype=dtype)])
+
+
+@pytest.mark.parametrize("hidden", [10, 70])
+@pytest.mark.parametrize("spread", [1e-3, 0.3, 8.0, 100.0])
+def test_magnitudes(spread, hidden):
+    cases = [make((), 6, 20, hidden, 5, spread=spread)]
+    check_against_plain(cases, magnitude=min(spread, 1.0))
+
+
+@pytest.mark.parametrize("hidden", [10, 70])
+@pytest.mark.parametrize("queries", [1, 6])
+def test_small_energies_at_a_large_scale(queries, hidden):
+    """Only a relative error of tanh(x) near 0 that is as small as PyTorch's passes."""
+    cases = [make((), queries, 20, hidden, 5, spread=1e-3, seed=seed) for seed in range(4)]
+    check_against_plain(cases, scale=1000.0)
+
+
+@pytest.mark.parametrize("hidden", [10, 70])
+def test_all_magnitudes_in_one_call(hidden):
+    case = make((), 9, 20, hidden, 5)
+    case["query"] *= 10 ** torch.linspace(-1, 2.3, 9)[:, None]
+    case["key"] *= 10 ** torch.linspace(2.3, -1, 20)[:, None]
+    check_against_plain([case])
+
+
+def masking(kind, queries, keys):
+    g = generator(1)
+    return {
+        "bool": dict(attn_mask=torch.rand(2, queries, keys, generator=g) > 0.4),
+        "float": dict(attn_mask=torch.randn(queries, keys, generator=g)),
+        "float per key": dict(attn_mask=torch.randn(keys, generator=g)),
+        "float per entry": dict(attn_mask=torch.randn(2, queries, 1, generator=g)),
+        "lengths": dict(lengths=torch.tensor([5, keys])),
+        "lengths per row": dict(lengths=torch.arange(2 * queries).view(2, queries)),
+        "causal": dict(is_causal=True),
+        "window": dict(window=(3, 2)),
+    }[kind]
+
+
+MASKS = [
+    "bool", "float", "float per key", "float per entry", "lengths", "lengths per row", "causal",
+    "window",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("queries,keys", [(9, 21), (1, 150)])
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks(kind, queries, keys):
+    check_against_plain(
+        [make((2,), queries, keys, 9, 5)], scale=0.3, **masking(kind, queries, keys)
+    )
+
+
+@pytest.mark.parametrize(
+    "mask,workspace",
+    [((12, 5), 900), ((2, 1, 1, 5), 3200), ((2, 2, 12, 5), 3200), (None, 700)],
+    ids=["rows", "entries", "all", "none"],
+)
+def test_a_workspace_smaller_than_the_problem(mask, workspace, monkeypatch):
+    """Rows and entries in several parts; the last rows' window lies beyond the last key."""
+    triton_configs = pytest.importorskip("additive_attn.backends.triton.configs")
+    monkeypatch.setattr(triton_configs, "WORKSPACE_ELEMENTS", workspace)
+    masking = dict(window=(3, 2)) if mask is None else dict(attn_mask=torch.randn(mask))
+    batch, queries, keys = ((), 40, 9) if mask is None else ((2, 2), 12, 5)
+    check_against_plain([make(batch, queries, keys, 7, 5)], **masking)
+
+
+def test_heads():
+    check_against_plain([make((2, 2), 3, 5, 7, 5, heads=True)])
+
+
+def test_keys_shared_by_heads():
+    case = make((2, 2), 3, 5, 7, 5, heads=True)
+    case["key"], case["value"] = case["key"][:, :1], case["value"][:1]
+    check_against_plain([case])
+
+
+def test_an_empty_row():
+    case = make((2,), 3, 9, 7, 5)
+    lengths = torch.tensor([[0, 9, 4], [3, 0, 0]])
+    outputs = fused(case, lengths=lengths)
+    empty = lengths == 0
+    assert (outputs["out"][empty] == 0).all() and (outputs["weights"][empty] == 0).all()
+    assert (outputs["lse"][empty] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_rows_of_a_finite_masking_value(queries):
+    """Beside -1e9 the logarithm of a sum is lost."""
+    mask = torch.zeros(2, queries, 21)
+    mask[0, :, 12:] = -1e9
+    mask[1, 0] = -1e9
+    case = make((2,), queries, 21, 9, 5)
+    upstream = random_upstream(plain(*case.values(), bias=mask), ("out", "weights"))
+    ours, grads = gradients(lambda x: fused(x, attn_mask=mask), case, upstream)
+    expected, expected_grads = gradients(lambda x: plain(*x.values(), bias=mask), case, upstream)
+    for name in ours:
+        torch.testing.assert_close(ours[name], expected[name])
+    for name in grads:
+        torch.testing.assert_close(grads[name], expected_grads[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("queries", [1, 4])
+def test_an_infinite_weight(queries, dtype):
+    """All scores are infinite, their softmax NaN."""
+    case = make((), queries, 9, 7, 5, dtype=dtype)
+    case["weight"][2] = torch.inf
+    outputs = fused(case)
+    assert outputs["out"].isnan().all() and outputs["weights"].isnan().all()
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_padding_changes_no_bit(queries):
+    clean = make((2,), queries, 20, 9, 5)
+    lengths = torch.tensor([20, 6])
+    dirty = {name: x.clone() for name, x in clean.items()}
+    dirty["key"][1, 6:] = torch.nan
+    dirty["value"][1, 6:] = torch.inf
+    upstream = random_upstream(fused(clean, lengths=lengths))
+
+    def run(inputs):
+        return gradients(lambda x: fused(x, lengths=lengths), inputs, upstream)
+
+    (ours, grads), (expected, expected_grads) = run(dirty), run(clean)
+    for name in ours:
+        assert_same(ours[name], expected[name], name)
+    for name in grads:
+        assert_same(grads[name], expected_grads[name], name)
+    assert (grads["key"][1, 6:] == 0).all() and (grads["value"][1, 6:] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nan_at_attended_positions(name):
+    case = make((), 4, 9, 7, 5)
+    case[name][1, 2] = torch.nan
+    out = fused(case)["out"].isnan()
+    assert out[1].all() if name == "query" else out.any(-1).all()
+    assert name != "query" or not out[[0, 2, 3]].any()
+
+
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite(strange):
+    """They reach the rows that attend to them, alone, dropout included."""
+    case = make((), 20, 37, 7, 5)
+    case["value"][[3, 34], [1, 2]] = strange
+    mask = torch.rand(20, 37, generator=generator(1)) > 0.5
+    seed = draw_seed(torch.device(DEVICE))
+    for chosen, dropout_p in ((None, 0.0), (seed, 0.5)):
+        arguments = (*case.values(), mask, None, chosen, -1, -1, dropout_p, 1.0, False)
+        torch.testing.assert_close(
+            dispatch.forward(*arguments)[0], blocks.forward(*arguments)[0], equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nan_in_a_single_row(name):
+    case = make((2,), 1, 9, 7, 5)
+    case[name][1, 0, 2] = torch.nan
+    out = fused(case)["out"].isnan()
+    assert out[1].any() and not out[0].any()
+    assert name == "value" or out[1].all()
+
+
+@pytest.mark.parametrize("queries,keys", [(5, 21), (1, 150), (24, 40)])
+def test_dropout_is_that_of_every_backend(queries, keys, monkeypatch):
+    """The same weights survive, forward and backward, wherever the parts of a problem begin."""
+    triton_configs = pytest.importorskip("additive_attn.backends.triton.configs")
+    monkeypatch.setattr(triton_configs, "WORKSPACE_ELEMENTS", 1024)
+    seed = draw_seed(torch.device(DEVICE))
+    case = make((2,), queries, keys, 9, 5)
+    inputs = (*case.values(), None, None, seed)
+    options = (6, 2, 0.4, 0.3)
+
+    expected = blocks.forward(*inputs, *options, True)
+    for ours, theirs in zip(dispatch.forward(*inputs, *options, True), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    upstream = [torch.randn_like(x) for x in expected]
+    arguments = (*upstream, *inputs, expected[2], *options, True, True, True, True, False)
+    expected = blocks.backward(*arguments)
+    for ours, theirs in zip(dispatch.backward(*arguments), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_strides(queries):
+    case = make((2,), queries, 21, 9, 6)
+    strided = {
+        "query": case["query"].repeat_interleave(3, -1)[..., ::3],
+        "key": case["key"].mT.contiguous().mT,
+        "value": torch.cat([case["value"]] * 2, -1)[..., :6],
+        "weight": case["weight"].repeat_interleave(2)[::2],
+    }
+    assert strided["weight"].stride() == (2,) and not strided["key"].is_contiguous()
+    assert_layout_free(fused(strided), fused(case))
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x.repeat_interleave(3, -1)[..., ::3],
+        lambda x: x[..., :1].expand(x.shape),
+        lambda x: x[:1].expand(x.shape),
+    ],
+    ids=["transposed", "sliced", "expanded", "expanded over the batch"],
+)
+def test_strides_of_upstream_gradients(layout, queries):
+    case = make((2,), queries, 21, 9, 6)
+    upstream = {name: layout(x) for name, x in random_upstream(fused(case)).items()}
+    _, ours = gradients(fused, case, upstream)
+    _, expected = gradients(fused, case, {name: x.contiguous() for name, x in upstream.items()})
+    assert_layout_free(ours, expected)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("given", [{"out"}, {"weights"}, {"lse"}, {"weights", "lse"}], ids=str)
+def test_some_upstream_gradients(given, queries):
+    check_against_plain([make((2,), queries, 9, 7, 5)], upstream_of=sorted(given))
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("wanted", ["query", "key", "value", "weight"])
+def test_only_the_gradient_that_is_wanted(wanted, queries):
+    case = make((2,), queries, 9, 7, 5)
+    upstream = random_upstream(fused(case))
+    _, everything = gradients(fused, case, upstream)
+    leaf = {**case, wanted: case[wanted].clone().requires_grad_()}
+    outputs = fused(leaf)
+    (alone,) = torch.autograd.grad(
+        list(outputs.values()), leaf[wanted], [upstream[name] for name in outputs]
+    )
+    assert_same(alone, everything[wanted], wanted)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("empty", ["batch", "queries", "keys", "hidden", "values"])
+def test_size_zero(empty, queries):
+    sizes = {"batch": 2, "queries": queries, "keys": 5, "hidden": 4, "values": 6} | {empty: 0}
+    batch, *rest = sizes.values()
+    inputs = make((batch,), *rest)
+    upstream = random_upstream(fused(inputs))
+    outputs, grads = gradients(fused, inputs, upstream)
+    assert outputs["out"].shape == (batch, sizes["queries"], sizes["values"])
+    assert all(grads[name].shape == inputs[name].shape for name in grads)
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+def captured(step):
+    """A graph of ``step``, and what it writes its results to."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", [*MASKS, "none"])
+@pytest.mark.parametrize("queries", [1, 40])
+def test_cuda_graph(queries, kind):
+    """Nothing waits for the device, forward or backward."""
+    case = make((2,), queries, 50, 9, 5)
+    options = {} if kind == "none" else masking(kind, queries, 50)
+    leaves = {name: x.clone().requires_grad_() for name, x in case.items()}
+    upstream = torch.randn(2, queries, 5)
+
+    def step():
+        out = additive_attention(*leaves.values(), **options)
+        return out, *torch.autograd.grad(out, list(leaves.values()), upstream)
+
+    graph, results = captured(step)
+    with torch.no_grad():
+        for x in leaves.values():
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    for ours, expected in zip(results, step(), strict=True):
+        assert_same(ours, expected, "replayed")
+
+
+@on_gpu
+@pytest.mark.parametrize("queries", [1, 40])
+def test_cuda_graph_draws_other_weights(queries):
+    """A replay drops other weights than the one before."""
+    case = make((2,), queries, 50, 9, 5)
+    graph, out = captured(lambda: additive_attention(*case.values(), dropout_p=0.5))
+    graph.replay()
+    before = out.clone()
+    graph.replay()
+    assert not torch.equal(out, before)
+
+
+@on_gpu
+@pytest.mark.parametrize("queries", [1, 40])
+def test_another_stream(queries):
+    case = make((64,), queries, 500, 64, 64)
+    expected = additive_attention(*case.values())
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)
+        late = {name: x.clone() for name, x in case.items()}
+        out = additive_attention(*late.values())
+    stream.synchronize()
+    assert_same(out, expected, "out")
+
+
+@on_gpu
+def test_another_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = make((2,), 5, 20, 9, 5)
+    outs = [additive_attention(*(x.to(f"cuda:{i}") for x in case.values())) for i in (0, 1)]
+    assert outs[1].device.index == 1
+    assert_same(outs[1].cpu(), outs[0].cpu(), "out")
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_offsets_beyond_int32(queries):
+    """8 GB of addresses, of which a few pages are touched on a CPU."""
+    case = make((2,), queries, 9, 7, 5, dtype=torch.float16)
+    # Not from torch.empty, whose memory the tests fill.
+    room = torch.frombuffer(mmap.mmap(-1, 2**33 + 2**21), dtype=torch.float16).to(DEVICE)
+    far = dict(case)
+    far["key"] = room.as_strided((2, 9, 7), (2**31 + 16, 7, 1)).copy_(case["key"])
+    far["value"] = room[10**6 :].as_strided((2, 9, 5), (5, 2**28, 1)).copy_(case["value"])
+    options = (None, None, None, -1, -1, 0.0, 1.0)
+    expected = dispatch.forward(*case.values(), *options, True)
+    for ours, theirs in zip(
+        dispatch.forward(*far.values(), *options, True), expected, strict=True
+    ):
+        assert_same(ours, theirs)
+    upstream = [torch.randn_like(x) for x in expected]
+
+    def backward(inputs):
+        arguments = (*upstream, *inputs.values(), *options[:3], expected[2], *options[3:])
+        return dispatch.backward(*arguments, True, True, True, True, False)
+
+    for ours, theirs in zip(backward(far), backward(case), strict=True):
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_lengths_out_of_range(queries):
+    """Read on no host: they stop at the ends of the keys."""
+    case = make((3,), queries, 9, 7, 5).values()
+    given, meant = torch.tensor([[-3], [4], [2**40]]), torch.tensor([[0], [4], [9]])
+
+    def run(lengths):
+        arguments = (*case, None, lengths, None)
+        outputs = dispatch.forward(*arguments, -1, -1, 0.0, 1.0, True)
+        arguments = (*outputs, *arguments, outputs[2], -1, -1, 0.0, 1.0)
+        return *outputs, *dispatch.backward(*arguments, True, True, True, True, False)
+
+    for ours, expected in zip(run(given), run(meant), strict=True):
+        assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("needs", [(True,) * 5, (False,) * 5, (False, True, False, True, False)])
+def test_opcheck(needs, queries):
+    """What the operators return has the shapes that traces expect, and shares no memory."""
+    case = make((2,), queries, 5, 4, 3).values()
+    inputs = (*case, torch.randn(queries, 5), None, None)
+    options = (-1, -1, 0.0, 1.0)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(dispatch.forward, (*inputs, *options, needs[0]), test_utils=checks)
+    out, _, lse = dispatch.forward(*inputs, *options, False)
+    arguments = (torch.randn_like(out), None, None, *inputs, lse, *options, *needs)
+    torch.library.opcheck(dispatch.backward, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_repeats_to_the_bit(queries):
+    case = make((2,), queries, 150, 9, 5)
+    upstream = random_upstream(fused(case))
+    first, second = (gradients(fused, case, upstream) for _ in range(2))
+    for ours, again in zip(first, second, strict=True):
+        for name in ours:
+            assert_same(ours[name], again[name], name)
+
+
+def test_gradcheck():
+    inputs = [x.requires_grad_() for x in make((), 2, 3, 3, 2, dtype=torch.float64).values()]
+    assert torch.autograd.gradcheck(
+        lambda *x: additive_attention(*x, need_weights=True, need_lse=True), inputs, fast_mode=True
+    )

@@ -1,0 +1,208 @@
+"""The GPU kernels compile for every target, spill nothing, and spend the instructions that the
+algebra needs: read from the machine code, since no GPU is needed for that."""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", minversion="3.6", reason="Triton brings compiler and disassembler")
+
+from additive_attn.backends.triton import operators, problem, tiles
+from tools.machine_code import AMD, LONG, STEP, TRITON, call, compiled_calls
+
+# The same source becomes other instructions in another version of the compiler.
+VERSION = tuple(map(int, TRITON.split(".")[:2]))
+figures = pytest.mark.skipif(
+    VERSION > (3, 9), reason=f"the figures are those of Triton 3.6 to 3.9; this is {TRITON}"
+)
+pytestmark = pytest.mark.skipif(
+    torch.version.hip is not None or operators.interpreted(),
+    reason="compiles for targets by name, which the interpreter and ROCm do not",
+)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors that are alive at once, of those made while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for x in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(x, torch.Tensor):
+                self._count(x.untyped_storage())
+        return results
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._seen or not size:
+            return
+        self._seen.add(place)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, place, size)
+
+    def _forget(self, place: int, size: int) -> None:
+        self._seen.discard(place)
+        self.now -= size
+
+
+EVERYTHING = dict(
+    mask=torch.bool, lengths=True, dropout_p=0.1, left=200, right=100,
+    upstream=("out", "weights", "lse"),
+)  # fmt: skip
+CALLS = {
+    "usual": call(*LONG),
+    "everything": call(2, 200, 300, 128, 64, **EVERYTHING),
+    "float mask": call(2, 200, 300, 128, 64, mask=torch.float32),
+    "sizes of one": call(2, 5, 7, 1, 1, mask=torch.bool),
+    "single, sizes of one": call(2, 1, 7, 1, 1, mask=torch.bool),
+    "odd sizes": call(3, 67, 131, 33, 17, need_weights=False),
+    "96 features": call(1, 80, 80, 96, 64),
+    "few rows": call(2, 12, 100_000, 128, 64),
+    "6 rows": call(2, 6, 40, 40, 64, mask=torch.bool),
+    "few keys": call(2, 300, 3, 128, 64),
+    "half": call(2, 80, 90, 128, 64, dtype=torch.float16, mask=torch.float16),
+    "bfloat16": call(2, 80, 90, 48, 64, dtype=torch.bfloat16, **EVERYTHING),
+    "float64": call(2, 70, 80, 40, 64, dtype=torch.float64, mask=torch.float64),
+    "float64, everything": call(2, 5, 6, 40, 64, dtype=torch.float64, **EVERYTHING),
+    "single": call(*STEP),
+    "single, smallest": call(1, 1, 10, 32, 20),
+    "single, wide values": call(2, 1, 70, 128, 1024, **EVERYTHING),
+    "single, everything": call(2, 1, 5000, 128, 300, **EVERYTHING),
+    "single, half": call(2, 1, 5000, 128, 300, dtype=torch.float16, mask=torch.float16),
+    "single, float64": call(2, 1, 500, 128, 300, dtype=torch.float64, **EVERYTHING),
+}
+# Instructions per tanh at most, on sm_90.
+BARS = {"score_kernel": 4.5, "query_kernel": 6.6, "key_kernel": 5.6}
+
+
+@functools.cache
+def kernels(label, target):
+    return compiled_calls(target, CALLS[label])
+
+
+def instructions_per_tanh(name, target):
+    (kernel,) = [kernel for kernel in kernels("usual", target) if kernel.name == name]
+    return kernel.per_tanh()[0]
+
+
+@pytest.mark.parametrize(
+    "label,target",
+    [
+        *((label, "sm_90") for label in CALLS),
+        *(
+            (label, target)
+            for label in ("usual", "everything", "single", "single, everything")
+            for target in ("sm_80", "sm_100", "gfx942")
+        ),
+    ],
+)
+def test_calls_compile_without_spills(label, target):
+    found = kernels(label, target)
+    assert len(found) >= (3 if label.startswith("single") else 7)
+    for kernel in found:
+        code = kernel.code
+        assert code.registers <= (512 if target in AMD else 255), kernel.name
+        assert code.shared <= 48 * 1024, kernel.name
+        assert 0 < kernel.programs < 2**31, kernel.name
+        # Earlier versions spill up to four registers outside all loops, where that lets more
+        # programs run at once.
+        assert code.spilled <= (16 if VERSION < (3, 9) and label != "usual" else 0), kernel.name
+
+
+@figures
+@pytest.mark.parametrize("name", BARS)
+def test_instructions_per_tanh(name):
+    assert instructions_per_tanh(name, "sm_90") <= BARS[name]
+
+
+@figures
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+@pytest.mark.parametrize("name", BARS)
+def test_instructions_on_other_gpus(name, target):
+    assert instructions_per_tanh(name, target) <= 1.1 * instructions_per_tanh(name, "sm_90")
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_offsets_beyond_int32_compile(queries):
+    """Strides that need 64 bits; of 8 GB of addresses a few pages are touched."""
+    # Not from torch.empty, whose memory the tests fill.
+    room = torch.frombuffer(mmap.mmap(-1, 2**33 + 2**20), dtype=torch.float16)
+    query, weight = torch.zeros(2, queries, 8).half(), torch.zeros(8).half()
+    key = room.as_strided((2, 9, 8), (2**31 + 16, 8, 1))
+    value = room.as_strided((2, 9, 5), (5, 2**28, 1))
+
+    def function():
+        inputs = (query, key, value, weight, None, None, None, -1, -1, 0.0, 1.0)
+        out, _, lse = operators.forward(*inputs, False)
+        needs = (True, True, True, True, False)
+        operators.backward(out, None, None, *inputs[:7], lse, *inputs[7:], *needs)
+
+    assert len(compiled_calls("sm_90", function)) >= 3
+
+
+def test_lengths_share_kernels():
+    """50 lengths, odd ones too, and many batch sizes compile a bounded number of kernels."""
+
+    def several(sizes):
+        def function():
+            for batch, queries, keys in sizes:
+                call(batch, queries, keys, 32, 16, need_weights=False)()
+
+        return {kernel.arguments for kernel in compiled_calls("sm_90", function)}
+
+    sizes = [(1 + i % 4, 17 + 13 * i, 20 + 17 * i) for i in range(25)]
+    seen = several(sizes)
+    more = [(50 - i, 18 + 29 * i, 19 + 31 * i) for i in range(25)]
+    assert several(more) <= seen
+    assert len(seen) <= 12
+    singles = [(1 + i, 1, 5 + 7 * i) for i in range(50)]
+    assert len(several(singles)) <= 12
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 20_000, 20_000), (200_000, 2, 3), (1, 17, 300_000), (1, 300_000, 17), (100_000, 1, 12)],
+    ids=str,
+)
+def test_extra_memory(sizes, monkeypatch):
+    """What one call needs beyond its inputs: workspaces of a fixed size, and as much as a few
+    copies of the inputs, results included."""
+    batch, queries, keys = sizes
+    monkeypatch.setattr(problem, "processors", lambda device: 132)
+    peak = PeakMemory()
+
+    def function():
+        with peak:
+            call(*sizes, 8, 8, need_weights=False)()
+
+    compiled_calls("sm_90", function)
+    inputs = 4 * batch * (queries + keys) * 16
+    workspace = 4 * tiles.WORKSPACE_ELEMENTS
+    assert peak.peak <= 4 * workspace + 10 * inputs
+
+
+def test_a_mask_is_not_copied():
+    """Not even one that broadcasts in the middle of three batch dims."""
+    batch, rows, keys = (4, 4, 3), 600, 700
+    mask = torch.ones(4, 1, 1, 1, keys, dtype=torch.bool)
+    inputs = [torch.zeros(*batch, n, 8) for n in (rows, keys, keys)]
+    peak = PeakMemory()
+
+    def function():
+        with peak:
+            operators.forward(*inputs, torch.zeros(8), mask, None, None, -1, -1, 0.0, 1.0, False)
+
+    compiled_calls("sm_90", function)
+    assert peak.peak <= 4 * tiles.WORKSPACE_ELEMENTS + 8 * sum(x.nbytes for x in inputs)

@@ -1,0 +1,442 @@
+"""Promise 10: errors are sentences, nothing is silently cast, broadcast or clipped."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from array import array
+
+import pytest
+import torch
+from oracle import PACKAGE_PARENT, make
+
+from additive_attn import AdditiveAttention, additive_attention, merge_attention
+from additive_attn.ops import dispatch
+
+
+def call(**changes):
+    options = {
+        k: changes.pop(k) for k in list(changes) if k not in ("query", "key", "value", "weight")
+    }
+    inputs = make((2,), 3, 5, 8, 6) | changes
+    return additive_attention(*inputs.values(), **options)
+
+
+def t(*shape, dtype=torch.float32, **kw):
+    return torch.zeros(shape, dtype=dtype, **kw)
+
+
+def nested(**options):
+    return torch.nested.nested_tensor([t(5, 8), t(3, 8)], **options)
+
+
+F64, F16 = torch.float64, torch.float16
+CASES = {
+    # what is passed -> (exception, what the sentence names)
+    "query 1-D": (dict(query=t(8)), ValueError, r"query has shape \(8,\).*at least two dims"),
+    "key 1-D": (dict(key=t(8)), ValueError, r"key has shape \(8,\).*at least two dims"),
+    "value 1-D": (dict(value=t(6)), ValueError, r"value has shape \(6,\).*at least two dims"),
+    "query 0-D": (dict(query=t()), ValueError, r"query has shape \(\)"),
+    "hidden sizes": (dict(key=t(2, 5, 7)), ValueError, r"query has 8 features and key has 7"),
+    "hidden size 1": (dict(key=t(2, 5, 1)), ValueError, r"query has 8 features and key has 1"),
+    "key and value": (dict(value=t(2, 4, 6)), ValueError, r"key has 5 positions and value has 4"),
+    "one value": (dict(value=t(2, 1, 6)), ValueError, r"key has 5 positions and value has 1"),
+    "batches": (dict(key=t(3, 5, 8), value=t(3, 5, 6)), ValueError, r"leading dims .*\(2, 3, 8\)"),
+    "weight size": (dict(weight=t(7)), ValueError, r"weight has shape \(7,\).*\(8,\)"),
+    "weight size 1": (dict(weight=t(1)), ValueError, r"weight has shape \(1,\)"),
+    "weight 0-D": (dict(weight=t()), ValueError, r"weight has shape \(\)"),
+    "weight 3-D": (dict(weight=t(1, 1, 8)), ValueError, r"weight has shape \(1, 1, 8\)"),
+    "weight column": (dict(weight=t(8, 1)), ValueError, r"weight has shape \(8, 1\)"),
+    "heads": (dict(weight=t(3, 8)), ValueError, r"weight has shape \(3, 8\).*heads"),
+    "float64 query": (dict(query=t(2, 3, 8, dtype=F64)), TypeError, r"query is torch.float64"),
+    "half value": (dict(value=t(2, 5, 6, dtype=F16)), TypeError, r"value is torch.float16"),
+    "half weight": (dict(weight=t(8, dtype=F16)), TypeError, r"weight is torch.float16"),
+    "not a tensor": (dict(key=[[1.0]]), TypeError, r"key is a list"),
+    "None": (dict(value=None), TypeError, r"value is a NoneType"),
+    "integers": (
+        {name: t(*shape, dtype=torch.int64) for name, shape in dict(
+            query=(2, 3, 8), key=(2, 5, 8), value=(2, 5, 6), weight=(8,)).items()},
+        TypeError, r"torch.int64",
+    ),
+    "complex": (
+        {name: t(*shape, dtype=torch.complex64) for name, shape in dict(
+            query=(2, 3, 8), key=(2, 5, 8), value=(2, 5, 6), weight=(8,)).items()},
+        TypeError, r"torch.complex64",
+    ),
+    "meta key": (dict(key=t(2, 5, 8, device="meta")), RuntimeError, r"key is on meta"),
+    "meta weight": (dict(weight=t(8, device="meta")), RuntimeError, r"weight is on meta"),
+    "uint8 mask": (dict(attn_mask=t(3, 5, dtype=torch.uint8)), TypeError, r"uint8.*\.bool\(\)"),
+    "int64 mask": (dict(attn_mask=t(3, 5, dtype=torch.int64)), TypeError, r"int64.*\.bool\(\)"),
+    "double mask": (dict(attn_mask=t(3, 5, dtype=torch.float64)), TypeError, r"float64.*float32"),
+    "list mask": (dict(attn_mask=[[True]]), TypeError, r"attn_mask is a list"),
+    "mask size": (dict(attn_mask=t(3, 4)), ValueError, r"has shape \(3, 4\).*\(2, 3, 5\)"),
+    "mask transposed": (dict(attn_mask=t(5, 3)), ValueError, r"attn_mask has shape \(5, 3\)"),
+    "mask batch": (dict(attn_mask=t(3, 3, 5)), ValueError, r"attn_mask has shape \(3, 3, 5\)"),
+    "mask rank": (dict(attn_mask=t(1, 2, 3, 5)), ValueError, r"has shape \(1, 2, 3, 5\)"),
+    "mask device": (dict(attn_mask=t(3, 5, device="meta")), RuntimeError, r"attn_mask is on meta"),
+    "lengths too long": (dict(lengths=torch.tensor([5, 6])), ValueError, r"from 5 to 6.*has 5"),
+    "lengths negative": (dict(lengths=torch.tensor([-1, 2])), ValueError, r"from -1 to 2"),
+    "lengths float": (dict(lengths=torch.tensor([1.0, 2.0])), TypeError, r"float32.*\.long\(\)"),
+    "lengths bool": (dict(lengths=torch.tensor([True, False])), TypeError, r"torch.bool"),
+    "lengths list": (dict(lengths=[1, 2]), TypeError, r"lengths is a list.*torch.tensor"),
+    "lengths size": (dict(lengths=torch.tensor([1, 2, 3])), ValueError, r"\(3,\).*\(2, 3\)"),
+    "lengths of one": (dict(lengths=torch.tensor([1])), ValueError, r"lengths has shape \(1,\)"),
+    "lengths 0-D": (dict(lengths=torch.tensor(1)), ValueError, r"lengths has shape \(\)"),
+    "lengths rows": (dict(lengths=torch.ones(2, 4, dtype=torch.int64)), ValueError, r"\(2, 4\)"),
+    "lengths column": (dict(lengths=torch.ones(2, 1, dtype=torch.int64)), ValueError, r"\(2, 1\)"),
+    "dropout 2": (dict(dropout_p=2.0), ValueError, r"dropout_p is 2.0.*between 0 and 1"),
+    "dropout -0.1": (dict(dropout_p=-0.1), ValueError, r"dropout_p is -0.1"),
+    "dropout nan": (dict(dropout_p=float("nan")), ValueError, r"dropout_p is nan"),
+    "dropout text": (dict(dropout_p="0.1"), ValueError, r"dropout_p is '0.1'"),
+    "scale inf": (dict(scale=float("inf")), ValueError, r"scale is inf"),
+    "scale nan": (dict(scale=float("nan")), ValueError, r"scale is nan"),
+    "scale None": (dict(scale=None), ValueError, r"scale is None"),
+    "window -2": (dict(window=(-2, 0)), ValueError, r"window is \(-2, 0\).*-1"),
+    "window int": (dict(window=3), ValueError, r"window is 3.*pair"),
+    "window triple": (dict(window=(1, 2, 3)), ValueError, r"pair \(left, right\)"),
+    "window float": (dict(window=(1.0, 2)), ValueError, r"integers"),
+    "window bool": (dict(window=(True, 2)), ValueError, r"integers"),
+    "window 2**63": (dict(window=(2**63, 0)), ValueError, r"below 2\*\*63"),
+    "scale huge": (dict(scale=10**400), ValueError, r"finite factor"),
+    "scale tensor": (dict(scale=torch.tensor(2.0)), ValueError, r"scale is tensor\(2.\).*a float"),
+    "dropout bool": (dict(dropout_p=True), ValueError, r"dropout_p is True.*a float"),
+    "dropout tensor": (dict(dropout_p=torch.tensor(0.1)), ValueError, r"dropout_p is tensor"),
+    "flag text": (dict(need_weights="x"), TypeError, r"need_weights is 'x'.*True or False"),
+    "causal text": (dict(is_causal="no"), TypeError, r"is_causal is 'no'.*True or False"),
+    "uint16 mask": (dict(attn_mask=t(3, 5, dtype=torch.uint16)), TypeError, r"\.bool\(\)"),
+    "sparse key": (dict(key=t(2, 5, 8).to_sparse()), TypeError, r"key is torch.sparse_coo"),
+    "sparse mask": (dict(attn_mask=t(3, 5).to_sparse()), TypeError, r"attn_mask is torch.sparse"),
+    "nested key": (dict(key=nested()), TypeError, r"key is nested"),
+    "jagged key": (dict(key=nested(layout=torch.jagged)), TypeError, r"key is nested"),
+    "lengths of a subclass": (
+        dict(lengths=torch.nn.Parameter(torch.tensor([99, -3]), requires_grad=False)),
+        ValueError, r"from -3 to 99",
+    ),
+    "many lengths": (
+        dict(query=t(2, 40, 8), lengths=torch.arange(80).reshape(2, 40)), ValueError, "0 to 79",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes,exception,sentence", CASES.values(), ids=CASES.keys())
+def test_sentences(changes, exception, sentence):
+    with pytest.raises(exception) as caught:
+        call(**dict(changes))
+    text = str(caught.value)
+    assert re.search(sentence, text), text
+    assert_sentence(text)
+
+
+def assert_sentence(text):
+    """What was passed, what is accepted, and an end: no assertion, no code, no bare name."""
+    assert text.endswith(".") and len(text) > 40, text
+    assert text[0].isupper() or text.split()[0].replace("_", "").split(".")[0].isidentifier(), text
+
+
+def layer_cases():
+    layer = AdditiveAttention(8, 4)
+    x, memory = t(2, 3, 8), layer.project(t(2, 5, 8))
+    return {
+        "features": (lambda: layer(t(2, 3, 7), x), ValueError, "7 features.*query_dim=8"),
+        "key features": (lambda: layer(x, t(2, 3, 9)), ValueError, "9 features.*key_dim=8"),
+        "ranks": (lambda: layer(t(3, 8), x), ValueError, "3 dims .*2"),
+        "1-D": (lambda: layer(t(8), t(8)), ValueError, "3 dims"),
+        "4-D": (lambda: layer(t(1, 2, 3, 8), t(1, 2, 3, 8)), ValueError, "3 dims"),
+        "step": (lambda: layer.step(x, memory), ValueError, "one query per sequence"),
+        "step batch": (lambda: layer.step(t(3, 8), memory), ValueError, r"leading dims .*2, 5"),
+        "step features": (lambda: layer.step(t(2, 7), memory), ValueError, "7 features"),
+        "project": (lambda: layer.project(t(8)), ValueError, "3 dims"),
+        "project value": (lambda: layer.project(x, t(2, 4, 8)), ValueError, "each key belongs"),
+        "project lengths": (
+            lambda: layer.project(x, lengths=torch.tensor([1, 4])), ValueError, "from 1 to 4",
+        ),
+        "padding dtype": (
+            lambda: layer(x, x, key_padding_mask=t(2, 3, dtype=torch.uint8)), TypeError, "uint8",
+        ),
+        "padding float": (lambda: layer(x, x, key_padding_mask=t(2, 3)), TypeError, "float32"),
+        "padding list": (lambda: layer(x, x, key_padding_mask=[True]), TypeError, "list"),
+        "padding shape": (
+            lambda: layer(x, x, key_padding_mask=t(3, 2, dtype=torch.bool)), ValueError,
+            r"\(3, 2\).*\(2, 3\)",
+        ),
+        "hidden 0": (lambda: AdditiveAttention(8, 0), ValueError, "hidden_dim is 0"),
+        "input 0": (lambda: AdditiveAttention(0, 8), ValueError, "query_dim is 0"),
+        "dropout": (lambda: AdditiveAttention(8, 8, dropout=1.5), ValueError, "dropout is 1.5"),
+        "dropout nan": (
+            lambda: AdditiveAttention(8, 8, dropout=float("nan")), ValueError, "dropout is nan",
+        ),
+        "scale": (lambda: AdditiveAttention(8, 8, scale=float("nan")), ValueError, "scale is nan"),
+        "padding device": (
+            lambda: layer(x, x, key_padding_mask=t(2, 3, dtype=torch.bool, device="meta")),
+            RuntimeError, "key_padding_mask is on meta",
+        ),
+        "query dtype": (lambda: layer(x.double(), x), TypeError, "query is torch.float64"),
+        "key integers": (lambda: layer(x, x.long()), TypeError, "key is torch.int64"),
+        "value dtype": (lambda: layer(x, x, x.double()), TypeError, "value is torch.float64"),
+        "query device": (lambda: layer(x.to("meta"), x), RuntimeError, "query is on meta"),
+        "energy device": (
+            lambda: meta_energy()(x, x), RuntimeError, "weight is on meta",
+        ),
+        "key None": (lambda: layer(x, None), TypeError, "key is a NoneType"),
+        "query list": (lambda: layer([1.0], x), TypeError, "query is a list"),
+        "value array": (lambda: layer(x, x, array("f")), TypeError, "value is a array"),
+        "sparse": (lambda: layer(x.to_sparse(), x), TypeError, "query is torch.sparse_coo"),
+        "nested": (lambda: layer(x, nested()), TypeError, "key is nested"),
+        "jagged": (lambda: layer(x, nested(layout=torch.jagged)), TypeError, "key is nested"),
+        "hidden text": (lambda: AdditiveAttention(8, "8"), TypeError, "hidden_dim is '8', a str"),
+        "hidden None": (lambda: AdditiveAttention(8, None), TypeError, "hidden_dim is None"),
+        "input float": (lambda: AdditiveAttention(4.5, 8), TypeError, "query_dim is 4.5, a float"),
+        "dropout None": (
+            lambda: AdditiveAttention(8, 8, dropout=None), ValueError, "dropout is None",
+        ),
+        "dropout bool": (
+            lambda: AdditiveAttention(8, 8, dropout=True), ValueError, "dropout is True",
+        ),
+        "merge None": (lambda: merge_attention(None, None), TypeError, "outs .* NoneType"),
+        "merge arrays": (
+            lambda: merge_attention([array("f")], [t(2, 3)]), TypeError, "outs .* array",
+        ),
+        "merge dtypes": (
+            lambda: merge_attention([x, x.double()], [t(2, 3), t(2, 3, dtype=F64)]), TypeError,
+            "float64",
+        ),
+        "merge integers": (
+            lambda: merge_attention([x.long()], [t(2, 3)]), TypeError, "out of torch.int64",
+        ),
+        "merge devices": (
+            lambda: merge_attention([x], [t(2, 3, device="meta")]), RuntimeError, "lse is on meta",
+        ),
+        "merge nothing": (lambda: merge_attention([], []), ValueError, "0 outs and 0 lses"),
+        "merge counts": (lambda: merge_attention([x], []), ValueError, "1 outs and 0 lses"),
+        "merge shapes": (
+            lambda: merge_attention([x, x], [t(2, 3), t(2, 4)]), ValueError, r"\(2, 4\)",
+        ),
+    }  # fmt: skip
+
+
+def meta_energy():
+    layer = AdditiveAttention(8, 4)
+    layer.energy_layer.to("meta")
+    return layer
+
+
+@pytest.mark.parametrize("name", layer_cases())
+def test_module_sentences(name):
+    function, exception, sentence = layer_cases()[name]
+    with pytest.raises(exception) as caught:
+        function()
+    assert re.search(sentence, str(caught.value), re.S), caught.value
+    assert_sentence(str(caught.value))
+
+
+def step_cases():
+    layer, x = AdditiveAttention(8, 4), t(2, 5, 8)
+    memory = layer.project(x, lengths=torch.tensor([5, 2]))
+    single = layer.project(x[0])
+    mask = t(2, 1, 5, dtype=torch.int64)
+    return {
+        # a memory -> (exception, what the sentence names)
+        "value dtype": (layer.project(x, x.double()), TypeError, "value is torch.float64"),
+        "key dtype": (memory._replace(key=memory.key.double()), TypeError, "key is torch.float64"),
+        "one feature": (memory._replace(key=t(2, 5, 1)), ValueError, "key has 1"),
+        "another layer": (AdditiveAttention(8, 6).project(x), ValueError, "key has 6"),
+        "value batch": (memory._replace(value=t(3, 5, 8)), ValueError, "leading dims"),
+        "value rank": (memory._replace(value=t(5, 8)), ValueError, "one query per sequence"),
+        "value size": (memory._replace(value=t(2, 4, 8)), ValueError, "value has 4"),
+        "value device": (memory._replace(value=x.to("meta")), RuntimeError, "value is on meta"),
+        "no value": (memory._replace(value=None), TypeError, "value is a NoneType"),
+        "lengths range": (memory._replace(lengths=torch.tensor([[9], [1]])), ValueError, "1 to 9"),
+        "lengths dtype": (memory._replace(lengths=t(2, 1)), TypeError, "lengths has dtype"),
+        "lengths shape": (memory._replace(lengths=torch.tensor([1])), ValueError, "lengths has"),
+        "mask shape": (
+            memory._replace(attn_mask=torch.ones(2, 5).bool()), ValueError, "attn_mask has shape",
+        ),
+        "mask dtype": (memory._replace(attn_mask=mask), TypeError, "attn_mask has dtype"),
+        "mask device": (
+            memory._replace(attn_mask=mask.to("meta").bool()), RuntimeError, "mask is on meta",
+        ),
+        "unbatched": (single, ValueError, "one query per sequence"),
+        "tuple": (tuple(memory), TypeError, "memory that is a tuple.*project"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", step_cases())
+def test_step_checks_what_forward_checks(name):
+    memory, exception, sentence = step_cases()[name]
+    with pytest.raises(exception) as caught:
+        AdditiveAttention(8, 4).step(t(2, 8), memory)
+    assert re.search(sentence, str(caught.value), re.S), caught.value
+    assert_sentence(str(caught.value))
+
+
+def test_step_and_project_refuse_other_settings():
+    layer, x = AdditiveAttention(8, 4), t(2, 5, 8)
+    memory = layer.project(x)
+    layer.dropout = 2.0
+    for attend in (lambda: layer(x, x), lambda: layer.step(x[:, 0], memory)):
+        with pytest.raises(ValueError, match=r"dropout_p is 2\.0"):
+            attend()
+    with pytest.raises(RuntimeError, match="value is on meta"):
+        layer.project(x, x.to("meta"))
+    for key, lengths in ((x, torch.ones(2, 1).long()), (x[0], torch.tensor([3]))):
+        with pytest.raises(ValueError, match="one length per sequence"):
+            layer.project(key, lengths=lengths)
+
+
+def test_operators_refuse_tensors_on_several_devices():
+    """One meta tensor calls for shapes alone, and the result would be unwritten memory."""
+    inputs = make((2,), 3, 5, 8, 6)
+    tensors = [*inputs.values(), None, None, None]
+    options = -1, -1, 0.0, 1.0
+    saved = dispatch.forward(*tensors, *options, False)[2]
+    mixed = [*tensors[:2], tensors[2].to("meta"), *tensors[3:]]
+    with pytest.raises(RuntimeError, match=r"query is on cpu.*value is on meta"):
+        dispatch.forward(*mixed, *options, False)
+    with pytest.raises(RuntimeError, match=r"query is on cpu.*value is on meta"):
+        dispatch.backward(t(2, 3, 6), None, None, *mixed, saved, *options, *[True] * 5)
+    assert dispatch.forward(
+        *(x.to("meta") for x in inputs.values()), None, None, None, *options, True
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_unsigned_lengths(dtype):
+    lengths = torch.tensor([5, 2])
+    assert torch.equal(call(lengths=lengths.to(dtype)), call(lengths=lengths))
+
+
+def test_numbers_of_other_types():
+    numpy = pytest.importorskip("numpy")
+    assert torch.equal(call(scale=numpy.float32(2)), call(scale=2))
+    layer = AdditiveAttention(numpy.int64(8), numpy.int32(4), dropout=numpy.float32(0.5))
+    assert type(layer.hidden_dim) is int and layer.dropout == 0.5
+
+
+BAD_MASKS = {
+    "uint8": (t(3, 3, dtype=torch.uint8), TypeError, "attn_mask has dtype"),
+    "int32": (t(3, 3, dtype=torch.int32), TypeError, "attn_mask has dtype"),
+    "double": (t(3, 3, dtype=torch.float64), TypeError, "attn_mask has dtype"),
+    "list": ([[True]], TypeError, "attn_mask is a list"),
+    "shape": (t(3, 4), ValueError, "attn_mask has shape"),
+    "bool shape": (t(3, 4, dtype=torch.bool), ValueError, "attn_mask has shape"),
+    "batch": (t(3, 3, 3), ValueError, "attn_mask has shape"),
+    "rank": (t(1, 2, 3, 3), ValueError, "attn_mask has shape"),
+    "device": (t(3, 3, device="meta"), RuntimeError, "attn_mask is on meta"),
+}
+
+
+@pytest.mark.parametrize("mask,exception,sentence", BAD_MASKS.values(), ids=BAD_MASKS.keys())
+def test_module_refuses_masks_also_beside_padding(mask, exception, sentence):
+    """The two masks are combined before the public function can look at either."""
+    layer, x = AdditiveAttention(8, 4), t(2, 3, 8)
+    with pytest.raises(exception, match=sentence):
+        layer(x, x, key_padding_mask=t(2, 3, dtype=torch.bool), attn_mask=mask)
+
+
+def test_a_failed_call_leaves_the_generator_alone():
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError):
+        call(dropout_p=0.5, window=(-3, 0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# The operators are public: whatever they are called with, the process survives.
+RAW_CALLS = """
+import itertools, torch
+from additive_attn.ops import dispatch
+t = torch.zeros
+good = dict(query=t(2, 3, 8), key=t(2, 5, 8), value=t(2, 5, 6), weight=t(8), attn_mask=None,
+            lengths=None, seed=None, left=-1, right=-1, dropout_p=0.0, scale=1.0)
+i64 = dict(dtype=torch.int64)
+bad = [
+    dict(query=t(8)), dict(query=t(())), dict(key=t(5)), dict(value=t(6)), dict(weight=t(())),
+    dict(key=t(2, 5, 7)), dict(weight=t(7)), dict(weight=t(9)), dict(weight=t(1)),
+    dict(value=t(2, 4, 6)), dict(value=t(2, 1, 6)), dict(key=t(2, 1, 8)), dict(key=t(3, 5, 8)),
+    dict(query=t(2, 3, 8, dtype=torch.int64)), dict(query=t(2, 3, 8, dtype=torch.complex64)),
+    dict(key=t(2, 5, 8, dtype=torch.float64)), dict(value=t(2, 5, 6, dtype=torch.float16)),
+    dict(weight=t(8, dtype=torch.int32)), dict(key=t(2, 5, 8, device="meta")),
+    dict(weight=t(8, device="meta")), dict(attn_mask=t(3, 5, device="meta")),
+    dict(attn_mask=t(5, 3)), dict(attn_mask=t(4)), dict(attn_mask=t(3, 3, 5)),
+    dict(attn_mask=t(3, 5, dtype=torch.int64)), dict(attn_mask=t(3, 5, dtype=torch.uint8)),
+    dict(attn_mask=t(3, 5, dtype=torch.float64)), dict(attn_mask=t(0)), dict(attn_mask=t(0, 5)),
+    dict(lengths=t(2, 3)), dict(lengths=t(2, 3, dtype=torch.int32)), dict(lengths=t(4, **i64)),
+    dict(lengths=t(3, 3, **i64)), dict(lengths=t(0, **i64)),
+    dict(lengths=t(3, **i64, device="meta")),
+    dict(lengths=torch.tensor([-7, 2**62, 5])), dict(lengths=torch.tensor(-(2**63))),
+    dict(dropout_p=0.5), dict(dropout_p=float("nan")), dict(dropout_p=-1.0), dict(dropout_p=7.0),
+    dict(seed=torch.tensor(1), dropout_p=float("nan")), dict(seed=torch.tensor(1), dropout_p=-3.0),
+    dict(seed=torch.tensor(1), dropout_p=9.0), dict(seed=torch.tensor(1.5), dropout_p=0.5),
+    dict(seed=t(3, **i64), dropout_p=0.5), dict(seed=t(2, 3, **i64), dropout_p=0.5),
+    dict(seed=t(0, **i64), dropout_p=0.5), dict(seed=torch.tensor(1)),
+    dict(left=-5, right=-7), dict(left=2**63 - 1, right=2**63 - 1), dict(left=-(2**63)),
+    dict(left=2**62, right=-(2**63)), dict(left=0, right=0), dict(scale=float("nan")),
+    dict(scale=float("inf")), dict(query=t(2, 0, 8)), dict(key=t(2, 0, 8)), dict(query=t(0, 3, 8)),
+    dict(query=t(2, 3, 0), key=t(2, 5, 0), weight=t(0)), dict(value=t(2, 5, 0)),
+]
+refused = 0
+for case in [{}, *bad]:
+    arguments = good | case
+    try:
+        out, weights, lse = dispatch.forward(*arguments.values(), True)
+    except Exception as error:
+        assert str(error), case
+        refused += 1
+print("forward survived", refused)
+
+saved = torch.zeros(2, 3)
+grads = dict(grad_out=t(2, 3, 6), grad_weights=t(2, 3, 5), grad_lse=t(2, 3))
+tensors = {k: good[k] for k in ("query", "key", "value", "weight", "attn_mask", "lengths", "seed")}
+options = [-1, -1, 0.0, 1.0]
+needs = [True] * 5
+bad = [
+    dict(grad_out=t(3, 6)), dict(grad_out=t(2, 3, 5)), dict(grad_out=t(2, 3, 1)),
+    dict(grad_out=t(())),
+    dict(grad_out=t(0)), dict(grad_out=t(2, 2, 6)), dict(grad_out=t(2, 3, 6, dtype=torch.int64)),
+    dict(grad_weights=t(2, 3, 4)), dict(grad_weights=t(3, 5)), dict(grad_weights=t(0)),
+    dict(grad_weights=t(2, 3, 5, device="meta")), dict(grad_lse=t(2, 4)), dict(grad_lse=t(3)),
+    dict(grad_lse=t(2, 3, 1)), dict(grad_out=t(2, 3, 6, dtype=torch.float64)),
+    dict(lse=t(2, 2)), dict(lse=t(3)), dict(lse=t(())), dict(lse=t(2, 3, dtype=torch.float64)),
+    dict(lse=t(2, 3, dtype=torch.float16)), dict(lse=t(2, 3, device="meta")),
+    dict(lse=t(2, 3, dtype=torch.int64)), dict(query=t(8)), dict(key=t(2, 5, 7)),
+    dict(value=t(2, 4, 6)), dict(attn_mask=t(5, 3)), dict(attn_mask=torch.ones(3, 5).bool()),
+    dict(attn_mask=t(5)), dict(attn_mask=t(())), dict(lengths=t(4, **i64)),
+    dict(grad_out=None, grad_weights=None, grad_lse=None), dict(key=t(2, 0, 8), value=t(2, 0, 6)),
+    dict(value=t(2, 5, 0)), dict(lse=torch.full((2, 3), float("nan"))),
+    dict(lse=torch.full((2, 3), -float("inf"))),
+]
+refused = 0
+for case in [{}, *bad]:
+    a = grads | tensors | {"lse": saved} | case
+    order = [*(a[k] for k in grads), *(a[k] for k in tensors), a["lse"]]
+    for need in ([True] * 5, [False] * 5, [True, False, False, False, False]):
+        try:
+            dispatch.backward(*order, *options, *need)
+        except Exception as error:
+            assert str(error), case
+            refused += 1
+print("backward survived", refused)
+"""
+
+
+def test_raw_operator_calls_do_not_crash():
+    result = subprocess.run(
+        [sys.executable, "-c", RAW_CALLS], capture_output=True, text=True, check=False,
+        cwd=PACKAGE_PARENT,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{result.returncode}: {result.stderr[-2000:]}"
+    assert "forward survived" in result.stdout and "backward survived" in result.stdout
+    assert int(re.search(r"forward survived (\d+)", result.stdout)[1]) > 20
+
+
+def test_operator_clamps_lengths():
+    """The public function refuses lengths out of range; the operator stays inside the keys."""
+    inputs = make((), 3, 5, 8, 6)
+    wild = torch.tensor([-4, 99, 3])
+    tame = torch.tensor([0, 5, 3])
+    for ours, expected in zip(
+        dispatch.forward(*inputs.values(), None, wild, None, -1, -1, 0.0, 1.0, True),
+        dispatch.forward(*inputs.values(), None, tame, None, -1, -1, 0.0, 1.0, True),
+        strict=True,
+    ):
+        assert torch.equal(ours, expected)

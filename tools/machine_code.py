@@ -1,0 +1,257 @@
+"""Compiles the Triton kernels for GPUs, which need not be there, and reads their machine code.
+
+    python -m tools.machine_code       registers, spills and instructions per tanh, to
+                                            results/machine-code.csv, a row per kernel
+
+Another version of Triton makes other code of the same source: the rows of the installed version
+are replaced, those of others stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import importlib.metadata
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from additive_attn.backends.triton import operators
+
+TRITON = importlib.metadata.version("triton")
+RESULTS = Path(__file__).with_name("results")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NVIDIA = {f"sm_{capability}": capability for capability in (80, 90, 100)}
+AMD = ("gfx942",)
+
+# The inner loops at a long sequence: special functions of one iteration, and tanh for each.
+HOT = {"score_kernel": (16, 4), "query_kernel": (32, 2), "key_kernel": (32, 2)}
+COLUMNS = (
+    "triton", "target", "shape", "kernel", "registers", "spilled_bytes", "shared_bytes",
+    "instructions_per_tanh", "special_functions_per_tanh",
+)  # fmt: skip
+LONG = 1, 512, 512, 128, 128  # (B, Lq, Lk, H, Dv)
+STEP = 64, 1, 400, 512, 512
+
+
+@dataclass(frozen=True)
+class Code:
+    """``loops``: the instructions of each innermost loop, counted by their full names."""
+
+    registers: int
+    spilled: int
+    shared: int
+    loops: list[Counter[str]]
+
+    def hot_loop(self, reciprocals: int) -> Counter[str]:
+        """Of the innermost loops with so many reciprocals, the shortest."""
+        found = [loop for loop in self.loops if special(loop) == reciprocals]
+        assert found, [special(loop) for loop in self.loops]
+        return min(found, key=Counter.total)
+
+
+def special(loop: Counter[str]) -> int:
+    """Operations of the special-function unit."""
+    return sum(count for name, count in loop.items() if name.startswith("MUFU"))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel: its name, the arguments it was compiled for, and how many programs of it
+    a launch would have started at most."""
+
+    name: str
+    arguments: str
+    programs: int
+    code: Code
+
+    def per_tanh(self) -> tuple[float, float]:
+        """Of the hot loop: instructions, and special functions, per tanh."""
+        reciprocals, group = HOT[self.name]
+        return self.code.hot_loop(reciprocals).total() / (reciprocals * group), 1 / group
+
+
+class _Device:
+    """What Triton asks a driver for, without a GPU."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_device(self) -> str:
+        return self.target  # the key of Triton's cache
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        if self.target in AMD:
+            return GPUTarget("hip", self.target, 64)
+        return GPUTarget("cuda", NVIDIA[self.target], 32)
+
+
+def compiled_calls(target: str, function: Callable[[], None]) -> list[Kernel]:
+    """The kernels that ``function`` would run on a GPU: every launch compiles for ``target``, as
+    the arguments of the call ask for, and runs nothing. What the kernels would have written is
+    left unwritten."""
+    launched: dict[int, tuple[Any, Any, int]] = {}
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        built = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        most = max(grid[0], launched.get(id(built), (None, None, 0))[2])
+        launched[id(built)] = kernel, built, most
+        return built
+
+    before = triton.runtime.driver._active
+    hip = torch.version.hip
+    triton.runtime.driver.set_active(_Device(target))
+    JITFunction.run = compile_only
+    torch.version.hip = "compiled for" if target in AMD else None
+    try:
+        function()
+    finally:
+        triton.runtime.driver._active = before
+        JITFunction.run = run
+        torch.version.hip = hip
+    return [
+        Kernel(kernel.__name__, str(built.metadata), programs, _code(built, target))
+        for kernel, built, programs in launched.values()
+    ]
+
+
+def call(
+    batch: int, queries: int, keys: int, hidden: int, values: int, *,
+    dtype: torch.dtype = torch.float32, mask: torch.dtype | None = None, lengths: bool = False,
+    dropout_p: float = 0.0, need_weights: bool = True, left: int = -1, right: int = -1,
+    upstream: Collection[str] = ("out",),
+) -> Callable[[], None]:  # fmt: skip
+    """Forward and backward, all gradients wanted, for ``compiled_calls``."""
+
+    def function() -> None:
+        inputs: list[Any] = [
+            torch.zeros(batch, queries, hidden, dtype=dtype),
+            torch.zeros(batch, keys, hidden, dtype=dtype),
+            torch.zeros(batch, keys, values, dtype=dtype),
+            torch.zeros(hidden, dtype=dtype),
+            None if mask is None else torch.zeros(batch, queries, keys, dtype=mask),
+            torch.zeros(batch, queries, dtype=torch.int64) if lengths else None,
+            torch.zeros((), dtype=torch.int64) if dropout_p else None,
+        ]
+        options = (left, right, dropout_p, 1.0)
+        arguments: Any = (*inputs, *options, need_weights)
+        out, weights, lse = operators.forward(*arguments)
+        grads = [x if name in upstream else None for name, x in
+                 (("out", out), ("weights", weights), ("lse", lse))]  # fmt: skip
+        needs = (True, True, True, True, mask is not None and mask.is_floating_point)
+        arguments = (*grads, *inputs, lse, *options, *needs)
+        operators.backward(*arguments)
+
+    return function
+
+
+@functools.cache
+def _code(built: Any, target: str) -> Code:
+    if target in AMD:
+        return _amd(built.asm["amdgcn"], built.metadata.shared)
+    return _nvidia(built.asm["cubin"], built.metadata.shared)
+
+
+def _nvidia(cubin: bytes, shared: int) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def run(tool: str, *options: str) -> str:
+            command = [str(TOOLS / tool), *options, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        assembly, usage = run("nvdisasm", "-c"), run("cuobjdump", "-res-usage")
+    registers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert registers is not None, usage
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    spans: list[tuple[int, int]] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(code[1])
+            branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", code[1])
+            if branch and branch[1] in labels:
+                spans.append((labels[branch[1]], len(instructions)))
+    inner = [
+        (start, end)
+        for start, end in spans
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans)
+    ]
+    loops = [
+        Counter(re.sub(r"^@!?U?P\w+\s+", "", x).split()[0] for x in instructions[start:end])
+        for start, end in inner
+    ]
+    local = sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in instructions)
+    return Code(int(registers[1]), max(int(registers[2]), local), shared, loops)
+
+
+def _amd(assembly: str, shared: int) -> Code:
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        assert found is not None, name
+        return int(found[1])
+
+    # Scalar registers spill into lanes of vector registers, not to memory.
+    spilled = field("vgpr_spill_count") + field("private_segment_fixed_size")
+    return Code(field("vgpr_count"), spilled, shared, [])
+
+
+def rows() -> list[dict[str, object]]:
+    """Every kernel of a long sequence and of a decoder step, for every target."""
+    found: list[dict[str, object]] = []
+    for target in (*NVIDIA, *AMD):
+        for shape in (LONG, STEP):
+            for kernel in compiled_calls(target, call(*shape)):
+                row: dict[str, object] = {
+                    "triton": TRITON, "target": target, "shape": "x".join(map(str, shape)),
+                    "kernel": kernel.name, "registers": kernel.code.registers,
+                    "spilled_bytes": kernel.code.spilled, "shared_bytes": kernel.code.shared,
+                }  # fmt: skip
+                if shape == LONG and kernel.name in HOT and target in NVIDIA:
+                    instructions, special_functions = kernel.per_tanh()
+                    row["instructions_per_tanh"] = f"{instructions:.2f}"
+                    row["special_functions_per_tanh"] = f"{special_functions:g}"
+                found.append(row)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.machine_code",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS / "machine-code.csv")
+    path = parser.parse_args().output
+    kept: list[dict[str, object]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [dict(row) for row in csv.DictReader(file) if row["triton"] != TRITON]
+    found = sorted([*kept, *rows()], key=lambda row: str(row["triton"]))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
