@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs, which need not be there, and reads their machine code.
 
     python -m tools.machine_code       registers, spills and instructions per tanh, to
-                                            results/machine-code.csv, a row per kernel
+                                       benchmarks/results/machine-code.csv, a row per kernel
 
 Another version of Triton makes other code of the same source: the rows of the installed version
 are replaced, those of others stay.
@@ -27,10 +27,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from additive_attn.backends.triton import operators
+from additive_attn.backends import triton as operators
 
 TRITON = importlib.metadata.version("triton")
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NVIDIA = {f"sm_{capability}": capability for capability in (80, 90, 100)}
 AMD = ("gfx942",)

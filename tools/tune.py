@@ -1,11 +1,11 @@
-"""Times other block sizes of the Triton kernels than those in ``additive_attn/triton/configs.py``.
+"""Times other block sizes of the Triton kernels than those in ``backends/triton/tiles.py``.
 
     python -m tools.tune                                   a few shapes (minutes)
     python -m tools.tune --shapes 1x8192x8192x128x128 --modes full
 
 An offline tool: the package never tunes itself. One choice is changed at a time, every result is
 checked against fp64 before it is timed, and all choices run in turns. What wins by more than noise
-on several shapes belongs into ``configs.py``. In Triton's interpreter (ADDITIVE_ATTN_CPU=triton
+on several shapes belongs into ``tiles.py``. In Triton's interpreter (ADDITIVE_ATTN_CPU=triton
 TRITON_INTERPRET=1, --device cpu) it shows that every choice computes the same; its times say
 nothing.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from additive_attn.backends.triton import configs
+from additive_attn.backends.triton import tiles
 from benchmarks import measure
 from benchmarks.providers import PROVIDERS, Runner, make_inputs
 from benchmarks.run import RESULTS, machine
@@ -41,11 +41,11 @@ def values(BM: int, BN: int, BD: int, num_warps: int, num_stages: int) -> dict[s
 
 LONG = 24  # shorter rows or columns have tiles of their own, which are left alone
 
-# What replaces an attribute of ``configs``: a number, or what a function returns.
+# What replaces an attribute of ``tiles``: a number, or what a function returns.
 CHOICES: dict[str, list[Any]] = {
     "WORKSPACE_ELEMENTS": [2**power for power in (21, 22, 24, 25)],
     "score_tile": [
-        configs.Tile(*sizes)
+        tiles.Tile(*sizes)
         for sizes in ((4, 16, 4, 8), (4, 8, 4, 16), (4, 8, 4, 32), (2, 16, 4, 16), (4, 16, 2, 16))
     ],
     "value_tile": [
@@ -62,16 +62,16 @@ CHOICES: dict[str, list[Any]] = {
 
 @contextmanager
 def chosen(name: str, choice: Any) -> Iterator[None]:
-    kept = getattr(configs, name)
+    kept = getattr(tiles, name)
 
     def function(length: int, *rest: Any) -> Any:
         return choice if length >= LONG else kept(length, *rest)
 
-    setattr(configs, name, function if callable(kept) else choice)
+    setattr(tiles, name, function if callable(kept) else choice)
     try:
         yield
     finally:
-        setattr(configs, name, kept)
+        setattr(tiles, name, kept)
 
 
 def tune(

@@ -49,7 +49,7 @@ def gpu_path() -> tuple[ModuleType | None, str]:
     if forced == "pytorch":
         return None, "ADDITIVE_ATTN_GPU=pytorch asks for plain PyTorch"
     try:
-        kernels = importlib.import_module("additive_attn.backends.triton.operators")
+        kernels = importlib.import_module("additive_attn.backends.triton")
         kernels.probe(torch.device("cuda"))
     # Whatever Triton, the driver or the host compiler may raise, plain PyTorch still computes.
     except Exception as error:
@@ -133,7 +133,7 @@ def _interpret() -> None:
             "ADDITIVE_ATTN_CPU=triton runs the GPU's kernels in Triton's interpreter, to test "
             "them: set TRITON_INTERPRET=1 too."
         )
-    from additive_attn.backends.triton import operators
+    from additive_attn.backends import triton as operators
 
     torch.library.impl("additive_attn::forward", "CPU", operators.forward)
     torch.library.impl("additive_attn::backward", "CPU", operators.backward)

@@ -122,8 +122,8 @@ def test_masks(kind, queries, keys):
 )
 def test_a_workspace_smaller_than_the_problem(mask, workspace, monkeypatch):
     """Rows and entries in several parts; the last rows' window lies beyond the last key."""
-    triton_configs = pytest.importorskip("additive_attn.backends.triton.configs")
-    monkeypatch.setattr(triton_configs, "WORKSPACE_ELEMENTS", workspace)
+    triton_tiles = pytest.importorskip("additive_attn.backends.triton.tiles")
+    monkeypatch.setattr(triton_tiles, "WORKSPACE_ELEMENTS", workspace)
     masking = dict(window=(3, 2)) if mask is None else dict(attn_mask=torch.randn(mask))
     batch, queries, keys = ((), 40, 9) if mask is None else ((2, 2), 12, 5)
     check_against_plain([make(batch, queries, keys, 7, 5)], **masking)
@@ -229,8 +229,8 @@ def test_nan_in_a_single_row(name):
 @pytest.mark.parametrize("queries,keys", [(5, 21), (1, 150), (24, 40)])
 def test_dropout_is_that_of_every_backend(queries, keys, monkeypatch):
     """The same weights survive, forward and backward, wherever the parts of a problem begin."""
-    triton_configs = pytest.importorskip("additive_attn.backends.triton.configs")
-    monkeypatch.setattr(triton_configs, "WORKSPACE_ELEMENTS", 1024)
+    triton_tiles = pytest.importorskip("additive_attn.backends.triton.tiles")
+    monkeypatch.setattr(triton_tiles, "WORKSPACE_ELEMENTS", 1024)
     seed = draw_seed(torch.device(DEVICE))
     case = make((2,), queries, keys, 9, 5)
     inputs = (*case.values(), None, None, seed)

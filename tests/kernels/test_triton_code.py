@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton brings compiler and disassembler")
 
-from additive_attn.backends.triton import operators, problem, tiles
+from additive_attn.backends import triton as operators
+from additive_attn.backends.triton import arguments, tiles
 from tools.machine_code import AMD, LONG, STEP, TRITON, call, compiled_calls
 
 # The same source becomes other instructions in another version of the compiler.
@@ -180,7 +181,7 @@ def test_extra_memory(sizes, monkeypatch):
     """What one call needs beyond its inputs: workspaces of a fixed size, and as much as a few
     copies of the inputs, results included."""
     batch, queries, keys = sizes
-    monkeypatch.setattr(problem, "processors", lambda device: 132)
+    monkeypatch.setattr(arguments, "processors", lambda device: 132)
     peak = PeakMemory()
 
     def function():

@@ -8,8 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from additive_attn.backends.triton import configs
-from additive_attn.backends.triton.launch import BatchShape, bits, launch, processors, target
+from additive_attn.backends.triton import tiles
+from additive_attn.backends.triton.batch import BatchShape
+from additive_attn.backends.triton.launch import bits, launch, processors, target
 from additive_attn.backends.triton.prepare import (
     CENTRED_FEATURES,
     FEW_FEATURES,
@@ -151,8 +152,8 @@ class Problem:
     def chunks(self, row_block: int = 1) -> list[tuple[int, int, int, int]]:
         """(first entry, entries, first row, rows) whose scores, padded to whole blocks, fit into
         the workspace; of one row there is always room."""
-        budget = configs.WORKSPACE_ELEMENTS
-        key_block = configs.score_tile(self.rows, self.wide).keys
+        budget = tiles.WORKSPACE_ELEMENTS
+        key_block = tiles.score_tile(self.rows, self.wide).keys
 
         def size(rows: int) -> int:
             keys = max(1, min(self.keys, rows + self.left + self.right))
@@ -175,7 +176,7 @@ class Problem:
     def scores(self, entry: int, entries: int, row: int, rows: int, key: int, keys: int) -> Tensor:
         """(entries, rows, keys and padding): scale * score + mask, -inf where a row may not
         attend."""
-        tile = configs.score_tile(rows, self.wide)
+        tile = tiles.score_tile(rows, self.wide)
         padded = -(-keys // tile.keys) * tile.keys
         scores = torch.empty(entries, rows, padded, dtype=self.accumulator, device=self.device)
         programs = entries * -(-rows // tile.rows) * (padded // tile.keys)

@@ -1,79 +1,28 @@
-"""Where and how kernels run: the batch as two dims, the device, the target."""
+"""How kernels run: the device, the target, what is not specialised."""
 
 from __future__ import annotations
 
 import functools
-import math
 import struct
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class BatchShape:
-    """The broadcast batch dims as (outer, inner), which is what kernels index by: entry n lies at
-    outer index n // inner and inner index n % inner."""
-
-    shape: torch.Size
-
-    @property
-    def inner(self) -> int:
-        return self.shape[-1] if self.shape else 1
-
-    @property
-    def outer(self) -> int:
-        return math.prod(self.shape[:-1])
-
-    @property
-    def entries(self) -> int:
-        return self.outer * self.inner
-
-    def narrow(self, x: Tensor, rank: int) -> Tensor:
-        """``x`` as (outer or 1, inner or 1, ...), its last ``rank`` dims kept. Copies only what
-        broadcasts in some of more than two batch dims."""
-        tail = x.shape[x.dim() - rank :]
-        missing = len(self.shape) + rank - x.dim()
-        x = x.reshape((1,) * missing + tuple(x.shape)) if missing else x
-        dims = x.shape[: x.dim() - rank]
-        inner = dims[-1] if dims else 1
-        leading = dims[:-1]
-        if all(size == 1 for size in leading):
-            return x.reshape(1, inner, *tail)
-        if len(leading) > 1:
-            x = x.expand(*self.shape[:-1], inner, *tail)
-        return x.reshape(self.outer, inner, *tail)
-
-    def expand(self, x: Tensor) -> Tensor:
-        """(outer or 1, inner or 1, ...) to (outer, inner, ...), stride 0 where it broadcasts."""
-        return x.expand(self.outer, self.inner, *x.shape[2:])
-
-    def view(self, x: Tensor, rank: int) -> Tensor:
-        """``x`` as (outer, inner, ...), its last ``rank`` dims kept, with stride 0 where it
-        broadcasts."""
-        return self.expand(self.narrow(x, rank))
-
-    def strided(self, x: Tensor, rank: int) -> tuple[Tensor, tuple[int, ...]]:
-        """A tensor and the strides of ``view``, which for up to two batch dims needs no view."""
-        if len(self.shape) > 2:
-            x = self.view(x, rank)
-            return x, x.stride()
-        sizes, strides = x.shape, x.stride()
-        dims = len(sizes) - rank
-        outer = strides[0] if dims == 2 and sizes[0] != 1 else 0
-        inner = strides[dims - 1] if dims >= 1 and sizes[dims - 1] != 1 else 0
-        return x, (outer, inner, *strides[dims:])
-
-
-@triton.jit
-def batch_entry(n, inner):
-    """Entry n with its indices into (outer, inner), in 64 bits, which offsets need. Divided in 32,
-    which programs are counted in: a 64-bit division is a call of about a hundred instructions."""
-    return n.to(tl.int64), (n // inner).to(tl.int64), (n % inner).to(tl.int64)
+# Sizes, offsets and numbers that differ from call to call: a kernel is compiled once for all.
+VARYING = (
+    "inner", "entries", "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin",
+    "key_count", "keys_per_split", "rows_per_split", "splits", "length", "length_padded", "left",
+    "right", "threshold", "keep_bits", "scale_bits",
+    *(
+        f"{name}_{dim}"
+        for name in ("query", "key", "value", "weight", "mask", "length", "seed", "query_exp",
+                     "key_exp", "gw", "gl", "go", "stride")
+        for dim in ("outer", "inner")
+    ),
+    "mask_row", "length_row", "gw_row", "gl_row",
+)  # fmt: skip
 
 
 def interpreted() -> bool:
@@ -92,11 +41,6 @@ def bits(x: float) -> int:
     """A number as kernels take it (``numerics.number``)."""
     (integer,) = struct.unpack("<q", struct.pack("<d", x))
     return int(integer)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest that is at least n and 1."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 @functools.cache

@@ -28,7 +28,7 @@ def reciprocal(x, TARGET: tl.constexpr):
 
 
 @triton.jit
-def exp_and_rest(x):
+def exp_with_error(x):
     """e^x for |x| <= 20, and what its rounding leaves out. ``tl.exp`` rounds x log2(e) first,
     which at x = 20 costs 20 ulp."""
     n = (x * 1.4426950408889634 + 12582912.0) - 12582912.0
@@ -86,35 +86,9 @@ def tanh(x):
 
 
 @triton.jit
-def quarters(x, R: tl.constexpr, T: tl.constexpr):
+def split4(x, R: tl.constexpr, T: tl.constexpr):
     """The four slices of [R, T, 4]."""
     even, odd = tl.split(tl.reshape(x, [R, T, 2, 2]))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
-
-
-@triton.jit
-def keep_factors(seed, entry, i, key0, threshold, keep_scale, BM: tl.constexpr, BN: tl.constexpr):
-    """[BM, BN] factors, 0 or keep_scale, of rows i and keys from key0 (a multiple of 4) on:
-    word j % 4 of the Philox4x32-10 counter (j / 4, i, entry mod 2^32, entry / 2^32)."""
-    c0 = (key0 // 4 + tl.arange(0, BN // 4))[None, :] + tl.zeros([BM, BN // 4], tl.int32)
-    c1 = i[:, None] + tl.zeros([BM, BN // 4], tl.int32)
-    w0, w1, w2, w3 = _words(seed, entry, c0, c1)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BM, BN])
-    return tl.where(words.to(tl.uint64) < threshold, 0.0, keep_scale)
-
-
-@triton.jit
-def keep_factor(seed, entry, i, j, threshold, keep_scale):
-    """``keep_factors`` of rows i and the one key j."""
-    w0, w1, w2, w3 = _words(seed, entry, j // 4 + tl.zeros(i.shape, tl.int32), i)
-    word = tl.where(j % 4 < 2, tl.where(j % 4 == 0, w0, w1), tl.where(j % 4 == 2, w2, w3))
-    return tl.where(word.to(tl.uint64) < threshold, 0.0, keep_scale)
-
-
-@triton.jit
-def _words(seed, entry, c0, c1):
-    c2 = (entry & 0xFFFFFFFF).to(tl.uint32) + tl.zeros(c0.shape, tl.uint32)
-    c3 = (entry >> 32).to(tl.uint32) + tl.zeros(c0.shape, tl.uint32)
-    return tl.philox(seed, c0.to(tl.uint32), c1.to(tl.uint32), c2, c3)

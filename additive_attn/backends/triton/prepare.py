@@ -23,15 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from additive_attn.backends.triton.configs import VARYING
-from additive_attn.backends.triton.launch import (
-    BatchShape,
-    batch_entry,
-    bits,
-    launch,
-    power_of_two,
-)
-from additive_attn.backends.triton.numerics import exp_and_rest, number
+from additive_attn.backends.triton.batch import BatchShape, batch_entry
+from additive_attn.backends.triton.launch import VARYING, bits, launch
+from additive_attn.backends.triton.numerics import exp_with_error, number
+from additive_attn.backends.triton.tiles import power_of_two
 
 SAFE = tl.constexpr(10.0)  # (e^{2 SAFE} + e^{2 SAFE})^4 < 2^120
 FEW_FEATURES = 64  # up to so many the plain layer rounds so little that w (b - a) is needed
@@ -78,9 +73,9 @@ def _exp_kernel(
     weight_outer, weight_inner, inner, length, length_padded, hidden, padded,
     SIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(length_padded, ROWS)
-    n, o, m = batch_entry(tl.program_id(0) // tiles, inner)
-    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    row_tiles = tl.cdiv(length_padded, ROWS)
+    n, o, m = batch_entry(tl.program_id(0) // row_tiles, inner)
+    row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
     h = tl.arange(0, BLOCK)
     inside = row < length
     source = x + o * stride_outer + m * stride_inner
@@ -99,7 +94,7 @@ def _exp_kernel(
     for h0 in range(0, padded, BLOCK):
         here = inside[:, None] & (h0 + h < hidden)[None, :] & (largest <= SAFE)[:, None]
         v = tl.load(source + (h0 + h)[None, :].to(tl.int64) * stride_h, mask=here, other=0.0)
-        e, rest = exp_and_rest(v.to(tl.float32) * (2.0 * SIGN))
+        e, rest = exp_with_error(v.to(tl.float32) * (2.0 * SIGN))
         w = tl.load(w_row + h0 + h, mask=h0 + h < padded, other=0.0)
         total += tl.sum(w[None, :] * (rest / e), 1)
         to = exponential + (n * length_padded + row[:, None].to(tl.int64)) * padded

@@ -19,9 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from additive_attn.backends.triton.configs import VARYING
-from additive_attn.backends.triton.launch import batch_entry
-from additive_attn.backends.triton.numerics import quarters, reciprocal, tanh
+from additive_attn.backends.triton.batch import batch_entry
+from additive_attn.backends.triton.launch import VARYING
+from additive_attn.backends.triton.masks import interval, masked_bias
+from additive_attn.backends.triton.numerics import reciprocal, split4, tanh
 from additive_attn.backends.triton.prepare import SAFE
 
 
@@ -37,8 +38,8 @@ def joined(
         a4 = tl.load(a_rows + h)
         b4 = tl.load(b_rows + h)
         w4 = tl.load(weight + h + f)
-        a0, a1, a2, a3 = quarters(a4, RM, TM)
-        b0, b1, b2, b3 = quarters(b4, RN, TN)
+        a0, a1, a2, a3 = split4(a4, RM, TM)
+        b0, b1, b2, b3 = split4(b4, RN, TN)
         a0 = a0[:, None, :, None]
         a1 = a1[:, None, :, None]
         a2 = a2[:, None, :, None]
@@ -52,7 +53,7 @@ def joined(
         y2 = a2 + b2
         y3 = a3 + b3
         if DIFFERENCE:
-            w0, w1, w2, w3 = quarters(
+            w0, w1, w2, w3 = split4(
                 w4[None, None, :] + tl.zeros([RM, TM, 4], tl.float32), RM, TM
             )
             z0 = (b0 - a0) * w0[:, None, :, None]
@@ -60,7 +61,7 @@ def joined(
             z2 = (b2 - a2) * w2[:, None, :, None]
             z3 = (b3 - a3) * w3[:, None, :, None]
         else:
-            z0, z1, z2, z3 = quarters(a4 * w4[None, None, :], RM, TM)
+            z0, z1, z2, z3 = split4(a4 * w4[None, None, :], RM, TM)
             z0 = z0[:, None, :, None]
             z1 = z1[:, None, :, None]
             z2 = z2[:, None, :, None]
@@ -149,32 +150,6 @@ def energies(
         else:
             result = tl.where(wild_i[:, None], exact, result)
     return result
-
-
-@triton.jit
-def interval(lengths, length_row, i, rows, keys, left, right, HAS_LENGTHS: tl.constexpr):
-    """The keys [low, high) that rows i may attend to, by window, causality and lengths."""
-    low = tl.maximum(i - left, 0)
-    high = tl.minimum(i + right + 1, keys)
-    if HAS_LENGTHS:
-        here = tl.load(lengths + i.to(tl.int64) * length_row, mask=i < rows, other=0)
-        high = tl.minimum(high.to(tl.int64), tl.maximum(here, 0)).to(tl.int32)
-    return low, tl.where(i < rows, high, 0)
-
-
-@triton.jit
-def masked_bias(mask, mask_row, mask_column, i, j, used, MASK: tl.constexpr):
-    """The float mask of pairs (i, j), or 0; and which of the ``used`` pairs it lets attend."""
-    place = mask + i[:, None].to(tl.int64) * mask_row + j[None, :].to(tl.int64) * mask_column
-    if MASK == "bool":
-        used = used & (tl.load(place, mask=used, other=0) != 0)
-        return tl.zeros(used.shape, tl.float32), used
-    else:
-        bias = tl.load(place, mask=used, other=float("-inf"))
-        if bias.dtype != tl.float64:
-            bias = bias.to(tl.float32)
-        used = used & (bias != float("-inf"))
-        return tl.where(used, bias, 0.0), used
 
 
 @triton.jit

@@ -6,9 +6,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from additive_attn.backends.triton.launch import power_of_two
-
 WORKSPACE_ELEMENTS = 2**23  # scores that are kept at a time: 32 MB in float32, which caches hold
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is at least n and 1."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 @dataclass(frozen=True)
@@ -83,31 +86,16 @@ def gradient_block(length: int) -> int:
     return 64 if length > 16 else 16
 
 
-SINGLE_KEYS = 16  # one query per entry: keys at a time
+DECODE_KEYS = 16  # one query per entry: keys at a time
 
 
 @functools.cache
-def single_tile(hidden: int, values: int, wide: bool, most_values: int) -> dict[str, int]:
+def decode_tile(hidden: int, values: int, wide: bool, most_values: int) -> dict[str, int]:
     """Sums over features of the value are kept in registers where ``most_values`` allows it."""
     VALUES = min(power_of_two(max(values, 16)), most_values // 4 if wide else most_values)
     return {
-        "BLOCK": SINGLE_KEYS,
+        "BLOCK": DECODE_KEYS,
         "FEATURES": min(power_of_two(max(hidden, 16)), 64 if wide else 128),
         "VALUES": VALUES,
         "num_warps": 8 if VALUES > (128 if wide else 256) else 4,
     }
-
-
-# Sizes, offsets and numbers that differ from call to call: a kernel is compiled once for all.
-VARYING = (
-    "inner", "entries", "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin",
-    "key_count", "keys_per_split", "rows_per_split", "splits", "length", "length_padded", "left",
-    "right", "threshold", "keep_bits", "scale_bits",
-    *(
-        f"{name}_{dim}"
-        for name in ("query", "key", "value", "weight", "mask", "length", "seed", "query_exp",
-                     "key_exp", "gw", "gl", "go", "stride")
-        for dim in ("outer", "inner")
-    ),
-    "mask_row", "length_row", "gw_row", "gl_row",
-)  # fmt: skip
