@@ -47,7 +47,7 @@ def kernel():
     """The arguments of setup() that add the kernel; empty where it is not to be built."""
     if SETTING not in ("", "0", "1"):
         raise SystemExit(f"ADDITIVE_ATTN_BUILD_EXT is {SETTING!r}; it may be 0, 1 or unset.")
-    sources = sorted(glob.glob("csrc/*.cpp"))
+    sources = sorted(glob.glob("csrc/**/*.cpp", recursive=True))
     if SETTING == "0" or not sources or (os.name == "nt" and not REQUIRED):
         return {}
     cpp_extension = import_cpp_extension()
@@ -73,7 +73,7 @@ def kernel():
     extension = cpp_extension.CppExtension(
         "additive_attn._C",
         sources,
-        depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*.inc")),
+        depends=[*sorted(glob.glob("csrc/**/*.h", recursive=True)), "csrc/targets/all.inc"],
         extra_compile_args=COMPILE_ARGS,
         py_limited_api=True,
         optional=not REQUIRED,

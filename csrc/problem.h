@@ -1,9 +1,10 @@
-// What the kernels are asked to do, on raw pointers: the boundary between the torch side (ops.cpp) and the kernels.
+// What the kernels are asked to do, on raw pointers: the boundary between the torch side (bindings.cpp) and the kernels.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <string>
 
 namespace additive_attn {
 
@@ -98,7 +99,9 @@ const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* baseline_kernels();  // SSE2, NEON or whatever the compiler targets; always there
 
-// The best kernels, or those that ADDITIVE_ATTN_CPU names. Throws std::runtime_error with a sentence when it cannot.
+// The fastest kernels, or those that ADDITIVE_ATTN_CPU names, until select_kernels chooses others. An empty name returns
+// to the former. Both throw std::runtime_error where this processor or this build lacks the kernels.
 const Kernels& kernels();
+const Kernels& select_kernels(const std::string& name);
 
 }  // namespace additive_attn

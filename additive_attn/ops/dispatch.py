@@ -40,7 +40,7 @@ def gpu_backward(
 @functools.cache
 def gpu_path() -> tuple[ModuleType | None, str]:
     """The module of the Triton kernels, or None, and the reason in words; decided once."""
-    forced = os.environ.get("ADDITIVE_ATTN_GPU")
+    forced = os.environ.get("ADDITIVE_ATTN_GPU") or None
     if forced is not None and forced not in _GPU_PATHS:
         raise ImportError(
             f"ADDITIVE_ATTN_GPU is {forced!r}, which names no GPU path. Set it to one of "
@@ -88,7 +88,7 @@ _CPU_PATHS = ("avx512", "avx2", "baseline", "pytorch", "triton")
 
 def _load_library() -> tuple[Path | None, str]:
     """The compiled library, if any, and the reason for the choice in words."""
-    forced = os.environ.get("ADDITIVE_ATTN_CPU")
+    forced = os.environ.get("ADDITIVE_ATTN_CPU") or None
     if forced is not None and forced not in _CPU_PATHS:
         raise ImportError(
             f"ADDITIVE_ATTN_CPU is {forced!r}, which names no CPU path. Set it to one of "

@@ -1,6 +1,7 @@
 // Checks the CPU kernels without torch: forward and backward against plain loops in double precision.
 //
-//     c++ -std=c++17 -O1 -g -fsanitize=address,undefined -Icsrc csrc/kernels*.cpp tests/kernel_driver.cpp -pthread
+//     c++ -std=c++17 -O1 -g -fsanitize=address,undefined -Icsrc csrc/dispatch.cpp csrc/targets/*.cpp
+//         tests/kernels/kernel_driver.cpp -pthread
 //
 // ADDITIVE_ATTN_CPU chooses the kernels, as in the package; an argument keeps the families whose names contain it. Every
 // buffer has exactly the size of its tensor and begins where the allocator puts it, so that the address sanitizer sees

@@ -1,4 +1,4 @@
-"""The CPU kernels under the sanitizers: tests/kernel_driver.cpp against plain loops, no torch."""
+"""The CPU kernels under the sanitizers: kernel_driver.cpp against plain loops, no torch."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def build(objects: list[Path], sources: list[Path], folder: Path, sanitizer: str
 
 @pytest.fixture(scope="module")
 def checker(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    source = ROOT / "tests" / "kernel_driver.cpp"
+    source = ROOT / "tests" / "kernels" / "kernel_driver.cpp"
     return compile_all([source], tmp_path_factory.mktemp("checker"))
 
 
 @pytest.fixture(scope="module")
 def driver(checker: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sources = sorted(CSRC.glob("kernels*.cpp"))
+    sources = [CSRC / "dispatch.cpp", *sorted((CSRC / "targets").glob("*.cpp"))]
     return build(checker, sources, tmp_path_factory.mktemp("memory"), MEMORY)
 
 
@@ -75,7 +75,11 @@ def driver(checker: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
 def threaded_driver(checker: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("threads")
     (folder / "baseline_only.cpp").write_text(BASELINE_ONLY)
-    sources = [CSRC / "kernels.cpp", CSRC / "kernels_baseline.cpp", folder / "baseline_only.cpp"]
+    sources = [
+        CSRC / "dispatch.cpp",
+        CSRC / "targets" / "baseline.cpp",
+        folder / "baseline_only.cpp",
+    ]
     return build(checker, sources, folder, THREADS)
 
 

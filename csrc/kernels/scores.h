@@ -1,55 +1,6 @@
 // The masked scores of a block of query rows, one tile of keys after the other: what forward and backward share.
 
-inline float half_to_float(std::uint16_t bits) {
-  const std::uint32_t sign = std::uint32_t(bits & 0x8000) << 16, rest = std::uint32_t(bits & 0x7fff) << 13;
-  float x;
-  if (rest >= 0x0f800000u) {  // Inf and NaN
-    const std::uint32_t special = sign | 0x70000000u | rest;
-    std::memcpy(&x, &special, sizeof x);
-    return x;
-  }
-  std::memcpy(&x, &rest, sizeof x);
-  x *= 0x1p112f;
-  return sign ? -x : x;
-}
-
-inline float bfloat_to_float(std::uint16_t bits) {
-  const std::uint32_t wide = std::uint32_t(bits) << 16;
-  float x;
-  std::memcpy(&x, &wide, sizeof x);
-  return x;
-}
-
-// Columns [first, first + count) of a mask row as terms to add to the scores; false becomes -Inf.
-template <class T>
-void load_mask(const Mask& mask, std::int64_t n, std::int64_t i, std::int64_t first, std::int64_t count, T* bias) {
-  const std::int64_t base = mask.offset[n] + i * mask.row + first * mask.column, step = mask.column;
-  switch (mask.type) {
-    case MaskType::none:
-      break;
-    case MaskType::boolean:
-      for (std::int64_t j = 0; j < count; ++j)
-        bias[j] = static_cast<const unsigned char*>(mask.data)[base + j * step] ? T(0) : T(-INFINITY);
-      break;
-    case MaskType::float16:
-      for (std::int64_t j = 0; j < count; ++j)
-        bias[j] = T(half_to_float(static_cast<const std::uint16_t*>(mask.data)[base + j * step]));
-      break;
-    case MaskType::bfloat16:
-      for (std::int64_t j = 0; j < count; ++j)
-        bias[j] = T(bfloat_to_float(static_cast<const std::uint16_t*>(mask.data)[base + j * step]));
-      break;
-    case MaskType::float32:
-      for (std::int64_t j = 0; j < count; ++j) bias[j] = T(static_cast<const float*>(mask.data)[base + j * step]);
-      break;
-    case MaskType::float64:
-      for (std::int64_t j = 0; j < count; ++j) bias[j] = T(static_cast<const double*>(mask.data)[base + j * step]);
-      break;
-  }
-}
-
 constexpr int most_rows = 128;   // query rows of a block
-constexpr int tile_blocks = 4;   // key blocks of a tile
 
 // Fewer rows than most_rows where that is needed to keep every thread busy.
 inline std::int64_t rows_per_block(std::int64_t batch, std::int64_t queries, int threads) {
@@ -252,21 +203,3 @@ class ScoreBlock {
   bool query_packed_[forms] = {};
   Buffer<T> query_[forms], key_[forms], weight_, centre_, bias_, scores_;
 };
-
-// The keep factors, 0 or keep_scale, of a tile of keys.
-template <class T>
-void dropout_factors(const Problem<T>& p, std::int64_t entry, std::int64_t row, std::int64_t key0, T* factors) {
-  std::uint32_t words[tile_keys<T>];
-  philox<tile_keys<T> / 4>(std::uint64_t(p.seed[p.seed_offset[entry]]), std::uint64_t(entry), std::uint64_t(row),
-                           std::uint64_t(key0), words);
-  const std::uint32_t drop_below = p.drop_below;  // members could be among the factors, for all that the compiler knows
-  const T keep_scale = p.keep_scale;
-  for (int j = 0; j < tile_keys<T>; ++j) factors[j] = words[j] < drop_below ? T(0) : keep_scale;
-}
-
-template <class T>
-bool all_finite(const T* x, std::int64_t row, std::int64_t count, std::int64_t columns) {
-  for (std::int64_t r = 0; r < count; ++r)
-    if (largest(x + r * row, columns) >= ordered_bits<T>(INFINITY)) return false;
-  return true;
-}

@@ -1,5 +1,5 @@
 // The kernels for what the compiler targets by default: SSE2 on x86-64, NEON on AArch64.
-#include "kernels.h"
+#include "targets.h"
 
 #define VECTOR_BYTES 16
 #if defined(__aarch64__)
@@ -10,7 +10,7 @@
 
 namespace additive_attn {
 namespace baseline {
-#include "kernels.inc"
+#include "all.inc"
 }  // namespace baseline
 
 const Kernels* baseline_kernels() { return &baseline::table; }

@@ -63,3 +63,14 @@ void philox(std::uint64_t seed, std::uint64_t entry, std::uint64_t row, std::uin
     std::memcpy(words + (4 * v + 2) * word_lanes, &odd, sizeof odd);
   }
 }
+
+// The keep factors, 0 or keep_scale, of a tile of keys.
+template <class T>
+void dropout_factors(const Problem<T>& p, std::int64_t entry, std::int64_t row, std::int64_t key0, T* factors) {
+  std::uint32_t words[tile_keys<T>];
+  philox<tile_keys<T> / 4>(std::uint64_t(p.seed[p.seed_offset[entry]]), std::uint64_t(entry), std::uint64_t(row),
+                           std::uint64_t(key0), words);
+  const std::uint32_t drop_below = p.drop_below;  // members could be among the factors, for all that the compiler knows
+  const T keep_scale = p.keep_scale;
+  for (int j = 0; j < tile_keys<T>; ++j) factors[j] = words[j] < drop_below ? T(0) : keep_scale;
+}

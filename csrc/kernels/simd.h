@@ -1,6 +1,6 @@
 // The SIMD layer: one vector type per element type, and the few operations that the kernels need.
 //
-// There is no include guard on purpose. Every kernels_<isa>.cpp includes this file once, inside the namespace and under
+// There is no include guard on purpose. Every file of targets/ includes this file once, inside the namespace and under
 // the compiler target of its instruction set, after defining VECTOR_BYTES. Arithmetic is that of the GCC/Clang vector
 // extensions, so one source serves AVX-512, AVX2, NEON and plain SSE2; a * b + c becomes a fused multiply-add where the
 // target has one. Only `reciprocal` names an instruction.
@@ -93,40 +93,6 @@ inline UVec<T> magnitude(Vec<T> v) {
   return as_bits<T>(v) & ~((UVec<T>){} + (typename Simd<T>::Bits(1) << (8 * sizeof(T) - 1)));
 }
 
-// 1 / x for 2^-126 < |x| < 2^126 (fp32; at most 2 ulp) or any x (fp64).
-inline Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
-inline Vec<float> reciprocal(Vec<float> x) {
-#if VECTOR_BYTES == 64 && defined(__x86_64__)
-  Vec<float> r = (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
-  return r * (2.f - x * r);
-#else
-  return 1.f / x;
-#endif
-}
-
-// x = n ln 2 + r with |r| <= ln(2)/2: power = 2^n and e^r = 1 + r + low. The Taylor series, with what the rounding of r
-// leaves out, so that e^x can be had to little more than its own rounding.
-template <class T>
-inline void exp_parts(Vec<T> x, Vec<T>& power, Vec<T>& r, Vec<T>& low) {
-  using S = Simd<T>;
-  constexpr T magic = T(3) * T(typename S::Bits(1) << (S::mantissa - 1));
-  const Vec<T> shifted = x * T(1.4426950408889634) + magic;
-  const Vec<T> n = shifted - magic;
-  const Vec<T> high = x - n * S::ln2_high;
-  r = high - n * S::ln2_low;
-  const Vec<T> rest = (high - r) - n * S::ln2_low;
-  T factorial = 1;
-  for (int k = 2; k <= S::exp_degree; ++k) factorial *= T(k);
-  Vec<T> p = splat<T>(T(1) / factorial);
-#pragma GCC unroll 16
-  for (int k = S::exp_degree - 1; k >= 2; --k) {
-    factorial /= T(k + 1);
-    p = p * r + T(1) / factorial;
-  }
-  low = p * (r * r) + rest;
-  power = (Vec<T>)((as_bits<T>(shifted) << S::mantissa) + (typename S::Bits(S::bias) << S::mantissa));
-}
-
 // A constant that the compiler is not to know: GCC sees minimum and maximum instructions in `clamp` for variables only.
 template <class T>
 inline Vec<T> variable(T x) {
@@ -146,29 +112,36 @@ inline Vec<T> clamp(Vec<T> x, T low, T high) {  // NaN stays NaN
   return most < x ? most : x;
 }
 
-// e^x for exp_low <= x <= exp_high or NaN, and what its rounding leaves out.
+// The largest |x| of a row, as ordered bits; NaN is larger than everything.
 template <class T>
-inline void exp_and_rest(Vec<T> x, Vec<T>& e, Vec<T>& rest) {
-  Vec<T> power, r, low;
-  exp_parts<T>(x, power, r, low);
-  const Vec<T> u = r + T(1), v = (r - (u - T(1))) + low, scaled = power * u;
-  e = power * v + scaled;
-  rest = power * v - (e - scaled);
+typename Simd<T>::Bits largest(const T* x, std::int64_t n) {
+  UVec<T> most = {};
+  std::int64_t h = 0;
+  for (; h + lanes<T> <= n; h += lanes<T>) {
+    const UVec<T> m = magnitude<T>(load(x + h));
+    most = m > most ? m : most;
+  }
+  if (h < n) {
+    const UVec<T> m = magnitude<T>(load_part<T>(x + h, n - h, 0));
+    most = m > most ? m : most;
+  }
+  typename Simd<T>::Bits result = 0;
+  for (int l = 0; l < lanes<T>; ++l) result = std::max(result, most[l]);
+  return result;
 }
 
-// 0 below the normal range, saturated above it; NaN stays NaN.
 template <class T>
-inline Vec<T> exp(Vec<T> x) {
-  Vec<T> e, rest;
-  exp_and_rest<T>(clamp<T>(x, Simd<T>::exp_low, Simd<T>::exp_high), e, rest);
-  return x < Simd<T>::exp_low ? (Vec<T>){} : e;
+typename Simd<T>::Bits ordered_bits(T x) {
+  typename Simd<T>::Bits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
 
 template <class T>
-inline Vec<T> expm1(Vec<T> x) {  // for exp_low <= x <= exp_high or NaN
-  Vec<T> power, r, low;
-  exp_parts<T>(x, power, r, low);
-  return power * (r + low) + (power - T(1));
+bool all_finite(const T* x, std::int64_t row, std::int64_t count, std::int64_t columns) {
+  for (std::int64_t r = 0; r < count; ++r)
+    if (largest(x + r * row, columns) >= ordered_bits<T>(INFINITY)) return false;
+  return true;
 }
 
 #if defined(__has_builtin)

@@ -1,5 +1,5 @@
 // The torch side: tensors of additive_attn::forward and additive_attn::backward to raw pointers, against the stable ABI.
-// Schemas and shapes for tracing stand in additive_attn/ops.py; arguments come checked by additive_attn/functional.py,
+// Schemas and shapes for tracing stand in additive_attn/ops/schemas.py; additive_attn/ops/checks.py has checked the arguments,
 // and what could harm the process is checked again here, since the operators are public.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -328,12 +328,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 }
 
 std::string cpu_isa() { return additive_attn::kernels().name; }
+std::string select_cpu_isa(std::string name) { return additive_attn::select_kernels(name).name; }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(additive_attn, m) { m.def("cpu_isa() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(additive_attn, m) {
+  m.def("cpu_isa() -> str");
+  m.def("select_cpu_isa(str name) -> str");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(additive_attn, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(additive_attn, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("select_cpu_isa", TORCH_BOX(&select_cpu_isa));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(additive_attn, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));

@@ -30,85 +30,12 @@
 enum Form { centred, difference, factored, direct };
 constexpr int forms = 4;
 
-template <class T>
-struct Range;
-template <>
-struct Range<float> {
-  // y^4 < 2^120;  tanh(9) rounds to 1;  1 - tanh(20)^2 is nothing, and (e^40)^2 < 2^120
-  static constexpr float safe = 10.f, saturated = 9.f, flat = 20.f;
-};
-template <>
-struct Range<double> {
-  static constexpr double safe = 80.0, saturated = 20.0, flat = 40.0;
-};
-constexpr int group = 4;            // features that share a division
 constexpr int features_cached = 128;  // so many features of a key block stay in the first-level cache
 constexpr int features_few = 64;      // up to so many, `difference` rather than `factored`
 constexpr int features_summed = 32;   // partial sums are centred after so many features, which keeps them small
 
-template <class T>
-constexpr int block_keys = 2 * lanes<T>;
-template <class T>
-constexpr int tile_keys = 4 * block_keys<T>;
-
-// tanh(x) = z / y with 1 <= y < 2^58, for n vectors side by side: the steps of one wait for each other.
-template <int n>
-inline void tanh_fractions(const Vec<double>* x, Vec<double>* z, Vec<double>* y) {
-  for (int i = 0; i < n; ++i) {
-    z[i] = expm1<double>(clamp<double>(x[i], -Range<double>::saturated, Range<double>::saturated) * 2.0);
-    y[i] = z[i] + 2.0;
-  }
-}
-
-// The rational function of x^2 with the least relative error on [0, 9], 2^-25; found by linear least squares with
-// weights iterated towards the minimax solution (Lawson).
-template <int n>
-inline void tanh_fractions(const Vec<float>* x, Vec<float>* z, Vec<float>* y) {
-  constexpr float numerator[] = {1.3354552e-8f, 2.0609001e-5f, 3.4955831e-3f, 0.13381021f, 1.f};
-  constexpr float denominator[] = {7.7765128e-7f, 3.2856266e-4f, 2.5876964e-2f, 0.46714336f, 1.f};
-  Vec<float> limited[n], u[n];
-  for (int i = 0; i < n; ++i) {
-    limited[i] = clamp<float>(x[i], -Range<float>::saturated, Range<float>::saturated);
-    u[i] = limited[i] * limited[i];
-    z[i] = u[i] * numerator[0] + numerator[1];
-    y[i] = u[i] * denominator[0] + denominator[1];
-  }
-#pragma GCC unroll 3
-  for (int c = 2; c < 5; ++c)
-    for (int i = 0; i < n; ++i) {
-      z[i] = z[i] * u[i] + numerator[c];
-      y[i] = y[i] * u[i] + denominator[c];
-    }
-  for (int i = 0; i < n; ++i) z[i] *= limited[i];
-}
-
 // Constants per feature of a query row.
 constexpr int constants(Form form) { return form == centred ? 3 : 2; }
-
-// The largest |x| of a row, as ordered bits; NaN is larger than everything.
-template <class T>
-typename Simd<T>::Bits largest(const T* x, std::int64_t n) {
-  UVec<T> most = {};
-  std::int64_t h = 0;
-  for (; h + lanes<T> <= n; h += lanes<T>) {
-    const UVec<T> m = magnitude<T>(load(x + h));
-    most = m > most ? m : most;
-  }
-  if (h < n) {
-    const UVec<T> m = magnitude<T>(load_part<T>(x + h, n - h, 0));
-    most = m > most ? m : most;
-  }
-  typename Simd<T>::Bits result = 0;
-  for (int l = 0; l < lanes<T>; ++l) result = std::max(result, most[l]);
-  return result;
-}
-
-template <class T>
-typename Simd<T>::Bits ordered_bits(T x) {
-  typename Simd<T>::Bits bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
 
 template <class T>
 Form choose_form(typename Simd<T>::Bits query, typename Simd<T>::Bits key, typename Simd<T>::Bits weight,
@@ -159,7 +86,7 @@ void pack_query(Form form, const T* q, const T* w, T normaliser, std::int64_t hi
   }
 }
 
-// What is packed of a value k. (Function objects: a lambda would not be compiled for the instruction set everywhere.)
+// What is packed of a value k.
 template <class T>
 struct KeyConstant {
   Form form;
@@ -167,28 +94,6 @@ struct KeyConstant {
     return form == direct ? k : form == centred ? expm1<T>(k * T(2)) : exp<T>(k * T(2));
   }
 };
-
-template <class T>
-struct Unchanged {
-  Vec<T> operator()(Vec<T> x) const { return x; }
-};
-
-// `count` rows of x as columns: packed[c * ld + row], for `columns` columns (padded with zeros up to a multiple of
-// `group`) and whole vectors of rows (padded with zeros).
-template <class T, class Function>
-void pack_transposed(const T* x, std::int64_t row, std::int64_t count, std::int64_t columns, T* packed,
-                     std::int64_t ld, Function function) {
-  constexpr int L = lanes<T>;
-  for (std::int64_t r0 = 0; r0 < count; r0 += L)
-    for (std::int64_t c0 = 0; c0 < round_up(columns, group); c0 += L) {
-      Vec<T> square[L];
-      for (int r = 0; r < L; ++r)
-        square[r] = function(r0 + r < count ? load_part<T>(x + (r0 + r) * row + c0, columns - c0, 0) : Vec<T>{});
-      transpose<T>(square);
-      const std::int64_t end = std::min<std::int64_t>(L, round_up(columns, group) - c0);
-      for (std::int64_t c = 0; c < end; ++c) store(packed + (c0 + c) * ld + r0, square[c]);
-    }
-}
 
 // A block of keys in one form, [h][key].
 template <class T>

@@ -1,29 +1,18 @@
 // The kernels for AVX2.
-#include "kernels.h"
+#include "targets.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #define VECTOR_BYTES 32
 #define KERNELS_NAME "avx2"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-
+BEGIN_TARGET("avx2,fma")
 namespace additive_attn {
 namespace avx2 {
-#include "kernels.inc"
+#include "all.inc"
 }  // namespace avx2
 }  // namespace additive_attn
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+END_TARGET
 
 namespace additive_attn {
 const Kernels* avx2_kernels() {

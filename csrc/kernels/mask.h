@@ -1,0 +1,49 @@
+// Masks of any type as terms to add to the scores.
+
+inline float half_to_float(std::uint16_t bits) {
+  const std::uint32_t sign = std::uint32_t(bits & 0x8000) << 16, rest = std::uint32_t(bits & 0x7fff) << 13;
+  float x;
+  if (rest >= 0x0f800000u) {  // Inf and NaN
+    const std::uint32_t special = sign | 0x70000000u | rest;
+    std::memcpy(&x, &special, sizeof x);
+    return x;
+  }
+  std::memcpy(&x, &rest, sizeof x);
+  x *= 0x1p112f;
+  return sign ? -x : x;
+}
+
+inline float bfloat_to_float(std::uint16_t bits) {
+  const std::uint32_t wide = std::uint32_t(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+// Columns [first, first + count) of a mask row as terms to add to the scores; false becomes -Inf.
+template <class T>
+void load_mask(const Mask& mask, std::int64_t n, std::int64_t i, std::int64_t first, std::int64_t count, T* bias) {
+  const std::int64_t base = mask.offset[n] + i * mask.row + first * mask.column, step = mask.column;
+  switch (mask.type) {
+    case MaskType::none:
+      break;
+    case MaskType::boolean:
+      for (std::int64_t j = 0; j < count; ++j)
+        bias[j] = static_cast<const unsigned char*>(mask.data)[base + j * step] ? T(0) : T(-INFINITY);
+      break;
+    case MaskType::float16:
+      for (std::int64_t j = 0; j < count; ++j)
+        bias[j] = T(half_to_float(static_cast<const std::uint16_t*>(mask.data)[base + j * step]));
+      break;
+    case MaskType::bfloat16:
+      for (std::int64_t j = 0; j < count; ++j)
+        bias[j] = T(bfloat_to_float(static_cast<const std::uint16_t*>(mask.data)[base + j * step]));
+      break;
+    case MaskType::float32:
+      for (std::int64_t j = 0; j < count; ++j) bias[j] = T(static_cast<const float*>(mask.data)[base + j * step]);
+      break;
+    case MaskType::float64:
+      for (std::int64_t j = 0; j < count; ++j) bias[j] = T(static_cast<const double*>(mask.data)[base + j * step]);
+      break;
+  }
+}

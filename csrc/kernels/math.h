@@ -1,0 +1,103 @@
+// Elementary functions of vectors.
+
+// 1 / x for 2^-126 < |x| < 2^126 (fp32; at most 2 ulp) or any x (fp64).
+inline Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
+inline Vec<float> reciprocal(Vec<float> x) {
+#if VECTOR_BYTES == 64 && defined(__x86_64__)
+  Vec<float> r = (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return r * (2.f - x * r);
+#else
+  return 1.f / x;
+#endif
+}
+
+// x = n ln 2 + r with |r| <= ln(2)/2: power = 2^n and e^r = 1 + r + low. The Taylor series, with what the rounding of r
+// leaves out, so that e^x can be had to little more than its own rounding.
+template <class T>
+inline void exp_parts(Vec<T> x, Vec<T>& power, Vec<T>& r, Vec<T>& low) {
+  using S = Simd<T>;
+  constexpr T magic = T(3) * T(typename S::Bits(1) << (S::mantissa - 1));
+  const Vec<T> shifted = x * T(1.4426950408889634) + magic;
+  const Vec<T> n = shifted - magic;
+  const Vec<T> high = x - n * S::ln2_high;
+  r = high - n * S::ln2_low;
+  const Vec<T> rest = (high - r) - n * S::ln2_low;
+  T factorial = 1;
+  for (int k = 2; k <= S::exp_degree; ++k) factorial *= T(k);
+  Vec<T> p = splat<T>(T(1) / factorial);
+#pragma GCC unroll 16
+  for (int k = S::exp_degree - 1; k >= 2; --k) {
+    factorial /= T(k + 1);
+    p = p * r + T(1) / factorial;
+  }
+  low = p * (r * r) + rest;
+  power = (Vec<T>)((as_bits<T>(shifted) << S::mantissa) + (typename S::Bits(S::bias) << S::mantissa));
+}
+
+// e^x for exp_low <= x <= exp_high or NaN, and what its rounding leaves out.
+template <class T>
+inline void exp_and_rest(Vec<T> x, Vec<T>& e, Vec<T>& rest) {
+  Vec<T> power, r, low;
+  exp_parts<T>(x, power, r, low);
+  const Vec<T> u = r + T(1), v = (r - (u - T(1))) + low, scaled = power * u;
+  e = power * v + scaled;
+  rest = power * v - (e - scaled);
+}
+
+// 0 below the normal range, saturated above it; NaN stays NaN.
+template <class T>
+inline Vec<T> exp(Vec<T> x) {
+  Vec<T> e, rest;
+  exp_and_rest<T>(clamp<T>(x, Simd<T>::exp_low, Simd<T>::exp_high), e, rest);
+  return x < Simd<T>::exp_low ? (Vec<T>){} : e;
+}
+
+template <class T>
+inline Vec<T> expm1(Vec<T> x) {  // for exp_low <= x <= exp_high or NaN
+  Vec<T> power, r, low;
+  exp_parts<T>(x, power, r, low);
+  return power * (r + low) + (power - T(1));
+}
+
+template <class T>
+struct Range;
+template <>
+struct Range<float> {
+  // y^4 < 2^120;  tanh(9) rounds to 1;  1 - tanh(20)^2 is nothing, and (e^40)^2 < 2^120
+  static constexpr float safe = 10.f, saturated = 9.f, flat = 20.f;
+};
+template <>
+struct Range<double> {
+  static constexpr double safe = 80.0, saturated = 20.0, flat = 40.0;
+};
+
+// tanh(x) = z / y with 1 <= y < 2^58, for n vectors side by side: the steps of one wait for each other.
+template <int n>
+inline void tanh_fractions(const Vec<double>* x, Vec<double>* z, Vec<double>* y) {
+  for (int i = 0; i < n; ++i) {
+    z[i] = expm1<double>(clamp<double>(x[i], -Range<double>::saturated, Range<double>::saturated) * 2.0);
+    y[i] = z[i] + 2.0;
+  }
+}
+
+// The rational function of x^2 with the least relative error on [0, 9], 2^-25; found by linear least squares with
+// weights iterated towards the minimax solution (Lawson).
+template <int n>
+inline void tanh_fractions(const Vec<float>* x, Vec<float>* z, Vec<float>* y) {
+  constexpr float numerator[] = {1.3354552e-8f, 2.0609001e-5f, 3.4955831e-3f, 0.13381021f, 1.f};
+  constexpr float denominator[] = {7.7765128e-7f, 3.2856266e-4f, 2.5876964e-2f, 0.46714336f, 1.f};
+  Vec<float> limited[n], u[n];
+  for (int i = 0; i < n; ++i) {
+    limited[i] = clamp<float>(x[i], -Range<float>::saturated, Range<float>::saturated);
+    u[i] = limited[i] * limited[i];
+    z[i] = u[i] * numerator[0] + numerator[1];
+    y[i] = u[i] * denominator[0] + denominator[1];
+  }
+#pragma GCC unroll 3
+  for (int c = 2; c < 5; ++c)
+    for (int i = 0; i < n; ++i) {
+      z[i] = z[i] * u[i] + numerator[c];
+      y[i] = y[i] * u[i] + denominator[c];
+    }
+  for (int i = 0; i < n; ++i) z[i] *= limited[i];
+}
