@@ -14,8 +14,11 @@ from additive_attn.ops import dispatch
 def show_config() -> str:
     """Prints, and returns, the versions in use and which implementation computes on which device,
     and why."""
+    # That of the code that runs; the metadata may belong to another, installed copy.
+    from additive_attn import __version__
+
     lines = {
-        "additive_attn": _version("additive-attn"),
+        "additive_attn": __version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
