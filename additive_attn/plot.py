@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,48 +20,58 @@ if TYPE_CHECKING:
 # Few enough that no screen or page shrinks the image again, which would lose thin lines.
 MAX_PIXELS = 512
 EMPTY_COLOR = "lightgrey"
+NAN_COLOR = (0.84, 0.15, 0.16, 1.0)  # red
+LONGEST = 20  # characters of a token
+SMALL, USUAL = 7.0, 9.0  # points of a font
+LABEL_INCHES = 1.1 * SMALL / 72  # height of a small label
+CHARACTER_INCHES = 0.62 * USUAL / 72
 
 
 def plot_attention(
     weights: Any,
-    source_tokens: Sequence[str] | None = None,
-    target_tokens: Sequence[str] | None = None,
+    source_tokens: Sequence[Any] | None = None,
+    target_tokens: Sequence[Any] | None = None,
     *,
     ax: Any = None,
     source_length: int | None = None,
     target_length: int | None = None,
-    head: int | Literal["mean", "grid"] = "mean",
+    batch: int | None = None,
+    head: int | Literal["mean", "grid"] | None = None,
     style: Literal["matrix", "alignment"] = "matrix",
     cmap: str = "viridis",
     vmin: float = 0.0,
-    vmax: float | None = None,
+    vmax: float | Literal["robust"] | None = None,
     colorbar: bool = True,
     max_ticks: int = 40,
     title: str | None = None,
 ) -> Axes | numpy.ndarray:
     """Draws attention weights as an image and returns the Axes, for the caller to change or save.
 
-    A row that attends to nothing is grey. Where there are more weights than pixels, each pixel
-    shows the largest weight of a block, because sharp alignments would vanish in a mean.
+    A row that attends to nothing is grey, NaN is red. A pixel that stands for several weights
+    shows the largest, because sharp alignments would vanish in a mean.
 
     Args:
-        weights: ``(target, source)`` or ``(heads, target, source)``, leading dims of size 1
-            allowed; a tensor of any device and dtype, or an array.
-        source_tokens: labels of the keys. Default: numbers.
+        weights: ``(target, source)``, ``(batch, target, source)`` with ``batch`` given,
+            ``(heads, target, source)`` with ``head`` given, or ``(batch, heads, target,
+            source)``; a tensor of any device and dtype, or an array. Dims of size 1 need no
+            choice. Also the list of the weights ``(source,)`` or ``(batch, source)`` that
+            decoder steps returned.
+        source_tokens: labels of the keys, one for each that is drawn. Default: numbers.
         target_tokens: labels of the queries. Default: numbers.
         ax: matplotlib Axes to draw into; an array of them, one per head, with ``head="grid"``.
             Default: a new figure.
-        source_length: draw only the first keys, without the padding. Default: as many as there
-            are source_tokens, else all.
+        source_length: draw only the first keys, without the padding. Default: all.
         target_length: the same for the queries.
-        head: of weights with heads, the mean over them, the one with this number, or all of them
-            beside each other on one colour scale ("grid").
+        batch: which sequence of the batch to draw.
+        head: the number of one head, "mean" over the heads, or "grid": all of them beside each
+            other on one colour scale.
         style: "matrix" puts targets top to bottom and sources left to right; "alignment" puts
             targets left to right and sources bottom to top, as speech synthesis does.
         cmap: matplotlib colour map.
-        vmin, vmax: range of the colours. Default: 0 to the largest weight.
+        vmin, vmax: range of the colours. Default: 0 to the largest weight; with vmax="robust" to
+            what nine of ten rows do not exceed, so that outliers do not darken the others.
         colorbar: whether to explain the colours.
-        max_ticks: label at most so many positions of an axis.
+        max_ticks: label at most so many positions of an axis, and no more than there is room for.
         title: title of the Axes, or of the figure with ``head="grid"``.
 
     Returns:
@@ -67,53 +80,109 @@ def plot_attention(
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
         TypeError: weights are no real numbers, or ax is no Axes.
-        ValueError: shape, head, tokens or lengths do not fit the weights, or max_ticks is below 1.
+        ValueError: another argument does not fit the weights, or has no such value.
     """
     plt = _import_pyplot()
-    if max_ticks < 1:
-        raise ValueError(f"max_ticks is {max_ticks}, but at least one position is labelled.")
-    images = _select(weights, head)
+    images = _select(_as_tensor(weights), batch, head)
     images = images[:, : _length("target", target_length, target_tokens, images.shape[1])]
     images = images[..., : _length("source", source_length, source_tokens, images.shape[2])]
-    if style not in ("matrix", "alignment"):
-        raise ValueError(f'style is {style!r}; it may be "matrix" or "alignment".')
-    if vmax is None:
-        finite = images[images.isfinite()]
-        vmax = max(finite.max().item(), vmin) if finite.numel() else vmin + 1
-
-    if ax is None:
-        columns = math.ceil(math.sqrt(len(images)))
-        rows = math.ceil(len(images) / columns)
-        figure, grid = plt.subplots(
-            rows,
-            columns,
-            figsize=_figure_size(images, style, rows, columns),
-            layout="constrained",
-            squeeze=False,
-        )
-        axes = grid.ravel()
-        for unused in axes[len(images) :]:
-            unused.remove()
-        axes = axes[: len(images)]
-    else:
-        axes = _as_axes_array(ax, len(images))
-        figure = axes[0].figure
-
-    for number, (each, image) in enumerate(zip(axes, images, strict=True)):
+    labels = _Labels(target_tokens, source_tokens, title, style, max_ticks)
+    largest = _top(images, vmin, 1.0)
+    if vmax is None or vmax == "robust":
+        vmax = _top(images, vmin, 0.9) if vmax == "robust" else largest
+    axes, panel = _axes(plt, ax, images, labels)
+    for each, image in zip(axes, images, strict=True):
         drawn = _draw(each, image, style, plt.get_cmap(cmap), vmin, vmax)
-        on_target, on_source = ("x", "y") if style == "alignment" else ("y", "x")
-        _label(each, on_source, "source", source_tokens, image.shape[1], max_ticks)
-        _label(each, on_target, "target", target_tokens, image.shape[0], max_ticks)
-        if head == "grid":
-            each.set_title(f"head {number}")
-    if title is not None:
-        if head == "grid" and ax is None:
-            figure.suptitle(title)
-        else:
-            axes[0].set_title(title)
+    labels.write(axes, images, panel, is_grid=head == "grid", is_own=ax is None)
     if colorbar:
-        figure.colorbar(drawn, ax=list(axes), label="weight")
+        extend = "max" if largest > vmax else "neither"
+        axes[0].figure.colorbar(drawn, ax=list(axes), label="weight", extend=extend, aspect=30)
     return axes if head == "grid" else axes[0]
+
+
+class _Labels:
+    """Tokens and titles in characters that a font has."""
+
+    def __init__(
+        self,
+        target_tokens: Sequence[Any] | None,
+        source_tokens: Sequence[Any] | None,
+        title: str | None,
+        style: str,
+        max_ticks: int,
+    ) -> None:
+        if max_ticks < 1:
+            raise ValueError(f"max_ticks is {max_ticks}, but at least one position is labelled.")
+        if style not in ("matrix", "alignment"):
+            raise ValueError(f'style is {style!r}; it may be "matrix" or "alignment".')
+        self.max_ticks = max_ticks
+        # What is along x and along y.
+        self.names = ("target", "source") if style == "alignment" else ("source", "target")
+        texts = {"target": _texts(target_tokens), "source": _texts(source_tokens)}
+        shown = "".join([*texts["target"], *texts["source"], title or ""])
+        self.family, missing = _families(frozenset(shown))
+        if missing:
+            listed = " ".join(sorted(missing)[:10])
+            warnings.warn(
+                f"plot_attention draws boxes for {_count(len(missing), 'character')} that no "
+                f"installed font has: {listed}. Install a font with them (on Debian and Ubuntu: "
+                "fonts-noto-cjk for Chinese, Japanese and Korean, fonts-noto-core for other "
+                "scripts, fonts-symbola for emoji) and remove matplotlib's list of fonts, "
+                "fontlist-*.json in matplotlib.get_cachedir().",
+                stacklevel=3,
+            )
+        boxes = dict.fromkeys(map(ord, missing), "□")
+        self.texts = {name: [each.translate(boxes) for each in texts[name]] for name in texts}
+        self.title = title and title.translate(boxes)
+
+    def width(self, name: str) -> float:
+        """Inches that the longest token needs."""
+        return CHARACTER_INCHES * max(map(_width, self.texts[name]), default=0)
+
+    def write(
+        self, axes: Any, images: Tensor, panel: list[float], is_grid: bool, is_own: bool
+    ) -> None:
+        for number, (each, image) in enumerate(zip(axes, images, strict=True)):
+            shown = [True, True]
+            if is_own:  # only the left and the lowest panels of a grid
+                place = each.get_subplotspec()
+                columns = place.get_gridspec().ncols
+                shown = [number + columns >= len(axes), place.is_first_col()]
+            for axis, name, is_shown, inches in zip("xy", self.names, shown, panel, strict=True):
+                count = image.shape[0 if name == "target" else 1]
+                self._ticks(each, axis, self.texts[name][:count], count, inches, is_shown)
+                if is_shown:
+                    each.set(**{f"{axis}label": name})
+            if is_grid:
+                prefix = f"{self.title}: " if self.title and not is_own else ""
+                each.set_title(f"{prefix}head {number}", fontsize=USUAL, family=self.family)
+        if self.title and not is_grid:
+            axes[0].set_title(self.title, family=self.family)
+        elif self.title and is_own:
+            axes[0].figure.suptitle(self.title, family=self.family)
+
+    def _ticks(
+        self, ax: Any, axis: str, texts: list[str], count: int, inches: float, is_shown: bool
+    ) -> None:
+        """Labels as many positions as the length of the axis has room for."""
+        from matplotlib.ticker import MaxNLocator
+
+        ticks = ax.xaxis if axis == "x" else ax.yaxis
+        if not texts:
+            ticks.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+            ticks.set_tick_params(labelsize=USUAL, labelbottom=is_shown, labelleft=is_shown)
+            return
+        step = math.ceil(count / min(self.max_ticks, max(1, int(inches / LABEL_INCHES))))
+        pitch = inches * step / count
+        lying = axis == "y" or (max(map(_width, texts)) + 1) * CHARACTER_INCHES <= pitch
+        ticks.set_ticks(
+            range(0, count, step) if is_shown else [],
+            # A dollar sign would start a formula.
+            labels=[text.replace("$", r"\$") for text in texts[::step]] if is_shown else [],
+            rotation=0 if lying else 90,
+            fontsize=USUAL if pitch >= 1.5 * USUAL / 72 else SMALL,
+            family=self.family,
+        )
 
 
 def _import_pyplot() -> Any:
@@ -127,85 +196,152 @@ def _import_pyplot() -> Any:
     return plt
 
 
-def _select(weights: Any, head: int | str) -> Tensor:
-    """The chosen heads, ``(number, target, source)``."""
+def _as_tensor(weights: Any) -> Tensor:
     try:
+        if isinstance(weights, list | tuple) and getattr(weights[0], "ndim", False):
+            steps = [torch.as_tensor(step).detach().cpu() for step in weights]
+            # The steps of one sequence, (target, source), or of a batch, (batch, target, source).
+            weights = torch.stack(steps, dim=-2 if steps[0].dim() > 1 else 0)
         weights = torch.as_tensor(weights).detach()
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, IndexError):
         raise TypeError(
-            f"weights are a {type(weights).__name__}, but must be a tensor, or an array or list "
-            "of numbers. The layer returns them second."
+            f"weights are a {type(weights).__name__}, but must be a tensor, an array or list of "
+            "numbers, or a list of tensors of one shape, one per decoder step. The layer returns "
+            "them second."
         ) from None
     if weights.is_complex() or weights.is_meta:
         found = weights.dtype if weights.is_complex() else "on meta, where there are no values"
         raise TypeError(f"weights are {found}, but real numbers are drawn. Pass those.")
+    return weights.float()
+
+
+def _select(weights: Tensor, batch: int | None, head: int | str | None) -> Tensor:
+    """The chosen images, ``(number, target, source)``."""
     shape = tuple(weights.shape)
-    while weights.dim() > 3 and weights.shape[0] == 1:
-        weights = weights[0]
-    if weights.dim() not in (2, 3) or 0 in weights.shape:
+    if weights.dim() < 2 or 0 in shape or any(size > 1 for size in shape[:-4]):
         raise ValueError(
-            f"weights have the shape {shape}; (target, source) or (heads, target, source) can be "
-            "drawn, without empty dims. Of a batch, choose one entry: weights[i]."
+            f"weights have the shape {shape}; (target, source), with dims of a batch and of heads "
+            "before them, can be drawn, without empty dims. Of more, choose one: weights[i]."
         )
-    if weights.dim() == 2:
-        weights = weights[None]
-    weights = weights.float()
+    weights = weights.reshape(shape[-4:])
+    if len(shape) == 3 and shape[0] > 1 and (batch is None) == (head is None):
+        raise ValueError(
+            f"weights have the shape {shape}. Say what the first dim is: batch=0 draws the first "
+            'sequence of (batch, target, source), as the layer returns them, and head="mean", '
+            'head="grid" or head=0 draw (heads, target, source).'
+        )
+    while weights.dim() < 4:
+        # The dim that is missing is the heads' where an entry of a batch is chosen.
+        weights = weights.unsqueeze(1 if weights.dim() == 3 and batch is not None else 0)
+    entries, heads = weights.shape[:2]
+    if batch is None and entries == 1:
+        batch = 0
+    # True is an int to Python, and more likely a wish for all than for the second.
+    if type(batch) is not int or not -entries <= batch < entries:
+        raise ValueError(
+            f"batch is {batch!r}; the weights {shape} hold {_count(entries, 'sequence')}. Draw "
+            f"one of them: a number below {entries}."
+        )
+    images = weights[batch]
     if head == "grid":
-        return weights
-    if head == "mean":
-        return weights.mean(dim=0, keepdim=True)
-    # True is an int to Python, and more likely a wish for all heads than for the second.
-    if type(head) is int and -len(weights) <= head < len(weights):
-        return weights[head][None]
+        return images
+    if head == "mean" or (head is None and heads == 1):
+        return images.mean(dim=0, keepdim=True)
+    if type(head) is int and -heads <= head < heads:
+        return images[head][None]
     raise ValueError(
-        f'head is {head!r}; the weights have {len(weights)} heads, so it may be "mean", "grid" '
-        f"or a number below {len(weights)}."
+        f"head is {head!r}; the weights have {_count(heads, 'head')}, so it may be "
+        f'"mean", "grid" or a number below {heads}.'
     )
 
 
-def _length(name: str, length: int | None, tokens: Sequence[str] | None, available: int) -> int:
-    if length is None:
-        length = available if tokens is None else len(tokens)
-    if not 0 < length <= available or (tokens is not None and len(tokens) < length):
-        count = "no" if tokens is None else str(len(tokens))
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
+
+
+def _length(name: str, length: int | None, tokens: Sequence[Any] | None, available: int) -> int:
+    given = available if tokens is None else len(tokens)
+    positions = _count(available, f"{name} position")
+    if length is None and given != available:
         raise ValueError(
-            f"The weights have {available} {name} positions, but {name}_length asks for {length} "
-            f"and there are {count} {name}_tokens. Pass one token per drawn position."
+            f"The weights have {positions}, but there are {given} {name}_tokens. Pass one token "
+            f"per position, or {name}_length to leave out padding."
+        )
+    length = available if length is None else length
+    if not 0 < length <= available or given < length:
+        count = "no" if tokens is None else str(given)
+        raise ValueError(
+            f"The weights have {positions}, but {name}_length asks for {length} and there are "
+            f"{count} {name}_tokens. Pass one token per drawn position."
         )
     return length
 
 
-def _as_axes_array(ax: Any, count: int) -> Any:
-    import numpy
-    from matplotlib.axes import Axes
+def _texts(tokens: Sequence[Any] | None) -> list[str]:
+    """Tokens as they are printed: no tensors or arrays, no line breaks, and not too long."""
+    if tokens is None:
+        return []
+    texts = [str(token.item() if hasattr(token, "item") else token) for token in tokens]
+    texts = [text.replace("\n", r"\n").replace("\t", r"\t") for text in texts]
+    return [f"{text[: LONGEST - 1]}…" if len(text) > LONGEST else text for text in texts]
 
+
+def _top(images: Tensor, vmin: float, part: float) -> float:
+    """The largest weight of a row, or what this part of the rows does not exceed."""
+    maxima = images.nan_to_num(nan=vmin, posinf=vmin).amax(dim=-1).flatten()
+    maxima = maxima[maxima > vmin].sort().values
+    return maxima[int(part * (len(maxima) - 1))].item() if len(maxima) else vmin + 1
+
+
+def _axes(plt: Any, ax: Any, images: Tensor, labels: _Labels) -> tuple[Any, list[float]]:
+    """An array of Axes, one per image, and width and height of a panel in inches."""
+    import numpy
+
+    if ax is None:
+        return _new_figure(plt, images, labels)
     axes = numpy.ravel(numpy.asarray(ax, dtype=object))
-    if not all(isinstance(each, Axes) for each in axes):
+    if not all(isinstance(each, plt.Axes) for each in axes):
         raise TypeError(
             f"ax is {ax!r}, but must be matplotlib Axes, as pyplot.subplots() returns them, or "
             'an array of them with head="grid".'
         )
-    if len(axes) != count:
+    number = len(images)
+    if len(axes) != number:
         raise ValueError(
-            f"ax holds {len(axes)} Axes, but {count} images are to be drawn. Pass {count}, or "
-            "leave ax out to get a new figure."
+            f"ax holds {len(axes)} Axes, but {_count(number, 'image')} are to be drawn. Pass "
+            f"{number}, or leave ax out to get a new figure."
         )
-    return axes
+    box = axes[0].get_window_extent()
+    return axes, [box.width / axes[0].figure.dpi, box.height / axes[0].figure.dpi]
 
 
-def _figure_size(images: Tensor, style: str, rows: int, columns: int) -> tuple[float, float]:
-    height, width = images.shape[1:] if style == "matrix" else (images.shape[2], images.shape[1])
-    limit = 8.0 if len(images) == 1 else 3.5
-
-    def inches(cells: int) -> float:
-        return min(max(0.3 * cells + 1.2, 2.5), limit)
-
-    return columns * inches(width) + 1.0, rows * inches(height)
+def _new_figure(plt: Any, images: Tensor, labels: _Labels) -> tuple[Any, list[float]]:
+    """A figure whose panels have the proportions of the weights, and room for the labels."""
+    number = len(images)
+    columns = math.ceil(math.sqrt(number))
+    # A grid without gaps, where one is nearly as wide as high.
+    columns = next((n for n in range(columns, 2 * columns) if number % n == 0), columns)
+    rows = math.ceil(number / columns)
+    cells = {"target": images.shape[1], "source": images.shape[2]}
+    limit = 8.0 if number == 1 else 4.4
+    pitch = min(0.3, limit / max(cells.values()))
+    panel = [min(max(cells[name] * pitch, limit / 4, 1.2), limit) for name in labels.names]
+    width = columns * panel[0] + labels.width(labels.names[1]) + 1.5
+    height = rows * (panel[1] + 0.3) + labels.width(labels.names[0]) + 0.7
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    axes = grid.ravel()
+    for unused in axes[number:]:
+        unused.remove()
+    return axes[:number], panel
 
 
 def _draw(ax: Any, image: Tensor, style: str, cmap: Any, vmin: float, vmax: float) -> Any:
-    pixels, block_rows, block_columns = _shrink(image)
+    """Pools the image to at most MAX_PIXELS per side and draws that."""
+    block_rows, block_columns = (math.ceil(count / MAX_PIXELS) for count in image.shape)
+    pixels = F.max_pool2d(image[None], (block_rows, block_columns), ceil_mode=True)[0]
     blank = (pixels == 0).all(dim=1, keepdim=True)
+    missing = pixels.isnan()
     pixels = pixels.masked_fill(blank, torch.nan).cpu()
     # The last block may reach beyond the last position, so the extent goes by blocks and the
     # limits by positions.
@@ -213,48 +349,51 @@ def _draw(ax: Any, image: Tensor, style: str, cmap: Any, vmin: float, vmax: floa
     limits = [(-0.5, image.shape[1] - 0.5), (image.shape[0] - 0.5, -0.5)]
     extent = (-0.5, right, bottom, -0.5)
     if style == "alignment":
-        pixels = pixels.T
+        pixels, missing = pixels.T, missing.T
         limits = [(-0.5, image.shape[0] - 0.5), (-0.5, image.shape[1] - 0.5)]
         extent = (-0.5, bottom, -0.5, right)
-    drawn = ax.imshow(
-        pixels.numpy(),
-        cmap=cmap.with_extremes(bad=EMPTY_COLOR),
-        vmin=vmin,
-        vmax=vmax,
-        aspect="auto",
-        interpolation="nearest",
-        origin="lower" if style == "alignment" else "upper",
-        extent=extent,
-    )
+    place = {
+        "aspect": "auto",
+        "interpolation": "nearest",
+        "origin": "lower" if style == "alignment" else "upper",
+        "extent": extent,
+    }
+    colors = cmap.with_extremes(bad=EMPTY_COLOR)
+    drawn = ax.imshow(pixels.numpy(), cmap=colors, vmin=vmin, vmax=vmax, **place)
+    if missing.any():
+        red = torch.tensor(NAN_COLOR) * missing.cpu()[..., None]
+        ax.imshow(red.numpy(), **place)
     ax.set_xlim(limits[0])
     ax.set_ylim(limits[1])
     return drawn
 
 
-def _shrink(image: Tensor) -> tuple[Tensor, int, int]:
-    """The image with at most MAX_PIXELS per side, and the size of the blocks it is made of."""
-    rows, columns = (math.ceil(count / MAX_PIXELS) for count in image.shape)
-    if rows == columns == 1:
-        return image, 1, 1
-    pooled = F.max_pool2d(image[None], (rows, columns), ceil_mode=True)[0]
-    return pooled, rows, columns
+def _width(text: str) -> int:
+    """Width in characters, of which East Asian ones count twice."""
+    return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text)
 
 
-def _label(
-    ax: Any, axis: str, name: str, tokens: Sequence[str] | None, count: int, max_ticks: int
-) -> None:
-    from matplotlib.ticker import MaxNLocator
+@functools.cache
+def _families(characters: frozenset[str]) -> tuple[list[str], set[str]]:
+    """The default fonts, with installed ones for characters that they lack, and what all lack."""
+    from matplotlib import font_manager
 
-    if tokens is None:
-        getattr(ax, f"{axis}axis").set_major_locator(MaxNLocator("auto", integer=True))
-    else:
-        step = math.ceil(count / max_ticks)
-        # A dollar sign would start a formula.
-        labels = [str(token).replace("$", r"\$") for token in tokens[:count:step]]
-        positions = range(0, count, step)
-        if axis == "y":
-            ax.set_yticks(positions, labels=labels)
-        else:
-            upright = max(map(len, labels)) <= 2
-            ax.set_xticks(positions, labels=labels, rotation=0 if upright else 90)
-    getattr(ax, f"set_{axis}label")(name)
+    def known(path: str) -> set[str]:
+        try:
+            return set(map(chr, font_manager.get_font(path).get_charmap()))
+        except (OSError, RuntimeError):  # a font that matplotlib cannot read
+            return set()
+
+    families = list(font_manager.FontProperties().get_family())
+    missing = {each for each in characters if each.isprintable() and not each.isspace()}
+    for family in families:
+        missing -= known(font_manager.findfont(font_manager.FontProperties(family=[family])))
+    for font in font_manager.fontManager.ttflist:
+        # The former draws boxes for all characters, the latter pictures that matplotlib cannot.
+        if not missing or "Last Resort" in font.name or "Color" in font.name:
+            continue
+        found = missing & known(font.fname) if font.style == "normal" else set()
+        if found:
+            families.append(font.name)
+            missing -= found
+    return families, missing
