@@ -8,10 +8,12 @@ BIN    := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help build test demo bench gpu lint clean
+.PHONY: help build test check test-all demo bench gpu lint clean
 
 help:
-	@echo "make test    run the tests"
+	@echo "make test    run the tests: about 5 minutes on 2 cores"
+	@echo "make check   run the core of them: about a minute"
+	@echo "make test-all   run the tests and the expensive sweeps"
 	@echo "make demo    equivalence, gradients and speed on this machine, then a short training"
 	@echo "make bench   full benchmark: csv, figures and table under benchmarks/results/"
 	@echo "make gpu     tests and benchmark on a GPU, with the Python that has torch and Triton"
@@ -31,9 +33,20 @@ $(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml $(wildcard csrc/*)
 
 build: $(VENV)/.built
 
+# One worker for each core; what is left of one worker's share, another takes over.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
 test: build
-	@echo "==> tests"
-	@$(BIN)/python -m pytest --quiet
+	@echo "==> tests (about 5 minutes on 2 cores; make check for the core in one)"
+	@$(PYTEST)
+
+check: build
+	@echo "==> core tests, on the path that users of this machine get"
+	@$(PYTEST) -m core --path native
+
+test-all: test
+	@echo "==> expensive sweeps"
+	@$(PYTEST) -m sweep
 
 demo: build
 	@echo "==> demo: equivalence, gradients, speed"

@@ -1,18 +1,24 @@
-"""What every test relies on: the kernel is what runs, and memory never starts out as zeros."""
+"""How every test runs: on which paths, and with memory that never starts out as zeros."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # the workers are the threads
+
+import paths
 import pytest
 import torch
-from oracle import DEVICE, ON_KERNEL
 
 from additive_attn.ops import dispatch
 
-if DEVICE != "cpu":
-    torch.set_default_device(DEVICE)
+if paths.DEVICE != "cpu":
+    torch.set_default_device(paths.DEVICE)
 
 
 def poison_memory() -> None:
@@ -40,36 +46,122 @@ def poison_device() -> None:
     blocks.clear()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def kernel_under_test() -> str:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--path", choices=["native"], help="no test runs on any other path")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """A suite that silently ran the fallback would prove nothing about the kernel."""
-    if DEVICE != "cpu":
-        assert ON_KERNEL, f"The tests would run on plain PyTorch: {dispatch.gpu_path()[1]}"
-        return "triton"
-    wanted = os.environ.get("ADDITIVE_ATTN_CPU")
-    running = dispatch.cpu_path()
-    assert running != "pytorch" or wanted == "pytorch", (
-        f"The tests would run on plain PyTorch: {dispatch.cpu_reason}. Build the kernel, or set "
-        "ADDITIVE_ATTN_CPU=pytorch to test the fallback."
-    )
-    assert wanted in (None, running) or wanted == "baseline", f"{running} runs instead of {wanted}"
-    return running
+    if paths.native() == "pytorch" and paths.FORCED != "pytorch":
+        reason = dispatch.cpu_reason if paths.DEVICE == "cpu" else dispatch.gpu_path()[1]
+        raise pytest.UsageError(
+            f"The tests would run on plain PyTorch: {reason}. Build the kernel (make build), or "
+            "set ADDITIVE_ATTN_CPU=pytorch to test the fallback."
+        )
+    if config.option.path == "native":
+        paths.available = lambda: (paths.native(),)
+
+
+# Paths. Every test runs on the native one. ``core`` adds the other instruction sets and plain
+# PyTorch, ``interpreter`` adds Triton's interpreter; ``triton`` runs on Triton's kernels alone.
+
+
+def paths_of(marks: set[str]) -> list[str]:
+    if "triton" in marks:
+        return [path for path in paths.available() if path == "triton"]
+    extra = {"pytorch", *paths.INSTRUCTION_SETS} if "core" in marks else set()
+    if "kernel" in marks:
+        extra = set(paths.INSTRUCTION_SETS)
+    if "interpreter" in marks:
+        extra.add("triton")
+    return [path for path in paths.available() if path == paths.native() or path in extra]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marks = {mark.name for mark in metafunc.definition.iter_markers()}
+    if marks & {"core", "kernel", "interpreter", "triton"}:
+        metafunc.parametrize("path", paths_of(marks), indirect=True)
+
+
+def interpreted(item: pytest.Function) -> bool:
+    """Whether ``interpreter`` asks for these values of the parameters."""
+    parameters = item.callspec.params
+    wanted = item.get_closest_marker("interpreter")
+    if parameters.get("path") != "triton" or wanted is None or paths.native() == "triton":
+        return True
+    return all(parameters[name] in values for name, values in wanted.kwargs.items())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if not hasattr(item, "callspec") or interpreted(item)]
+    if "sweep" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("sweep")]
+        config.stash[SWEEPS] = len(left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["sweeps"] = config.stash.get(SWEEPS, 0)
+
+
+@pytest.fixture(autouse=True)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What the test computes with."""
+    name = getattr(request, "param", paths.native())
+    request.node.user_properties.append(("path", name))
+    with paths.running(name):
+        yield name
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-    if DEVICE != "cpu":
+    if paths.DEVICE != "cpu":
         poison_device()
 
 
 @pytest.fixture
-def threads():
+def threads() -> Iterator[Any]:
     """Sets the number of threads; the old number is restored afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
-def pytest_report_header() -> str:
-    return f"additive_attn: on {DEVICE}; cpu path {dispatch.cpu_path()} ({dispatch.cpu_reason})"
+# What is said at the start and at the end.
+
+SWEEPS = pytest.StashKey[int]()
+
+
+def pytest_report_header() -> list[str]:
+    others = [path for path in (*paths.INSTRUCTION_SETS, "pytorch", "triton")
+              if path not in paths.available()]  # fmt: skip
+    lines = [f"additive_attn on {paths.DEVICE}: all tests on {paths.native()}"]
+    if len(paths.available()) > 1:
+        names = ", ".join(paths.available()[1:]).replace("triton", "triton (interpreter)")
+        lines[0] += f"; core tests also on {names}"
+    if others:
+        lines.append(f"not here or not asked for: {', '.join(others)}")
+    return lines
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[SWEEPS] = getattr(node, "workeroutput", {}).get("sweeps", 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    stats = terminalreporter.stats
+    passed = Counter(
+        dict(report.user_properties).get("path") for report in stats.get("passed", ())
+    )
+    if passed:
+        counts = (f"{path} {passed[path]}" for path in paths.available() if passed[path])
+        terminalreporter.write_line(f"passed by path: {', '.join(counts)}")
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ")
+                      for report in stats.get("skipped", ()))  # fmt: skip
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")
+    if config.stash.get(SWEEPS, 0):
+        terminalreporter.write_line(
+            f"left out: {config.stash[SWEEPS]} expensive sweeps; make test-all runs them too"
+        )

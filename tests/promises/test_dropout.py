@@ -99,7 +99,7 @@ def kernel_mask(batch, queries, keys, seed, p, dtype=torch.float32, **masking):
     return out, weights
 
 
-@pytest.mark.core
+@pytest.mark.kernel
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.93])
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import ON_KERNEL, assert_all_same, fused, gradients, make, random_upstream
+from oracle import assert_all_same, fused, gradients, make, random_upstream
 
 CASES = {
     "self-attention": (make((2,), 150, 200, 48, 33), {}),
@@ -23,26 +23,20 @@ CASES = {
 
 def run(case):
     inputs, options = case
-    inputs = dict(inputs)
-    mask = options.get("attn_mask")
-    if mask is not None:
-        inputs["attn_mask"] = mask
+    if "attn_mask" in options:
+        inputs, options = {**inputs, **options}, {}
 
     def call(x):
-        own = {k: v for k, v in x.items() if k != "attn_mask"}
-        extra = {"attn_mask": x["attn_mask"]} if "attn_mask" in x else options
-        return fused(own, **extra)
+        return fused(x, **options)
 
     outputs, grads = gradients(call, inputs, random_upstream(call(inputs)))
     return outputs | {f"gradient of {name}": grad for name, grad in grads.items()}
 
 
-@pytest.mark.core
+@pytest.mark.kernel  # the fallback is as repeatable as torch's matmul, which threads change
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_thread_counts(case, threads):
     """More threads than cores too: who computes what must not matter."""
-    if not ON_KERNEL:
-        pytest.skip("the fallback is as repeatable as torch's matmul, which threads change")
     threads(1)
     one = run(case)
     for count in (2, 3, 8):

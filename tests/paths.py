@@ -1,0 +1,168 @@
+"""The paths that compute on the CPU, switched within one process: every instruction set of the
+kernel, plain PyTorch, and the GPU's kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from additive_attn.backends import blocks
+from additive_attn.ops import dispatch
+
+DEVICE = os.environ.get("ADDITIVE_ATTN_TEST_DEVICE", "cpu")  # where everything runs
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+FORCED = os.environ.get("ADDITIVE_ATTN_CPU")
+
+
+def _select(instruction_set: str) -> str:
+    """The name of the kernels that run from now on."""
+    name: str = torch.ops.additive_attn.select_cpu_isa(instruction_set)
+    return name
+
+
+def _runs(instruction_set: str) -> bool:
+    try:
+        _select(instruction_set)
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+@functools.cache
+def native() -> str:
+    """What users of this machine get, on which every test runs."""
+    if DEVICE != "cpu":
+        return "triton" if dispatch.gpu_path()[0] is not None else "pytorch"
+    return dispatch.cpu_path() if FORCED is None else FORCED
+
+
+@functools.cache
+def available() -> tuple[str, ...]:
+    """The native path first; only that one if ADDITIVE_ATTN_CPU names it, or on a GPU."""
+    first = native()
+    if DEVICE != "cpu" or FORCED is not None or first == "pytorch":
+        return (first,)
+    others = [name for name in INSTRUCTION_SETS if name != first and _runs(name)]
+    others and _select("")
+    interpreter = ["triton"] if importlib.util.find_spec("triton") else []
+    return (first, *others, "pytorch", *interpreter)
+
+
+class _Override:
+    """Other implementations of the CPU's operators, whose calls are counted."""
+
+    def __init__(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+        self.calls = 0
+        self.library = torch.library.Library("additive_attn", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="[^$]*only once for all operators")
+            for name, function in (("forward", forward), ("backward", backward)):
+                self.library.impl(name, self._counted(function), "CPU", allow_override=True)
+
+    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.calls += 1
+            return function(*arguments)
+
+        return call
+
+
+_interpreters: dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def _interpreted() -> Iterator[None]:
+    """Triton's kernels run in its interpreter, as if TRITON_INTERPRET=1 had been set before the
+    first import; afterwards they compile again."""
+    import triton
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    def interpreter(kernel: Any) -> Any:
+        if kernel.fn not in _interpreters:
+            _interpreters[kernel.fn] = InterpretedFunction(kernel.fn)
+        return _interpreters[kernel.fn]
+
+    # The interpreter replaces parts of the language, and leaves some of them replaced.
+    patched = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
+    before = [dict(vars(place)) for place in patched]
+    rooms: set[int] = set()
+
+    def nested(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        """Patches once for each module, not at each call as InterpretedFunction does."""
+        function = interpreter(kernel)
+        if id(kernel.fn.__globals__) in rooms:
+            return function.rewrite()(*args, **kwargs)
+        rooms.add(id(kernel.fn.__globals__))
+        return function(*args, **kwargs)
+
+    run, call = JITFunction.run, JITFunction.__call__
+    JITFunction.run = lambda kernel, *args, **kwargs: interpreter(kernel).run(*args, **kwargs)
+    JITFunction.__call__ = nested
+    triton.knobs.runtime.interpret = True
+    try:
+        yield
+    finally:
+        triton.knobs.runtime.interpret = False
+        JITFunction.run, JITFunction.__call__ = run, call
+        for place, attributes in zip(patched, before, strict=True):
+            for name in [name for name in vars(place) if name not in attributes]:
+                delattr(place, name)
+            for name, value in attributes.items():
+                if vars(place)[name] is not value:
+                    setattr(place, name, value)
+
+
+_running: list[str] = []
+
+
+def current() -> str:
+    """The path that computes now."""
+    return _running[-1] if _running else native()
+
+
+@contextlib.contextmanager
+def running(path: str) -> Iterator[None]:
+    """Computes on ``path``."""
+    _running.append(path)
+    try:
+        with _switched(path):
+            yield
+    finally:
+        _running.pop()
+
+
+@contextlib.contextmanager
+def _switched(path: str) -> Iterator[None]:
+    """Makes sure that nothing else computes."""
+    if path == native():
+        assert DEVICE != "cpu" or FORCED == "baseline" or dispatch.cpu_path() == path
+        yield
+        return
+    if path in INSTRUCTION_SETS:
+        name = _select(path)
+        try:
+            yield
+            assert dispatch.cpu_path() == name, f"{dispatch.cpu_path()} ran instead of {name}"
+        finally:
+            _select("")
+        return
+    with contextlib.ExitStack() as stack:
+        if path == "triton":
+            from additive_attn.backends import triton
+
+            stack.enter_context(_interpreted())
+            override = _Override(triton.forward, triton.backward)
+        else:
+            override = _Override(blocks.forward, blocks.backward)
+        stack.callback(override.library._destroy)
+        yield
+        assert override.calls, f"nothing was computed by {path}"
