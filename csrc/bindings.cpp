@@ -250,8 +250,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const Arguments& a, Inputs& inputs
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                            const Tensor& weight, const std::optional<Tensor>& attn_mask,
-                                           const std::optional<Tensor>& lengths, const std::optional<Tensor>& seed,
-                                           int64_t left, int64_t right, double dropout_p, double scale,
+                                           const std::optional<Tensor>& lengths, int64_t left, int64_t right,
+                                           const std::optional<Tensor>& seed, double dropout_p, double scale,
                                            bool need_weights) {
   const Arguments a{query, key, value, weight, attn_mask, lengths, seed, left, right, dropout_p, scale};
   Inputs inputs(a);
@@ -318,7 +318,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_weights,
     const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& weight, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& lengths,
-    const std::optional<Tensor>& seed, const Tensor& lse, int64_t left, int64_t right, double dropout_p, double scale,
+    int64_t left, int64_t right, const std::optional<Tensor>& seed, double dropout_p, double scale, const Tensor& lse,
     bool need_query, bool need_key, bool need_value, bool need_weight, bool need_mask) {
   const Arguments a{query, key, value, weight, attn_mask, lengths, seed, left, right, dropout_p, scale};
   Inputs inputs(a);

@@ -146,16 +146,14 @@ def call(
             torch.zeros(hidden, dtype=dtype),
             None if mask is None else torch.zeros(batch, queries, keys, dtype=mask),
             torch.zeros(batch, queries, dtype=torch.int64) if lengths else None,
-            torch.zeros((), dtype=torch.int64) if dropout_p else None,
-        ]
-        options = (left, right, dropout_p, 1.0)
-        arguments: Any = (*inputs, *options, need_weights)
-        out, weights, lse = operators.forward(*arguments)
+            left, right,
+            torch.zeros((), dtype=torch.int64) if dropout_p else None, dropout_p, 1.0,
+        ]  # fmt: skip
+        out, weights, lse = operators.forward(*inputs, need_weights)
         grads = [x if name in upstream else None for name, x in
                  (("out", out), ("weights", weights), ("lse", lse))]  # fmt: skip
         needs = (True, True, True, True, mask is not None and mask.is_floating_point)
-        arguments = (*grads, *inputs, lse, *options, *needs)
-        operators.backward(*arguments)
+        operators.backward(*grads, *inputs, lse, *needs)
 
     return function
 

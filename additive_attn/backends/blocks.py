@@ -7,11 +7,12 @@ written out backward; keys that no row of the block may attend to are skipped.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from additive_attn.spec.call import batch_shape, lse_dtype
+from additive_attn.spec.call import Call, backward_arguments, lse_dtype
 from additive_attn.spec.dropout import keep_mask
 from additive_attn.spec.formula import plain_additive_attention
 from additive_attn.spec.masks import interval_bounds, interval_mask, mask_block
@@ -20,21 +21,12 @@ from additive_attn.spec.masks import interval_bounds, interval_mask, mask_block
 _BLOCK_ELEMENTS = 2**20
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    attn_mask: Tensor | None,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    left: int,
-    right: int,
-    dropout_p: float,
-    scale: float,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch = batch_shape(query, key, value, weight, attn_mask, lengths, seed)
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call, need_weights = Call.of(arguments), arguments[11]
+    query, key, value, weight = call.inputs
+    attn_mask, lengths, left, right = call.masking
+    seed, dropout_p, scale = call.options
+    batch = call.batch()
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     out = query.new_zeros(*batch, num_queries, value.shape[-1])
     weights = query.new_zeros((*batch, num_queries, num_keys) if need_weights else (0,))
@@ -61,28 +53,7 @@ def forward(
     return out, weights, lse
 
 
-def backward(
-    grad_out: Tensor | None,
-    grad_weights: Tensor | None,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    attn_mask: Tensor | None,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    lse: Tensor,
-    left: int,
-    right: int,
-    dropout_p: float,
-    scale: float,
-    need_query: bool,
-    need_key: bool,
-    need_value: bool,
-    need_weight: bool,
-    need_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The derivative, with P recomputed from the saved log-sum-exp.
 
     ``dP = D o (dO V^T) + dWeights``; ``dMask = P o (dP - sum_j P dP + dlse)``;
@@ -90,7 +61,12 @@ def backward(
     over rows for the key; ``dw_h = sum_ij dS_ij tanh_ijh``; ``dV = (P o D)^T dO``. D is 0 or
     1/(1 - p).
     """
-    batch = batch_shape(query, key, value, weight, attn_mask, lengths, seed)
+    (grad_out, grad_weights, grad_lse), call, lse, needs = backward_arguments(arguments)
+    query, key, value, weight = call.inputs
+    attn_mask, lengths, left, right = call.masking
+    seed, dropout_p, scale = call.options
+    need_query, need_key, need_value, need_weight, need_mask = needs
+    batch = call.batch()
     dtype = lse.dtype
     # An infinite score makes its row NaN, as in softmax.
     lse = torch.where(lse == torch.inf, torch.nan, lse)

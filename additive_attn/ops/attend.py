@@ -22,6 +22,7 @@ from additive_attn.ops.checks import (
     refuse_types,
     require_one_device,
 )
+from additive_attn.spec.call import Call, Inputs, Masking, Options
 from additive_attn.spec.dropout import draw_seed
 
 
@@ -91,10 +92,12 @@ def masked_attention(
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
         dropout_p = checked_probability("dropout_p", dropout_p)
     seed = draw_seed(device) if dropout_p > 0.0 else None
-    return attend(
-        query, key, value, weight, attn_mask, lengths, seed, score_bias,
-        left, right, dropout_p, scale, need_weights,
-    )  # fmt: skip
+    call = Call(
+        Inputs(query, key, value, weight),
+        Masking(attn_mask, lengths, left, right),
+        Options(seed, dropout_p, scale),
+    )
+    return attend(call, need_weights, score_bias)
 
 
 def autocasted(

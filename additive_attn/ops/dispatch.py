@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from additive_attn.backends import blocks
 from additive_attn.ops import schemas  # noqa: F401
@@ -151,3 +152,17 @@ def cpu_path() -> str:
         return "triton" if os.environ.get("ADDITIVE_ATTN_CPU") == "triton" else "pytorch"
     isa: str = torch.ops.additive_attn.cpu_isa()
     return isa
+
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_functorch_active = torch._C._are_functorch_transforms_active
+
+
+def below_autograd(operator: Any, *arguments: Any) -> Any:
+    """Calls an operator without the derivative that is registered on it. A Function turns
+    gradients off for all transforms of ``torch.func``, so the outer ones get them back."""
+    if _functorch_active():
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), _below_autograd():
+            return operator(*arguments)
+    with _below_autograd():
+        return operator(*arguments)

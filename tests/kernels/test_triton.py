@@ -201,7 +201,7 @@ def test_values_that_are_not_finite(strange):
     mask = torch.rand(20, 37, generator=generator(1)) > 0.5
     seed = draw_seed(torch.device(DEVICE))
     for chosen, dropout_p in ((None, 0.0), (seed, 0.5)):
-        arguments = (*case.values(), mask, None, chosen, -1, -1, dropout_p, 1.0, False)
+        arguments = (*case.values(), mask, None, -1, -1, chosen, dropout_p, 1.0, False)
         torch.testing.assert_close(
             dispatch.forward(*arguments)[0], blocks.forward(*arguments)[0], equal_nan=True
         )
@@ -223,14 +223,13 @@ def test_dropout_is_that_of_every_backend(queries, keys, monkeypatch):
     monkeypatch.setattr(triton_tiles, "WORKSPACE_ELEMENTS", 1024)
     seed = draw_seed(torch.device(DEVICE))
     case = make((2,), queries, keys, 9, 5)
-    inputs = (*case.values(), None, None, seed)
-    options = (6, 2, 0.4, 0.3)
+    inputs = (*case.values(), None, None, 6, 2, seed, 0.4, 0.3)
 
-    expected = blocks.forward(*inputs, *options, True)
-    for ours, theirs in zip(dispatch.forward(*inputs, *options, True), expected, strict=True):
+    expected = blocks.forward(*inputs, True)
+    for ours, theirs in zip(dispatch.forward(*inputs, True), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     upstream = [torch.randn_like(x) for x in expected]
-    arguments = (*upstream, *inputs, expected[2], *options, True, True, True, True, False)
+    arguments = (*upstream, *inputs, expected[2], True, True, True, True, False)
     expected = blocks.backward(*arguments)
     for ours, theirs in zip(dispatch.backward(*arguments), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -386,7 +385,7 @@ def test_offsets_beyond_int32(queries):
     far = dict(case)
     far["key"] = room.as_strided((2, 9, 7), (2**31 + 16, 7, 1)).copy_(case["key"])
     far["value"] = room[10**6 :].as_strided((2, 9, 5), (5, 2**28, 1)).copy_(case["value"])
-    options = (None, None, None, -1, -1, 0.0, 1.0)
+    options = (None, None, -1, -1, None, 0.0, 1.0)
     expected = dispatch.forward(*case.values(), *options, True)
     for ours, theirs in zip(
         dispatch.forward(*far.values(), *options, True), expected, strict=True
@@ -395,7 +394,7 @@ def test_offsets_beyond_int32(queries):
     upstream = [torch.randn_like(x) for x in expected]
 
     def backward(inputs):
-        arguments = (*upstream, *inputs.values(), *options[:3], expected[2], *options[3:])
+        arguments = (*upstream, *inputs.values(), *options, expected[2])
         return dispatch.backward(*arguments, True, True, True, True, False)
 
     for ours, theirs in zip(backward(far), backward(case), strict=True):
@@ -409,9 +408,9 @@ def test_lengths_out_of_range(queries):
     given, meant = torch.tensor([[-3], [4], [2**40]]), torch.tensor([[0], [4], [9]])
 
     def run(lengths):
-        arguments = (*case, None, lengths, None)
-        outputs = dispatch.forward(*arguments, -1, -1, 0.0, 1.0, True)
-        arguments = (*outputs, *arguments, outputs[2], -1, -1, 0.0, 1.0)
+        arguments = (*case, None, lengths, -1, -1, None, 0.0, 1.0)
+        outputs = dispatch.forward(*arguments, True)
+        arguments = (*outputs, *arguments, outputs[2])
         return *outputs, *dispatch.backward(*arguments, True, True, True, True, False)
 
     for ours, expected in zip(run(given), run(meant), strict=True):
@@ -423,12 +422,11 @@ def test_lengths_out_of_range(queries):
 def test_opcheck(needs, queries):
     """What the operators return has the shapes that traces expect, and shares no memory."""
     case = make((2,), queries, 5, 4, 3).values()
-    inputs = (*case, torch.randn(queries, 5), None, None)
-    options = (-1, -1, 0.0, 1.0)
+    inputs = (*case, torch.randn(queries, 5), None, -1, -1, None, 0.0, 1.0)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(dispatch.forward, (*inputs, *options, needs[0]), test_utils=checks)
-    out, _, lse = dispatch.forward(*inputs, *options, False)
-    arguments = (torch.randn_like(out), None, None, *inputs, lse, *options, *needs)
+    torch.library.opcheck(dispatch.forward, (*inputs, needs[0]), test_utils=checks)
+    out, _, lse = dispatch.forward(*inputs, False)
+    arguments = (torch.randn_like(out), None, None, *inputs, lse, *needs)
     torch.library.opcheck(dispatch.backward, arguments, test_utils=checks)
 
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from additive_attn import AdditiveAttention, additive_attention
 from additive_attn.ops import dispatch
 from additive_attn.ops.autograd import attend
+from additive_attn.spec.call import Call, Inputs, Masking, Options
 from additive_attn.spec.dropout import draw_seed, keep_mask, keep_threshold, philox
 
 
@@ -93,8 +94,8 @@ def kernel_mask(batch, queries, keys, seed, p, dtype=torch.float32, **masking):
     inputs["weight"] *= 0.1  # no weight underflows
     out, weights, _ = dispatch.forward(
         inputs["query"], inputs["key"], torch.eye(keys, dtype=dtype), inputs["weight"],
-        masking.get("attn_mask"), masking.get("lengths"), seed,
-        masking.get("left", -1), masking.get("right", -1), p, 1.0, True,
+        masking.get("attn_mask"), masking.get("lengths"),
+        masking.get("left", -1), masking.get("right", -1), seed, p, 1.0, True,
     )  # fmt: skip
     return out, weights
 
@@ -138,8 +139,8 @@ def test_masks_do_not_shift_the_words():
     inputs["weight"] *= 0.1
     value = torch.randn(keys, 3)
     out, weights, _ = dispatch.forward(
-        inputs["query"], inputs["key"], value, inputs["weight"], None, None, seed,
-        -1, -1, 0.5, 1.0, True,
+        inputs["query"], inputs["key"], value, inputs["weight"], None, None, -1, -1,
+        seed, 0.5, 1.0, True,
     )  # fmt: skip
     keep = keep_mask(seed, (), (0, 1), (0, keys), 0.5)
     torch.testing.assert_close(out, (weights * keep * 2) @ value, atol=1e-6, rtol=1e-4)
@@ -155,7 +156,7 @@ def test_entries_are_numbered_over_the_broadcast_batch():
     seed, p = torch.tensor(8), 0.5
     query, key = torch.randn(2, 1, 4, 6), torch.randn(3, 21, 6)
     out, _, _ = dispatch.forward(
-        query, key, torch.eye(21), torch.randn(6) * 0.1, None, None, seed, -1, -1, p, 1.0, True
+        query, key, torch.eye(21), torch.randn(6) * 0.1, None, None, -1, -1, seed, p, 1.0, True
     )
     assert torch.equal(out != 0, keep_mask(seed, (2, 3), (0, 4), (0, 21), p))
 
@@ -172,7 +173,7 @@ def test_gradients_given_the_mask(p, shape, dtype):
     inputs = make(batch, queries, keys, 9, 6, dtype=dtype)
 
     def ours(x):
-        outputs = attend(*x.values(), None, None, seed, None, -1, -1, p, 1.0, True)
+        outputs = attend(Call(Inputs(*x.values()), Masking(), Options(seed, p)), True)
         return dict(zip(("out", "weights", "lse"), outputs, strict=True))
 
     doubled = {name: x.double() for name, x in inputs.items()}
@@ -251,7 +252,7 @@ def test_seeds_come_from_torch_and_advance():
     assert torch.equal(additive_attention(*inputs.values(), dropout_p=0.5), first)
     torch.manual_seed(5)
     seed = draw_seed(torch.device(DEVICE))
-    out = dispatch.forward(*inputs.values(), None, None, seed, -1, -1, 0.5, 1.0, False)[0]
+    out = dispatch.forward(*inputs.values(), None, None, -1, -1, seed, 0.5, 1.0, False)[0]
     assert torch.equal(out, first)
 
 

@@ -19,6 +19,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from additive_attn import additive_attention
 from additive_attn.ops import dispatch
 from additive_attn.ops.autograd import attend
+from additive_attn.spec.call import Call, Inputs, Masking, Options
 from additive_attn.spec.dropout import keep_mask
 
 
@@ -167,7 +168,8 @@ def test_dropout_with_a_fixed_seed(p):
     seed = torch.tensor(1234)
 
     def call(query, key, value, weight):
-        return attend(query, key, value, weight, None, None, seed, None, -1, -1, p, 1.0, True)
+        call = Call(Inputs(query, key, value, weight), Masking(), Options(seed, p))
+        return attend(call, need_weights=True)
 
     assert not keep_mask(seed, (2,), (0, 3), (0, 6), p).all(), "nothing is dropped"
     assert gradcheck(call, inputs)
@@ -251,11 +253,11 @@ def test_kernel_backward_against_the_formula_in_float32():
     """The operator itself, with nothing between it and the test."""
     inputs = make((3,), 10, 37, 21, 11)
     out, weights, lse = dispatch.forward(
-        *inputs.values(), None, None, None, -1, -1, 0.0, 1.0, True
+        *inputs.values(), None, None, -1, -1, None, 0.0, 1.0, True
     )
     upstream = random_upstream({"out": out, "weights": weights, "lse": lse})
     grads = dispatch.backward(
-        *upstream.values(), *inputs.values(), None, None, None, lse, -1, -1, 0.0, 1.0,
+        *upstream.values(), *inputs.values(), None, None, -1, -1, None, 0.0, 1.0, lse,
         True, True, True, True, False,
     )  # fmt: skip
     _, exact = gradients(

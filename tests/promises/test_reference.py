@@ -70,7 +70,7 @@ def test_implementations_agree(implementation, masked, batch):
         got = dict(zip(OUTPUTS, got, strict=True))
     else:
         left, right = (3, 4) if masked else (-1, -1)
-        got = blocks.forward(*inputs.values(), bias, None, None, left, right, 0.0, 0.7, True)
+        got = blocks.forward(*inputs.values(), bias, None, left, right, None, 0.0, 0.7, True)
         got = dict(zip(OUTPUTS, got, strict=True))
     for name in OUTPUTS:
         assert error(got[name], expected[name]) < 1e-13, name
@@ -84,14 +84,13 @@ def test_fallback_in_blocks(block, monkeypatch):
     lengths = torch.tensor([[11], [4]])
     mask = torch.randn(6, 11, dtype=torch.float64)
     seed = torch.tensor(3)
-    arguments = (*inputs.values(), mask, lengths, seed, 4, 2, 0.3, 0.7)
+    arguments = (*inputs.values(), mask, lengths, 4, 2, seed, 0.3, 0.7)
     upstream = torch.randn(2, 6, 5).double(), torch.randn(2, 6, 11).double(), torch.randn(2, 6)
     results = []
     for elements in (block, 2**20):
         monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", elements)
         outputs = blocks.forward(*arguments, True)
-        tensors, options = arguments[:7], arguments[7:]
-        grads = blocks.backward(*upstream, *tensors, outputs[2], *options, *[True] * 5)
+        grads = blocks.backward(*upstream, *arguments, outputs[2], *[True] * 5)
         results.append([*outputs, *grads])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)

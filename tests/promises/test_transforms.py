@@ -164,8 +164,8 @@ OP_CASES = {
 def op_arguments(case):
     case = dict(case)
     inputs = make((2,), 4, 6, 5, 3, dtype=case.pop("dtype", torch.float32))
-    order = ("attn_mask", "lengths", "seed", "left", "right", "dropout_p", "scale")
-    defaults = dict(zip(order, (None, None, None, -1, -1, 0.0, 0.5), strict=True))
+    order = ("attn_mask", "lengths", "left", "right", "seed", "dropout_p", "scale")
+    defaults = dict(zip(order, (None, None, -1, -1, None, 0.0, 0.5), strict=True))
     return inputs, list((defaults | case).values())
 
 
@@ -187,8 +187,8 @@ def test_opcheck_backward(case, needs):
     out, _, lse = torch.ops.additive_attn.forward(*inputs.values(), *options, True)
     upstream = [torch.randn_like(out).transpose(0, 1).contiguous().transpose(0, 1), None]
     backward = torch.ops.additive_attn.backward.default
-    arguments = (*upstream, torch.randn_like(lse), *inputs.values(), *options[:3], lse)
-    opcheck(backward, (*arguments, *options[3:], *needs))
+    arguments = (*upstream, torch.randn_like(lse), *inputs.values(), *options, lse)
+    opcheck(backward, (*arguments, *needs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

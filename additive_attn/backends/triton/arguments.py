@@ -20,27 +20,17 @@ from additive_attn.backends.triton.prepare import (
     prepare_weight,
 )
 from additive_attn.backends.triton.scores import score_kernel
-from additive_attn.spec.call import batch_shape, lse_dtype
+from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import keep_threshold
 
 
 class Problem:
     """One call. What a kernel needs comes in the order of its parameters."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        weight: Tensor,
-        attn_mask: Tensor | None,
-        lengths: Tensor | None,
-        seed: Tensor | None,
-        left: int,
-        right: int,
-        dropout_p: float,
-        scale: float,
-    ) -> None:
+    def __init__(self, call: Call) -> None:
+        query, key, value, weight = call.inputs
+        attn_mask, lengths, left, right = call.masking
+        seed, dropout_p, scale = call.options
         shape = query.shape[:-2]
         if (
             key.shape[:-2] != shape
@@ -48,7 +38,7 @@ class Problem:
             or weight.dim() > 1
             or not (attn_mask is lengths is seed is None)
         ):
-            shape = batch_shape(query, key, value, weight, attn_mask, lengths, seed)
+            shape = call.batch()
         self.batch = BatchShape(shape)
         self.device = query.device
         self.dtype = query.dtype

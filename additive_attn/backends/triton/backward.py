@@ -19,6 +19,7 @@ G of a bounded number of rows is kept at a time.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,31 +29,15 @@ from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.feature_gradients import key_kernel, query_kernel
 from additive_attn.backends.triton.launch import launch
 from additive_attn.backends.triton.row_gradient import row_gradient_kernel
+from additive_attn.spec.call import backward_arguments
 
 
-def backward(
-    grad_out: Tensor | None,
-    grad_weights: Tensor | None,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    attn_mask: Tensor | None,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    lse: Tensor,
-    left: int,
-    right: int,
-    dropout_p: float,
-    scale: float,
-    need_query: bool,
-    need_key: bool,
-    need_value: bool,
-    need_weight: bool,
-    need_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    p = Problem(query, key, value, weight, attn_mask, lengths, seed, left, right, dropout_p, scale)
+def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (grad_out, grad_weights, grad_lse), call, lse, needs = backward_arguments(arguments)
+    query, key, value, weight = call.inputs
+    attn_mask, scale = call.masking.attn_mask, call.options.scale
+    need_query, need_key, need_value, need_weight, need_mask = needs
+    p = Problem(call)
     need_mask = need_mask and attn_mask is not None
 
     def zeros(needed: bool, *shape: int) -> Tensor:

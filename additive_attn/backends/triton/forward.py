@@ -9,6 +9,8 @@ its own (``decode_forward.py``)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,23 +18,13 @@ from additive_attn.backends.triton import decode_forward, tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.launch import launch, target
 from additive_attn.backends.triton.softmax_values import lse_kernel, value_kernel
+from additive_attn.spec.call import Call
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    attn_mask: Tensor | None,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    left: int,
-    right: int,
-    dropout_p: float,
-    scale: float,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    p = Problem(query, key, value, weight, attn_mask, lengths, seed, left, right, dropout_p, scale)
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call, need_weights = Call.of(arguments), arguments[11]
+    query = call.inputs.query
+    p = Problem(call)
     shape = (*p.batch.shape, p.rows)
     if p.entries == 0 or p.rows == 0 or p.keys == 0:
         weights = query.new_zeros((*shape, p.keys) if need_weights else (0,))

@@ -1,0 +1,102 @@
+"""The derivative of ``additive_attn::backward``: that of the plain formula's derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
+
+from additive_attn.ops import dispatch
+from additive_attn.spec.call import Call, backward_arguments, lse_dtype
+from additive_attn.spec.formula import plain_additive_attention
+from additive_attn.spec.masks import interval_mask
+
+# Its metaclass makes `apply`, which type checkers do not see.
+SingleLevelFunction: Any = _SingleLevelFunction
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Formula = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class AttentionBackward(SingleLevelFunction):
+    """``additive_attn::backward``; its own derivative builds tensors (..., Lq, Lk, H)."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Gradients:
+        gradients: Gradients = dispatch.below_autograd(dispatch.backward, *arguments)
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in arguments]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arguments))
+        ctx.set_materialize_grads(False)
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        arguments = tuple(
+            number if tensor is None else tensor
+            for tensor, number in zip(ctx.saved_tensors, ctx.numbers, strict=True)
+        )
+        upstream, call, lse, _ = backward_arguments(arguments)
+        given = [i for i, grad in enumerate(upstream) if grad is not None]
+        wanted = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+        grads: list[Tensor | None] = [None] * len(arguments)
+        if not wanted:
+            return tuple(grads)
+        # The operator returns gradients over the whole batch, so it is differentiated as a
+        # function of the whole batch.
+        formula, primals = plain_form(call, lse.shape[:-1])
+
+        def derivative(grads: tuple[Tensor, ...], primals: tuple[Tensor, ...]) -> list[Tensor]:
+            def outputs(*primals: Tensor) -> tuple[Tensor, ...]:
+                results = formula(*primals)
+                return tuple(results[i] for i in given)
+
+            pulled = torch.func.vjp(outputs, *primals)[1](grads)
+            return [pulled[i] for i in wanted]
+
+        pull_back = torch.func.vjp(derivative, tuple(upstream[i] for i in given), primals)[1]
+        grad_upstream, grad_primals = pull_back([cotangents[i] for i in wanted])
+        for i, grad in zip(given, grad_upstream, strict=True):
+            grads[i] = grad
+        for i, grad in enumerate(grad_primals, 3):
+            grads[i] = reduced(grad, arguments[i])
+        return tuple(grads)
+
+
+def reduced(grad: Tensor, tensor: Tensor) -> Tensor:
+    """The gradient over the whole batch, summed over the dims that ``tensor`` was broadcast
+    along."""
+    if grad.shape != tensor.shape:
+        grad = grad.sum_to_size(tensor.shape)
+    return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
+
+
+def plain_form(call: Call, batch: Sequence[int]) -> tuple[Formula, tuple[Tensor, ...]]:
+    """The forward operator as a plain differentiable function, and its arguments: query, key,
+    value and weight over the whole batch, and the mask if it is float."""
+    query, key, value, weight = call.inputs
+    attn_mask, lengths, left, right = call.masking
+    seed, dropout_p, scale = call.options
+    rows, keys = (0, query.shape[-2]), (0, key.shape[-2])
+    allowed = interval_mask(lengths, left, right, rows, keys, query.device)
+    keep = None
+    if seed is not None:
+        keep = torch.ops.additive_attn.keep_mask(seed, batch, rows[1], keys[1], dropout_p)
+
+    def formula(
+        query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *float_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mask = float_mask[0] if float_mask else attn_mask
+        return plain_additive_attention(
+            query, key, value, weight, mask,
+            allowed=allowed, keep=keep, dropout_p=dropout_p, scale=scale,
+        )  # fmt: skip
+
+    primals = (
+        *(tensor.expand(*batch, *tensor.shape[-2:]) for tensor in (query, key, value)),
+        weight.expand(*batch, weight.shape[-1]).to(lse_dtype(query.dtype)),
+        *(() if attn_mask is None or attn_mask.dtype == torch.bool else (attn_mask,)),
+    )
+    return formula, primals

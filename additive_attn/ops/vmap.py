@@ -1,0 +1,90 @@
+"""The operators under ``torch.func.vmap``: the mapped dim becomes the first batch dim."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from additive_attn.ops import dispatch
+
+# Dims of each argument of a call that are not batch dims; None for what is no tensor.
+_CALL_RANKS = (2, 2, 2, 1, 2, 1, None, None, 0, None, None)
+_BACKWARD_RANKS = (2, 2, 1, *_CALL_RANKS, 1)
+_SEED = 8
+
+
+def _forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    if arguments[_SEED] is not None and in_dims[_SEED] is None:
+        raise RuntimeError(
+            "additive_attn drops weights by their position in the batch, so under "
+            "torch.func.vmap its dropout cannot be the same for every sample "
+            f"(randomness={info.randomness!r}). Call vmap with randomness='different', or set "
+            "dropout_p=0."
+        )
+    outputs = dispatch.forward(*_fold(arguments[:11], in_dims, _CALL_RANKS), *arguments[11:])
+    return outputs, (0, 0 if arguments[11] else None, 0)
+
+
+def _backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    call, needs = list(arguments[:15]), arguments[15:]
+    dims = list(in_dims[:15])
+    out_dims = tuple(0 if need else None for need in needs)
+    if call[3 + _SEED] is not None and dims[3 + _SEED] is None:
+        # One dropout mask for all mapped entries, as in a Jacobian: folding would give each its
+        # own.
+        entries = []
+        for i in range(info.batch_size):
+            entry = [x if d is None else x.select(d, i) for x, d in zip(call, dims, strict=True)]
+            entries.append(dispatch.backward(*entry, *needs))
+        stacked = zip(zip(*entries, strict=True), needs, strict=True)
+        return tuple(torch.stack(g) if need else g[0] for g, need in stacked), out_dims
+    mask, mask_dim = call[7], dims[7]
+    # Upstream gradients, query and lse carry the whole batch; a mask's gradient comes in the
+    # shape of the mask.
+    for i in [0, 1, 2, 3, 14] + ([7] if needs[4] else []):
+        if call[i] is not None and dims[i] is None:
+            call[i] = call[i].expand(info.batch_size, *call[i].shape)
+            dims[i] = 0
+    grads = list(dispatch.backward(*_fold(call, dims, _BACKWARD_RANKS), *needs))
+    if needs[4] and mask is not None:
+        shape = list(mask.shape)
+        if mask_dim is not None:
+            del shape[mask_dim]
+        grads[4] = grads[4].reshape(info.batch_size, *shape)
+    return tuple(grads), out_dims
+
+
+def _keep_mask(
+    info: Any, in_dims: tuple[int | None, ...], seed: Tensor, batch: Sequence[int], *rest: Any
+) -> tuple[Tensor, int]:
+    """Entries are numbered as the folded operators number them."""
+    seed = seed.movedim(in_dims[0] or 0, 0)
+    ones = (1,) * (len(batch) + 1 - seed.dim())
+    seed = seed.reshape(info.batch_size, *ones, *seed.shape[1:])
+    return torch.ops.additive_attn.keep_mask(seed, (info.batch_size, *batch), *rest), 0
+
+
+def _fold(
+    arguments: Sequence[Any], in_dims: Sequence[int | None], ranks: Sequence[int | None]
+) -> list[Any]:
+    """Makes the mapped dim the first batch dim of every tensor that has it; the operators
+    broadcast the rest."""
+    tensors = {i: x for i, x in enumerate(arguments) if isinstance(x, Tensor)}
+    own = {i: ranks[i] or 0 for i in tensors}
+    depth = max(x.dim() - (in_dims[i] is not None) - own[i] for i, x in tensors.items())
+    folded = list(arguments)
+    for i, x in tensors.items():
+        dim = in_dims[i]
+        if dim is not None:
+            x = x.movedim(dim, 0)
+            ones = (1,) * (depth + own[i] + 1 - x.dim())
+            folded[i] = x.reshape(x.shape[:1] + ones + x.shape[1:])
+    return folded
+
+
+torch.library.register_vmap("additive_attn::forward", _forward)
+torch.library.register_vmap("additive_attn::backward", _backward)
+torch.library.register_vmap("additive_attn::keep_mask", _keep_mask)
