@@ -1,7 +1,8 @@
-"""The README is true: its Python code runs, its links lead somewhere."""
+"""The documentation is true: its code runs, its links lead somewhere, its equations exist."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,39 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
-pytestmark = pytest.mark.skipif(not README.is_file(), reason="README.md is not here")
+pytestmark = pytest.mark.skipif(not PAGES[0].is_file(), reason="README.md is not here")
 
 
-def test_python_code_runs():
-    """The blocks run in order and in one namespace, as a reader would type them."""
-    text = README.read_text(encoding="utf-8")
-    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-    assert blocks
-    namespace: dict[str, Any] = {"__name__": "readme"}
-    for block in blocks:
-        # Blank lines in front make tracebacks show line numbers of the README.
+def code_blocks(text: str) -> list[re.Match[str]]:
+    return list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+
+
+WITH_CODE = [page for page in PAGES if page.is_file() and code_blocks(page.read_text("utf-8"))]
+
+
+def test_the_pages_that_users_start_from_have_code():
+    assert {page.name for page in WITH_CODE} >= {"README.md", "usage.md", "migration.md"}
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+def test_python_code_runs(page, tmp_path, monkeypatch):
+    """The blocks of a page run in order and in one namespace, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)  # some write files
+    monkeypatch.setenv("MPLBACKEND", os.environ.get("MPLBACKEND", "Agg"))
+    text = page.read_text(encoding="utf-8")
+    if "plot_attention" in text:
+        pytest.importorskip("matplotlib")
+    if "import onnxruntime" in text:
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for block in code_blocks(text):
+        # Blank lines in front make tracebacks show line numbers of the page.
         lines_before = text.count("\n", 0, block.start(1))
-        code = compile("\n" * lines_before + block[1], str(README), "exec")
+        code = compile("\n" * lines_before + block[1], str(page), "exec")
         exec(code, namespace)
         # Annotated results of the replacement example, which readers rely on.
         if "# (1, 20) and (1, 10)" in block[1]:
@@ -31,12 +50,32 @@ def test_python_code_runs():
             assert namespace["weights"].shape == (1, 10)
 
 
-def test_links_within_the_project():
-    text = README.read_text(encoding="utf-8")
-    targets = re.findall(r"\]\((?!https?://)([^)]+)\)", text)
-    headings = [re.sub(r"[^\w\- ]", "", h) for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
-    anchors = {heading.lower().replace(" ", "-") for heading in headings}
-    for target in targets:
-        path, _, anchor = target.partition("#")
-        assert not path or (ROOT / path).exists(), f"README.md links to {path}, which is missing"
-        assert path or anchor in anchors, f"README.md links to #{anchor}, which is no heading"
+def anchors(page: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_within_the_project(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        goal = (page.parent / name) if name else page
+        assert goal.exists(), f"{page.name} links to {target}, which is missing"
+        if anchor:
+            assert anchor in anchors(goal), f"{page.name} links to {target}, which is no heading"
+
+
+def test_cited_equations_exist():
+    """The code cites equations of docs/math.md by number."""
+    defined = set(re.findall(r"\\tag\{(\d+)\}", (ROOT / "docs" / "math.md").read_text("utf-8")))
+    assert defined == {str(number) for number in range(1, len(defined) + 1)}
+    for folder in ("csrc", "additive_attn"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix not in {".h", ".cpp", ".inc", ".py"}:
+                continue
+            text = path.read_text(encoding="utf-8")
+            for cited in re.findall(r"math\.md, eqs?\. ([\d, and]+\d|\d+)", text):
+                numbers = set(re.findall(r"\d+", cited))
+                assert numbers <= defined, f"{path} cites equation {cited}, which is not there"
