@@ -3,7 +3,8 @@
 from additive_attn.config import show_config
 from additive_attn.functional import additive_attention
 from additive_attn.merge import merge_attention
-from additive_attn.nn.additive import AdditiveAttention, ProjectedMemory
+from additive_attn.nn.additive import AdditiveAttention
+from additive_attn.nn.decoding import ProjectedMemory
 from additive_attn.nn.plain import PlainAdditiveAttention
 from additive_attn.plot import plot_attention
 

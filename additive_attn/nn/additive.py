@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from additive_attn.nn.decoding import ProjectedMemory
+from additive_attn.nn.energy import energy_of
+from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.checks import (
     aligned_lengths,
     checked_probability,
     checked_scale,
-    refuse_layouts,
     refuse_types,
     require_one_device,
 )
-
-
-class ProjectedMemory(NamedTuple):
-    """Keys and values that are attended to again and again, prepared by
-    :meth:`AdditiveAttention.project`."""
-
-    key: Tensor
-    """Projected keys ``(B, Lk, hidden_dim)``, or ``(Lk, hidden_dim)`` unbatched."""
-    value: Tensor
-    """Values ``(B, Lk, Dv)``, or ``(Lk, Dv)`` unbatched."""
-    lengths: Tensor | None = None
-    """Number of leading keys to attend to, int64 ``(B, 1)``, or ``()`` unbatched. Made by hand,
-    also ``(B,)`` and of any integer dtype."""
-    attn_mask: Tensor | None = None
-    """Keys to attend to, bool ``(B, 1, Lk)``, or ``(1, Lk)`` unbatched; True = attend. Made by
-    hand, also float, added to the scores."""
+from additive_attn.ops.layer_checks import (
+    checked_features,
+    explain_memory,
+    explain_projection,
+    explain_shapes,
+    refuse_memory,
+    refuse_ranks,
+    with_padding,
+)
 
 
 class AdditiveAttention(nn.Module):
@@ -95,9 +89,11 @@ class AdditiveAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.query_dim = _features("query_dim", input_dim if query_dim is None else query_dim)
-        self.key_dim = _features("key_dim", input_dim if key_dim is None else key_dim)
-        self.hidden_dim = hidden_dim = _features("hidden_dim", hidden_dim)
+        self.query_dim = checked_features(
+            "query_dim", input_dim if query_dim is None else query_dim
+        )
+        self.key_dim = checked_features("key_dim", input_dim if key_dim is None else key_dim)
+        self.hidden_dim = hidden_dim = checked_features("hidden_dim", hidden_dim)
         self.dropout = checked_probability("dropout", dropout)
         self.scale = checked_scale(scale)
         self.normalize = normalize
@@ -112,10 +108,16 @@ class AdditiveAttention(nn.Module):
             hidden_dim, 1, bias=bias and not normalize, device=device, dtype=dtype
         )
         if normalize:
-            self.energy_gain = nn.Parameter(
-                torch.full((), hidden_dim**-0.5, device=device, dtype=dtype)
-            )
-            self.energy_offset = nn.Parameter(torch.zeros(hidden_dim, device=device, dtype=dtype))
+            self.energy_gain = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+            self.energy_offset = nn.Parameter(torch.empty(hidden_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises the parameters that are the layer's own, those of normalize=True. Its
+        Linears have their own ``reset_parameters``."""
+        if self.normalize:
+            nn.init.constant_(self.energy_gain, self.hidden_dim**-0.5)
+            nn.init.zeros_(self.energy_offset)
 
     def forward(
         self,
@@ -157,40 +159,45 @@ class AdditiveAttention(nn.Module):
         if not (
             isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
         ):
-            refuse_types(query=query, key=key, value=value)
+            if not is_symbolic(query, key, value):
+                refuse_types(query=query, key=key, value=value)
+            return symbolic_call(
+                self, "forward", query, key, value, key_padding_mask, need_weights, attn_mask,
+                is_causal, lengths, window,
+            )  # fmt: skip
         rank = query.dim()
         if not (2 <= rank <= 3 and key.dim() == rank and value.dim() == rank):
-            raise ValueError(
-                f"AdditiveAttention got query {tuple(query.shape)}, key {tuple(key.shape)} and "
-                f"value {tuple(value.shape)}, but all three must have 3 dims (batched) or all "
-                "three 2 (unbatched). For one query (B, D) per sequence, use project and step."
-            )
-        projected_query = self._project_query(query)
-        projected_key = _projected(self.key_layer, key, "key", self.key_dim)
+            refuse_ranks("AdditiveAttention", query=query, key=key, value=value)
+        projected_query = self._project("query", self.query_dim, query)
+        projected_key, projected_value = self._project("key", self.key_dim, key), value
         swap = rank == 3 and not self.batch_first
         if swap:
             projected_query = projected_query.transpose(0, 1)
-            projected_key, value = projected_key.transpose(0, 1), value.transpose(0, 1)
-        if key_padding_mask is not None:
-            attn_mask = _with_padding(attn_mask, key_padding_mask, projected_key)
-        energy_weight, energy_bias = self._energy(rank)
-        out, weights, _ = masked_attention(
-            projected_query,
-            projected_key,
-            value,
-            energy_weight,
-            energy_bias,
-            attn_mask,
-            lengths,
-            is_causal,
-            window,
-            self.dropout if self.training else 0.0,
-            self.scale,
-            need_weights,
-        )
-        if swap:
-            out = out.transpose(0, 1)
-        return out, weights if need_weights else None
+            projected_key, projected_value = projected_key.transpose(0, 1), value.transpose(0, 1)
+        try:
+            if key_padding_mask is not None:
+                batch = torch.broadcast_shapes(
+                    projected_query.shape[:-2],
+                    projected_key.shape[:-2],
+                    projected_value.shape[:-2],
+                )
+                attn_mask = with_padding(attn_mask, key_padding_mask, projected_key, batch)
+            out, weights = self._attend(
+                projected_query,
+                projected_key,
+                projected_value,
+                attn_mask,
+                lengths,
+                is_causal,
+                window,
+                need_weights,
+            )
+        except (RuntimeError, ValueError):
+            explain_shapes(
+                "AdditiveAttention", self.batch_first, query=query, key=key, value=value
+            )
+            raise
+        return out.transpose(0, 1) if swap else out, weights
 
     def project(
         self,
@@ -217,36 +224,25 @@ class AdditiveAttention(nn.Module):
         if value is None:
             value = key
         if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
-            refuse_types(key=key, value=value)
-        if not (2 <= key.dim() <= 3 and value.dim() == key.dim()):
-            raise ValueError(
-                f"AdditiveAttention.project got key {tuple(key.shape)} and value "
-                f"{tuple(value.shape)}, but both must have 3 dims (batched) or both 2 "
-                "(unbatched)."
-            )
-        projected = _projected(self.key_layer, key, "key", self.key_dim)
+            if not is_symbolic(key, value):
+                refuse_types(key=key, value=value)
+            return symbolic_call(self, "project", key, value, lengths, key_padding_mask)
+        rank = key.dim()
+        if not (2 <= rank <= 3 and value.dim() == rank):
+            refuse_ranks("AdditiveAttention.project", key=key, value=value)
+        projected = self._project("key", self.key_dim, key)
         if projected.device != value.device:
             require_one_device(key=projected, value=value)
-        if key.dim() == 3 and not self.batch_first:
+        explain_shapes("AdditiveAttention.project", self.batch_first, key=key, value=value)
+        if rank == 3 and not self.batch_first:
             projected, value = projected.transpose(0, 1), value.transpose(0, 1)
-        batch = _common_batch(projected.shape[:-2], value.shape[:-2])
-        if batch is None or projected.shape[-2] != value.shape[-2]:
-            raise ValueError(
-                f"AdditiveAttention.project got key {tuple(key.shape)} and value "
-                f"{tuple(value.shape)}, but each key belongs to one value: they may differ in "
-                "the last dim only, or have a batch of 1."
-            )
+        batch = torch.broadcast_shapes(projected.shape[:-2], value.shape[:-2])
         if lengths is not None:
-            if isinstance(lengths, Tensor) and lengths.dim() != len(batch):
-                raise ValueError(
-                    f"AdditiveAttention.project got lengths of shape {tuple(lengths.shape)}, but "
-                    f"needs one length per sequence, {tuple(batch)}. Lengths per query are for "
-                    "forward."
-                )
-            lengths = aligned_lengths(lengths, projected, batch, 1)
+            lengths = aligned_lengths(lengths, projected, _shared(batch, lengths), 1)
         attn_mask = None
         if key_padding_mask is not None:
-            attn_mask = _with_padding(None, key_padding_mask, projected)
+            batch = _shared(batch, key_padding_mask)
+            attn_mask = with_padding(None, key_padding_mask, projected, batch)
         return ProjectedMemory(projected, value, lengths, attn_mask)
 
     def step(
@@ -269,10 +265,9 @@ class AdditiveAttention(nn.Module):
                 :meth:`forward`.
         """
         if not isinstance(memory, ProjectedMemory):
-            raise TypeError(
-                f"AdditiveAttention.step got a memory that is a {type(memory).__name__}, but "
-                "needs a ProjectedMemory. Prepare it with project."
-            )
+            if not is_symbolic(memory):
+                refuse_memory(memory)
+            return symbolic_call(self, "step", query, memory, need_weights)
         key, value, lengths, attn_mask = memory
         if not (
             isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
@@ -280,29 +275,17 @@ class AdditiveAttention(nn.Module):
             refuse_types(query=query, key=key, value=value)
         rank = key.dim()
         if not (2 <= rank <= 3 and value.dim() == rank == query.dim() + 1):
-            raise ValueError(
-                f"AdditiveAttention.step got query {tuple(query.shape)} and a memory of "
-                f"projected keys {tuple(key.shape)} and values {tuple(value.shape)}, but needs "
-                "one query per sequence: (B, query_dim) for keys (B, Lk, hidden_dim) and values "
-                "(B, Lk, Dv), or (query_dim,) for keys (Lk, hidden_dim) and values (Lk, Dv)."
-            )
-        energy_weight, energy_bias = self._energy(rank)
+            refuse_ranks("AdditiveAttention.step", query=query, key=key, value=value)
         # One row of queries per sequence: (B, 1, hidden_dim).
-        out, weights, _ = masked_attention(
-            self._project_query(query).unsqueeze(-2),
-            key,
-            value,
-            energy_weight,
-            energy_bias,
-            attn_mask,
-            lengths,
-            False,
-            None,
-            self.dropout if self.training else 0.0,
-            self.scale,
-            need_weights,
-        )
-        return out.squeeze(-2), weights.squeeze(-2) if need_weights else None
+        projected = self._project("query", self.query_dim, query).unsqueeze(-2)
+        try:
+            out, weights = self._attend(
+                projected, key, value, attn_mask, lengths, False, None, need_weights
+            )
+        except (RuntimeError, ValueError):
+            explain_memory(query, key, value, self.hidden_dim)
+            raise
+        return out.squeeze(-2), None if weights is None else weights.squeeze(-2)
 
     def extra_repr(self) -> str:
         options = {
@@ -319,94 +302,39 @@ class AdditiveAttention(nn.Module):
         ]
         return ", ".join(parts)
 
-    def _project_query(self, query: Tensor) -> Tensor:
-        projected = _projected(self.query_layer, query, "query", self.query_dim)
-        return projected + self.energy_offset if self.normalize else projected
+    def _project(self, name: str, features: int, tensor: Tensor) -> Tensor:
+        layer: Any = self._modules[f"{name}_layer"]
+        try:
+            projected: Tensor = layer(tensor)
+            if name == "query" and self.normalize:
+                projected = projected + self.energy_offset
+        except RuntimeError:
+            explain_projection(layer, name, tensor, features)
+            raise
+        return projected
 
-    def _energy(self, rank: int) -> tuple[Tensor, Tensor | None]:
-        layer = self.energy_layer
-        weight = layer.weight
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
+        lengths: Tensor | None, is_causal: bool, window: tuple[int, int] | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Of projected queries and keys, batch first."""
+        # Three lookups in _modules: nn.Module's __getattr__ would show in a decoder step.
+        energy_layer: Any = self._modules["energy_layer"]
+        weight, bias = energy_of(energy_layer, query.shape[-1], query)
         if self.normalize:
             weight = self.energy_gain * weight / weight.norm()
-        # (1, hidden_dim) broadcasts over a batch; without one, its first dim would count as a
-        # batch.
-        return weight if rank > 2 else weight.squeeze(0), layer.bias
+        if query.dim() == 2:
+            # The first dim of (1, hidden_dim) would count as heads, of which there are none.
+            weight = weight.squeeze(0)
+        out, weights, _ = masked_attention(
+            query, key, value, weight, bias, attn_mask, lengths, is_causal, window,
+            self.dropout if self.training else 0.0, self.scale, need_weights,
+        )  # fmt: skip
+        return out, weights if need_weights else None
 
 
-def _features(name: str, count: int) -> int:
-    if isinstance(count, bool) or not isinstance(count, Integral):
-        raise TypeError(
-            f"{name} is {count!r}, a {type(count).__name__}, but must be an integer, the number "
-            "of features."
-        )
-    if count < 1:
-        raise ValueError(f"{name} is {count}, but a layer needs at least one feature.")
-    return int(count)
-
-
-def _projected(layer: nn.Module, tensor: Tensor, name: str, features: int) -> Tensor:
-    try:
-        if tensor.shape[-1] != features:
-            raise ValueError(
-                f"{name} has {tensor.shape[-1]} features, but this layer was made for "
-                f"{name}_dim={features}."
-            )
-        projected: Tensor = layer(tensor)
-    except RuntimeError:
-        # Asked only now: autocast and layers put in by the user take more than their own dtype.
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            refuse_layouts(**{name: tensor})
-        for parameter in layer.parameters():
-            if parameter.device != tensor.device:
-                raise RuntimeError(
-                    f"{name} is on {tensor.device}, but this layer is on {parameter.device}. Move "
-                    "one of them with .to(device)."
-                ) from None
-            if parameter.dtype != tensor.dtype:
-                raise TypeError(
-                    f"{name} is {tensor.dtype}, but the parameters of this layer are "
-                    f"{parameter.dtype}. Convert one of them with .to(dtype), or call under "
-                    "torch.autocast."
-                ) from None
-        raise
-    return projected
-
-
-def _common_batch(first: torch.Size, second: torch.Size) -> torch.Size | None:
-    """What two batches of at most one dim broadcast to, or None."""
-    if first == second or second == (1,):
-        return first
-    return second if first == (1,) else None
-
-
-def _with_padding(attn_mask: Tensor | None, key_padding_mask: Tensor, key: Tensor) -> Tensor:
-    """``attn_mask`` narrowed to the keys that are not padding."""
-    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-        found = getattr(key_padding_mask, "dtype", type(key_padding_mask).__name__)
-        raise TypeError(
-            f"key_padding_mask is {found}, but must be a bool tensor (True = ignore). Convert a "
-            "0/1 mask with .bool(); pass scores to be added as attn_mask."
-        )
-    if key_padding_mask.shape != key.shape[:-1]:
-        raise ValueError(
-            f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, but must have one "
-            f"entry per key, {tuple(key.shape[:-1])}."
-        )
-    if key_padding_mask.device != key.device:
-        require_one_device(key=key, key_padding_mask=key_padding_mask)
-    if key_padding_mask.layout is not torch.strided:
-        refuse_layouts(key_padding_mask=key_padding_mask)
-    attended = key_padding_mask.logical_not().unsqueeze(-2)
-    if attn_mask is None:
-        return attended
-    # What cannot be combined is passed on as it is, for masked_attention to refuse in words.
-    if not isinstance(attn_mask, Tensor):
-        return attn_mask
-    try:
-        if attn_mask.dtype == torch.bool:
-            return attended & attn_mask
-        if attn_mask.is_floating_point():
-            return torch.where(attended, attn_mask, -torch.inf)
-    except RuntimeError:
-        pass
-    return attn_mask
+def _shared(batch: torch.Size, masking: Any) -> torch.Size:
+    """A memory of one sequence may have lengths or a mask for each of the queries to come."""
+    given = getattr(masking, "shape", batch)
+    return given[:1] if tuple(batch) == (1,) and given else batch

@@ -1,4 +1,4 @@
-"""Every check of what users pass, and every sentence that they read when it does not fit."""
+"""Every check of what users pass to functions and layers, and every sentence that they read."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 from additive_attn.spec.call import lse_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = (
+INTEGERS = (
     torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint64, torch.uint32, torch.uint16, torch.uint8,
 )  # fmt: skip
 
 
 def require_one_device(**tensors: Tensor | None) -> None:
-    """Refuses tensors that lie on several devices, in words."""
+    """Raises RuntimeError unless all tensors lie on one device."""
     given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(given.values())) > 1:
         found = ", ".join(f"{name} is on {device}" for name, device in given.items())
         raise RuntimeError(
-            f"additive_attention needs all tensors on one device, but {found}. Move them with "
+            f"Additive attention needs all tensors on one device, but {found}. Move them with "
             ".to(device)."
         )
 
@@ -81,7 +81,7 @@ def check_mask(
     if dtype != torch.bool and dtype != query.dtype:
         cure = (
             "Convert it with .bool()"
-            if dtype in _INTEGERS
+            if dtype in INTEGERS
             else f"Convert it with .to({query.dtype})"
         )
         raise TypeError(
@@ -92,10 +92,7 @@ def check_mask(
         require_one_device(query=query, attn_mask=attn_mask)
     full = (*batch, *scores)
     shape = attn_mask.shape
-    if len(shape) > len(full) or any(
-        size != 1 and size != wanted
-        for size, wanted in zip(reversed(shape), reversed(full), strict=False)
-    ):
+    if not broadcasts(shape, full):
         raise ValueError(
             f"attn_mask has shape {tuple(shape)}, but must broadcast to (..., Lq, Lk) = {full}: "
             "each dim, counted from the last, must be equal or 1."
@@ -109,7 +106,7 @@ def aligned_lengths(lengths: Tensor, key: Tensor, batch: torch.Size, num_queries
             f"lengths is a {type(lengths).__name__}, but must be an integer tensor. Convert it "
             "with torch.tensor(lengths)."
         )
-    if lengths.dtype not in _INTEGERS:
+    if lengths.dtype not in INTEGERS:
         raise TypeError(
             f"lengths has dtype {lengths.dtype}, but must hold integers. Convert it with .long()."
         )
@@ -117,11 +114,12 @@ def aligned_lengths(lengths: Tensor, key: Tensor, batch: torch.Size, num_queries
         refuse_layouts(lengths=lengths)
     if lengths.device != key.device:
         require_one_device(key=key, lengths=lengths)
-    shape, per_sequence = lengths.shape, batch[:1]
-    if shape != per_sequence and shape != (*per_sequence, num_queries):
+    shape, full = lengths.shape, (*batch[:1], num_queries)
+    per_query = len(shape) == len(full)
+    if not (len(shape) >= len(full) - 1 and broadcasts(shape, full if per_query else full[:-1])):
         raise ValueError(
-            f"lengths has shape {tuple(shape)}, but must be {tuple(per_sequence)}, one length "
-            f"per sequence, or {(*per_sequence, num_queries)}, one per query."
+            f"lengths has shape {tuple(shape)}, but must be {tuple(full[:-1])}, one length per "
+            f"sequence, or {full}, one per query; each dim may also be 1."
         )
     if lengths.dtype != torch.int64:
         lengths = lengths.to(torch.int64)
@@ -133,18 +131,34 @@ def aligned_lengths(lengths: Tensor, key: Tensor, batch: torch.Size, num_queries
                 f"lengths holds values from {low} to {high}, but key has {num_keys} positions: "
                 f"lengths must lie between 0 and {num_keys}."
             )
-    if len(batch) > 1 or (batch and len(shape) == 1):
-        rows = num_queries if len(shape) == 2 else 1
-        lengths = lengths.reshape(batch[0], *(1,) * (len(batch) - 1), rows)
+    if len(batch) > 1 or (batch and not per_query):
+        rows = shape[-1] if per_query else 1
+        lengths = lengths.reshape(shape[0], *(1,) * (len(batch) - 1), rows)
     return lengths
+
+
+def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether each dim, counted from the last, is equal or 1."""
+    return len(shape) <= len(full) and all(
+        size == 1 or size == wanted
+        for size, wanted in zip(reversed(shape), reversed(full), strict=False)
+    )
+
+
+def values_exist() -> bool:
+    """Whether no trace or transform is under way, in which tensors may hold no values."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether values can be looked at without stopping a device, a trace or a transform."""
     return (
-        not torch.compiler.is_compiling()
+        values_exist()
         and tensor.is_cpu
-        and not torch._C._are_functorch_transforms_active()
         # A subclass that dispatches by itself, as those of tracing do, may hold no values.
         and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     )
@@ -210,11 +224,25 @@ def checked_window(window: tuple[int, int]) -> tuple[int, int]:
     return window[0], window[1]
 
 
-def refuse_types(**tensors: Any) -> NoReturn:
-    found = ", ".join(f"{name} is a {type(tensor).__name__}" for name, tensor in tensors.items())
-    raise TypeError(
-        f"Additive attention needs tensors, but {found}. Convert them with torch.as_tensor."
-    )
+_TYPE_HINTS = {
+    "PackedSequence": "Unpack it with torch.nn.utils.rnn.pad_packed_sequence(packed, "
+    "batch_first=True), which gives a tensor and its lengths.",
+    "Proxy": "torch.fx.symbolic_trace cannot look into it: call torch.fx.wrap"
+    "('additive_attention') in the module that uses it, or make AdditiveAttention a layer of the "
+    "traced model.",
+    "NoneType": "Pass a tensor.",
+    "ProjectedMemory": "A ProjectedMemory is for step.",
+}
+
+
+def refuse_types(**given: Any) -> NoReturn:
+    wrong = {name: each for name, each in given.items() if not isinstance(each, Tensor)}
+    found = ", ".join(f"{name} is a {type(each).__name__}" for name, each in wrong.items())
+    hints = {
+        _TYPE_HINTS.get(type(each).__name__, "Convert it with torch.as_tensor.")
+        for each in wrong.values()
+    }
+    raise TypeError(f"Additive attention needs tensors, but {found}. {' '.join(sorted(hints))}")
 
 
 def refuse_layouts(**tensors: Tensor) -> NoReturn:
@@ -236,7 +264,7 @@ def refuse_flags(**flags: Any) -> NoReturn:
 def refuse_dtypes(**tensors: Tensor) -> NoReturn:
     found = ", ".join(f"{name} is {tensor.dtype}" for name, tensor in tensors.items())
     raise TypeError(
-        "additive_attention needs query, key, value and weight of one dtype among float64, "
+        "Additive attention needs query, key, value and weight of one dtype among float64, "
         f"float32, bfloat16 and float16, but {found}. Convert them with .to(dtype), or call "
         "under torch.autocast."
     )

@@ -1,0 +1,58 @@
+"""The energy layer as a vector, whatever tools have made of the Linear that it was."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from additive_attn.ops.checks import values_exist
+from additive_attn.ops.layer_checks import check_energy, refuse_backward_hooks, refuse_energy
+
+_linear_forward = nn.Linear.forward
+# State in which a module was last found to be affine.
+_affine: WeakKeyDictionary[nn.Module, tuple[bool, int, int]] = WeakKeyDictionary()
+
+
+def energy_of(layer: nn.Module, features: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight ``(1, features)`` of an affine module, and the bias that is to get a zero gradient.
+
+    A Linear's weight is read. Any other module is called, with the unit vectors and with zero: so
+    hooks, adapters, quantisation, offloading and sharding do what they do.
+    """
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    if layer._backward_hooks or layer._backward_pre_hooks:
+        refuse_backward_hooks()
+    if type(layer).forward is _linear_forward and not (hooked or "forward" in layer.__dict__):
+        parameters = layer._parameters
+        # None where it is parametrized, and in a replica of nn.DataParallel.
+        weight: Any = parameters.get("weight")
+        if weight is None:
+            weight = layer.weight
+        kind = type(weight)
+        if kind is nn.Parameter or kind is Tensor or kind.__module__.startswith("torch._subcl"):
+            check_energy(layer, weight.shape, (1, features))
+            return weight, parameters.get("bias")
+    return _called(layer, features, like), None
+
+
+def _called(layer: nn.Module, features: int, like: Tensor) -> Tensor:
+    rows = torch.eye(features + 1, features, dtype=like.dtype, device=like.device)
+    outputs = layer(rows)
+    check_energy(layer, getattr(outputs, "shape", ()), (features + 1, 1))
+    weight, bias = (outputs[:-1] - outputs[-1:]).transpose(0, 1), outputs[-1]
+    state = (layer.training, len(layer._forward_hooks), len(layer._forward_pre_hooks))
+    if values_exist() and _affine.get(layer) != state:
+        with torch.no_grad():
+            # The energies with the largest scores, and two others.
+            waves = torch.arange(2 * features, device=like.device).cos().reshape(2, -1)
+            rows = torch.cat([weight.sign(), -weight.sign(), waves]).to(like.dtype)
+            expected = (rows * weight).sum(-1, keepdim=True) + bias
+            # Quantised activations are off by up to 1 in 255.
+            allowed = 0.02 * ((rows * weight).abs().sum(-1, keepdim=True) + bias.abs())
+            if ((layer(rows) - expected).abs() > allowed).any():
+                refuse_energy(layer)
+        _affine[layer] = state
+    return weight

@@ -1,0 +1,188 @@
+"""What does not fit a layer, told in the terms of who called it, before any projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from additive_attn.ops.checks import INTEGERS, broadcasts, refuse_layouts, require_one_device
+
+
+def checked_features(name: str, count: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, Integral):
+        raise TypeError(
+            f"{name} is {count!r}, a {type(count).__name__}, but must be an integer, the number "
+            "of features."
+        )
+    if count < 1:
+        raise ValueError(f"{name} is {count}, but a layer needs at least one feature.")
+    return int(count)
+
+
+_RANKS = {
+    "AdditiveAttention": "all three must have 3 dims (batched) or all three 2 (unbatched). For "
+    "one query (B, D) per sequence, use project and step.",
+    "AdditiveAttention.project": "both must have 3 dims (batched) or both 2 (unbatched).",
+    "AdditiveAttention.step": "needs one query per sequence: (B, query_dim) for a memory of keys "
+    "(B, Lk, hidden_dim) and values (B, Lk, Dv), or (query_dim,) for keys (Lk, hidden_dim) and "
+    "values (Lk, Dv).",
+}
+
+
+def refuse_ranks(caller: str, **tensors: Tensor) -> NoReturn:
+    raise ValueError(f"{_got(caller, tensors)}, but {_RANKS[caller]}")
+
+
+def _got(caller: str, tensors: dict[str, Tensor]) -> str:
+    found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    return f"{caller} got {found}"
+
+
+def explain_memory(query: Tensor, key: Tensor, value: Tensor, hidden_dim: int) -> None:
+    """Raises the sentence that tells why a memory does not fit, if there is one."""
+    found = _got("AdditiveAttention.step", {"query": query, "keys": key, "values": value})
+    if key.shape[-1] != hidden_dim:
+        raise ValueError(
+            f"{found}, but hidden_dim is {hidden_dim}. Take a memory that this layer projected."
+        ) from None
+    if len({*query.shape[:-1], *key.shape[:-2], *value.shape[:-2]} - {1}) > 1:
+        raise ValueError(
+            f"{found}, but the batch (dim 0) must be the same, or 1: one query per sequence."
+        ) from None
+
+
+def explain_projection(layer: nn.Module, name: str, tensor: Tensor, features: int) -> None:
+    """Raises the sentence that tells why ``layer`` could not project it, if there is one."""
+    # Asked only now: autocast, and layers that users put in, take more than their own dtype.
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        refuse_layouts(**{name: tensor})
+    if tensor.shape[-1] != features:
+        raise ValueError(
+            f"{name} has {tensor.shape[-1]} features, but this layer was made for "
+            f"{name}_dim={features}."
+        ) from None
+    for parameter in layer.parameters():
+        if type(parameter.data).__name__ == "DTensor":
+            raise TypeError(
+                f"{name} is a tensor, but the parameters of this layer are sharded (DTensor). "
+                "After fully_shard(layer), call register_fsdp_forward_method(layer, 'project') "
+                "and (layer, 'step'), of torch.distributed.fsdp, so that these gather them too."
+            ) from None
+        if parameter.device != tensor.device:
+            raise RuntimeError(
+                f"{name} is on {tensor.device}, but this layer is on {parameter.device}. Move one "
+                "of them with .to(device)."
+            ) from None
+        if parameter.dtype != tensor.dtype:
+            hint = (
+                "Embed token ids with nn.Embedding first"
+                if tensor.dtype in INTEGERS
+                else "Convert one of them with .to(dtype), or call under torch.autocast"
+            )
+            raise TypeError(
+                f"{name} is {tensor.dtype}, but the parameters of this layer are "
+                f"{parameter.dtype}. {hint}."
+            ) from None
+
+
+def explain_shapes(caller: str, batch_first: bool, **tensors: Tensor) -> None:
+    """Raises the sentence that tells why shapes ``(B, L, ...)`` do not fit, if there is one."""
+    shapes, found = {name: x.shape for name, x in tensors.items()}, _got(caller, tensors)
+    at = 0 if batch_first else 1
+    if all(len(shape) == 3 for shape in shapes.values()):
+        others = {shape[1 - at] for shape in shapes.values()}
+        hint = (
+            f" If they are {'(L, B, D)' if batch_first else '(B, L, D)'}, make the layer with "
+            f"batch_first={not batch_first}."
+            if len(others - {1}) <= 1
+            else ""
+        )
+        if len({shape[at] for shape in shapes.values()} - {1}) > 1:
+            raise ValueError(
+                f"{found}, but the batch (dim {at}, batch_first={batch_first}) must be the same, "
+                f"or 1.{hint}"
+            ) from None
+    if "value" in shapes and shapes["key"][:-1] != shapes["value"][:-1]:
+        length = -2 if batch_first or len(shapes["key"]) == 2 else 0
+        if shapes["key"][length] != shapes["value"][length]:
+            raise ValueError(
+                f"{found}, but each key belongs to one value: they may differ in the last dim "
+                "only, or have a batch of 1."
+            ) from None
+
+
+def with_padding(
+    attn_mask: Tensor | None, key_padding_mask: Tensor, key: Tensor, batch: Sequence[int]
+) -> Tensor:
+    """``attn_mask`` narrowed to the keys that are not padding."""
+    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+        found = getattr(key_padding_mask, "dtype", type(key_padding_mask).__name__)
+        raise TypeError(
+            f"key_padding_mask is {found}, but must be a bool tensor (True = ignore). Convert a "
+            "0/1 mask with .bool(); pass scores to be added as attn_mask."
+        )
+    shape, full = tuple(key_padding_mask.shape), (*batch, key.shape[-2])
+    if len(shape) != len(full) or shape[-1] != full[-1] or not broadcasts(shape, full):
+        hint = " Transpose it with .t()." if shape[::-1] == full else ""
+        raise ValueError(
+            f"key_padding_mask has shape {shape}, but must have one entry per key, {full}; its "
+            f"batch may also be 1.{hint}"
+        )
+    if key_padding_mask.device != key.device:
+        require_one_device(key=key, key_padding_mask=key_padding_mask)
+    if key_padding_mask.layout is not torch.strided:
+        refuse_layouts(key_padding_mask=key_padding_mask)
+    attended = key_padding_mask.logical_not().unsqueeze(-2)
+    if attn_mask is None:
+        return attended
+    # A mask that cannot be combined is passed on as it is: check_mask raises what is wrong.
+    if isinstance(attn_mask, Tensor):
+        try:
+            if attn_mask.dtype == torch.bool:
+                return attended & attn_mask
+            if attn_mask.is_floating_point():
+                return torch.where(attended, attn_mask, -torch.inf)
+        except RuntimeError:
+            pass
+    return attn_mask
+
+
+def check_energy(layer: nn.Module, shape: Sequence[int], wanted: tuple[int, int]) -> None:
+    if shape != wanted:
+        raise ValueError(
+            f"energy_layer is a {type(layer).__name__} that gives {tuple(shape)} where {wanted} "
+            "is needed: it must map (..., hidden_dim) to (..., 1)."
+        )
+
+
+def refuse_energy(layer: nn.Module) -> NoReturn:
+    raise ValueError(
+        f"energy_layer is a {type(layer).__name__} whose output is no affine function of its "
+        "input, so it cannot be fused. It may drop out at random in training (set that "
+        "probability to 0) or hold another nonlinearity (use PlainAdditiveAttention)."
+    )
+
+
+def refuse_backward_hooks() -> NoReturn:
+    raise ValueError(
+        "energy_layer has backward hooks, but gradients of energies do not pass through it, "
+        "because it is fused. Remove them, or hook its parameters with register_hook."
+    )
+
+
+def refuse_root() -> NoReturn:
+    raise TypeError(
+        "AdditiveAttention itself was passed to torch.fx.symbolic_trace, which cannot look into "
+        "it. Trace a model that holds it as a layer."
+    )
+
+
+def refuse_memory(memory: Any) -> NoReturn:
+    raise TypeError(
+        f"AdditiveAttention.step got a memory that is a {type(memory).__name__}, but needs a "
+        "ProjectedMemory. Prepare it with project."
+    )

@@ -1,0 +1,290 @@
+"""What tools make of ``energy_layer`` takes part: the result is the plain layer's, or an error."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from additive_attn import AdditiveAttention, PlainAdditiveAttention
+
+D, H = 6, 8
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Adapter(nn.Module):
+    """A LoRA wrapper, as adapters are written: the frozen base and a trained low-rank term."""
+
+    def __init__(self, base, dropout=0.0):
+        super().__init__()
+        self.base, self.down, self.up = (
+            base.requires_grad_(False),
+            nn.Linear(H, 2),
+            nn.Linear(2, 1),
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(self.dropout(x)))
+
+
+class Offloaded:
+    """Weights on the meta device until forward runs, as accelerate's hooks keep them."""
+
+    def __init__(self, layer):
+        self.state = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        self.layer, self.forward = layer, layer.forward
+
+    def __call__(self, x):
+        return torch.func.functional_call(self.bare, self.state, (x,))
+
+    @classmethod
+    def put(cls, layer):
+        hook = cls(layer)
+        hook.bare = copy.deepcopy(layer)
+        layer.forward = hook
+        for name in hook.state:
+            setattr(layer, name, nn.Parameter(hook.state[name].to("meta"), requires_grad=False))
+
+
+def old_weight_norm(m):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(m.energy_layer)
+
+
+def half_hook(m):
+    m.energy_layer.register_forward_hook(lambda module, args, out: 0.5 * out)
+
+
+def pre_hook(m):
+    m.energy_layer.register_forward_pre_hook(lambda module, args: (1.5 * args[0],))
+
+
+def patched_forward(m):
+    forward = m.energy_layer.forward
+    m.energy_layer.forward = lambda x: 3 * forward(x)
+
+
+def subclass(m):
+    layer = Doubled(H, 1)
+    layer.load_state_dict(m.energy_layer.state_dict())
+    m.energy_layer = layer
+
+
+def adapter(m):
+    torch.manual_seed(1)
+    m.energy_layer = Adapter(m.energy_layer)
+
+
+def two_linears(m):
+    torch.manual_seed(1)
+    m.energy_layer = nn.Sequential(nn.Linear(H, 5), nn.Linear(5, 1))
+
+
+def no_bias(m):
+    m.energy_layer.bias = None
+
+
+class Negated(nn.Module):
+    def forward(self, weight):
+        return -weight
+
+
+TOOLS = {
+    "nothing": lambda m: None,
+    "old weight_norm": old_weight_norm,
+    "weight_norm": lambda m: parametrizations.weight_norm(m.energy_layer),
+    "old spectral_norm": lambda m: nn.utils.spectral_norm(m.energy_layer),
+    "spectral_norm": lambda m: parametrizations.spectral_norm(m.energy_layer),
+    "parametrization": lambda m: parametrize.register_parametrization(
+        m.energy_layer, "weight", Negated()
+    ),
+    "prune": lambda m: prune.l1_unstructured(m.energy_layer, "weight", 0.5),
+    "forward hook": half_hook,
+    "forward pre-hook": pre_hook,
+    "patched forward": patched_forward,
+    "subclass": subclass,
+    "adapter": adapter,
+    "two linears": two_linears,
+    "no bias": no_bias,
+    "offloaded": lambda m: Offloaded.put(m.energy_layer),
+    "frozen": lambda m: m.energy_layer.requires_grad_(False),
+}
+
+
+def pair(tool, seed=0):
+    torch.manual_seed(seed)
+    plain = PlainAdditiveAttention(D, H).double()
+    layer = AdditiveAttention(D, H).double()
+    layer.load_state_dict(plain.state_dict())
+    for each in (layer, plain):
+        torch.manual_seed(2)  # spectral_norm starts from random vectors
+        tool(each)
+    return layer.double(), plain.double()
+
+
+def way_of(name, layer, inputs):
+    query, key, value = inputs
+    if name == "forward" or isinstance(layer, PlainAdditiveAttention):
+        return layer(query, key, value)
+    memory = layer.project(key, value)
+    steps = [layer.step(query[:, i], memory) for i in range(query.shape[1])]
+    return tuple(torch.stack(each, 1) for each in zip(*steps, strict=True))
+
+
+@pytest.mark.parametrize("way", ["forward", "step"])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_trains_as_the_plain_layer(tool, way):
+    if way == "step" and tool.endswith("spectral_norm"):
+        pytest.skip("each call in training takes another power iteration")
+    layer, plain = pair(TOOLS[tool])
+    inputs = [torch.randn(2, n, D, dtype=torch.float64) for n in (3, 5, 5)]
+    target = torch.randn(2, 3, D, dtype=torch.float64)
+    for each in (layer, plain):
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], 0.5)
+        each.seen = []
+        for _ in range(3):
+            out, weights = way_of(way, each, inputs)
+            each.seen.append((out, weights))
+            optimizer.zero_grad()
+            ((out - target).square().sum() + weights.square().sum()).backward()
+            optimizer.step()
+    torch.testing.assert_close(layer.seen, plain.seen)
+    for (name, ours), theirs in zip(layer.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda m, n=name: f"{n}: {m}")
+        if ours.requires_grad:
+            assert ours.grad is not None, name
+
+
+def test_a_checkpoint_under_old_weight_norm():
+    layer, plain = pair(old_weight_norm)
+    state = {name: torch.randn_like(x) for name, x in plain.state_dict().items()}
+    layer.load_state_dict(state), plain.load_state_dict(state)
+    x = torch.randn(2, 5, D, dtype=torch.float64)
+    torch.testing.assert_close(layer(x, x), plain(x, x, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_called_and_read_weights_agree(dtype):
+    """The weight of a called module, output minus bias, is as exact as the plain layer's score."""
+    layer, plain = AdditiveAttention(D, 64), PlainAdditiveAttention(D, 64)
+    plain.load_state_dict(layer.state_dict())
+    hooked = copy.deepcopy(layer)
+    hooked.energy_layer.register_forward_hook(lambda *_: None)
+    x = torch.randn(4, 50, D)
+    exact = plain.double()(*[x.to(dtype).double()] * 3)[1]
+    layer, hooked, plain, x = layer.to(dtype), hooked.to(dtype), plain.to(dtype), x.to(dtype)
+    errors = [
+        (weights.double() - exact).abs().max()
+        for weights in (layer(x, x)[1], hooked(x, x)[1], plain(x, x, x)[1])
+    ]
+    assert errors[1] <= 2 * max(errors[0], errors[2])
+
+
+def test_an_adapter_merges():
+    layer, _ = pair(adapter)
+    layer.eval()
+    x = torch.randn(2, 5, D, dtype=torch.float64)
+    before = layer(x, x)
+    a, base = layer.energy_layer, layer.energy_layer.base
+    with torch.no_grad():
+        base.weight += a.up.weight @ a.down.weight
+    layer.energy_layer = base
+    torch.testing.assert_close(layer(x, x), before)
+
+
+def test_quantised_layers():
+    """Eight bits: what the plain layer loses by them, and no more."""
+    from torch.ao.quantization import quantize_dynamic
+
+    torch.manual_seed(0)
+    plain, layer = PlainAdditiveAttention(16, 32), AdditiveAttention(16, 32)
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 9, 16)
+    exact = plain(x, x, x)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, theirs = (quantize_dynamic(each, {nn.Linear}) for each in (layer, plain))
+    error = (theirs(x, x, x)[0] - exact).abs().max()
+    assert (ours(x, x)[0] - exact).abs().max() <= 2 * error
+
+
+NOT_AFFINE = {
+    "tanh": nn.Sequential(nn.Linear(H, 1), nn.Tanh()),
+    "relu": nn.Sequential(nn.ReLU(), nn.Linear(H, 1)),
+    "gelu": nn.Sequential(nn.Linear(H, 4), nn.GELU(), nn.Linear(4, 1)),
+    "dropout": nn.Sequential(nn.Dropout(0.1), nn.Linear(H, 1)),
+    "adapter with dropout": Adapter(nn.Linear(H, 1), 0.5),
+    "clamp": nn.Sequential(nn.Linear(H, 1), nn.Hardtanh(-0.5, 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_AFFINE)
+def test_other_functions_are_refused(name):
+    layer, x = AdditiveAttention(D, H), torch.randn(2, 5, D)
+    layer.energy_layer = copy.deepcopy(NOT_AFFINE[name])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"energy_layer is a .* no affine function"):
+            layer(x, x)
+    if "dropout" in name:
+        layer.eval()
+        layer(x, x)
+        with pytest.raises(ValueError, match="no affine function"):
+            layer.train()(x, x)
+
+
+@pytest.mark.parametrize(
+    "module,shape",
+    [(nn.Linear(H, 2), r"\(2, 8\)"), (nn.Linear(4, 1), r"\(1, 4\)"), (nn.Identity(), r"\(9, 8\)")],
+    ids=["two outputs", "fewer features", "Identity"],
+)
+def test_other_shapes_are_refused(module, shape):
+    layer, x = AdditiveAttention(D, H), torch.randn(2, 5, D)
+    layer.energy_layer = module
+    with pytest.raises(ValueError, match=f"energy_layer is a {type(module).__name__}.*{shape}"):
+        layer(x, x)
+
+
+@pytest.mark.parametrize(
+    "kind", ["register_full_backward_hook", "register_full_backward_pre_hook"]
+)
+def test_backward_hooks_are_refused(kind):
+    """The gradients that such a hook is to see, or change, do not pass through energy_layer."""
+    layer, x = AdditiveAttention(D, H), torch.randn(2, 5, D)
+    getattr(layer.energy_layer, kind)(lambda *_: None)
+    with pytest.raises(ValueError, match="energy_layer has backward hooks"):
+        layer(x, x)
+
+
+def test_weights_on_meta_are_refused():
+    layer, x = AdditiveAttention(D, H), torch.randn(2, 5, D)
+    layer.energy_layer.to("meta")
+    with pytest.raises(RuntimeError, match="weight is on meta"):
+        layer(x, x)
+
+
+@pytest.mark.parametrize("tool", ["old weight_norm", "forward hook", "adapter", "weight_norm"])
+def test_compiles(tool):
+    layer, plain = pair(TOOLS[tool])
+    x = torch.randn(2, 5, D, dtype=torch.float64)
+    compiled = torch.compile(lambda x: layer(x, x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), plain(x, x, x))
+    ours = torch.autograd.grad(compiled(x)[0].square().sum(), layer.query_layer.weight)
+    theirs = torch.autograd.grad(plain(x, x, x)[0].square().sum(), plain.query_layer.weight)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_random_numbers_are_left_alone():
+    layer, _ = pair(half_hook)
+    x, state = torch.randn(2, 5, D, dtype=torch.float64), torch.get_rng_state()
+    layer(x, x)
+    assert torch.equal(torch.get_rng_state(), state)
