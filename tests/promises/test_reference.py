@@ -1,4 +1,4 @@
-"""The formula in the package, the one in the README, the oracle of the tests and the fallback."""
+"""The formula in the package, the one in the docs, the oracle of the tests and the fallback."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from additive_attn import AdditiveAttention, PlainAdditiveAttention
 from additive_attn.backends import blocks
 from additive_attn.spec.formula import plain_additive_attention
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "migration.md"
 
 
 def code_blocks():
-    text = README.read_text() if README.exists() else ""
+    text = PAGE.read_text("utf-8") if PAGE.exists() else ""
     return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
-def test_the_readmes_plain_layer_is_ours():
-    """The layer that the README says it replaces gives what the package's gives."""
+def test_the_documented_plain_layer_is_ours():
+    """The layer that the package is said to replace gives what the package's gives."""
     blocks = [block for block in code_blocks() if "(nn.Module)" in block and "tanh" in block]
-    if not README.exists():
-        pytest.skip("installed without the repository's README")
-    assert blocks, "the README shows no plain layer"
+    if not PAGE.exists():
+        pytest.skip("installed without the repository's documentation")
+    assert blocks, f"{PAGE.name} shows no plain layer"
     for block in blocks:
         # A shortened listing may leave the imports to the reader.
         scope = {"torch": torch, "nn": nn, "F": nn.functional}
