@@ -50,7 +50,7 @@ test-all: test
 
 demo: build
 	@echo "==> demo: equivalence, gradients, speed"
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/python -m benchmarks.demo
 	@echo "==> demo: a grapheme-to-phoneme model learns"
 	@$(BIN)/python examples/g2p/train.py --demo
 

@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.providers import Inputs, Runner, plain_runner
-from benchmarks.shapes import Case
+from benchmarks.cases import Case, Inputs
+from benchmarks.providers.plain import plain_runner
+from benchmarks.providers.runner import Runner
 
 SAMPLE_SECONDS = 0.05
 CHECKED_ELEMENTS = 2**25  # of the fp64 energy tensor
@@ -89,7 +90,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call of every action, one sample each per round, so that a slow minute of the
     machine meets all alike. A sample is a loop of enough calls to be timed well; an action that
-    has used up its budget stops after three samples."""
+    has used up its budget stops after three samples, or two if one call takes so long."""
 
     def sample(call: Callable[[], object], count: int) -> float:
         synchronize(device)
@@ -100,19 +101,22 @@ def interleave(
         return (time.perf_counter() - start) / count
 
     counts = {}
+    samples: dict[str, list[float]] = {name: [] for name in actions}
     for name, call in actions.items():
         once = sample(call, 1)
+        if once > budget:
+            samples[name] += [once]
         if once < SAMPLE_SECONDS:
             once = min(once, sample(call, 10))
         counts[name] = max(1, math.ceil(SAMPLE_SECONDS / once))
-    samples: dict[str, list[float]] = {name: [] for name in actions}
+    least = {name: 2 if samples[name] else 3 for name in actions}
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
             for name, call in actions.items():
                 spent = sum(samples[name]) * counts[name]
-                if len(samples[name]) < 3 or spent < budget:
+                if len(samples[name]) < least[name] or spent < budget:
                     samples[name].append(sample(call, counts[name]))
     finally:
         gc.enable()

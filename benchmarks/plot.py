@@ -1,11 +1,13 @@
 """Draws figures from csv rows, beside the csv.
 
-python -m benchmarks.plot [FILE.csv ...]
+python -m benchmarks.plot [FILE.csv ...]          the newest run of this checkout
+python -m benchmarks.plot FILE.csv --first-page   also docs/figures/scaling.png, for the README
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,24 +18,30 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from benchmarks.results import DOT_PRODUCT, FUSED, PLAIN, Measurement, chosen_files, machine, read
+from benchmarks.cases import square
+from benchmarks.rows import (
+    DOT_PRODUCT,
+    FUSED,
+    PLAIN,
+    PYTORCH_PATH,
+    Measurement,
+    chosen_files,
+    measured_on,
+    read,
+)
+from benchmarks.table import MODES, duration
+
+FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "scaling.png"
 
 # Okabe and Ito's colours, distinguishable with every kind of colour vision.
 STYLES: dict[str, dict[str, Any]] = {
-    PLAIN: {"color": "#D55E00", "marker": "s"},
-    "compile matmul": {"color": "#E69F00", "marker": "^"},
-    "compile sum": {"color": "#CC79A7", "marker": "v"},
-    FUSED: {"color": "#0072B2", "marker": "o", "linewidth": 2.5},
-    DOT_PRODUCT: {"color": "#999999", "marker": "d", "linestyle": "--"},
+    PLAIN: {"label": "plain PyTorch", "color": "#D55E00", "marker": "s"},
+    "compile matmul": {"label": "torch.compile, matmul", "color": "#E69F00", "marker": "^"},
+    "compile sum": {"label": "torch.compile, sum", "color": "#CC79A7", "marker": "v"},
+    PYTORCH_PATH: {"label": "additive_attn, no kernel", "color": "#56B4E9", "marker": "P"},
+    FUSED: {"label": "additive_attn", "color": "#0072B2", "marker": "o", "linewidth": 2.5},
+    DOT_PRODUCT: {"label": "dot-product attention", "color": "#777777", "marker": "d", "ls": "--"},
 }
-LABELS = {
-    PLAIN: "plain PyTorch",
-    "compile matmul": "torch.compile, matmul",
-    "compile sum": "torch.compile, sum",
-    FUSED: "additive_attn",
-    DOT_PRODUCT: "dot-product attention",
-}
-MODES = {"forward": "forward", "full": "forward + backward"}
 
 
 def needed_bytes(note: str) -> float | None:
@@ -41,29 +49,44 @@ def needed_bytes(note: str) -> float | None:
     return float(match[1]) * 1e9 if match else None
 
 
-def draw_series(axes: Any, series: list[Measurement], quantity: str) -> None:
-    """One curve per provider over the length; crosses where memory does not suffice: with
-    ``bytes`` at what would be needed, with ``milliseconds`` on the upper edge."""
+def scaling_of(measurements: list[Measurement]) -> list[Measurement]:
+    """The squares of the scaling series, in order of their length."""
+    found = {}
+    for each in measurements:
+        if each.shape == square(each.shape[1]).shape and not each.options:
+            found[each.shape[1], each.dtype, each.mode] = each
+    return [found[key] for key in sorted(found)]
+
+
+def draw_series(axes: Any, series: list[Measurement], column: str, faster: bool = False) -> None:
+    """One curve per provider over the length; crosses where memory does not suffice: of bytes at
+    what would be needed, of milliseconds on the upper edge. ``faster`` joins both spellings of
+    torch.compile."""
     for provider, style in STYLES.items():
-        points = [(each.shape[1], getattr(each, quantity)(provider)) for each in series]
-        known = [(length, value) for length, value in points if value]
-        if known:
-            axes.plot(*zip(*known, strict=True), label=LABELS[provider], markersize=5, **style)
+        if faster and provider == "compile sum":
+            continue
+        points = []
         for each in series:
-            needed = needed_bytes(each.note(provider))
-            if needed is None:
-                continue
-            on_edge = quantity == "milliseconds"
-            axes.plot(
-                each.shape[1],
-                1.0 if on_edge else needed,
-                "x",
-                color=style["color"],
-                markersize=8,
-                markeredgewidth=2,
-                clip_on=False,
-                transform=axes.get_xaxis_transform() if on_edge else axes.transData,
-            )
+            joined = faster and provider == "compile matmul"
+            name = each.compiled if joined else provider
+            value = each.value(column, name)
+            if value:
+                points.append((each.shape[1], value))
+            needed = needed_bytes(each.note(name))
+            if needed is not None:
+                on_edge = column == "median_ms"
+                axes.plot(
+                    each.shape[1],
+                    1.0 if on_edge else needed,
+                    "x",
+                    color=style["color"],
+                    markersize=7,
+                    markeredgewidth=2,
+                    clip_on=False,
+                    transform=axes.get_xaxis_transform() if on_edge else axes.transData,
+                )
+        if points:
+            axes.plot(*zip(*points, strict=True), markersize=5, **style)
     lengths = sorted({each.shape[1] for each in series})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -71,57 +94,103 @@ def draw_series(axes: Any, series: list[Measurement], quantity: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(lengths, labels=[str(length) for length in lengths])
     axes.grid(alpha=0.3)
+    unit = size_label if column == "peak_extra_bytes" else duration_label
+    axes.yaxis.set_major_formatter(unit)
 
 
-def draw_scaling(measurements: list[Measurement], path: Path) -> None:
-    scaling = [each for each in measurements if each.suite == "scaling"]
-    scaling = [each for each in scaling if each.dtype == scaling[0].dtype]
-    modes = [mode for mode in MODES if any(each.mode == mode for each in scaling)]
-    if not modes:
-        return
-    figure, axes = plt.subplots(
-        2, len(modes), figsize=(5.5 * len(modes), 8), layout="constrained", squeeze=False
-    )
-    for column, mode in enumerate(modes):
-        series = [each for each in scaling if each.mode == mode]
-        time, memory = axes[:, column]
-        draw_series(time, series, "milliseconds")
-        draw_series(memory, series, "bytes")
-        time.set_title(MODES[mode], pad=14)
-        time.set_ylabel("milliseconds")
-        memory.set_ylabel("extra memory, bytes")
-        memory.set_xlabel("length L = Lq = Lk")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+def size_label(count: float, _: object) -> str:
+    power = min(3, max(0, int(len(str(int(count))) - 1) // 3))
+    return f"{count / 1000**power:g} {('B', 'kB', 'MB', 'GB')[power]}"
+
+
+def duration_label(milliseconds: float, _: object) -> str:
+    return duration(milliseconds)
+
+
+def legend(figure: Any, axes: Any, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
     cross = plt.Line2D([], [], color="black", marker="x", linestyle="", markeredgewidth=2)
     figure.legend(
         [*handles, cross],
         [*labels, "does not fit into memory"],
         loc="outside upper center",
-        ncols=3,
+        ncols=columns,
+        fontsize=9,
+        columnspacing=1.4,
         frameon=False,
     )
-    batch, _, _, hidden, value_dim = scaling[0].shape
-    figure.supxlabel(
-        f"B = {batch}, H = {hidden}, Dv = {value_dim}, {scaling[0].dtype}. {machine(scaling)}",
-        fontsize=8,
-    )
+
+
+def describe(series: list[Measurement]) -> str:
+    batch, _, _, hidden, value_dim = series[0].shape
+    sizes = f"B = {batch}, H = {hidden}, Dv = {value_dim}, {series[0].dtype}"
+    return f"{sizes}. {measured_on(series)}"
+
+
+def draw_scaling(measurements: list[Measurement], path: Path) -> bool:
+    scaling = scaling_of(measurements)
+    scaling = [each for each in scaling if each.dtype == scaling[0].dtype]
+    if len({each.shape for each in scaling}) < 2:
+        return False
+    modes = [mode for mode in MODES if any(each.mode == mode for each in scaling)]
+    size = 5.5 * len(modes), 8
+    figure, axes = plt.subplots(2, len(modes), figsize=size, layout="constrained", squeeze=False)
+    for column, mode in enumerate(modes):
+        series = [each for each in scaling if each.mode == mode]
+        time, memory = axes[:, column]
+        draw_series(time, series, "median_ms")
+        draw_series(memory, series, "peak_extra_bytes")
+        time.set_title(MODES[mode], pad=14)
+        time.set_ylabel("time")
+        memory.set_ylabel("extra memory")
+        memory.set_xlabel("length L = Lq = Lk")
+    legend(figure, axes[0, 0], 3)
+    figure.supxlabel(describe(scaling), fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+    return True
 
 
-def draw_speedups(measurements: list[Measurement], path: Path) -> None:
+def draw_first_page(measurements: list[Measurement], path: Path) -> bool:
+    """Time and memory of forward and backward beside each other, on white, which light and dark
+    pages show alike."""
+    series = [each for each in scaling_of(measurements) if each.mode == "full"]
+    series = [each for each in series if each.dtype == "float32"]
+    if len(series) < 2:
+        return False
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(9, 3.9), layout="constrained")
+    draw_series(time, series, "median_ms", faster=True)
+    draw_series(memory, series, "peak_extra_bytes", faster=True)
+    time.set_title("time, forward + backward", fontsize=11, pad=10)
+    memory.set_title("extra memory", fontsize=11, pad=10)
+    for axes in (time, memory):
+        axes.set_xlabel("length L (queries = keys)")
+        for line in axes.get_lines():
+            line.set_label(line.get_label().removesuffix(", matmul"))
+    legend(figure, time, 5)
+    figure.supxlabel(describe(series), fontsize=7, color="#555555")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, facecolor="white")
+    plt.close(figure)
+    return True
+
+
+def draw_speedups(measurements: list[Measurement], path: Path) -> bool:
     """How many times faster than the fastest plain form that could run."""
     bars: list[tuple[str, float, str]] = []
     for each in measurements:
-        fused = each.milliseconds(FUSED)
-        plain = [each.milliseconds(PLAIN), each.compiled_milliseconds()]
+        ours = each.milliseconds(each.ours)
+        plain = [each.milliseconds(PLAIN), each.milliseconds(each.compiled)]
         possible = [time for time in plain if time is not None]
-        if fused is None or not possible:
+        if ours is None or not possible:
             continue
-        label = f"{each.shape} {each.options} {each.dtype if each.dtype != 'float32' else ''}"
-        bars.append((" ".join(label.split()), min(possible) / fused, each.mode))
+        dtype = each.dtype if each.dtype != "float32" else ""
+        label = " ".join(f"{each.what}\n{each.shape} {each.options} {dtype}".split(" "))
+        bars.append((label.strip(), min(possible) / ours, each.mode))
     labels = list(dict.fromkeys(label for label, _, _ in bars))
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.36 * len(labels)), layout="constrained")
+    if not bars:
+        return False
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.42 * len(labels)), layout="constrained")
     colors = {"forward": "#56B4E9", "full": "#0072B2"}
     for mode, offset in (("forward", -0.2), ("full", 0.2)):
         chosen = [(labels.index(label) + offset, value) for label, value, m in bars if m == mode]
@@ -137,30 +206,48 @@ def draw_speedups(measurements: list[Measurement], path: Path) -> None:
             label=MODES[mode],
         )
         axes.bar_label(drawn, [f"{value:.3g}x" for value in values], padding=3, fontsize=7)
-    axes.set_yticks(range(len(labels)), labels=labels, fontsize=8)
+    axes.set_yticks(range(len(labels)), labels=labels, fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}x"))
     axes.margins(x=0.12)
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_title(
-        "additive_attn against the faster of plain PyTorch and torch.compile", fontsize=10
-    )
-    axes.set_xlabel(f"times faster\n{machine(measurements)}", fontsize=8)
-    axes.set_ylabel("(B, Lq, Lk, H, Dv)", fontsize=8)
-    axes.legend(loc="best", frameon=False)
+    title = "additive_attn against the faster of plain PyTorch and torch.compile"
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(f"times faster\n{measured_on(measurements)}", fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+    return True
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("files", nargs="*", type=Path)
-    for path in chosen_files(parser.parse_args().files):
+    parser.add_argument("--first-page", action="store_true", help=f"write {FIGURE.name} of docs")
+    args = parser.parse_args()
+    missing = {
+        draw_scaling: "at least two lengths of the suite scaling",
+        draw_speedups: "times of this package beside plain or compiled ones",
+        draw_first_page: "forward and backward of at least two lengths of the suite scaling",
+    }
+    for path in chosen_files(args.files):
         measurements = read(path)
-        draw_scaling(measurements, path.with_name(f"{path.stem}_scaling.png"))
-        draw_speedups(measurements, path.with_name(f"{path.stem}_speedups.png"))
-        print(f"drew {path.parent}/{path.stem}_*.png")
+        figures = {
+            draw_scaling: path.with_name(f"{path.stem}_scaling.png"),
+            draw_speedups: path.with_name(f"{path.stem}_speedups.png"),
+        }
+        if args.first_page:
+            figures[draw_first_page] = FIGURE
+        for draw, figure in figures.items():
+            if draw(measurements, figure):
+                print(f"drew {os.path.relpath(figure)}")
+            else:
+                print(f"no {figure.name}: {os.path.relpath(path)} lacks {missing[draw]}")
 
 
 if __name__ == "__main__":

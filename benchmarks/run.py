@@ -1,84 +1,52 @@
-"""Measures every provider and writes csv rows.
+"""Measures every provider, writes csv rows and prints them as a table.
 
-    python -m benchmarks.run                                   everything (an hour or so)
-    python -m benchmarks.run --quick                           a few cases (a minute or two)
-    python -m benchmarks.run --shapes steps,1x2048x2048x64x64 --dtype float32,bfloat16
+    python -m benchmarks.run                        what the README shows (a quarter of an hour)
+    python -m benchmarks.run --suite quick          a few cases (a minute or two)
+    python -m benchmarks.run --suite scaling,1x2048x2048x64x64 --dtype float32,bfloat16
+    python -m benchmarks.run --path avx2            as on a machine without AVX-512
+    python -m benchmarks.run --path pytorch --suite speed      the plain PyTorch path
 
-Correctness is asserted against fp64 before anything is timed. All providers run in this process,
-in turns. forward is timed without autograd, full is forward and backward with a random upstream
-gradient. What does not fit into memory gets a row that says so.
+Correctness is asserted against fp64 before anything is timed. All providers are timed round-robin
+in this process. forward is timed without autograd, full is forward and backward with a random
+upstream gradient. What does not fit into memory gets a row that says so. Rows go to a new file
+in benchmarks/results/local/, which git ignores; --save writes the files that git tracks.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import re
+import os
 import sys
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-import additive_attn
 from additive_attn.ops import dispatch
-from benchmarks import measure
-from benchmarks.providers import PROVIDERS, Provider, Runner, make_inputs
-from benchmarks.shapes import QUICK, SUITES, Case, parse
+from benchmarks import measure, table
+from benchmarks.cases import FIRST_PAGE, SUITES, Case, make_inputs, parse
+from benchmarks.providers import PROVIDERS, Provider, Runner
+from benchmarks.rows import FUSED, LOCAL, PYTORCH_PATH, RESULTS, Row, folder_name, machine, write
 
-RESULTS = Path(__file__).with_name("results")
-
-
-@dataclass
-class Row:
-    device: str
-    name: str
-    threads: int
-    isa: str
-    torch: str
-    additive_attn: str
-    python: str
-    date: str
-    suite: str
-    B: int
-    Lq: int
-    Lk: int
-    H: int
-    Dv: int
-    options: str
-    dtype: str
-    mode: str
-    provider: str
-    median_ms: float | None = None
-    q20_ms: float | None = None
-    q80_ms: float | None = None
-    peak_extra_bytes: int | None = None
-    note: str = ""
-
-
-def machine(device: torch.device) -> dict[str, object]:
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        isa = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    else:
-        name, isa = platform.processor() or platform.machine(), dispatch.cpu_path()
-        if sys.platform == "linux":
-            models = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-            name = models[0].strip() if models else name
-    return {
-        "device": device.type,
-        "name": name,
-        "threads": torch.get_num_threads(),
-        "isa": isa,
-        "torch": torch.__version__,
-        "additive_attn": additive_attn.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
-    }
+# What a path asks for in the environment. Below the machine's best, PyTorch, torch.compile and
+# the libraries that multiply matrices are limited to the same instructions.
+PATHS: dict[str, dict[str, str]] = {
+    "avx512": {},
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "baseline": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    },
+    "pytorch": {"ADDITIVE_ATTN_GPU": "pytorch"},
+}
 
 
 def measure_case(
@@ -89,19 +57,17 @@ def measure_case(
     budget: float,
     rounds: int,
     providers: list[Provider],
-) -> list[tuple[str, str, dict[str, object]]]:
+) -> Iterator[tuple[str, str, dict[str, object]]]:
     """(provider, mode, measured columns) for every provider that knows this case."""
     # Each case compiles anew, for its own sizes: the best that torch.compile can do.
     torch.compiler.reset()
     inputs = make_inputs(case, dtype, device)
     exact = replace(case, dropout_p=0.0)
     reference = measure.Reference(exact, inputs)
-    results: list[tuple[str, str, dict[str, object]]] = []
-
     runners: list[tuple[Provider, Runner]] = []
     for provider in providers:
         runner = provider.runner(case, inputs)
-        if runner is not None:
+        if runner is not None and (not case.providers or provider.name in case.providers):
             runners.append((provider, runner))
 
     for mode in modes:
@@ -111,7 +77,7 @@ def measure_case(
                 needed = provider.bytes_needed(case, mode, dtype.itemsize)
                 if needed > measure.available_bytes(device):
                     note = f"out of memory: needs {needed / 1e9:.3g} GB"
-                    results.append((provider.name, mode, {"note": note}))
+                    yield provider.name, mode, {"note": note}
                     continue
                 call = measure.action(runner, inputs, mode)
                 try:
@@ -119,37 +85,34 @@ def measure_case(
                         checked = provider.runner(exact, inputs) if case.dropout_p else runner
                         assert checked is not None
                         reference.check(provider.name, checked, mode)
-                    call()
+                    else:
+                        call()
                 except (TorchDynamoException, torch.OutOfMemoryError) as error:
                     too_large = isinstance(error, torch.OutOfMemoryError)
                     problem = "out of memory" if too_large else "does not compile"
-                    note = f"{problem}: {type(error).__name__}"
-                    results.append((provider.name, mode, {"note": note}))
+                    yield provider.name, mode, {"note": f"{problem}: {type(error).__name__}"}
                     continue
                 actions[provider.name] = call
                 peaks[provider.name] = measure.peak_extra_bytes(call, device)
             samples = measure.interleave(actions, device, budget, rounds)
         for name, seconds in samples.items():
-            median, low, high = measure.quantiles(seconds)
-            columns: dict[str, object] = {
-                "median_ms": float(f"{median:.5g}"),
-                "q20_ms": float(f"{low:.5g}"),
-                "q80_ms": float(f"{high:.5g}"),
-                "peak_extra_bytes": peaks[name],
-            }
-            results.append((name, mode, columns))
-    return results
+            times = zip(("median_ms", "q20_ms", "q80_ms"), measure.quantiles(seconds), strict=True)
+            columns: dict[str, object] = {key: float(f"{time:.5g}") for key, time in times}
+            yield name, mode, columns | {"peak_extra_bytes": peaks[name]}
 
 
-def progress(number: int, total: int, row: Row) -> None:
-    time = row.note if row.median_ms is None else f"{row.median_ms:12.4f} ms"
-    memory = "" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 1e6:10.1f} MB"
+def progress(done: str, row: Row) -> None:
     shape = f"({row.B}, {row.Lq}, {row.Lk}, {row.H}, {row.Dv}) {row.options}"
     what = f"{shape:<42} {row.dtype:<8} {row.mode:<8} {row.provider:<15}"
-    print(f"[{number}/{total}] {what} {time} {memory}", flush=True)
+    if row.median_ms is None:
+        print(f"[{done}] {what} {row.note}", flush=True)
+        return
+    memory = "" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 1e6:10.1f} MB"
+    spread = f"({row.q20_ms:.4g} to {row.q80_ms:.4g})"
+    print(f"[{done}] {what} {row.median_ms:10.4g} ms {spread:<20} {memory}", flush=True)
 
 
-def run(
+def measured(
     cases: list[tuple[str, Case]],
     dtypes: list[torch.dtype],
     modes: list[str],
@@ -157,84 +120,133 @@ def run(
     budget: float,
     rounds: int,
     providers: list[Provider],
-    output: TextIO,
-) -> None:
+) -> Iterator[Row]:
     about = machine(device)
-    writer = csv.DictWriter(output, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
     todo = [(suite, case, dtype) for dtype in dtypes for suite, case in cases]
     for number, (suite, case, dtype) in enumerate(todo, start=1):
         chosen = [mode for mode in modes if mode in case.modes]
+        shape = dict(zip(("B", "Lq", "Lk", "H", "Dv"), case.shape, strict=True))
         for provider, mode, columns in measure_case(
             case, dtype, device, chosen, budget, rounds, providers
         ):
             row = Row(
                 **about,  # type: ignore[arg-type]
+                **shape,  # type: ignore[arg-type]
                 suite=suite,
-                B=case.batch,
-                Lq=case.query_len,
-                Lk=case.key_len,
-                H=case.hidden,
-                Dv=case.value_dim,
+                what=case.what,
                 options=case.options,
                 dtype=str(dtype).removeprefix("torch."),
                 mode=mode,
                 provider=provider,
                 **columns,  # type: ignore[arg-type]
             )
-            writer.writerow(asdict(row))
-            output.flush()
-            progress(number, len(todo), row)
+            progress(f"{number}/{len(todo)}", row)
+            yield row
 
 
-def main() -> None:
+def require_kernel(device: torch.device, path: str | None) -> bool:
+    """Whether our rows are those of the plain PyTorch path; stops where nobody asked for it."""
+    if device.type == "cuda":
+        kernels, reason = dispatch.gpu_path()
+        actual = "pytorch" if kernels is None else "triton"
+    elif device.type == "cpu":
+        actual, reason = dispatch.cpu_path(), dispatch.cpu_reason
+    else:
+        actual, reason = "pytorch", f"there is no kernel for {device.type}"
+    if actual == "pytorch" and path != "pytorch":
+        raise SystemExit(
+            f"This would measure plain PyTorch under the name of the fused layer ({reason}). "
+            "Build the kernel (pip install --no-build-isolation --no-deps --editable .), or ask "
+            "for the plain PyTorch path: --path pytorch."
+        )
+    return actual == "pytorch"
+
+
+def listed(accepted: list[str]) -> Callable[[str], list[str]]:
+    """The type of an argument that takes some of the accepted names, separated by commas."""
+
+    def split(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in accepted:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(accepted)}")
+        return names
+
+    return split
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="three cases, a few rounds")
-    parser.add_argument(
-        "--shapes", help=f"suites ({', '.join(SUITES)}) or BxLqxLkxHxDv, separated by commas"
-    )
     names = [provider.name for provider in PROVIDERS]
-    parser.add_argument("--providers", default=",".join(names), help=f"of {', '.join(names)}")
-    parser.add_argument("--modes", default="forward,full", help="forward, full or both")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16")
+    suites = ", ".join([FIRST_PAGE, *SUITES])
+    parser.add_argument(
+        "--suite", "--shapes", default=FIRST_PAGE, help=f"of {suites}, or BxLqxLkxHxDv; commas"
+    )
+    parser.add_argument("--quick", action="store_true", help="--suite quick")
+    parser.add_argument("--path", choices=PATHS, help="instructions of the kernel and of PyTorch")
+    parser.add_argument("--providers", type=listed(names), default=names, help=", ".join(names))
+    modes = ["forward", "full"]
+    parser.add_argument("--modes", type=listed(modes), default=modes, help="forward, full")
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", type=listed(dtypes), default=dtypes[:1], help=", ".join(dtypes))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; all by default")
-    parser.add_argument("--rounds", type=int, help="samples of each provider (30; quick: 7)")
-    parser.add_argument("--budget", type=float, help="seconds per provider (10; quick: 1)")
-    parser.add_argument("--output", type=Path, help="csv file (results/MACHINE/speed.csv)")
-    arguments = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each provider")
+    parser.add_argument("--budget", type=float, default=1.5, help="seconds per provider and mode")
+    parser.add_argument("--save", action="store_true", help="write the results that git tracks")
+    parser.add_argument("--output", type=Path, help="csv file to write instead")
+    parsed = parser.parse_args()
+    try:
+        torch.empty(0, device=parsed.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {parsed.device}: {str(error).splitlines()[0]}")
+    if (parsed.threads or 1) < 1 or parsed.rounds < 2 or not parsed.budget > 0:
+        parser.error("--threads and --budget are positive, --rounds at least 2")
+    return parsed
 
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
-    if arguments.shapes is not None:
-        cases = parse(arguments.shapes)
-    elif arguments.quick:
-        cases = [("quick", case) for case in QUICK]
-    else:
-        cases = parse(",".join(SUITES))
 
-    path = arguments.output
-    if path is None:
-        folder = re.sub(r"[^a-z0-9]+", "-", str(machine(device)["name"]).lower()).strip("-")
-        path = RESULTS / folder / ("quick.csv" if arguments.quick else "speed.csv")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as output:
-        run(
-            cases,
-            [getattr(torch, name) for name in arguments.dtype.split(",")],
-            arguments.modes.split(","),
-            device,
-            budget=arguments.budget or (1.0 if arguments.quick else 10.0),
-            providers=[p for p in PROVIDERS if p.name in arguments.providers.split(",")],
-            rounds=arguments.rounds or (7 if arguments.quick else 30),
-            output=output,
-        )
-    print(f"wrote {path}")
+def main() -> None:
+    args = arguments()
+    device = torch.device(args.device)
+    wanted = {"ADDITIVE_ATTN_CPU": args.path, **PATHS[args.path]} if args.path else {}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        # They are read when torch and additive_attn are imported.
+        os.environ.update(wanted)
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]])
+    ours = PYTORCH_PATH if require_kernel(device, args.path) else FUSED
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+
+    suite = "quick" if args.quick else args.suite
+    about = machine(device)
+    path = args.output
+    if path is None and args.save:
+        path = RESULTS / folder_name(about) / f"{suite.replace(',', '+')}.csv"
+    elif path is None:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        path = LOCAL / f"{folder_name(about)}-{suite.replace(',', '+')}-{stamp}.csv"
+    rows = measured(
+        parse(suite),
+        [getattr(torch, name) for name in args.dtype],
+        args.modes,
+        device,
+        budget=args.budget,
+        rounds=args.rounds,
+        providers=[
+            p
+            for p in PROVIDERS
+            if p.name in args.providers and p.name not in {FUSED, PYTORCH_PATH} - {ours}
+        ],
+    )
+    try:
+        write(path, rows)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    table.show([path], spread=True)
 
 
 if __name__ == "__main__":

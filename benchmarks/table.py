@@ -1,38 +1,24 @@
 """Prints csv rows as a markdown table.
 
-python -m benchmarks.table [FILE.csv ...] [--suites steps,layers]
+python -m benchmarks.table                            the newest run of this checkout
+python -m benchmarks.table FILE.csv --suites speed,masks
+python -m benchmarks.table AVX512.csv AVX2.csv --side-by-side
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.results import (
-    DOT_PRODUCT,
-    FUSED,
-    PLAIN,
-    Measurement,
-    chosen_files,
-    machine,
-    read,
-)
+from benchmarks.rows import DOT_PRODUCT, PLAIN, Measurement, chosen_files, measured_on, read
 
-HEADER = [
-    "(B, Lq, Lk, H, Dv)",
-    "mode",
-    "plain",
-    "torch.compile",
-    "fused",
-    "vs plain",
-    "vs compile",
-    "memory plain",
-    "memory fused",
-    "dot product",
-]
+MODES = {"forward": "forward", "full": "forward + backward"}
+NAMES = {"avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON", "baseline": "SSE2"}
 
 
-def duration(milliseconds: float | None) -> str:
+def duration(milliseconds: float | None, spread: tuple[float, float] | None = None) -> str:
     if milliseconds is None:
         return "-"
     unit, factor = "µs", 1e3
@@ -40,11 +26,12 @@ def duration(milliseconds: float | None) -> str:
         unit, factor = "s", 1e-3
     elif milliseconds >= 1:
         unit, factor = "ms", 1
-    number = milliseconds * factor
-    return f"{number:.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
+    times = [factor * each for each in (milliseconds, *(spread or ()))]
+    median, *limits = (f"{each:.0f}" if each >= 100 else f"{each:.3g}" for each in times)
+    return f"{median} {unit} ({' to '.join(limits)})" if limits else f"{median} {unit}"
 
 
-def size(count: int | None) -> str:
+def size(count: float | None) -> str:
     if count is None:
         return "-"
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
@@ -54,45 +41,101 @@ def ratio(slow: float | None, fast: float | None) -> str:
     return "-" if slow is None or fast is None else f"{slow / fast:.3g}x"
 
 
-def cells(measurement: Measurement, several_dtypes: bool) -> list[str]:
-    plain, fused = measurement.milliseconds(PLAIN), measurement.milliseconds(FUSED)
-    compiled = measurement.compiled_milliseconds()
+def time(measurement: Measurement, provider: str, spread: bool) -> str:
+    """The median, with its 20 % and 80 % quantiles where they are asked for, or why there is
+    none."""
+    low, high = (measurement.value(name, provider) for name in ("q20_ms", "q80_ms"))
+    limits = (low, high) if spread and low is not None and high is not None else None
+    return measurement.note(provider) or duration(measurement.milliseconds(provider), limits)
+
+
+def problem(measurement: Measurement) -> list[str]:
     shape = f"{measurement.shape} {measurement.options}".rstrip()
-    if several_dtypes:
+    if measurement.dtype != "float32":
         shape += f" {measurement.dtype}"
-    return [
-        shape,
-        measurement.mode,
-        measurement.note(PLAIN) or duration(plain),
-        measurement.note("compile matmul") if compiled is None else duration(compiled),
-        f"**{duration(fused)}**",
-        ratio(plain, fused),
-        ratio(compiled, fused),
-        size(measurement.bytes(PLAIN)),
-        size(measurement.bytes(FUSED)),
-        duration(measurement.milliseconds(DOT_PRODUCT)),
+    return [measurement.what, shape, MODES[measurement.mode]]
+
+
+def long_table(measurements: Iterable[Measurement], ours: str, spread: bool) -> list[list[str]]:
+    header = ["what", "(B, Lq, Lk, H, Dv)", "mode", "plain", "torch.compile", ours]
+    header += ["vs plain", "vs compile", "memory plain", f"memory {ours}", "dot product"]
+    rows = [header]
+    for each in measurements:
+        plain, compiled, fused = map(each.milliseconds, (PLAIN, each.compiled, ours))
+        cells = [time(each, provider, spread) for provider in (PLAIN, each.compiled, ours)]
+        cells[-1] = cells[-1] if spread else f"**{cells[-1]}**"
+        cells += [ratio(plain, fused), ratio(compiled, fused)]
+        cells += [size(each.bytes(PLAIN)), size(each.bytes(ours)), time(each, DOT_PRODUCT, spread)]
+        rows.append([*problem(each), *cells])
+    return rows
+
+
+def side_by_side(runs: list[list[Measurement]]) -> list[list[str]]:
+    """Our time in every run, and how many times longer the others took in the same run."""
+    header = ["what", "(B, Lq, Lk, H, Dv)", "mode"]
+    for run in runs:
+        isa = next(iter(run[0].rows.values()))["isa"]
+        header += [f"{NAMES.get(isa, isa)} {run[0].ours}", "plain", "torch.compile", "dot product"]
+    rows = [header]
+    known = [{each.key: each for each in run} for run in runs]
+    for each in runs[0]:
+        cells = problem(each)
+        for cases in known:
+            found = cases.get(each.key)
+            if found is None:
+                cells += ["-"] * 4
+                continue
+            fused = found.milliseconds(found.ours)
+            others = map(found.milliseconds, (PLAIN, found.compiled, DOT_PRODUCT))
+            cells += [f"**{duration(fused)}**", *(ratio(other, fused) for other in others)]
+        rows.append(cells)
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Aligned, so that it can be read as it is."""
+    empty = [index for index, cells in enumerate(zip(*rows[1:], strict=True)) if not any(cells)]
+    rows = [[cell for index, cell in enumerate(row) if index not in empty] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = rows[0].index("mode") + 1  # then come numbers
+    rule = ["-" * n if index < text else "-" * (n - 1) + ":" for index, n in enumerate(widths)]
+    lines = [
+        [cell.ljust(n) if i < text else cell.rjust(n) for i, (cell, n) in enumerate(pairs)]
+        for pairs in (zip(row, widths, strict=True) for row in [rows[0], rule, *rows[1:]])
     ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def markdown(measurements: list[Measurement]) -> str:
-    several_dtypes = len({measurement.dtype for measurement in measurements}) > 1
-    rows = [HEADER, ["---", "---", *["---:"] * (len(HEADER) - 2)]]
-    rows += [cells(measurement, several_dtypes) for measurement in measurements]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def show(
+    paths: list[Path], suites: list[str] | None = None, beside: bool = False, spread: bool = False
+) -> None:
+    runs = []
+    for path in paths:
+        run = read(path)
+        print(f"\n{os.path.relpath(path)}\n{measured_on(run)}\n")
+        run = [each for each in run if suites is None or each.suite in suites]
+        if not run:
+            raise SystemExit(f"{path} has no rows of the suites {', '.join(suites or [])}.")
+        runs.append(run)
+        if not beside:
+            print(markdown(long_table(run, run[0].ours, spread)))
+    if beside:
+        print(markdown(side_by_side(runs)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--suites", help="only these, separated by commas")
-    arguments = parser.parse_args()
-    for path in chosen_files(arguments.files):
-        measurements = read(path)
-        print(f"\n{machine(measurements)}\n")
-        if arguments.suites is not None:
-            suites = arguments.suites.split(",")
-            measurements = [each for each in measurements if each.suite in suites]
-        print(markdown(measurements))
+    parser.add_argument("--side-by-side", action="store_true", help="several runs in one table")
+    parser.add_argument("--spread", action="store_true", help="with 20 %% and 80 %% quantiles")
+    args = parser.parse_args()
+    suites = None if args.suites is None else args.suites.split(",")
+    show(list(chosen_files(args.files)), suites, args.side_by_side, args.spread)
 
 
 if __name__ == "__main__":

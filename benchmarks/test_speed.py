@@ -10,17 +10,21 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.cases import SPEED, Case, make_inputs, square
 from benchmarks.measure import Reference, action
-from benchmarks.providers import PROVIDERS, Provider, make_inputs
-from benchmarks.shapes import LAYERS, SMALL, STEPS, Case, square
+from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.rows import PYTORCH_PATH
+from benchmarks.run import require_kernel
 
-CASES = [SMALL[0], STEPS[0], STEPS[2], LAYERS[0], square(512)]
+CASES = [SPEED[0], SPEED[2], SPEED[4], square(512)]
+MEASURED = [provider for provider in PROVIDERS if provider.name != PYTORCH_PATH]
 
 
 @pytest.mark.parametrize("mode", ["forward", "full"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: provider.name)
+@pytest.mark.parametrize("provider", MEASURED, ids=lambda provider: provider.name)
 def test_speed(benchmark: Any, provider: Provider, case: Case, mode: str) -> None:
+    require_kernel(torch.device("cpu"), None)
     torch.compiler.reset()
     benchmark.group = f"{case} {mode}"
     inputs = make_inputs(case, torch.float32, torch.device("cpu"))

@@ -24,9 +24,9 @@ import torch
 
 from additive_attn.backends.triton import tiles
 from benchmarks import measure
-from benchmarks.providers import PROVIDERS, Runner, make_inputs
-from benchmarks.run import RESULTS, machine
-from benchmarks.shapes import Case, parse
+from benchmarks.cases import Case, make_inputs, parse
+from benchmarks.providers import PROVIDERS, Runner
+from benchmarks.rows import RESULTS, machine
 
 SHAPES = "1x4096x4096x128x128,8x512x512x256x256,32x50x50x1024x1024,1x16x100000x256x512"
 

@@ -1,13 +1,12 @@
 """The fused layer against the plain one: same results, same gradients, less time and memory.
 
-python examples/demo.py            about a minute
+python -m benchmarks.demo          about a minute
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +14,11 @@ from torch._dynamo.exc import TorchDynamoException
 
 import additive_attn
 from additive_attn import AdditiveAttention, PlainAdditiveAttention, additive_attention
+from benchmarks import measure, run, table
+from benchmarks.cases import SPEED, make_inputs, square
+from benchmarks.providers import PROVIDERS
 
-# benchmarks/ stands beside examples/ and is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import measure, table
-from benchmarks.providers import PROVIDERS, make_inputs
-from benchmarks.shapes import Case, square
-
-CASES = [(Case(64, 1, 400, 512, 512), "forward"), (square(512), "full"), (square(1024), "full")]
-SHOWN = ["plain", "compile sum", "fused"]
+CASES = [(SPEED[4], "forward"), (square(512), "full"), (square(1024), "full")]
 
 
 def heading(text: str) -> None:
@@ -40,7 +35,8 @@ def gradients(layer: nn.Module, inputs: list[Tensor], upstream: Tensor) -> dict[
         layer.named_parameters()
     )
     out, _ = layer(*inputs)
-    return dict(zip(leaves, torch.autograd.grad(out, leaves.values(), upstream), strict=True))
+    found = torch.autograd.grad(out, list(leaves.values()), upstream)
+    return dict(zip(leaves, found, strict=True))
 
 
 def show_equivalence() -> None:
@@ -73,14 +69,15 @@ def show_gradcheck() -> None:
         for shape in ((2, 3, 8), (2, 5, 8), (2, 5, 4), (8,))
     )
     lengths = torch.tensor([5, 2])
-    for name, options in {
+    cases: dict[str, dict[str, Any]] = {
         "no options": {},
         "lengths": {"lengths": lengths},
         "causal": {"is_causal": True},
         "with weights": {"need_weights": True},
-    }.items():
+    }
+    for name, options in cases.items():
 
-        def call(*tensors: Tensor, options: dict = options) -> object:
+        def call(*tensors: Tensor, options: dict[str, Any] = options) -> Any:
             return additive_attention(*tensors, **options)
 
         torch.autograd.gradcheck(call, (query, key, value, weight))
@@ -91,10 +88,12 @@ def show_gradcheck() -> None:
 
 def show_speed() -> None:
     heading("4. Time and memory on this machine")
-    print(f"{torch.get_num_threads()} CPU threads, fp32; full is forward and backward")
-    print(f"{'(B, Lq, Lk, H, Dv)':<25} {'':<15} {'time':>9} {'speed-up':>9} {'memory':>10}")
     device = torch.device("cpu")
-    providers = [provider for provider in PROVIDERS if provider.name in SHOWN]
+    # The demo also runs without a kernel, and says so.
+    ours = "pytorch path" if run.require_kernel(device, "pytorch") else "fused"
+    providers = [each for each in PROVIDERS if each.name in ("plain", "compile sum", ours)]
+    print(f"{torch.get_num_threads()} CPU threads, fp32; full is forward and backward")
+    print(f"{'(B, Lq, Lk, H, Dv)':<25} {'':<20} {'time':>9} {'speed-up':>9} {'memory':>10}")
     for case, mode in CASES:
         torch.compiler.reset()
         inputs = make_inputs(case, torch.float32, device)
@@ -114,7 +113,7 @@ def show_speed() -> None:
             samples = measure.interleave(actions, device, budget=0.5, rounds=5)
         times = {name: measure.quantiles(seconds)[0] for name, seconds in samples.items()}
         for name, milliseconds in times.items():
-            what = f"{case!s:<25} {mode:<7} {name.removesuffix(' sum'):<7}"
+            what = f"{case!s:<25} {mode:<7} {name.removesuffix(' sum'):<12}"
             faster = f"{times['plain'] / milliseconds:.1f}x"
             duration, memory = table.duration(milliseconds), table.size(peaks[name])
             print(f"{what} {duration:>9} {faster:>9} {memory:>10}")

@@ -1,0 +1,198 @@
+"""The csv rows: how they are written, where they lie, and how they are read back. Tables and
+figures are made from them and nothing else."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import additive_attn
+from additive_attn.ops import dispatch
+from benchmarks.cases import name_of
+
+RESULTS = Path(__file__).with_name("results")
+LOCAL = RESULTS / "local"  # ignored by git
+
+PLAIN = "plain"
+COMPILED = ("compile matmul", "compile sum")
+FUSED = "fused"
+PYTORCH_PATH = "pytorch path"
+DOT_PRODUCT = "dot product"
+
+
+@dataclass
+class Row:
+    device: str
+    name: str
+    threads: int
+    isa: str
+    torch: str
+    additive_attn: str
+    python: str
+    commit: str
+    date: str
+    suite: str
+    what: str
+    B: int
+    Lq: int
+    Lk: int
+    H: int
+    Dv: int
+    options: str
+    dtype: str
+    mode: str
+    provider: str
+    median_ms: float | None = None
+    q20_ms: float | None = None
+    q80_ms: float | None = None
+    peak_extra_bytes: int | None = None
+    note: str = ""
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """The columns that say where and with what is measured."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        isa = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    else:
+        name, isa = platform.processor() or platform.machine(), dispatch.cpu_path()
+        if sys.platform == "linux":
+            models = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+            name = models[0].strip() if models else name
+    return {
+        "device": device.type,
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "isa": isa,
+        "torch": torch.__version__,
+        "additive_attn": additive_attn.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def commit() -> str:
+    """The commit of the checkout, with a + where files differ from it; empty outside of one."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
+    try:
+        found = subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
+    return found.stdout.strip()
+
+
+def folder_name(about: dict[str, object]) -> str:
+    """Machine, instruction set and threads, as the name of a folder or file."""
+    name = f"{about['name']} {about['isa']} {about['threads']}t"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Writes rows as they come to a file beside the path, and moves it there at the end: a run
+    that is stopped replaces nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.csv")
+    try:
+        with part.open("w", newline="") as output:
+            names = [field.name for field in fields(Row)]
+            writer = csv.DictWriter(output, names, lineterminator="\n")
+            writer.writeheader()
+            for row in rows:
+                writer.writerow(asdict(row))
+                output.flush()
+    except BaseException:
+        print(f"stopped; what was measured is in {part}", file=sys.stderr)
+        raise
+    part.replace(path)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One problem in one mode, with the csv row of every provider."""
+
+    suite: str
+    shape: tuple[int, ...]
+    options: str
+    dtype: str
+    mode: str
+    what: str
+    rows: dict[str, dict[str, str]]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.shape, self.options, self.dtype, self.mode
+
+    def value(self, column: str, provider: str) -> float | None:
+        value = self.rows.get(provider, {}).get(column)
+        return float(value) if value else None
+
+    def milliseconds(self, provider: str) -> float | None:
+        return self.value("median_ms", provider)
+
+    def bytes(self, provider: str) -> float | None:
+        return self.value("peak_extra_bytes", provider)
+
+    def note(self, provider: str) -> str:
+        return self.rows.get(provider, {}).get("note", "")
+
+    @property
+    def compiled(self) -> str:
+        """The faster of the two spellings, or one that says why there is none."""
+        times = {name: self.milliseconds(name) for name in COMPILED}
+        return min(COMPILED, key=lambda name: times[name] or float("inf"))
+
+    @property
+    def ours(self) -> str:
+        return PYTORCH_PATH if PYTORCH_PATH in self.rows else FUSED
+
+
+def read(path: Path) -> list[Measurement]:
+    measurements: dict[tuple[object, ...], Measurement] = {}
+    try:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                shape = tuple(int(row[name]) for name in ("B", "Lq", "Lk", "H", "Dv"))
+                key = (row["suite"], shape, row["options"], row["dtype"], row["mode"])
+                if key not in measurements:
+                    what = row.get("what") or name_of(shape, row["options"])
+                    measurements[key] = Measurement(*key, what=what, rows={})
+                measurements[key].rows[row["provider"]] = row
+    except (OSError, KeyError, ValueError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path} does not hold rows of benchmarks.run: {error!r}") from None
+    if not measurements:
+        raise SystemExit(f"{path} has no measurements; python -m benchmarks.run writes them.")
+    return list(measurements.values())
+
+
+def measured_on(measurements: list[Measurement]) -> str:
+    """One line on where and with what the rows were measured."""
+    row = next(iter(measurements[0].rows.values()))
+    threads = f"{row['threads']} threads, " if row["device"] == "cpu" else ""
+    commit = f" ({row['commit']})" if row.get("commit") else ""
+    return (
+        f"{row['name']} ({threads}{row['isa']}), torch {row['torch']}, "
+        f"additive_attn {row['additive_attn']}{commit}, Python {row['python']}, {row['date'][:10]}"
+    )
+
+
+def chosen_files(paths: list[Path]) -> Iterator[Path]:
+    """The named csv files, or the newest run of this checkout; else those that came with it."""
+    if paths:
+        yield from paths
+        return
+    local = [path for path in LOCAL.glob("*.csv") if not path.name.endswith(".part.csv")]
+    if local:
+        yield max(local, key=lambda path: path.stat().st_mtime)
+        return
+    print("nothing was measured here yet (python -m benchmarks.run); of other machines:")
+    yield from sorted(path for path in RESULTS.glob("*/*.csv") if path.name != "tuning.csv")

@@ -1,0 +1,154 @@
+"""Benchmarks show one's own numbers, under the name of what was measured, and destroy no file."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from oracle import ON_KERNEL
+
+from benchmarks import rows, run, table
+from benchmarks.cases import SPEED, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def benchmark(module, *arguments, cpu=None):
+    env = {**os.environ, "ADDITIVE_ATTN_CPU": cpu} if cpu else os.environ
+    return subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        capture_output=True, text=True, check=False, env=env, cwd=ROOT,
+    )  # fmt: skip
+
+
+def example(provider="fused", **changes):
+    facts = {
+        "device": "cpu", "name": "Z80", "threads": 1, "isa": "avx2", "torch": "2",
+        "additive_attn": "0", "python": "3", "commit": "c", "mode": "forward",
+        "date": "2026-01-02 03:04",
+        "suite": "speed", "what": "", "B": 1, "Lq": 1, "Lk": 10, "H": 32, "Dv": 20, "options": "",
+        "dtype": "float32", "provider": provider, "median_ms": 2.0, "q20_ms": 1.5, "q80_ms": 2.5,
+    }  # fmt: skip
+    return rows.Row(**{**facts, **changes})
+
+
+def test_plain_pytorch_is_not_measured_under_the_name_of_the_kernel(tmp_path):
+    path = tmp_path / "rows.csv"
+    result = benchmark("run", "--suite", "quick", "--output", str(path), cpu="pytorch")
+    assert result.returncode == 1
+    assert "would measure plain PyTorch under the name of the fused layer" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["pytorch", "baseline"])
+def test_a_path_that_is_asked_for_stands_in_the_rows(tmp_path, path):
+    if path != "pytorch" and not ON_KERNEL:
+        pytest.skip("there is no kernel to measure")
+    output = tmp_path / "rows.csv"
+    result = benchmark(
+        "run", "--suite", "1x1x10x32x20", "--modes", "forward", "--path", path, "--rounds", "2",
+        "--budget", "0.01", "--output", str(output), "--providers", "plain,fused,pytorch path",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    with output.open() as file:
+        measured = {row["provider"]: row["isa"] for row in csv.DictReader(file)}
+    ours = "pytorch path" if path == "pytorch" else "fused"
+    assert measured.keys() == {"plain", ours} and measured[ours] in (path, "neon")
+    # The run ends with its own table.
+    assert os.path.relpath(output, ROOT) in result.stdout and f"memory {ours}" in result.stdout
+    assert " to " in result.stdout and "\r" not in result.stdout
+
+
+def test_a_run_that_is_stopped_replaces_nothing(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    rows.write(path, [example()])
+    before = path.read_text()
+
+    def stopped():
+        yield example(median_ms=3.0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rows.write(path, stopped())
+    assert path.read_text() == before
+    part = tmp_path / "rows.part.csv"
+    assert str(part) in capsys.readouterr().err and len(rows.read(part)) == 1
+
+
+def test_runs_go_to_files_that_git_ignores():
+    command = ["git", "check-ignore", "-q", rows.LOCAL / "any.csv"]
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_newest_run_of_this_checkout_is_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rows, "LOCAL", tmp_path / "local")
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    rows.write(tmp_path / "other" / "speed.csv", [example()])
+    assert list(rows.chosen_files([])) == [tmp_path / "other" / "speed.csv"]
+    assert "of other machines" in capsys.readouterr().out
+    for age, name in enumerate(["new.csv", "old.csv", "newer.part.csv"]):
+        rows.write(rows.LOCAL / name, [example()])
+        os.utime(rows.LOCAL / name, times=(2e9 - age, 2e9 - age))
+    assert list(rows.chosen_files([])) == [rows.LOCAL / "new.csv"]
+
+
+def test_tables_name_their_file_and_their_cases(tmp_path, capsys):
+    first, second = tmp_path / "a.csv", tmp_path / "b.csv"
+    rows.write(first, [example(), example("plain", median_ms=8.0), example("plain", mode="full")])
+    rows.write(second, [example(isa="avx512", median_ms=1.0), example("plain", median_ms=8.0)])
+    table.show([first], spread=True)
+    shown = capsys.readouterr().out
+    assert str(first.name) in shown and "smallest call" in shown
+    assert "2 ms (1.5 to 2.5)" in shown and "4x" in shown
+    table.show([second, first], beside=True)
+    shown = capsys.readouterr().out
+    assert "AVX-512 fused" in shown and "AVX2 fused" in shown and "8x" in shown
+
+
+def test_figures_without_data_are_sentences(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is an optional dependency")
+    path = tmp_path / "a.csv"
+    rows.write(path, [example()])
+    result = benchmark("plot", str(path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("lacks") == 2 and not result.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["a.csv"]
+
+
+WRONG = {
+    "suite": (["--suite", "spee"], "no suite and no shape"),
+    "shape": (["--suite", "1x2x3"], "no suite and no shape"),
+    "provider": (["--providers", "plane"], "'plane' is none of plain"),
+    "dtype": (["--dtype", "float16x"], "'float16x' is none of float32"),
+    "device": (["--device", "cudda"], "--device cudda"),
+    "rounds": (["--rounds", "1"], "--rounds at least 2"),
+}
+
+
+@pytest.mark.parametrize("arguments,sentence", WRONG.values(), ids=WRONG.keys())
+def test_wrong_arguments_are_answered_in_a_sentence(monkeypatch, capsys, arguments, sentence):
+    monkeypatch.setattr(run, "require_kernel", lambda device, path: False)
+    monkeypatch.setattr(sys, "argv", ["run", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run.main()
+    assert stopped.value.code != 0
+    assert sentence in f"{stopped.value.code}{capsys.readouterr().err}"
+
+
+def test_every_case_has_a_name():
+    assert all(case.what for _, case in parse("first-page,quick"))
+    assert len({case.what for case in SPEED}) == len(SPEED)
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n"])
+def test_a_file_without_rows_is_named(tmp_path, content):
+    path = tmp_path / "x.csv"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=r"x\.csv"):
+        rows.read(path)
