@@ -1,5 +1,5 @@
 """The arguments of the operators as the kernels take them: views over (outer, inner) batch dims,
-prepared tensors, masks."""
+prepared tensors, masks. Something that is not given is None, which kernels are compiled for."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.batch import BatchShape
-from additive_attn.backends.triton.launch import bits, launch, processors, target
+from additive_attn.backends.triton.launch import bits, processors, target
+from additive_attn.backends.triton.plan import Piece, key_range, workspace_pieces
 from additive_attn.backends.triton.prepare import (
-    CENTRED_FEATURES,
-    FEW_FEATURES,
+    DIFFERENCE_MAX_FEATURES,
+    FEATURES_PER_SUM,
     PreparedRows,
     PreparedWeight,
     prepare_rows,
     prepare_weight,
 )
-from additive_attn.backends.triton.scores import score_kernel
 from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import keep_threshold
 
@@ -51,7 +50,7 @@ class Problem:
         self.query, self.query_strides = self.batch.strided(query, 2)
         self.key, self.key_strides = self.batch.strided(key, 2)
         self.value, self.value_strides = self.batch.strided(value, 2)
-        self.raw_weight, self.weight_strides = self.batch.strided(weight, 1)
+        self.weight, self.weight_strides = self.batch.strided(weight, 1)
         self.mask = None if attn_mask is None else _mask_view(attn_mask, self)
         self.lengths = None if lengths is None else _lengths_view(lengths, self)
         self.seed = None if seed is None else self.batch.view(seed, 0)
@@ -64,121 +63,89 @@ class Problem:
     def scale_bits(self) -> int:
         return bits(self.scale)
 
+    @property
+    def padded(self) -> int:
+        """Features of the prepared tensors."""
+        return self.prepared_weight.weight.shape[-1]
+
     @cached_property
     def processors(self) -> int:
         return processors(self.device)
 
     @cached_property
-    def weight(self) -> PreparedWeight:
+    def prepared_weight(self) -> PreparedWeight:
         return prepare_weight(self._arguments[2], self.batch, self.scale)
 
     @cached_property
-    def prepared(self) -> tuple[PreparedRows, PreparedRows]:
-        """Exponentials of query and key."""
+    def prepared_rows(self) -> tuple[PreparedRows, PreparedRows]:
+        """Of query and key."""
         query, key, _ = self._arguments
+        weight = self.prepared_weight.weight
         return (
-            prepare_rows(query, -1, self.weight, self.batch),
-            prepare_rows(key, 1, self.weight, self.batch),
+            prepare_rows(query, -1, weight, self.batch),
+            prepare_rows(key, 1, weight, self.batch),
         )
 
-    def score_arguments(self) -> tuple[object, ...]:
-        """Parameters ``query`` to ``mask_column`` of the kernels that compute scores."""
-        prepared: tuple[object, ...]
+    def inputs(self) -> tuple[object, ...]:
+        """Parameters ``query`` to ``key_h``."""
+        return (self.query, self.key, *self.query_strides, *self.key_strides)
+
+    def prepared_rows_arguments(self) -> tuple[object, ...]:
+        """Parameters ``query_rows`` to ``key_exp_inner``; float64 takes the direct form, which
+        needs none."""
         if self.wide:
-            # Never read: float64 takes the direct form.
-            prepared = (*(self.weight.weight,) * 6, 0, 0, 0, 0)
-        else:
-            rows, keys = self.prepared
-            prepared = (
-                rows.exponential, keys.exponential, rows.size, keys.size,
-                rows.correction, keys.correction,
-                *rows.size.stride()[:2], *keys.size.stride()[:2],
-            )  # fmt: skip
+            return (None, None, 0, 0, 0, 0)
+        query, key = self.prepared_rows
+        # Contiguous within an entry: one stride serves all tensors.
+        return (query, key, *query.size.stride()[:2], *key.size.stride()[:2])
+
+    def prepared_arguments(self) -> tuple[object, ...]:
+        """Parameters ``query_rows`` to ``weight_inner``."""
+        weight = self.prepared_weight
+        weight_outer, weight_inner = weight.score_scale.stride()[:2]
         return (
-            self.query, self.key, *self.query_strides, *self.key_strides, *prepared,
-            self.weight.weight, self.weight.unit, self.weight.centre, *self.weight.unit.stride(),
-            *self.mask_arguments(),
+            *self.prepared_rows_arguments(), weight, weight_outer // 2, weight_inner // 2,
         )  # fmt: skip
 
     def mask_arguments(self) -> tuple[object, ...]:
         """Parameters ``mask`` to ``mask_column``."""
         if self.mask is None:
-            return (self.query, 0, 0, 0, 0)
+            return (None, 0, 0, 0, 0)
         mask = self.mask.view(torch.uint8) if self.mask.dtype == torch.bool else self.mask
         return (mask, *mask.stride())
 
     def length_arguments(self) -> tuple[object, ...]:
         """Parameters ``lengths`` to ``length_row``."""
-        if self.lengths is None:
-            return (self.query, 0, 0, 0)
-        return (self.lengths, *self.lengths.stride())
+        return (None, 0, 0, 0) if self.lengths is None else (self.lengths, *self.lengths.stride())
 
     def dropout_arguments(self) -> tuple[object, ...]:
         """Parameters ``seed`` to ``keep_bits``."""
         if self.seed is None:
-            return (self.query, 0, 0, 0, 0)
+            return (None, 0, 0, 0, 0)
         keep_scale = 0.0 if self.dropout_p == 1 else 1 / (1 - self.dropout_p)
         return (self.seed, *self.seed.stride(), keep_threshold(self.dropout_p), bits(keep_scale))
 
-    def masking(self) -> dict[str, object]:
-        kind = "none"
-        if self.mask is not None:
-            kind = "bool" if self.mask.dtype == torch.bool else "float"
-        return {"MASK": kind, "HAS_LENGTHS": self.lengths is not None}
+    def upstream_arguments(self, x: Tensor | None, rank: int) -> tuple[object, ...]:
+        """An upstream gradient, its strides over the batch and over its last ``rank`` dims."""
+        if x is None:
+            return (None, *(0,) * (rank + 2))
+        x, strides = self.batch.strided(x, rank)
+        return (x, *strides)
 
     def form(self) -> dict[str, object]:
         return {
-            "FEW": self.hidden <= FEW_FEATURES,
-            "CENTRED": CENTRED_FEATURES,
+            "DIFFERENCE": self.hidden <= DIFFERENCE_MAX_FEATURES,
+            "FEATURES_PER_SUM": FEATURES_PER_SUM,
             "TARGET": target(),
         }
 
     def key_range(self, row_begin: int, row_end: int) -> tuple[int, int]:
-        """Keys that rows [row_begin, row_end) may attend to, lengths and mask aside."""
-        # A multiple of four, in which the dropout factors come, and of what is loaded at once.
-        low = min(max(0, row_begin - self.left), self.keys) // 16 * 16
-        return low, max(low, min(self.keys, row_end + self.right))
+        return key_range(row_begin, row_end, self.keys, self.left, self.right)
 
-    def chunks(self, row_block: int = 1) -> list[tuple[int, int, int, int]]:
-        """(first entry, entries, first row, rows) whose scores, padded to whole blocks, fit into
-        the workspace; of one row there is always room."""
-        budget = tiles.WORKSPACE_ELEMENTS
-        key_block = tiles.score_tile(self.rows, self.wide).keys
-
-        def size(rows: int) -> int:
-            keys = max(1, min(self.keys, rows + self.left + self.right))
-            return -(-rows // row_block) * row_block * (-(-keys // key_block) * key_block)
-
-        some_rows = self.rows
-        while some_rows > 1 and size(some_rows) > budget:
-            some_rows = -(-some_rows // 2)
-        if some_rows < self.rows and some_rows > 64:
-            some_rows = some_rows // 64 * 64
-        some_entries = 1
-        if some_rows == self.rows:
-            some_entries = max(1, min(self.entries, budget // size(self.rows)))
-        return [
-            (n, min(some_entries, self.entries - n), i, min(some_rows, self.rows - i))
-            for n in range(0, self.entries, some_entries)
-            for i in range(0, self.rows, some_rows)
-        ]
-
-    def scores(self, entry: int, entries: int, row: int, rows: int, key: int, keys: int) -> Tensor:
-        """(entries, rows, keys and padding): scale * score + mask, -inf where a row may not
-        attend."""
-        tile = tiles.score_tile(rows, self.wide)
-        padded = -(-keys // tile.keys) * tile.keys
-        scores = torch.empty(entries, rows, padded, dtype=self.accumulator, device=self.device)
-        programs = entries * -(-rows // tile.rows) * (padded // tile.keys)
-        launch(
-            score_kernel, programs, scores,
-            *self.score_arguments(), *self.length_arguments(),
-            scores, self.batch.inner, entry, self.rows, row, rows, self.keys, key, padded,
-            self.hidden, self.weight.padded, self.left, self.right,
-            **tile.sizes(), **self.form(), **self.masking(), WIDE=self.wide,
-            num_warps=tile.warps,
-        )  # fmt: skip
-        return scores
+    def pieces(self, row_block: int = 1) -> list[Piece]:
+        return workspace_pieces(
+            self.entries, self.rows, self.keys, self.left, self.right, self.wide, row_block
+        )
 
 
 def _mask_view(mask: Tensor, problem: Problem) -> Tensor:

@@ -2,10 +2,8 @@
 
 Every key is used once, so nothing is prepared: scores take the direct form, and what counts is
 how few kernels run. Forward is one kernel. Where entries alone would not fill the machine the keys
-are split over programs, each with the largest score m, the sum l of e^{s - m} and the weighted sum
-o of the values over its keys, and a second kernel merges them:
-
-    M = max m    out = sum e^{m - M} o / sum e^{m - M} l    lse = M + log sum e^{m - M} l
+are split over programs, each with the largest score, the sum of e^{score - largest} and the
+weighted sum of the values over its keys, and a second kernel merges them (math.md, eq. 14).
 """
 
 from __future__ import annotations
@@ -19,34 +17,47 @@ from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.dropout import keep_factors
-from additive_attn.backends.triton.launch import VARYING, launch
-from additive_attn.backends.triton.masks import interval, masked_bias
+from additive_attn.backends.triton.launch import kernel, launch, target
+from additive_attn.backends.triton.masks import interval, masked_bias, overflowed, stored
 from additive_attn.backends.triton.numerics import number, tanh
+from additive_attn.backends.triton.plan import decode_splits
 from additive_attn.backends.triton.tiles import power_of_two
 
 
 @triton.jit
-def key_range(tile_count, splits, inner, keys_per_split):
+def program_entry(tile_count, splits, inner, keys, keys_per_split):
     """What a program takes: (entry, split, tile); the indices of its entry into (outer, inner);
-    its first key."""
+    its keys [begin, end)."""
     program = tl.program_id(0)
     rest = program // tile_count
     split = rest % splits
     n, o, m = batch_entry(rest // splits, inner)
-    return n, split, program % tile_count, o, m, split * keys_per_split
+    begin = split * keys_per_split
+    end = tl.minimum(begin + keys_per_split, keys)
+    return n, split, program % tile_count, o, m, begin, end
+
+
+@triton.jit
+def entry_interval(lengths, outer, inner, o, m, keys, left, right):
+    """``interval`` of the one row of entry (o, m)."""
+    if lengths is not None:
+        lengths += o * outer + m * inner
+    return interval(lengths, 0, tl.zeros([1], tl.int32), 1, keys, left, right)
 
 
 @triton.jit
 def block_scores(
     query, key, weight, mask, query_h, key_row, key_h, weight_h, mask_column,
-    j, low, high, hidden, scale, ACC: tl.constexpr, MASK: tl.constexpr, FEATURES: tl.constexpr,
+    j, low, high, hidden, scale,
+    ACC: tl.constexpr, FEATURES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the keys j of an entry, -inf where it may not attend. Pointers are the entry's."""
-    used = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
-    if MASK != "none":
+    """Scores of the keys j of an entry, as ``masks.stored`` keeps them, and which are attended.
+    Pointers are the entry's."""
+    attended = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])  # [1, BLOCK]
+    if mask is not None:
         zero = tl.zeros([1], tl.int32)
-        bias, used = masked_bias(mask, 0, mask_column, zero, j, used, MASK)
-    here = tl.reshape(used, j.shape)
+        bias, attended = masked_bias(mask, 0, mask_column, zero, j, attended)
+    attended = tl.reshape(attended, j.shape)
     energy = tl.zeros(j.shape, ACC)
     for h0 in range(0, hidden, FEATURES):
         h = h0 + tl.arange(0, FEATURES)
@@ -54,27 +65,40 @@ def block_scores(
         h = h.to(tl.int64)
         q = tl.load(query + h * query_h, mask=inside, other=0.0).to(ACC)
         w = tl.load(weight + h * weight_h, mask=inside, other=0.0).to(ACC)
-        k = tl.load(
+        k = tl.load(  # [BLOCK, FEATURES]
             key + j[:, None].to(tl.int64) * key_row + h[None, :] * key_h,
-            mask=here[:, None] & inside[None, :], other=0.0,
+            mask=attended[:, None] & inside[None, :], other=0.0,
         ).to(ACC)  # fmt: skip
         # An infinite weight makes every score NaN, as a softmax of infinite scores is.
-        energy += tl.sum(w[None, :] * tanh(q[None, :] + k) + (w * 0.0)[None, :], 1)
+        energy += tl.sum(w[None, :] * tanh(q[None, :] + k, TARGET) + (w * 0.0)[None, :], 1)
     score = energy * scale
-    if MASK == "float":
-        score += tl.reshape(bias, j.shape).to(ACC)
-    return tl.where(here, score, float("-inf")), here
+    if mask is not None:
+        if mask.dtype.element_ty != tl.uint8:
+            score += tl.reshape(bias, j.shape).to(ACC)
+    return stored(score, attended), attended
 
 
 @triton.jit
-def block_factors(seed, n, k0, threshold, keep_scale, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def block_factors(seed, n, k0, threshold, keep_bits, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """The dropout factors of keys from k0 on."""
     row = tl.zeros([1], tl.int32)
-    factor = keep_factors(tl.load(seed), n, row, k0, threshold, keep_scale, 1, BLOCK)
+    factor = keep_factors(tl.load(seed), n, row, k0, threshold, number(keep_bits), 1, BLOCK)
     return tl.reshape(factor, [BLOCK]).to(ACC)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit
+def _inverse(top, total):
+    """1 / the sum of a softmax: 1 for an empty row, NaN where all scores overflowed."""
+    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    return tl.where(overflowed(top), float("nan"), inverse)
+
+
+@triton.jit
+def _lse(top, total):
+    return tl.where((total == 0.0) | overflowed(top), float("-inf"), top + tl.log(total))
+
+
+@kernel
 def forward_kernel(
     query, key, value, weight, query_outer, query_inner, query_h,
     key_outer, key_inner, key_row, key_h, value_outer, value_inner, value_row, value_column,
@@ -82,99 +106,91 @@ def forward_kernel(
     lengths, length_outer, length_inner, seed, seed_outer, seed_inner, threshold, keep_bits,
     out, weights, lse, scores, tops, totals,
     inner, entries, keys, hidden, values, left, right, scale_bits, splits, keys_per_split,
-    BLOCK: tl.constexpr, FEATURES: tl.constexpr, VALUES: tl.constexpr, MASK: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
-    FINAL: tl.constexpr,
+    BLOCK: tl.constexpr, FEATURES: tl.constexpr, VALUES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """A range of keys of an entry, and a tile of features of the value. With ``FINAL`` that is all
-    keys, and the results are final."""
+    """A range of keys of an entry, and a tile of features of the value. Without ``tops`` the range
+    is all keys, and the results are final. ``weights`` and ``scores`` are None where no weights
+    are wanted."""
     ACC: tl.constexpr = lse.dtype.element_ty
     value_tiles = tl.maximum(tl.cdiv(values, VALUES), 1)
-    n, split, tile, o, m, begin = key_range(value_tiles, splits, inner, keys_per_split)
-    low, high = interval(
-        lengths + o * length_outer + m * length_inner, 0, tl.zeros([1], tl.int32), 1, keys,
-        left, right, HAS_LENGTHS,
-    )  # fmt: skip
-    end = tl.minimum(begin + keys_per_split, tl.max(high, 0))
+    n, split, tile, o, m, begin, last = program_entry(
+        value_tiles, splits, inner, keys, keys_per_split
+    )
+    low, high = entry_interval(lengths, length_outer, length_inner, o, m, keys, left, right)
+    end = tl.minimum(last, tl.max(high, 0))
     d = tile * VALUES + tl.arange(0, VALUES)
     query += o * query_outer + m * query_inner
     key += o * key_outer + m * key_inner
     value += o * value_outer + m * value_inner
     weight += o * weight_outer + m * weight_inner
-    mask += o * mask_outer + m * mask_inner
-    seed += o * seed_outer + m * seed_inner
-    scores += n * keys
-    # One of the tiles writes what they all compute.
-    writes = tl.where(tile == 0, 1, 0)
-    written = keys * writes
+    if mask is not None:
+        mask += o * mask_outer + m * mask_inner
+    if seed is not None:
+        seed += o * seed_outer + m * seed_inner
+    if scores is not None:
+        scores += n * keys
+    # Only tile 0 stores results that every tile computes.
+    stores = tl.where(tile == 0, 1, 0)
     scale = number(scale_bits).to(ACC)
     top = tl.full([1], float("-inf"), ACC)
     total = tl.zeros([1], ACC)
     acc = tl.zeros([VALUES], ACC)
     for k0 in range(begin, end, BLOCK):
         j = k0 + tl.arange(0, BLOCK)
-        score, here = block_scores(
+        score, attended = block_scores(
             query, key, weight, mask, query_h, key_row, key_h, weight_h, mask_column,
-            j, low, high, hidden, scale, ACC, MASK, FEATURES,
+            j, low, high, hidden, scale, ACC, FEATURES, TARGET,
         )  # fmt: skip
-        if NEED_WEIGHTS:
-            tl.store(scores + j, score, mask=j < written)
+        if scores is not None:
+            tl.store(scores + j, score, mask=j < keys * stores)
         before = top
         top = tl.maximum(top, tl.max(score, 0))
         shift = tl.where(top == float("-inf"), 0.0, top)
         shrink = tl.exp(before - shift)
-        p = tl.where(here, tl.exp(score - shift), 0.0)
+        p = tl.where(attended, tl.exp(score - shift), 0.0)
         total = total * shrink + tl.sum(p, 0)
-        if DROPOUT:
-            p *= block_factors(seed, n, k0, threshold, number(keep_bits), ACC, BLOCK)
-        v = tl.load(
+        if seed is not None:
+            p *= block_factors(seed, n, k0, threshold, keep_bits, ACC, BLOCK)
+        v = tl.load(  # [BLOCK, VALUES]
             value + j[:, None].to(tl.int64) * value_row + d[None, :].to(tl.int64) * value_column,
-            mask=here[:, None] & (d < values)[None, :], other=0.0,
+            mask=attended[:, None] & (d < values)[None, :], other=0.0,
         ).to(ACC)  # fmt: skip
         acc = acc * shrink + tl.sum(p[:, None] * v, 0)
 
     lane = tl.arange(0, 1)
-    if FINAL:
-        empty = total == 0.0
-        inverse = 1.0 / tl.where(empty, 1.0, total)
+    if tops is None:
+        inverse = _inverse(top, total)
         tl.store(out + n * values + d, (acc * inverse).to(out.dtype.element_ty), mask=d < values)
-        result = tl.where(empty, float("-inf"), top + tl.log(total))
-        tl.store(lse + n + lane, result, mask=lane < writes)
-        if NEED_WEIGHTS:
+        tl.store(lse + n + lane, _lse(top, total), mask=lane < stores)
+        if scores is not None:
             # The scores come from other threads of this program.
             tl.debug_barrier()
             shift = tl.where(top == float("-inf"), 0.0, top)
             for k0 in range(0, keys, BLOCK):
                 j = k0 + tl.arange(0, BLOCK)
-                x = tl.load(scores + j, mask=j < end, other=float("-inf"))
+                x = tl.load(scores + j, mask=j < end * stores, other=float("-inf"))
                 p = tl.where(x == float("-inf"), 0.0, tl.exp(x - shift) * inverse)
-                tl.store(
-                    weights + n * keys + j, p.to(weights.dtype.element_ty),
-                    mask=j < written,
-                )  # fmt: skip
+                p = p.to(weights.dtype.element_ty)
+                tl.store(weights + n * keys + j, p, mask=j < keys * stores)
     else:
         part = split * entries + n
         tl.store(out + part * values + d, acc, mask=d < values)
-        tl.store(tops + part + lane, top, mask=lane < writes)
-        tl.store(totals + part + lane, total, mask=lane < writes)
-        if NEED_WEIGHTS:
-            # Keys beyond the last that is attended to.
-            last = tl.minimum(begin + keys_per_split, keys)
+        tl.store(tops + part + lane, top, mask=lane < stores)
+        tl.store(totals + part + lane, total, mask=lane < stores)
+        if scores is not None:
+            # Keys beyond the last that is attended.
             for k0 in range(tl.maximum(begin, end), last, BLOCK):
                 j = k0 + tl.arange(0, BLOCK)
-                tl.store(
-                    scores + j,
-                    tl.full([BLOCK], float("-inf"), ACC),
-                    mask=j < tl.minimum(last, written),
-                )
+                minus = tl.full([BLOCK], float("-inf"), ACC)
+                tl.store(scores + j, minus, mask=j < last * stores)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel
 def merge_kernel(
     parts, tops, totals, scores, out, weights, lse, entries, keys, values, splits,
-    VALUES: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
+    VALUES: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of an entry's out, and of its weights."""
+    """A tile of an entry's out, and of its weights unless ``weights`` is None."""
     n = (tl.program_id(0) % entries).to(tl.int64)
     tile = tl.program_id(0) // entries
     s = tl.arange(0, SPLITS)
@@ -183,8 +199,7 @@ def merge_kernel(
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     sums = tl.load(totals + s * entries + n, mask=s < splits, other=0.0)
     total = tl.sum(sums * tl.exp(top - shift), 0)
-    empty = total == 0.0
-    inverse = 1.0 / tl.where(empty, 1.0, total)
+    inverse = _inverse(largest, total)
     d = tile * VALUES + tl.arange(0, VALUES)
     acc = tl.zeros([VALUES], lse.dtype.element_ty)
     for split in range(0, splits):
@@ -193,10 +208,9 @@ def merge_kernel(
         acc += factor * tl.load(parts + part * values + d, mask=d < values, other=0.0)
     tl.store(out + n * values + d, (acc * inverse).to(out.dtype.element_ty), mask=d < values)
     lane = tl.arange(0, 1)
-    writes = tl.where(tile == 0, 1, 0)
-    result = tl.where(empty, float("-inf"), shift + tl.log(total))
-    tl.store(lse + n + lane, result + tl.zeros([1], lse.dtype.element_ty), mask=lane < writes)
-    if NEED_WEIGHTS:
+    result = _lse(largest, total) + tl.zeros([1], lse.dtype.element_ty)
+    tl.store(lse + n + lane, result, mask=lane < tl.where(tile == 0, 1, 0))
+    if weights is not None:
         j = tile * KEYS + tl.arange(0, KEYS)
         x = tl.load(scores + n * keys + j, mask=j < keys, other=float("-inf"))
         p = tl.where(x == float("-inf"), 0.0, tl.exp(x - shift) * inverse)
@@ -209,44 +223,39 @@ def decode_inputs(p: Problem) -> tuple[object, ...]:
     mask, *mask_strides = p.mask_arguments()
     lengths, *length_strides = p.length_arguments()
     return (
-        p.query, p.key, p.value, p.raw_weight, query[0], query[1], query[3],
+        p.query, p.key, p.value, p.weight, query[0], query[1], query[3],
         *p.key_strides, *p.value_strides, *p.weight_strides,
         mask, mask_strides[0], mask_strides[1], mask_strides[3],
         lengths, length_strides[0], length_strides[1], *p.dropout_arguments(),
     )  # fmt: skip
 
 
-def forward(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
+def decode_forward(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
     tile = tiles.decode_tile(p.hidden, p.values, p.wide, most_values=1024)
     value_tiles = max(1, -(-p.values // tile["VALUES"]))
-    splits, keys_per_split = tiles.splits(
-        p.entries * value_tiles, p.keys, tile["BLOCK"], p.processors
-    )
-    shape, final = (*p.batch.shape, 1), splits == 1
+    splits, keys_per_split = decode_splits(p.entries * value_tiles, p.keys, p.processors)
+    shape = (*p.batch.shape, 1)
     out = torch.empty(*shape, p.values, dtype=p.dtype, device=p.device)
     lse = torch.empty(shape, dtype=p.accumulator, device=p.device)
-    weights = torch.empty(
-        (*shape, p.keys) if need_weights else (0,), dtype=p.dtype, device=p.device
-    )
-    scores = torch.empty_like(weights, dtype=p.accumulator) if need_weights else lse
-    parts = tops = totals = lse
-    if not final:
+    weights = out.new_empty((*shape, p.keys) if need_weights else (0,))
+    scores = torch.empty_like(weights, dtype=p.accumulator) if need_weights else None
+    given = weights if need_weights else None
+    parts, tops, totals = out, None, None
+    if splits > 1:
         parts = lse.new_empty(splits, p.entries, p.values)
         tops, totals = lse.new_empty(2, splits, p.entries)
     launch(
         forward_kernel, p.entries * splits * value_tiles, lse, *decode_inputs(p),
-        out if final else parts, weights, lse, scores, tops, totals,
+        parts, given, lse, scores, tops, totals,
         p.batch.inner, p.entries, p.keys, p.hidden, p.values, p.left, p.right, p.scale_bits,
-        splits, keys_per_split, **tile, **p.masking(), DROPOUT=p.seed is not None,
-        NEED_WEIGHTS=need_weights, FINAL=final,
+        splits, keys_per_split, **tile, TARGET=target(),
     )  # fmt: skip
-    if not final:
+    if splits > 1:
         values, keys = 256, 1024
         tile_count = max(-(-p.values // values), -(-p.keys // keys) if need_weights else 1)
         launch(
             merge_kernel, p.entries * tile_count, lse,
-            parts, tops, totals, scores, out, weights, lse, p.entries, p.keys, p.values, splits,
-            VALUES=values, KEYS=keys, SPLITS=power_of_two(splits),
-            NEED_WEIGHTS=need_weights, num_warps=4,
+            parts, tops, totals, scores, out, given, lse, p.entries, p.keys, p.values, splits,
+            VALUES=values, KEYS=keys, SPLITS=power_of_two(splits), num_warps=4,
         )  # fmt: skip
     return out, weights, lse

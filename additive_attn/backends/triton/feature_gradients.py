@@ -1,4 +1,13 @@
-"""dq, dk and dw from G: passes over the features."""
+"""dq, dk and dw from G: passes over the features (math.md, eq. 10, 11, 13).
+
+With Q = e^{2q}, K = e^{2k} and s = 1 / (1 + Q K): t = 1 - 2 s and 1 - t^2 = 4 (s - s^2), which
+costs six instructions per tanh for dq with dw and five for dk, two features sharing a reciprocal.
+The same s - s^2 comes from 1 / (1 + 1/(Q K)), so that either pass streams what ``prepare.py`` has
+stored, K or 1/Q, and keeps the other in registers. Loops run over the reduced index, j for dq and
+i for dk: no sum crosses threads until its end, nothing is atomic, and results repeat bit for bit.
+
+A program takes two halves of features, TH RH each, whose tensors travel as pairs.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +15,140 @@ import triton
 import triton.language as tl
 
 from additive_attn.backends.triton.batch import batch_entry
-from additive_attn.backends.triton.launch import VARYING
-from additive_attn.backends.triton.numerics import exp_with_error, reciprocal, split4, tanh
-from additive_attn.backends.triton.prepare import SAFE
+from additive_attn.backends.triton.launch import kernel
+from additive_attn.backends.triton.numerics import (
+    exp_with_error,
+    number,
+    reciprocal,
+    split4,
+    tanh,
+    tanh_slope,
+)
+from additive_attn.backends.triton.prepare import PROJECTIONS, SAFE
+from additive_attn.backends.triton.scores import extremes, opposite
 
 
 @triton.jit
-def _pair(y0, y1, TARGET: tl.constexpr):
-    """1/y0 and 1/y1 from one reciprocal: of a single pair (i, j), so that pairs stay apart."""
-    both = reciprocal(y0 * y1, TARGET)
-    return both * y1, both * y0
+def _add(x, y):
+    return x[0] + y[0], x[1] + y[1]
 
 
 @triton.jit
-def _features(place, h, padded: tl.constexpr, TILE: tl.constexpr):
-    """A prepared row's features h, 1 beyond the last: what lies there belongs to other rows."""
+def _scaled(g, x):
+    return g * x[0], g * x[1]
+
+
+@triton.jit
+def _where(condition, x, y):
+    return tl.where(condition, x[0], y[0]), tl.where(condition, x[1], y[1])
+
+
+@triton.jit
+def _exponentials(x, direct, factor):
+    """e^{factor x} of both halves, 1 in rows that take the direct form, and their errors."""
+    direct = direct[:, None, :, None]
+    ea, ra = exp_with_error(tl.where(direct, 0.0, factor * x[0]))
+    eb, rb = exp_with_error(tl.where(direct, 0.0, factor * x[1]))
+    return (ea, eb), (ra / ea, rb / eb)
+
+
+@triton.jit
+def _fractions(x, y, TARGET: tl.constexpr):
+    """s = 1 / (1 + x y) of both halves from one reciprocal: of a single pair (i, j), so that pairs
+    of rows and keys stay apart."""
+    ya = x[0] * y[0] + 1.0
+    yb = x[1] * y[1] + 1.0
+    both = reciprocal(ya * yb, TARGET)
+    return both * yb, both * ya
+
+
+@triton.jit
+def _slopes(s):
+    """(1 - t^2) / 4 of both halves."""
+    return s[0] - s[0] * s[0], s[1] - s[1] * s[1]
+
+
+@triton.jit
+def _prepared(row, h, padded: tl.constexpr, TILE: tl.constexpr):
+    """Both halves of a prepared row, [1, RH, 1, TH]; 1 beyond the last feature, since what lies
+    there belongs to other rows."""
     if padded % TILE == 0:
-        return tl.load(place + h)
+        xa = tl.load(row + h[0])
+        xb = tl.load(row + h[1])
     else:
-        return tl.load(place + h, mask=h < padded, other=1.0)
+        xa = tl.load(row + h[0], mask=h[0] < padded, other=1.0)
+        xb = tl.load(row + h[1], mask=h[1] < padded, other=1.0)
+    return xa[None, :, None, :], xb[None, :, None, :]
+
+
+@triton.jit
+def _raw(row, h, hidden, stride, ACC: tl.constexpr):
+    """Both halves of a row of the input, [1, RH, 1, TH]; the last feature again beyond it."""
+    xa = tl.load(row + tl.minimum(h[0], hidden - 1).to(tl.int64) * stride).to(ACC)
+    xb = tl.load(row + tl.minimum(h[1], hidden - 1).to(tl.int64) * stride).to(ACC)
+    return xa[None, :, None, :], xb[None, :, None, :]
+
+
+@triton.jit
+def _kept(rows, h, hidden, stride, ACC: tl.constexpr):
+    """The same of a tile of rows, [RX, RH, TX, TH], to stay in registers. A loop's layout follows
+    that of such loads, which follows the contiguity of their addresses. Here it is not the true
+    one but an order, last dim first, so that threads lie along TX and TH, registers along RX and
+    RH, which Triton 3.6 does not choose by itself. A multiple of 1: never a vector."""
+    a = rows + tl.minimum(h[0], hidden - 1).to(tl.int64)[None, :, None, :] * stride
+    b = rows + tl.minimum(h[1], hidden - 1).to(tl.int64)[None, :, None, :] * stride
+    a = tl.multiple_of(tl.max_contiguous(a, [1, 2, 4, 8]), [1, 1, 1, 1])
+    b = tl.multiple_of(tl.max_contiguous(b, [1, 2, 4, 8]), [1, 1, 1, 1])
+    return tl.load(a).to(ACC), tl.load(b).to(ACC)
+
+
+@triton.jit
+def _direct(x, y, g, TARGET: tl.constexpr):
+    """g (1 - t^2) / 4 and g t with t = tanh(x + y); a pair with G = 0 contributes exactly 0."""
+    z = x + y
+    t = tanh(z, TARGET)
+    counts = g != 0.0
+    return (
+        tl.where(counts, g * tanh_slope(z, t) * 0.25, 0.0),
+        tl.where(counts, g * t, 0.0),
+    )
+
+
+@triton.jit
+def _direct_pairs(x, y, g, TARGET: tl.constexpr):
+    """``_direct`` of both halves: the slopes, and the terms of dw."""
+    da, ta = _direct(x[0], y[0], g, TARGET)
+    db, tb = _direct(x[1], y[1], g, TARGET)
+    return (da, db), (ta, tb)
+
+
+@triton.jit
+def _over_rows(x):
+    """The sums over a thread's rows, [RH, TX, TH]."""
+    return tl.sum(x[0], 0), tl.sum(x[1], 0)
+
+
+@triton.jit
+def _store(to, h, hidden, inside, x):
+    tl.store(to + h[0][None, :, None, :], x[0], mask=inside & (h[0] < hidden)[None, :, None, :])
+    tl.store(to + h[1][None, :, None, :], x[1], mask=inside & (h[1] < hidden)[None, :, None, :])
+
+
+@triton.jit
+def _store_weight(to, h, hidden, scale, x):
+    """The sums over all rows, times the scale."""
+    tl.store(to + h[0], tl.sum(x[0], 1) * scale, mask=h[0] < hidden)
+    tl.store(to + h[1], tl.sum(x[1], 1) * scale, mask=h[1] < hidden)
+
+
+@triton.jit
+def _weighted(x, weight, h, hidden, stride, scale):
+    """4 scale w_h x of both halves. Where no pair has contributed that is 0 beside any weight."""
+    wa, wb = _raw(weight, h, hidden, stride, x[0].dtype)
+    return (
+        tl.where(x[0] == 0.0, 0.0, x[0] * 4.0 * scale * wa),
+        tl.where(x[1] == 0.0, 0.0, x[1] * 4.0 * scale * wb),
+    )
 
 
 @triton.jit
@@ -32,327 +156,244 @@ def _tile(
     length, begin, limit, padded, inner, splits, entry_begin,
     RX: tl.constexpr, TX: tl.constexpr, RH: tl.constexpr, TH: tl.constexpr,
 ):  # fmt: skip
-    """What a program takes: (entry, split, tile) and the number of tile_count; its rows (or keys)
-    within the chunk, [RX, TX], and in the input, not beyond ``limit``; the first half of its
-    features, [RH, TH]; the indices of its entry into (outer, inner)."""
+    """What a program takes: (entry, split, tile) and the number of tiles; its rows (or keys)
+    within the piece, [RX, TX], and in the input, not beyond ``limit``; its features, twice
+    [RH, TH]; the indices of its entry into (outer, inner)."""
     tile_count = tl.cdiv(length, RX * TX)
     feature_tiles = tl.cdiv(padded, 2 * RH * TH)
     program = tl.program_id(0)
     tile = program % tile_count
-    rest = program // tile_count
-    h0 = rest % feature_tiles * (2 * RH * TH)
-    rest = rest // feature_tiles
-    split = rest % splits
-    n, o, m = batch_entry(entry_begin + rest // splits, inner)
+    program = program // tile_count
+    h0 = program % feature_tiles * (2 * RH * TH)
+    program = program // feature_tiles
+    split = program % splits
+    n, o, m = batch_entry(entry_begin + program // splits, inner)
     h = h0 + tl.arange(0, RH)[:, None] + RH * tl.arange(0, TH)[None, :]
     c = tile * (RX * TX) + tl.arange(0, RX)[:, None] + RX * tl.arange(0, TX)[None, :]
     x = tl.minimum(begin + c, limit - 1).to(tl.int64)
-    return n - entry_begin, split, tile, tile_count, c, x, h, o, m
+    return n - entry_begin, split, tile, tile_count, c, x, (h, h + RH * TH), o, m
 
 
-@triton.jit
-def _raw(rows, h, hidden, stride, ACC: tl.constexpr):
-    """Features h of the input's rows; beyond the last, the last again."""
-    return tl.load(rows + tl.minimum(h, hidden - 1).to(tl.int64) * stride).to(ACC)
-
-
-@triton.jit
-def _kept(rows, h, hidden, stride, ACC: tl.constexpr):
-    """The same of a tile [RX, RH, TX, TH], to stay in registers. A loop's layout follows that of
-    such loads, which follows the contiguity of their addresses. Here it is not the true one but an
-    order, last dim first, so that threads lie along TX and TH, registers along RX and RH, which
-    Triton 3.6 does not choose by itself. A multiple of 1: never a vector."""
-    place = rows + tl.minimum(h, hidden - 1).to(tl.int64) * stride
-    place = tl.multiple_of(tl.max_contiguous(place, [1, 2, 4, 8]), [1, 1, 1, 1])
-    return tl.load(place).to(ACC)
-
-
-@triton.jit
-def _direct(x, y, g):
-    """g (1 - t^2) / 4 and g t with t = tanh(x + y); a g of 0 leaves no trace of its pair."""
-    t = tanh(x + y)
-    used = g != 0.0
-    return tl.where(used, g * (1.0 - t * t) * 0.25, 0.0), tl.where(used, g * t, 0.0)
-
-
-@triton.jit(do_not_specialize=VARYING)
+@kernel
 def query_kernel(
     query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
-    key_exp, query_size, key_size,
-    query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
-    gradient, grad_query, grad_weight,
+    query_rows, key_rows, query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
+    weight, weight_outer, weight_inner, weight_h, gradient, grad_query, grad_weight,
     inner, entries, entry_begin, rows, row_begin, row_count, row_padded,
-    keys, key_begin, key_count, key_padded, hidden, left, right, splits, keys_per_split,
+    keys, key_begin, key_count, key_padded, hidden, left, right, scale_bits, splits,
+    keys_per_split,
     RX: tl.constexpr, TX: tl.constexpr, RH: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
-    padded: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
+    padded: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows and 2 RH TH features, a range of keys: sum_j G (1 - t^2) / 4 to
-    ``grad_query`` [split][entry][row] and, summed over the rows too, sum G t to ``grad_weight``
+    """A tile of rows and 2 RH TH features, a range of keys: dq to ``grad_query``
+    [split][entry][row] and, summed over the rows too, dw to ``grad_weight``
     [split][entry][row tile]."""
     ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
-    BH: tl.constexpr = RH * TH
-    entry, split, tile, tile_count, r, i, ha, o, m = _tile(
+    TILE: tl.constexpr = 2 * RH * TH
+    entry, split, tile, tile_count, r, i, h, o, m = _tile(
         row_count, row_begin, rows, padded, inner, splits, entry_begin, RX, TX, RH, TH
     )
-    hb = ha + BH
     q_rows = query + o * query_outer + m * query_inner + i[:, None, :, None] * query_row
-    qa = _kept(q_rows, ha[None, :, None, :], hidden, query_h, ACC)
-    qb = _kept(q_rows, hb[None, :, None, :], hidden, query_h, ACC)
-    g_rows = gradient + (entry * row_padded + r.to(tl.int64)) * key_padded
-    sum_a = tl.zeros([RX, RH, TX, TH], ACC)
-    sum_b = tl.zeros([RX, RH, TX, TH], ACC)
-    weight_a = tl.zeros([RH, TX, TH], ACC)
-    weight_b = tl.zeros([RH, TX, TH], ACC)
+    q = _kept(q_rows, h, hidden, query_h, ACC)
+    g_rows = gradient + (entry * row_padded + r.to(tl.int64)) * key_padded  # [RX, TX]
+    zeros = tl.zeros([RX, RH, TX, TH], ACC)
+    sums = (zeros, zeros)  # of G (1 - t^2) / 4
+    weights = (tl.zeros([RH, TX, TH], ACC), tl.zeros([RH, TX, TH], ACC))  # of G t
     k_rows = key + o * key_outer + m * key_inner
     first = tl.maximum(row_begin + tile * BX - left, key_begin)
     last = tl.minimum(row_begin + tile * BX + BX + right, key_begin + key_count)
     begin = split * keys_per_split
     first = tl.maximum((first - key_begin) // BLOCK * BLOCK, begin)
     last = tl.minimum(last - key_begin, begin + keys_per_split)
-
-    if not WIDE:
+    if query_rows is not None:
         at_query = o * query_exp_outer + m * query_exp_inner
         at_key = o * key_exp_outer + m * key_exp_inner
-        size_i = tl.load(query_size + at_query + i)
-        wild_i = size_i > SAFE
-        Qa, rest_a = exp_with_error(tl.where(wild_i[:, None, :, None], 0.0, 2.0 * qa))
-        Qb, rest_b = exp_with_error(tl.where(wild_i[:, None, :, None], 0.0, 2.0 * qb))
-        any_wild_i = tl.max(wild_i.to(tl.int32)) != 0
-        all_small_i = tl.max(tl.where(wild_i, 0.0, size_i)) <= 1.0
-        b_rows = key_exp + at_key * padded
+        size_i = tl.load(query_rows.size + at_query + i)
+        direct_i = size_i > SAFE
+        Q, Q_error = _exponentials(q, direct_i, 2.0)
+        any_direct_i = tl.max(direct_i.to(tl.int32)) != 0
+        all_small_i = tl.max(tl.where(direct_i, 0.0, size_i)) <= 1.0
+        K_first = key_rows.exponential + at_key * padded
         flat = tl.arange(0, BX)[:, None].to(tl.int64) + tile * BX
         flat_rows = gradient + (entry * row_padded + flat) * key_padded
+        i1 = tl.minimum(row_begin + tile * BX + tl.arange(0, BX), rows - 1)
+        near_i = tl.load(query_rows.size + at_query + i1) <= SAFE
+        extremes_i = extremes(query_rows.projections + at_query * PROJECTIONS, i1, near_i)
 
     for k0 in range(first, last, BLOCK):
-        if WIDE:
-            for c in range(k0, tl.minimum(k0 + BLOCK, last)):
-                g = tl.load(g_rows + c)[:, None, :, None]
-                k_row = k_rows + tl.minimum(key_begin + c, keys - 1).to(tl.int64) * key_row
-                ka = _raw(k_row, ha, hidden, key_h, ACC)
-                kb = _raw(k_row, hb, hidden, key_h, ACC)
-                da, ta = _direct(qa, ka[None, :, None, :], g)
-                db, tb = _direct(qb, kb[None, :, None, :], g)
-                sum_a += da
-                sum_b += db
-                weight_a += tl.sum(ta, 0)
-                weight_b += tl.sum(tb, 0)
+        end = tl.minimum(k0 + BLOCK, last)
+        if query_rows is None:
+            take_direct = True
         else:
             # A key decides something only where G is not 0.
             block = k0 + tl.arange(0, BLOCK)
-            used = tl.load(flat_rows + block[None, :]) != 0.0
-            size_j = tl.load(key_size + at_key + tl.minimum(key_begin + block, keys - 1))
-            size_j = tl.where(tl.max(used.to(tl.int32), 0) != 0, size_j, 0.0)
-            wild = any_wild_i | (tl.max(size_j) > SAFE)
+            j = tl.minimum(key_begin + block, keys - 1)
+            counts = tl.load(flat_rows + block[None, :]) != 0.0  # [BX, BLOCK]
+            key_counts = tl.max(counts.to(tl.int32), 0) != 0
+            size_j = tl.where(key_counts, tl.load(key_rows.size + at_key + j), 0.0)
+            take_direct = any_direct_i | (tl.max(size_j) > SAFE)
             small = all_small_i & (tl.max(tl.where(size_j > SAFE, 0.0, size_j)) <= 1.0)
-            if wild:
-                part_a = tl.zeros([RX, RH, TX, TH], ACC)
-                part_b = tl.zeros([RX, RH, TX, TH], ACC)
-                total = tl.zeros([RX, 1, TX, 1], ACC)
-                for c in range(k0, tl.minimum(k0 + BLOCK, last)):
-                    j1 = tl.minimum(key_begin + c, keys - 1)
-                    g = tl.load(g_rows + c)[:, None, :, None]
-                    k_row = k_rows + j1.to(tl.int64) * key_row
-                    ka = _raw(k_row, ha, hidden, key_h, ACC)
-                    kb = _raw(k_row, hb, hidden, key_h, ACC)
-                    da, ta = _direct(qa, ka[None, :, None, :], g)
-                    db, tb = _direct(qb, kb[None, :, None, :], g)
-                    # The other pairs as beside no such row or key, to the bit.
-                    direct = tl.maximum(size_i, tl.load(key_size + at_key + j1)) > SAFE
+            if not small:
+                K_projections = key_rows.projections + at_key * PROJECTIONS
+                small = opposite(extremes_i, extremes(K_projections, j, key_counts))
+        if take_direct:
+            parts = (zeros, zeros)
+            total = tl.zeros([RX, 1, TX, 1], ACC)
+            for c in range(k0, end):
+                j1 = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
+                g = tl.load(g_rows + c)[:, None, :, None]
+                k = _raw(k_rows + j1 * key_row, h, hidden, key_h, ACC)
+                slopes, terms = _direct_pairs(q, k, g, TARGET)
+                if query_rows is not None:
+                    # Pairs in range give the same bits as without such a row or key.
+                    direct = tl.maximum(size_i, tl.load(key_rows.size + at_key + j1)) > SAFE
                     direct = direct[:, None, :, None]
-                    Ka = _features(b_rows + j1.to(tl.int64) * padded, ha, padded, 2 * BH)[
-                        None, :, None, :
-                    ]
-                    Kb = _features(b_rows + j1.to(tl.int64) * padded, hb, padded, 2 * BH)[
-                        None, :, None, :
-                    ]
-                    sa, sb = _pair(Qa * Ka + 1.0, Qb * Kb + 1.0, TARGET)
+                    s = _fractions(Q, _prepared(K_first + j1 * padded, h, padded, TILE), TARGET)
                     g = tl.where(direct, 0.0, g)
-                    sum_a += g * (sa - sa * sa)
-                    sum_b += g * (sb - sb * sb)
-                    part_a += g * sa
-                    part_b += g * sb
+                    sums = _add(sums, _scaled(g, _slopes(s)))
+                    parts = _add(parts, _scaled(g, s))
                     total += g
-                    da = tl.where(direct, da, 0.0)
-                    db = tl.where(direct, db, 0.0)
-                    ta = tl.where(direct, ta, 0.0)
-                    tb = tl.where(direct, tb, 0.0)
-                    sum_a += da
-                    sum_b += db
-                    weight_a += tl.sum(ta, 0)
-                    weight_b += tl.sum(tb, 0)
-                weight_a += tl.sum(total - 2.0 * part_a, 0)
-                weight_b += tl.sum(total - 2.0 * part_b, 0)
-            elif small:
-                # t = (K - 1/Q) / (K + 1/Q), whose difference is exact; 1/Q has its own rounding,
-                # which takes the place of that of Q.
-                la, ra = exp_with_error(-2.0 * qa)
-                lb, rb = exp_with_error(-2.0 * qb)
-                ra = 0.5 * (ra / la + rest_a / Qa)
-                rb = 0.5 * (rb / lb + rest_b / Qb)
-                for c in range(k0, tl.minimum(k0 + BLOCK, last)):
-                    j1 = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
-                    g = tl.load(g_rows + c)[:, None, :, None]
-                    Ka = _features(b_rows + j1 * padded, ha, padded, 2 * BH)[None, :, None, :]
-                    Kb = _features(b_rows + j1 * padded, hb, padded, 2 * BH)[None, :, None, :]
-                    sa, sb = _pair(la + Ka, lb + Kb, TARGET)
-                    ta = (Ka - la) * sa
-                    tb = (Kb - lb) * sb
-                    da = g * (1.0 - ta * ta)
-                    db = g * (1.0 - tb * tb)
-                    sum_a += 0.25 * da
-                    sum_b += 0.25 * db
-                    weight_a += tl.sum(g * ta - da * ra, 0)
-                    weight_b += tl.sum(g * tb - db * rb, 0)
-            else:
-                part_a = tl.zeros([RX, RH, TX, TH], tl.float32)
-                part_b = tl.zeros([RX, RH, TX, TH], tl.float32)
-                total = tl.zeros([RX, TX], tl.float32)
-                g_four = g_rows[:, :, None] + tl.arange(0, 4)[None, None, :]
-                K_rows = b_rows + tl.cast(key_begin + k0, tl.int64) * padded
-                for c in range(k0, tl.minimum(k0 + BLOCK, last), 4):
-                    g = split4(tl.load(g_four + c), RX, TX)
-                    for u in tl.static_range(4):
-                        Ka = _features(K_rows + u * padded, ha, padded, 2 * BH)
-                        Kb = _features(K_rows + u * padded, hb, padded, 2 * BH)
-                        g1 = g[u]
-                        total += g1
-                        g1 = g1[:, None, :, None]
-                        sa, sb = _pair(
-                            Qa * Ka[None, :, None, :] + 1.0,
-                            Qb * Kb[None, :, None, :] + 1.0,
-                            TARGET,
-                        )
-                        sum_a += g1 * (sa - sa * sa)
-                        sum_b += g1 * (sb - sb * sb)
-                        part_a += g1 * sa
-                        part_b += g1 * sb
-                    K_rows += 4 * padded
-                weight_a += tl.sum(total[:, None, :, None] - 2.0 * part_a, 0)
-                weight_b += tl.sum(total[:, None, :, None] - 2.0 * part_b, 0)
+                    slopes = _where(direct, slopes, (0.0, 0.0))
+                    terms = _where(direct, terms, (0.0, 0.0))
+                sums = _add(sums, slopes)
+                weights = _add(weights, _over_rows(terms))
+            weights = _add(weights, _over_rows((total - 2.0 * parts[0], total - 2.0 * parts[1])))
+        elif small:
+            # t = (K - 1/Q) / (K + 1/Q), whose difference is exact; 1/Q has its own rounding,
+            # which takes the place of that of Q.
+            A, A_error = _exponentials(q, direct_i, -2.0)
+            half = (0.5 * (A_error[0] + Q_error[0]), 0.5 * (A_error[1] + Q_error[1]))
+            for c in range(k0, end):
+                j1 = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
+                g = tl.load(g_rows + c)[:, None, :, None]
+                K = _prepared(K_first + j1 * padded, h, padded, TILE)
+                ya = A[0] + K[0]
+                yb = A[1] + K[1]
+                both = reciprocal(ya * yb, TARGET)
+                t = ((K[0] - A[0]) * (both * yb), (K[1] - A[1]) * (both * ya))
+                d = (g * (1.0 - t[0] * t[0]), g * (1.0 - t[1] * t[1]))
+                sums = _add(sums, _scaled(0.25, d))
+                terms = (g * t[0] - d[0] * half[0], g * t[1] - d[1] * half[1])
+                weights = _add(weights, _over_rows(terms))
+        else:
+            parts = (zeros, zeros)
+            total = tl.zeros([RX, TX], tl.float32)
+            g_four = g_rows[:, :, None] + tl.arange(0, 4)[None, None, :]  # [RX, TX, 4]
+            K_rows = K_first + tl.cast(key_begin + k0, tl.int64) * padded
+            for c in range(k0, end, 4):
+                g4 = split4(tl.load(g_four + c), RX, TX)
+                for u in tl.static_range(4):
+                    K = _prepared(K_rows + u * padded, h, padded, TILE)
+                    total += g4[u]
+                    g = g4[u][:, None, :, None]
+                    s = _fractions(Q, K, TARGET)
+                    sums = _add(sums, _scaled(g, _slopes(s)))
+                    parts = _add(parts, _scaled(g, s))
+                K_rows += 4 * padded
+            total = total[:, None, :, None]
+            weights = _add(weights, _over_rows((total - 2.0 * parts[0], total - 2.0 * parts[1])))
 
-    if not WIDE:
+    if query_rows is not None:
         # dw by the roundings of Q, which all keys of a row share: + (1 - t^2) / 2 per unit.
-        weight_a += tl.sum(2.0 * sum_a * (rest_a / Qa), 0)
-        weight_b += tl.sum(2.0 * sum_b * (rest_b / Qb), 0)
+        rounding = (2.0 * sums[0] * Q_error[0], 2.0 * sums[1] * Q_error[1])
+        weights = _add(weights, _over_rows(rounding))
+    scale = number(scale_bits).to(ACC)
+    weight += o * weight_outer + m * weight_inner
     to = grad_query + ((split * entries + entry) * row_count + r[:, None, :, None]) * hidden
     inside = (r < row_count)[:, None, :, None]
-    tl.store(to + ha[None, :, None, :], sum_a, mask=inside & (ha < hidden)[None, :, None, :])
-    tl.store(to + hb[None, :, None, :], sum_b, mask=inside & (hb < hidden)[None, :, None, :])
+    _store(to, h, hidden, inside, _weighted(sums, weight, h, hidden, weight_h, scale))
     to = grad_weight + ((split * entries + entry) * tile_count + tile) * hidden
-    tl.store(to + ha, tl.sum(weight_a, 1), mask=ha < hidden)
-    tl.store(to + hb, tl.sum(weight_b, 1), mask=hb < hidden)
+    _store_weight(to, h, hidden, scale, weights)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel
 def key_kernel(
     query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
-    query_exp, query_size, key_size,
-    query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
-    gradient, grad_key, grad_weight,
+    query_rows, key_rows, query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
+    weight, weight_outer, weight_inner, weight_h, gradient, grad_key, grad_weight,
     inner, entries, entry_begin, rows, row_begin, row_count, row_padded,
-    keys, key_begin, key_count, key_padded, hidden, left, right, splits, rows_per_split,
+    keys, key_begin, key_count, key_padded, hidden, left, right, scale_bits, splits,
+    rows_per_split,
     RX: tl.constexpr, TX: tl.constexpr, RH: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
-    padded: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
+    padded: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys and 2 RH TH features, a range of rows: sum_i G (1 - t^2) / 4 to ``grad_key``
+    """A tile of keys and 2 RH TH features, a range of rows: dk to ``grad_key``
     [split][entry][key]; what the roundings of K leave out of dw to ``grad_weight``
     [split][entry][key tile]."""
     ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
-    BH: tl.constexpr = RH * TH
-    entry, split, tile, tile_count, c, j, ha, o, m = _tile(
+    TILE: tl.constexpr = 2 * RH * TH
+    entry, split, tile, tile_count, c, j, h, o, m = _tile(
         key_count, key_begin, keys, padded, inner, splits, entry_begin, RX, TX, RH, TH
     )
-    hb = ha + BH
     k_rows = key + o * key_outer + m * key_inner + j[:, None, :, None] * key_row
-    ka = _kept(k_rows, ha[None, :, None, :], hidden, key_h, ACC)
-    kb = _kept(k_rows, hb[None, :, None, :], hidden, key_h, ACC)
-    g_columns = gradient + entry * row_padded * key_padded + c
-    sum_a = tl.zeros([RX, RH, TX, TH], ACC)
-    sum_b = tl.zeros([RX, RH, TX, TH], ACC)
+    k = _kept(k_rows, h, hidden, key_h, ACC)
+    g_columns = gradient + entry * row_padded * key_padded + c  # [RX, TX]
+    zeros = tl.zeros([RX, RH, TX, TH], ACC)
+    sums = (zeros, zeros)  # of G (1 - t^2) / 4
     q_rows = query + o * query_outer + m * query_inner
     first = tl.maximum(key_begin + tile * BX - right, row_begin)
     last = tl.minimum(key_begin + tile * BX + BX + left, row_begin + row_count)
     begin = split * rows_per_split
     first = tl.maximum((first - row_begin) // BLOCK * BLOCK, begin)
     last = tl.minimum(last - row_begin, begin + rows_per_split)
-
-    if not WIDE:
+    if query_rows is not None:
         at_query = o * query_exp_outer + m * query_exp_inner
         at_key = o * key_exp_outer + m * key_exp_inner
-        size_j = tl.load(key_size + at_key + j)
-        wild_j = size_j > SAFE
-        Ba, _rest_a = exp_with_error(tl.where(wild_j[:, None, :, None], 0.0, -2.0 * ka))
-        Bb, _rest_b = exp_with_error(tl.where(wild_j[:, None, :, None], 0.0, -2.0 * kb))
-        any_wild_j = tl.max(wild_j.to(tl.int32)) != 0
-        a_rows = query_exp + at_query * padded
+        size_j = tl.load(key_rows.size + at_key + j)
+        direct_j = size_j > SAFE
+        B, _B_error = _exponentials(k, direct_j, -2.0)
+        any_direct_j = tl.max(direct_j.to(tl.int32)) != 0
+        A_first = query_rows.exponential + at_query * padded
         flat_columns = gradient + entry * row_padded * key_padded + tile * BX
         flat_columns += tl.arange(0, BX)[None, :]
 
     for r0 in range(first, last, BLOCK):
-        if WIDE:
-            for r in range(r0, tl.minimum(r0 + BLOCK, last)):
-                g = tl.load(g_columns + tl.cast(r, tl.int64) * key_padded)[:, None, :, None]
-                q_row = q_rows + tl.minimum(row_begin + r, rows - 1).to(tl.int64) * query_row
-                qa = _raw(q_row, ha, hidden, query_h, ACC)
-                qb = _raw(q_row, hb, hidden, query_h, ACC)
-                da, _ta = _direct(ka, qa[None, :, None, :], g)
-                db, _tb = _direct(kb, qb[None, :, None, :], g)
-                sum_a += da
-                sum_b += db
+        end = tl.minimum(r0 + BLOCK, last)
+        if query_rows is None:
+            take_direct = True
         else:
             # A row decides something only where G is not 0.
             block = r0 + tl.arange(0, BLOCK)
-            used = tl.load(flat_columns + block[:, None].to(tl.int64) * key_padded) != 0.0
-            size_i = tl.load(query_size + at_query + tl.minimum(row_begin + block, rows - 1))
-            size_i = tl.where(tl.max(used.to(tl.int32), 1) != 0, size_i, 0.0)
-            wild = any_wild_j | (tl.max(size_i) > SAFE)
-            if wild:
-                for r in range(r0, tl.minimum(r0 + BLOCK, last)):
-                    i1 = tl.minimum(row_begin + r, rows - 1).to(tl.int64)
-                    g = tl.load(g_columns + tl.cast(r, tl.int64) * key_padded)[:, None, :, None]
-                    q_row = q_rows + i1 * query_row
-                    qa = _raw(q_row, ha, hidden, query_h, ACC)
-                    qb = _raw(q_row, hb, hidden, query_h, ACC)
-                    da, _ta = _direct(ka, qa[None, :, None, :], g)
-                    db, _tb = _direct(kb, qb[None, :, None, :], g)
-                    direct = tl.maximum(size_j, tl.load(query_size + at_query + i1)) > SAFE
+            counts = tl.load(flat_columns + block[:, None].to(tl.int64) * key_padded) != 0.0
+            size_i = tl.load(query_rows.size + at_query + tl.minimum(row_begin + block, rows - 1))
+            size_i = tl.where(tl.max(counts.to(tl.int32), 1) != 0, size_i, 0.0)
+            take_direct = any_direct_j | (tl.max(size_i) > SAFE)
+        if take_direct:
+            for r in range(r0, end):
+                i1 = tl.minimum(row_begin + r, rows - 1).to(tl.int64)
+                g = tl.load(g_columns + tl.cast(r, tl.int64) * key_padded)[:, None, :, None]
+                q = _raw(q_rows + i1 * query_row, h, hidden, query_h, ACC)
+                slopes, _terms = _direct_pairs(k, q, g, TARGET)
+                if query_rows is not None:
+                    # Pairs in range give the same bits as without such a row or key.
+                    direct = tl.maximum(size_j, tl.load(query_rows.size + at_query + i1)) > SAFE
                     direct = direct[:, None, :, None]
-                    Aa = _features(a_rows + i1 * padded, ha, padded, 2 * BH)[None, :, None, :]
-                    Ab = _features(a_rows + i1 * padded, hb, padded, 2 * BH)[None, :, None, :]
-                    sa, sb = _pair(Ba * Aa + 1.0, Bb * Ab + 1.0, TARGET)
-                    g = tl.where(direct, 0.0, g)
-                    sum_a += g * (sa - sa * sa)
-                    sum_b += g * (sb - sb * sb)
-                    da = tl.where(direct, da, 0.0)
-                    db = tl.where(direct, db, 0.0)
-                    sum_a += da
-                    sum_b += db
-            else:
-                A_rows = a_rows + tl.cast(row_begin + r0, tl.int64) * padded
-                g_place = g_columns + tl.cast(r0, tl.int64) * key_padded
-                for _ in range(r0, tl.minimum(r0 + BLOCK, last), 4):
-                    for u in tl.static_range(4):
-                        g = tl.load(g_place)[:, None, :, None]
-                        Aa = _features(A_rows + u * padded, ha, padded, 2 * BH)[None, :, None, :]
-                        Ab = _features(A_rows + u * padded, hb, padded, 2 * BH)[None, :, None, :]
-                        sa, sb = _pair(Ba * Aa + 1.0, Bb * Ab + 1.0, TARGET)
-                        sum_a += g * (sa - sa * sa)
-                        sum_b += g * (sb - sb * sb)
-                        g_place += key_padded
-                    A_rows += 4 * padded
+                    s = _fractions(B, _prepared(A_first + i1 * padded, h, padded, TILE), TARGET)
+                    sums = _add(sums, _scaled(tl.where(direct, 0.0, g), _slopes(s)))
+                    slopes = _where(direct, slopes, (0.0, 0.0))
+                sums = _add(sums, slopes)
+        else:
+            A_rows = A_first + tl.cast(row_begin + r0, tl.int64) * padded
+            g_place = g_columns + tl.cast(r0, tl.int64) * key_padded
+            for _ in range(r0, end, 4):
+                for u in tl.static_range(4):
+                    g = tl.load(g_place)[:, None, :, None]
+                    s = _fractions(B, _prepared(A_rows + u * padded, h, padded, TILE), TARGET)
+                    sums = _add(sums, _scaled(g, _slopes(s)))
+                    g_place += key_padded
+                A_rows += 4 * padded
 
+    scale = number(scale_bits).to(ACC)
+    weight += o * weight_outer + m * weight_inner
     to = grad_key + ((split * entries + entry) * key_count + c[:, None, :, None]) * hidden
     inside = (c < key_count)[:, None, :, None]
-    tl.store(to + ha[None, :, None, :], sum_a, mask=inside & (ha < hidden)[None, :, None, :])
-    tl.store(to + hb[None, :, None, :], sum_b, mask=inside & (hb < hidden)[None, :, None, :])
-    if not WIDE:
+    _store(to, h, hidden, inside, _weighted(sums, weight, h, hidden, weight_h, scale))
+    if query_rows is not None:
         # The other kernel has used the stored e^{2k}, with its rounding.
-        Ka, left_a = exp_with_error(tl.where(wild_j[:, None, :, None], 0.0, 2.0 * ka))
-        Kb, left_b = exp_with_error(tl.where(wild_j[:, None, :, None], 0.0, 2.0 * kb))
-        correction_a = tl.sum(tl.sum(tl.where(inside, 2.0 * sum_a * (left_a / Ka), 0.0), 0), 1)
-        correction_b = tl.sum(tl.sum(tl.where(inside, 2.0 * sum_b * (left_b / Kb), 0.0), 0), 1)
+        _K, K_error = _exponentials(k, direct_j, 2.0)
+        xa = tl.sum(tl.where(inside, 2.0 * sums[0] * K_error[0], 0.0), 0)
+        xb = tl.sum(tl.where(inside, 2.0 * sums[1] * K_error[1], 0.0), 0)
         to = grad_weight + ((split * entries + entry) * tile_count + tile) * hidden
-        tl.store(to + ha, correction_a, mask=ha < hidden)
-        tl.store(to + hb, correction_b, mask=hb < hidden)
+        _store_weight(to, h, hidden, scale, (xa, xb))

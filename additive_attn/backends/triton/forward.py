@@ -17,6 +17,8 @@ from torch import Tensor
 from additive_attn.backends.triton import decode_forward, tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.launch import launch, target
+from additive_attn.backends.triton.plan import splits
+from additive_attn.backends.triton.scores import tile_scores
 from additive_attn.backends.triton.softmax_values import lse_kernel, value_kernel
 from additive_attn.spec.call import Call
 
@@ -31,35 +33,35 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         lse = query.new_full(shape, -torch.inf, dtype=p.accumulator)
         return query.new_zeros((*shape, p.values)), weights, lse
     if p.rows == 1:
-        return decode_forward.forward(p, need_weights)
+        return decode_forward.decode_forward(p, need_weights)
     weights = query.new_zeros((*shape, p.keys) if need_weights else (0,))
     lse = query.new_empty(shape, dtype=p.accumulator)
     tile = tiles.value_tile(p.rows, p.wide)
     out = query.new_empty((*shape, p.values))
     flat = out.view(p.entries, p.rows, p.values)
-    for entry, entries, row, rows in p.chunks():
+    for entry, entries, row, rows in p.pieces():
         begin, end = p.key_range(row, row + rows)
         count = end - begin
-        scores = p.scores(entry, entries, row, rows, begin, count)
+        scores = tile_scores(p, entry, entries, row, rows, begin, count)
         tops, inverses = lse.new_empty(2, entries * rows)
         launch(
             lse_kernel, entries * rows, scores,
-            scores, lse, tops, inverses, weights, entry, p.rows, row, rows, p.keys, begin, count,
-            scores.shape[-1], NEED_WEIGHTS=need_weights, **tiles.row_block(count),
+            scores, lse, tops, inverses, weights if need_weights else None, entry, p.rows, row,
+            rows, p.keys, begin, count, scores.shape[-1], **tiles.row_block(count),
         )  # fmt: skip
         programs = entries * -(-rows // tile["BM"]) * -(-p.values // tile["BD"])
-        splits, per_split = tiles.splits(programs, count, tile["BN"], p.processors)
+        ranges, per_range = splits(programs, count, tile["BN"], p.processors)
         # Consecutive in memory: some rows of one entry, or all rows of some entries.
         part = flat[entry : entry + entries, row : row + rows]
-        parts = part if splits == 1 else scores.new_empty(splits, *part.shape)
+        parts = part if ranges == 1 else scores.new_empty(ranges, *part.shape)
         launch(
-            value_kernel, programs * splits, scores,
+            value_kernel, programs * ranges, scores,
             scores, tops, inverses, p.value, *p.value_strides, *p.dropout_arguments(),
             parts, p.batch.inner, entries, entry, row, rows, begin, count,
-            scores.shape[-1], p.values, p.left, p.right, splits, per_split,
-            DROPOUT=p.seed is not None, PRECISION=precision(p), **tile,
+            scores.shape[-1], p.values, p.left, p.right, ranges, per_range,
+            PRECISION=precision(p), **tile,
         )  # fmt: skip
-        if splits > 1:
+        if ranges > 1:
             part.copy_(parts.sum(0))
         del scores  # before the next ones are allocated
     return out, weights, lse

@@ -1,4 +1,4 @@
-"""How kernels run: the device, the target, what is not specialised."""
+"""How kernels are compiled and started: the target, the device, what is not specialised."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import triton
 from torch import Tensor
 
 # Sizes, offsets and numbers that differ from call to call: a kernel is compiled once for all.
-VARYING = (
-    "inner", "entries", "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin",
-    "key_count", "keys_per_split", "rows_per_split", "splits", "length", "length_padded", "left",
-    "right", "threshold", "keep_bits", "scale_bits",
-    *(
-        f"{name}_{dim}"
-        for name in ("query", "key", "value", "weight", "mask", "length", "seed", "query_exp",
-                     "key_exp", "gw", "gl", "go", "stride")
-        for dim in ("outer", "inner")
-    ),
-    "mask_row", "length_row", "gw_row", "gl_row",
+kernel = triton.jit(
+    do_not_specialize=(
+        "inner", "entries", "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin",
+        "key_count", "keys_per_split", "rows_per_split", "splits", "length", "length_padded",
+        "left", "right", "threshold", "keep_bits", "scale_bits", "scale_exponent",
+        *(
+            f"{name}_{dim}"
+            for name in ("query", "key", "value", "weight", "mask", "length", "seed", "query_exp",
+                         "key_exp", "gw", "gl", "go", "stride")
+            for dim in ("outer", "inner")
+        ),
+        "mask_row", "length_row", "gw_row", "gl_row",
+    )
 )  # fmt: skip
 
 
@@ -51,13 +53,13 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **options: Any) -> None:
+def launch(function: Any, programs: int, tensor: Tensor, *arguments: Any, **options: Any) -> None:
     """Runs ``programs`` programs on the device, and the current stream, of ``tensor``."""
     if programs == 0:
         return
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         with torch.cuda.device(tensor.device):
-            launch(kernel, programs, tensor, *arguments, **options)
+            launch(function, programs, tensor, *arguments, **options)
         return
-    # Named, since later versions of Triton do not fuse by default.
-    kernel[(programs,)](*arguments, **options, enable_fp_fusion=True)
+    # Later versions of Triton do not fuse by default.
+    function[(programs,)](*arguments, **options, enable_fp_fusion=True)

@@ -1,32 +1,64 @@
-"""Which pairs are attended, and what a mask adds to their scores."""
+"""Which pairs are attended, what a mask adds to their scores, and how both are stored.
+
+A stored score is -inf where the pair is masked. The score of an attended pair may overflow to -inf
+too: it is stored as the lowest finite number, and a finite score that low as the next one above.
+So a row whose attended scores all overflow is NaN, as the softmax of such scores is, and a row of
+masking values like ``torch.finfo(dtype).min`` is not."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+# The lowest finite number of a dtype, and the next one above.
+LOWEST32 = tl.constexpr(-3.4028234663852886e38)
+NEXT32 = tl.constexpr(-3.4028232635611926e38)
+LOWEST64 = tl.constexpr(-1.7976931348623157e308)
+NEXT64 = tl.constexpr(-1.7976931348623155e308)
+
 
 @triton.jit
-def interval(lengths, length_row, i, rows, keys, left, right, HAS_LENGTHS: tl.constexpr):
+def interval(lengths, length_row, i, rows, keys, left, right):
     """The keys [low, high) that rows i may attend to, by window, causality and lengths."""
     low = tl.maximum(i - left, 0)
     high = tl.minimum(i + right + 1, keys)
-    if HAS_LENGTHS:
-        here = tl.load(lengths + i.to(tl.int64) * length_row, mask=i < rows, other=0)
-        high = tl.minimum(high.to(tl.int64), tl.maximum(here, 0)).to(tl.int32)
+    if lengths is not None:
+        length = tl.load(lengths + i.to(tl.int64) * length_row, mask=i < rows, other=0)
+        high = tl.minimum(high.to(tl.int64), tl.maximum(length, 0)).to(tl.int32)
     return low, tl.where(i < rows, high, 0)
 
 
 @triton.jit
-def masked_bias(mask, mask_row, mask_column, i, j, used, MASK: tl.constexpr):
-    """The float mask of pairs (i, j), or 0; and which of the ``used`` pairs it lets attend."""
+def masked_bias(mask, mask_row, mask_column, i, j, attended):
+    """The float mask of pairs (i, j), or 0; and which of the ``attended`` pairs it leaves."""
     place = mask + i[:, None].to(tl.int64) * mask_row + j[None, :].to(tl.int64) * mask_column
-    if MASK == "bool":
-        used = used & (tl.load(place, mask=used, other=0) != 0)
-        return tl.zeros(used.shape, tl.float32), used
+    if mask.dtype.element_ty == tl.uint8:
+        attended = attended & (tl.load(place, mask=attended, other=0) != 0)
+        return tl.zeros(attended.shape, tl.float32), attended
     else:
-        bias = tl.load(place, mask=used, other=float("-inf"))
+        bias = tl.load(place, mask=attended, other=float("-inf"))
         if bias.dtype != tl.float64:
             bias = bias.to(tl.float32)
-        used = used & (bias != float("-inf"))
-        return tl.where(used, bias, 0.0), used
+        attended = attended & (bias != float("-inf"))
+        return tl.where(attended, bias, 0.0), attended
+
+
+@triton.jit
+def stored(score, attended):
+    """Scores as kernels keep them: see the head of this file. NaN stays NaN."""
+    if score.dtype == tl.float64:
+        low = tl.where(score == float("-inf"), LOWEST64, NEXT64)
+        score = tl.where(score < NEXT64, low, score)
+    else:
+        low = tl.where(score == float("-inf"), LOWEST32, NEXT32)
+        score = tl.where(score < NEXT32, low, score)
+    return tl.where(attended, score, float("-inf"))
+
+
+@triton.jit
+def overflowed(top):
+    """Whether the largest stored score of a row says that all its attended scores overflowed."""
+    if top.dtype == tl.float64:
+        return top == LOWEST64
+    else:
+        return top == LOWEST32

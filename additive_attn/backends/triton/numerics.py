@@ -14,7 +14,7 @@ def number(bits):
 
 @triton.jit
 def reciprocal(x, TARGET: tl.constexpr):
-    """1 / x to about an ulp, for 2^-126 < x < 2^126. A division would scale its operands first."""
+    """1 / x in float32 to 1 ulp, for 2^-126 < x < 2^126. A division would scale x first."""
     if TARGET == "cuda":
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -28,20 +28,27 @@ def reciprocal(x, TARGET: tl.constexpr):
 
 
 @triton.jit
+def exact_reciprocal(x, TARGET: tl.constexpr):
+    """``reciprocal`` to 0.5 ulp: a step of Newton takes out what the instruction leaves."""
+    r = reciprocal(x, TARGET)
+    return tl.fma(tl.fma(-x, r, 1.0), r, r)
+
+
+@triton.jit
 def exp_with_error(x):
-    """e^x for |x| <= 20, and what its rounding leaves out. ``tl.exp`` rounds x log2(e) first,
-    which at x = 20 costs 20 ulp."""
+    """e^x in float32 for |x| <= 20 to 0.6 ulp, and what its rounding leaves out. ``tl.exp`` rounds
+    x log2(e) first, which at x = 20 costs 20 ulp."""
     n = (x * 1.4426950408889634 + 12582912.0) - 12582912.0
     high = x - n * 0.693145751953125
     r = high - n * 1.42860682030941723e-06
-    rest = (high - r) - n * 1.42860682030941723e-06
+    error = (high - r) - n * 1.42860682030941723e-06
     p = 1.9841270114e-4
     p = p * r + 1.3888889225e-3
     p = p * r + 8.3333337680e-3
     p = p * r + 4.1666667908e-2
     p = p * r + 1.6666667163e-1
     p = p * r + 0.5
-    low = p * (r * r) + rest
+    low = p * (r * r) + error
     power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
     u = r + 1.0
     v = (r - (u - 1.0)) + low
@@ -51,25 +58,9 @@ def exp_with_error(x):
 
 
 @triton.jit
-def tanh_parts(x):
-    """tanh(x) = z / y in float32: the rational function of the CPU kernel; NaN stays NaN."""
-    x = tl.where(x > 9.0, 9.0, tl.where(x < -9.0, -9.0, x))
-    u = x * x
-    z = u * 1.3354552e-8 + 2.0609001e-5
-    z = z * u + 3.4955831e-3
-    z = z * u + 0.13381021
-    z = (z * u + 1.0) * x
-    y = u * 7.7765128e-7 + 3.2856266e-4
-    y = y * u + 2.5876964e-2
-    y = y * u + 0.46714336
-    y = y * u + 1.0
-    return z, y
-
-
-@triton.jit
-def tanh(x):
-    """In float64 by exp, and near 0, where that would cancel, by Pade's approximant; in float32 by
-    the rational function."""
+def tanh(x, TARGET: tl.constexpr):
+    """tanh(x) to 2 ulp; NaN stays NaN. In float64 by exp, and near 0, where that would cancel, by
+    Pade's approximant; in float32 by the rational function of the CPU kernel."""
     if x.dtype == tl.float64:
         u = x * x
         near = (
@@ -81,13 +72,33 @@ def tanh(x):
         far = (1.0 - e) / (1.0 + e)
         return tl.where(tl.abs(x) < 0.5, near, tl.where(x < 0.0, -far, far))
     else:
-        z, y = tanh_parts(x)
-        return z / y
+        x = tl.where(x > 9.0, 9.0, tl.where(x < -9.0, -9.0, x))
+        u = x * x
+        z = u * 1.3354552e-8 + 2.0609001e-5
+        z = z * u + 3.4955831e-3
+        z = z * u + 0.13381021
+        z = (z * u + 1.0) * x
+        y = u * 7.7765128e-7 + 3.2856266e-4
+        y = y * u + 2.5876964e-2
+        y = y * u + 0.46714336
+        y = y * u + 1.0
+        # A division that rounds right, where Triton's own is out by 2 ulp.
+        r = reciprocal(y, TARGET)
+        t = z * r
+        return tl.fma(tl.fma(-t, y, z), r, t)
+
+
+@triton.jit
+def tanh_slope(x, t):
+    """1 - t^2 of t = tanh(x) without the cancellation of the difference at large x."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return tl.where(tl.abs(x) < 0.5, 1.0 - t * t, slope)
 
 
 @triton.jit
 def split4(x, R: tl.constexpr, T: tl.constexpr):
-    """The four slices of [R, T, 4]."""
+    """The four slices [R, T] of [R, T, 4]."""
     even, odd = tl.split(tl.reshape(x, [R, T, 2, 2]))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)

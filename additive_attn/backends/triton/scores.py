@@ -1,242 +1,255 @@
-"""The scores of a tile of queries and keys: the inner loop of every pass.
+"""The scores of a tile of queries and keys: the inner loop of every pass (math.md, eq. 1).
 
-    score_ij = scale sum_h w_h tanh(q_ih + k_jh) + mask_ij
-
-With a = e^{-2q} and b = e^{2k} (``prepare.py``) the fractions of four features are joined,
-z0/y0 + z1/y1 = (z0 y1 + z1 y0) / (y0 y1), twice, so that they share one reciprocal. The forms, of
-which a tile takes one, as the CPU kernel does (``csrc/energy.h`` says why each is needed):
+A tile takes one of three forms (math.md, eq. 3 to 7, which say why each is needed):
 
     factored    z = w a         y = a + b    sum (w - 2 z/y)    3.75 instructions a tanh
-    difference  z = w (b - a)   y = a + b    sum z/y            few features; all |q|, |k| <= 1
+    difference  z = w (b - a)   y = a + b    sum z/y            few features; small tanh
     direct      tanh(q + k)                  float64; rows or keys beyond SAFE, NaN, Inf
 
+with a = e^{-2q} and b = e^{2k} (``prepare.py``). The fractions of four features are joined, so
+that they share one reciprocal.
+
 A thread keeps RM rows by RN keys in registers: tiles are [RM, RN, TM, TN], since Triton gives the
-last dims to the threads, and are turned to [RM TM, RN TN] when the sum is complete.
+last dims to the threads, and become [RM TM, RN TN] = [BM, BN] when the sum is complete.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from additive_attn.backends.triton import tiles
+from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry
-from additive_attn.backends.triton.launch import VARYING
-from additive_attn.backends.triton.masks import interval, masked_bias
-from additive_attn.backends.triton.numerics import reciprocal, split4, tanh
-from additive_attn.backends.triton.prepare import SAFE
+from additive_attn.backends.triton.launch import kernel, launch
+from additive_attn.backends.triton.masks import interval, masked_bias, stored
+from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, split4, tanh
+from additive_attn.backends.triton.prepare import PROJECTIONS, SAFE
 
 
 @triton.jit
-def joined(
+def _rows_of(x):
+    """[RM, TM] as [RM, 1, TM, 1]."""
+    return x[:, None, :, None]
+
+
+@triton.jit
+def _keys_of(x):
+    """[RN, TN] as [1, RN, 1, TN]."""
+    return x[None, :, None, :]
+
+
+@triton.jit
+def _joined(
     a_rows, b_rows, weight, acc, h0, h1,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
-    DIFFERENCE: tl.constexpr, TARGET: tl.constexpr,
+    DIFFERENCE: tl.constexpr, EXACT: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum z/y over features [h0, h1)."""
+    """acc + sum z/y over features [h0, h1): (math.md, eq. 4)."""
     f = tl.arange(0, 4)
     for h in range(h0, h1, 4):
-        a4 = tl.load(a_rows + h)
-        b4 = tl.load(b_rows + h)
-        w4 = tl.load(weight + h + f)
+        a4 = tl.load(a_rows + h)  # [RM, TM, 4]
+        b4 = tl.load(b_rows + h)  # [RN, TN, 4]
+        w4 = tl.load(weight + h + f)  # [4]
         a0, a1, a2, a3 = split4(a4, RM, TM)
         b0, b1, b2, b3 = split4(b4, RN, TN)
-        a0 = a0[:, None, :, None]
-        a1 = a1[:, None, :, None]
-        a2 = a2[:, None, :, None]
-        a3 = a3[:, None, :, None]
-        b0 = b0[None, :, None, :]
-        b1 = b1[None, :, None, :]
-        b2 = b2[None, :, None, :]
-        b3 = b3[None, :, None, :]
-        y0 = a0 + b0
-        y1 = a1 + b1
-        y2 = a2 + b2
-        y3 = a3 + b3
+        y0 = _rows_of(a0) + _keys_of(b0)  # [RM, RN, TM, TN], as all below
+        y1 = _rows_of(a1) + _keys_of(b1)
+        y2 = _rows_of(a2) + _keys_of(b2)
+        y3 = _rows_of(a3) + _keys_of(b3)
         if DIFFERENCE:
             w0, w1, w2, w3 = split4(
                 w4[None, None, :] + tl.zeros([RM, TM, 4], tl.float32), RM, TM
             )
-            z0 = (b0 - a0) * w0[:, None, :, None]
-            z1 = (b1 - a1) * w1[:, None, :, None]
-            z2 = (b2 - a2) * w2[:, None, :, None]
-            z3 = (b3 - a3) * w3[:, None, :, None]
+            z0 = (_keys_of(b0) - _rows_of(a0)) * _rows_of(w0)
+            z1 = (_keys_of(b1) - _rows_of(a1)) * _rows_of(w1)
+            z2 = (_keys_of(b2) - _rows_of(a2)) * _rows_of(w2)
+            z3 = (_keys_of(b3) - _rows_of(a3)) * _rows_of(w3)
         else:
             z0, z1, z2, z3 = split4(a4 * w4[None, None, :], RM, TM)
-            z0 = z0[:, None, :, None]
-            z1 = z1[:, None, :, None]
-            z2 = z2[:, None, :, None]
-            z3 = z3[:, None, :, None]
+            z0 = _rows_of(z0)
+            z1 = _rows_of(z1)
+            z2 = _rows_of(z2)
+            z3 = _rows_of(z3)
         z01 = z0 * y1 + z1 * y0
         z23 = z2 * y3 + z3 * y2
         y01 = y0 * y1
         y23 = y2 * y3
-        acc += (z01 * y23 + z23 * y01) * reciprocal(y01 * y23, TARGET)
+        if EXACT:
+            acc += (z01 * y23 + z23 * y01) * exact_reciprocal(y01 * y23, TARGET)
+        else:
+            acc += (z01 * y23 + z23 * y01) * reciprocal(y01 * y23, TARGET)
     return acc
 
 
 @triton.jit
-def square(x, RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr):
-    """[RM, RN, TM, TN] to [rows, keys]; row = tm RM + rm, key = tn RN + rn."""
+def _square(x, RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr):
+    """[RM, RN, TM, TN] to [BM, BN]; row = tm RM + rm, key = tn RN + rn."""
     return tl.reshape(tl.permute(x, [2, 0, 3, 1]), [RM * TM, RN * TN])
 
 
 @triton.jit
-def energies(
-    query, key, query_row, query_h, key_row, key_h,
-    query_exp, key_exp, query_size, key_size, query_correction, key_correction,
-    weight, centre, row0, rows, key0, keys, hidden, padded, used,
-    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
-    FEW: tl.constexpr, WIDE: tl.constexpr, CENTRED: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
-    """sum_h w_h tanh(q_ih + k_jh) of rows row0 ... and keys key0 ..., in units of the weight.
-
-    Pointers are those of the batch entry. ``used`` [BM, BN]: pairs that count; what the others
-    hold decides nothing. Rows and keys beyond the last repeat the last."""
-    BM: tl.constexpr = RM * TM
-    BN: tl.constexpr = RN * TN
-    f = tl.arange(0, 4)
-    i = tl.minimum(row0 + tl.arange(0, RM)[:, None] + RM * tl.arange(0, TM)[None, :], rows - 1)
-    j = tl.minimum(key0 + tl.arange(0, RN)[:, None] + RN * tl.arange(0, TN)[None, :], keys - 1)
-    i = i.to(tl.int64)
-    j = j.to(tl.int64)
-    if WIDE:
-        result = tl.zeros([BM, BN], tl.float64)
-        any_direct = True
-    else:
-        padded = tl.multiple_of(padded, 4)
-        flat_i = tl.minimum(row0 + tl.arange(0, BM), rows - 1)
-        flat_j = tl.minimum(key0 + tl.arange(0, BN), keys - 1)
-        size_i = tl.load(query_size + flat_i)
-        size_j = tl.load(key_size + flat_j)
-        wild_j = (size_j > SAFE)[None, :] & used
-        wild_i = (size_i > SAFE) | (tl.max(wild_j.to(tl.int32), 1) != 0)
-        small = (size_i <= 1.0)[:, None] & (size_j <= 1.0)[None, :]
-        any_direct = tl.max(wild_i.to(tl.int32), 0) != 0
-        all_small = tl.min((small | (used.to(tl.int32) == 0) | wild_i[:, None]).to(tl.int32)) != 0
-
-        a_rows = query_exp + i[:, :, None] * padded + f[None, None, :]
-        b_rows = key_exp + j[:, :, None] * padded + f[None, None, :]
-        total = tl.zeros([RM, RN, TM, TN], tl.float32)
-        if FEW:
-            total = joined(a_rows, b_rows, weight, total, 0, padded, RM, TM, RN, TN, True, TARGET)
-        elif all_small:
-            total = joined(a_rows, b_rows, weight, total, 0, padded, RM, TM, RN, TN, True, TARGET)
-        else:
-            for block in range(0, padded // CENTRED):
-                part = tl.zeros([RM, RN, TM, TN], tl.float32)
-                part = joined(
-                    a_rows, b_rows, weight, part, block * CENTRED, (block + 1) * CENTRED,
-                    RM, TM, RN, TN, False, TARGET,
-                )  # fmt: skip
-                total += 2.0 * (tl.load(centre + block) - part)
-        result = square(total, RM, TM, RN, TN)
-        rounding = tl.load(query_correction + flat_i)[:, None]
-        rounding += tl.load(key_correction + flat_j)[None, :]
-        result += tl.where(small, rounding, 0.0)
-
-    if any_direct:
-        exact = tl.zeros([RM, RN, TM, TN], result.dtype)
-        q_place = query + i * query_row
-        k_place = key + j * key_row
-        for h in range(0, hidden):
-            q = tl.load(q_place).to(result.dtype)
-            k = tl.load(k_place).to(result.dtype)
-            exact += tl.load(weight + h) * tanh(q[:, None, :, None] + k[None, :, None, :])
-            q_place += query_h
-            k_place += key_h
-        exact = square(exact, RM, TM, RN, TN)
-        if WIDE:
-            result = exact
-        else:
-            result = tl.where(wild_i[:, None], exact, result)
-    return result
+def extremes(projections, i, counted):
+    """The largest of the projections of the rows i that count, and of their negatives: [8]."""
+    f = tl.arange(0, 2 * PROJECTIONS)
+    place = projections + i[:, None].to(tl.int64) * PROJECTIONS + (f % PROJECTIONS)[None, :]
+    x = tl.load(place, mask=counted[:, None], other=0.0)
+    x = tl.where(f[None, :] < PROJECTIONS, x, -x)
+    return tl.max(tl.where(counted[:, None], x, float("-inf")), 0)
 
 
 @triton.jit
-def score_tile(
-    query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
-    query_exp, key_exp, query_size, key_size, query_correction, key_correction,
-    query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
-    weight, unit, centre, weight_outer, weight_inner,
-    mask, mask_outer, mask_inner, mask_row, mask_column,
-    o, m, row0, rows, key0, keys, hidden, padded, low, high,
-    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
-    FEW: tl.constexpr, WIDE: tl.constexpr, CENTRED: tl.constexpr, MASK: tl.constexpr,
-    TARGET: tl.constexpr,
-):  # fmt: skip
-    """[BM, BN]: scale * score + mask of entry (o, m), -inf where a row may not attend."""
-    i = row0 + tl.arange(0, RM * TM)
-    j = key0 + tl.arange(0, RN * TN)
-    used = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
-    if MASK != "none":
-        bias, used = masked_bias(
-            mask + o * mask_outer + m * mask_inner, mask_row, mask_column, i, j, used, MASK
-        )
-    # The prepared tensors are contiguous within an entry: one stride serves all their parts.
-    at_query = o * query_exp_outer + m * query_exp_inner
-    at_key = o * key_exp_outer + m * key_exp_inner
-    at_weight = o * weight_outer + m * weight_inner
-    energy = energies(
-        query + o * query_outer + m * query_inner, key + o * key_outer + m * key_inner,
-        query_row, query_h, key_row, key_h,
-        query_exp + at_query * padded, key_exp + at_key * padded,
-        query_size + at_query, key_size + at_key,
-        query_correction + at_query, key_correction + at_key,
-        weight + at_weight * padded, centre + at_weight * (padded // CENTRED),
-        row0, rows, key0, keys, hidden, padded, used,
-        RM, TM, RN, TN, FEW, WIDE, CENTRED, TARGET,
-    )  # fmt: skip
-    score = energy * tl.load(unit + at_weight)
-    if MASK == "float":
-        score += bias
-    return tl.where(used, score, float("-inf"))
+def opposite(rows, keys):
+    """Whether queries and keys of these ``extremes`` lie opposite each other."""
+    return tl.max(rows + keys, 0) <= 1.5
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel
 def score_kernel(
     query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
-    query_exp, key_exp, query_size, key_size, query_correction, key_correction,
-    query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
-    weight, unit, centre, weight_outer, weight_inner,
+    query_rows, key_rows, query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
+    prepared, weight_outer, weight_inner,
     mask, mask_outer, mask_inner, mask_row, mask_column,
     lengths, length_outer, length_inner, length_row,
     scores, inner, entry_begin, rows, row_begin, row_count, keys, key_begin, score_padded,
     hidden, padded, left, right,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
-    FEW: tl.constexpr, WIDE: tl.constexpr, CENTRED: tl.constexpr, MASK: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, TARGET: tl.constexpr,
+    DIFFERENCE: tl.constexpr, FEATURES_PER_SUM: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """scores [entry][row][key] of rows from row_begin and keys from key_begin, tile by tile; -inf
-    beyond the last key."""
+    """scores [entry][row][key] of rows from row_begin and keys from key_begin, tile by tile:
+    scale * score + mask as ``masks.stored`` keeps them. ``query_rows``, ``key_rows`` and
+    ``prepared`` are the tensors of ``prepare.py``; the first two are None in float64."""
     BM: tl.constexpr = RM * TM
     BN: tl.constexpr = RN * TN
+    ACC: tl.constexpr = scores.dtype.element_ty
     row_tiles = tl.cdiv(row_count, BM)
     key_tiles = score_padded // BN
     program = tl.program_id(0)
     row0 = row_begin + program % row_tiles * BM
-    rest = program // row_tiles
-    key0 = key_begin + rest % key_tiles * BN
-    n, o, m = batch_entry(entry_begin + rest // key_tiles, inner)
-    entry = n - entry_begin
+    key_tile = program // row_tiles
+    key0 = key_begin + key_tile % key_tiles * BN
+    n, o, m = batch_entry(entry_begin + key_tile // key_tiles, inner)
     i = row0 + tl.arange(0, BM)
     j = key0 + tl.arange(0, BN)
-    low, high = interval(
-        lengths + o * length_outer + m * length_inner, length_row,
-        i, rows, keys, left, right, HAS_LENGTHS,
-    )  # fmt: skip
-    place = (entry * row_count + i - row_begin)[:, None] * score_padded + (j - key_begin)[None, :]
+    if lengths is not None:
+        lengths += o * length_outer + m * length_inner
+    low, high = interval(lengths, length_row, i, rows, keys, left, right)
+    place = ((n - entry_begin) * row_count + i - row_begin)[:, None] * score_padded
+    place += (j - key_begin)[None, :]
     inside = (i < row_begin + row_count)[:, None] & (tl.full([BN], 1, tl.int1))[None, :]
     if (tl.max(tl.minimum(high, key0 + BN) - tl.maximum(low, key0), 0)) > 0:
-        score = score_tile(
-            query, key, query_outer, query_inner, query_row, query_h,
-            key_outer, key_inner, key_row, key_h,
-            query_exp, key_exp, query_size, key_size, query_correction, key_correction,
-            query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
-            weight, unit, centre, weight_outer, weight_inner,
-            mask, mask_outer, mask_inner, mask_row, mask_column,
-            o, m, row0, rows, key0, keys, hidden, padded, low, high,
-            RM, TM, RN, TN, FEW, WIDE, CENTRED, MASK, TARGET,
-        )  # fmt: skip
-        tl.store(scores + place, score, mask=inside)
+        attended = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])  # [BM, BN]
+        if mask is not None:
+            mask += o * mask_outer + m * mask_inner
+            bias, attended = masked_bias(mask, mask_row, mask_column, i, j, attended)
+        # Rows and keys beyond the last repeat the last.
+        i = tl.minimum(i, rows - 1)
+        j = tl.minimum(j, keys - 1)
+        ri = row0 + tl.arange(0, RM)[:, None] + RM * tl.arange(0, TM)[None, :]
+        rj = key0 + tl.arange(0, RN)[:, None] + RN * tl.arange(0, TN)[None, :]
+        ri = tl.minimum(ri, rows - 1).to(tl.int64)  # [RM, TM]
+        rj = tl.minimum(rj, keys - 1).to(tl.int64)  # [RN, TN]
+        f = tl.arange(0, 4)
+        at_weight = o * weight_outer + m * weight_inner
+        weight = prepared.weight + at_weight * padded
+        if query_rows is None:
+            energy = tl.zeros([BM, BN], ACC)
+            any_direct = True
+        else:
+            # What rows and keys hold that attend to nothing here decides nothing.
+            at_query = o * query_exp_outer + m * query_exp_inner
+            at_key = o * key_exp_outer + m * key_exp_inner
+            row_counts = tl.max(attended.to(tl.int32), 1) != 0
+            key_counts = tl.max(attended.to(tl.int32), 0) != 0
+            size_i = tl.where(row_counts, tl.load(query_rows.size + at_query + i), 0.0)
+            size_j = tl.where(key_counts, tl.load(key_rows.size + at_key + j), 0.0)
+            near_i = tl.where(size_i > SAFE, 0.0, size_i)
+            near_j = tl.where(size_j > SAFE, 0.0, size_j)
+            any_direct = tl.maximum(tl.max(size_i, 0), tl.max(size_j, 0)) > SAFE
+            small = tl.maximum(tl.max(near_i, 0), tl.max(near_j, 0)) <= 1.0
+            opposed = small
+            if not small:
+                opposed = opposite(
+                    extremes(query_rows.projections + at_query * PROJECTIONS, i,
+                             row_counts & (size_i <= SAFE)),
+                    extremes(key_rows.projections + at_key * PROJECTIONS, j,
+                             key_counts & (size_j <= SAFE)),
+                )  # fmt: skip
+
+            padded = tl.multiple_of(padded, 4)
+            a_rows = query_rows.exponential + at_query * padded
+            a_rows += ri[:, :, None] * padded + f[None, None, :]  # [RM, TM, 4]
+            b_rows = key_rows.exponential + at_key * padded
+            b_rows += rj[:, :, None] * padded + f[None, None, :]  # [RN, TN, 4]
+            total = tl.zeros([RM, RN, TM, TN], tl.float32)
+            if opposed:
+                total = _joined(
+                    a_rows, b_rows, weight, total, 0, padded, RM, TM, RN, TN, True, True, TARGET
+                )
+            elif DIFFERENCE:
+                total = _joined(
+                    a_rows, b_rows, weight, total, 0, padded, RM, TM, RN, TN, True, False, TARGET
+                )
+            else:
+                centre = prepared.centre + at_weight * (padded // FEATURES_PER_SUM)
+                for block in range(0, padded // FEATURES_PER_SUM):
+                    part = tl.zeros([RM, RN, TM, TN], tl.float32)
+                    h0 = block * FEATURES_PER_SUM
+                    part = _joined(
+                        a_rows, b_rows, weight, part, h0, h0 + FEATURES_PER_SUM,
+                        RM, TM, RN, TN, False, False, TARGET,
+                    )  # fmt: skip
+                    total += 2.0 * (tl.load(centre + block) - part)
+            energy = _square(total, RM, TM, RN, TN)  # [BM, BN]
+            rounding = tl.load(query_rows.correction + at_query + i)[:, None]
+            rounding += tl.load(key_rows.correction + at_key + j)[None, :]
+            limit = tl.where(opposed, float("inf"), 1.0)
+            corrected = (size_i <= limit)[:, None] & (size_j <= limit)[None, :]
+            energy += tl.where(corrected, rounding, 0.0)
+
+        if any_direct:
+            exact = tl.zeros([RM, RN, TM, TN], ACC)
+            q_place = query + o * query_outer + m * query_inner + ri * query_row
+            k_place = key + o * key_outer + m * key_inner + rj * key_row
+            for h in range(0, hidden):
+                q = tl.load(q_place).to(ACC)
+                k = tl.load(k_place).to(ACC)
+                exact += tl.load(weight + h) * tanh(_rows_of(q) + _keys_of(k), TARGET)
+                q_place += query_h
+                k_place += key_h
+            exact = _square(exact, RM, TM, RN, TN)
+            if query_rows is None:
+                energy = exact
+            else:
+                direct_j = (size_j > SAFE)[None, :] & attended
+                direct_i = (size_i > SAFE) | (tl.max(direct_j.to(tl.int32), 1) != 0)
+                energy = tl.where(direct_i[:, None], exact, energy)
+
+        score_scale = prepared.score_scale + 2 * at_weight
+        score = energy * tl.load(score_scale) * tl.load(score_scale + 1)
+        if mask is not None:
+            if mask.dtype.element_ty != tl.uint8:
+                score += bias
+        tl.store(scores + place, stored(score, attended), mask=inside)
     else:
         tl.store(scores + place, float("-inf"), mask=inside)
+
+
+def tile_scores(
+    p: Problem, entry: int, entries: int, row: int, rows: int, key: int, keys: int
+) -> Tensor:
+    """(entries, rows, keys and padding): scale * score + mask, -inf where the pair is masked."""
+    tile = tiles.score_tile(rows, p.wide)
+    padded = -(-keys // tile.keys) * tile.keys
+    scores = torch.empty(entries, rows, padded, dtype=p.accumulator, device=p.device)
+    programs = entries * -(-rows // tile.rows) * (padded // tile.keys)
+    launch(
+        score_kernel, programs, scores,
+        *p.inputs(), *p.prepared_arguments(), *p.mask_arguments(), *p.length_arguments(),
+        scores, p.batch.inner, entry, p.rows, row, rows, p.keys, key, padded,
+        p.hidden, p.padded, p.left, p.right,
+        **tile.sizes(), **p.form(), num_warps=tile.warps,
+    )  # fmt: skip
+    return scores

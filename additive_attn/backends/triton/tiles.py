@@ -50,14 +50,6 @@ def score_tile(rows: int, wide: bool = False) -> Tile:
     return Tile(4, 2, 2, 64) if rows > 4 else Tile(2, 2, 2, 64)
 
 
-def splits(programs: int, length: int, block: int, processors: int) -> tuple[int, int]:
-    """Into how many ranges of whole blocks a reduced index is split, and how long they are, so
-    that every multiprocessor has work."""
-    wanted = max(1, min(4 * processors // max(programs, 1), length // (4 * block)))
-    per_split = max(1, -(-length // (wanted * block))) * block
-    return max(1, -(-length // per_split)), per_split
-
-
 def value_tile(rows: int, wide: bool) -> dict[str, int]:
     """For the weighted sum: BM rows, BN keys at a time, BD features of the value."""
     if wide:

@@ -1,0 +1,66 @@
+"""How a call is cut: pieces that fit the workspace, their keys, ranges of a reduced index."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from additive_attn.backends.triton import tiles
+
+
+class Piece(NamedTuple):
+    """Some rows of some entries."""
+
+    entry: int
+    entries: int
+    row: int
+    rows: int
+
+
+def workspace_pieces(
+    entries: int, rows: int, keys: int, left: int, right: int, wide: bool, row_block: int = 1
+) -> list[Piece]:
+    """Pieces whose scores, padded to whole blocks, fit the workspace. A single row always does."""
+    budget = tiles.WORKSPACE_ELEMENTS
+    key_block = tiles.score_tile(rows, wide).keys
+
+    def size(some_rows: int) -> int:
+        some_keys = max(1, min(keys, some_rows + left + right))
+        return -(-some_rows // row_block) * row_block * (-(-some_keys // key_block) * key_block)
+
+    some_rows = rows
+    while some_rows > 1 and size(some_rows) > budget:
+        some_rows = -(-some_rows // 2)
+    if some_rows < rows and some_rows > 64:
+        some_rows = some_rows // 64 * 64
+    some_entries = 1
+    if some_rows == rows:
+        some_entries = max(1, min(entries, budget // size(rows)))
+    return [
+        Piece(n, min(some_entries, entries - n), i, min(some_rows, rows - i))
+        for n in range(0, entries, some_entries)
+        for i in range(0, rows, some_rows)
+    ]
+
+
+def key_range(row_begin: int, row_end: int, keys: int, left: int, right: int) -> tuple[int, int]:
+    """Keys that rows [row_begin, row_end) may attend to, lengths and mask aside."""
+    # A multiple of four, in which the dropout factors come, and of what is loaded at once.
+    low = min(max(0, row_begin - left), keys) // 16 * 16
+    return low, max(low, min(keys, row_end + right))
+
+
+def splits(programs: int, length: int, block: int, processors: int) -> tuple[int, int]:
+    """Into how many ranges of whole blocks a reduced index is split, and how long they are, so
+    that every multiprocessor has work."""
+    wanted = max(1, min(4 * processors // max(programs, 1), length // (4 * block)))
+    per_split = max(1, -(-length // (wanted * block))) * block
+    return max(1, -(-length // per_split)), per_split
+
+
+def decode_splits(programs: int, keys: int, processors: int) -> tuple[int, int]:
+    """``splits`` of the keys of one query per entry. A range has at most 64 blocks: more would be
+    added up one after the other, each with a rounding of the whole sum."""
+    block = tiles.DECODE_KEYS
+    _, per_split = splits(programs, keys, block, processors)
+    per_split = min(per_split, 64 * block)
+    return max(1, -(-keys // per_split)), per_split
