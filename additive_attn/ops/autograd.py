@@ -16,6 +16,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from additive_attn.ops import dispatch, vmap  # noqa: F401
+from additive_attn.ops.schemas import registrations
 from additive_attn.ops.second_order import (
     AttentionBackward,
     Gradients,
@@ -138,5 +139,5 @@ def _backward(*arguments: Any) -> Gradients:
     return gradients
 
 
-torch.library.impl("additive_attn::forward", "Autograd", _forward)
-torch.library.impl("additive_attn::backward", "Autograd", _backward)
+registrations.impl("forward", _forward, "Autograd")
+registrations.impl("backward", _backward, "Autograd")

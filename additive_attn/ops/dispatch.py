@@ -6,7 +6,6 @@ import functools
 import importlib
 import os
 import warnings
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,39 +13,76 @@ import torch
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from additive_attn.backends import blocks
-from additive_attn.ops import schemas  # noqa: F401
+from additive_attn.ops.library import find_library, how_to_build
+from additive_attn.ops.schemas import registrations
 
+_CPU_PATHS = ("avx512", "avx2", "baseline", "pytorch", "triton")
 _GPU_PATHS = ("triton", "pytorch")
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_functorch_active = torch._C._are_functorch_transforms_active
 
 
-def gpu_forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    kernels, _ = gpu_path()
-    if kernels is None:
-        return blocks.forward(*arguments)
-    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = kernels.forward(*arguments)
-    return outputs
+def _forced(variable: str, paths: tuple[str, ...]) -> str | None:
+    """The path that an environment variable asks for; empty is unset."""
+    path = os.environ.get(variable) or None
+    if path is not None and path not in paths:
+        raise ImportError(
+            f"{variable} is {path!r}, which names no path. Set it to one of {', '.join(paths)}, "
+            "or unset it to let the package choose."
+        )
+    return path
 
 
-def gpu_backward(
-    *arguments: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    kernels, _ = gpu_path()
-    if kernels is None:
-        return blocks.backward(*arguments)
-    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-    gradients = kernels.backward(*arguments)
-    return gradients
+def _choose_cpu() -> tuple[str | None, str]:
+    """The compiled library, if any, and the reason for the choice, as text."""
+    forced = _forced("ADDITIVE_ATTN_CPU", _CPU_PATHS)
+    if forced == "pytorch":
+        return None, "ADDITIVE_ATTN_CPU=pytorch asks for plain PyTorch"
+    if forced == "triton":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise ImportError(
+                "ADDITIVE_ATTN_CPU=triton runs the GPU's kernels in Triton's interpreter, to test "
+                "them: set TRITON_INTERPRET=1 too."
+            )
+        return None, "ADDITIVE_ATTN_CPU=triton asks for the GPU's kernels in Triton's interpreter"
+    path, text = find_library()
+    if path is not None:
+        why = "ADDITIVE_ATTN_CPU asks for it" if forced else "fastest kernel this CPU supports"
+        return str(path), ", ".join(filter(None, (why, text and f"library {text}")))
+    if forced is not None:
+        raise ImportError(
+            f"ADDITIVE_ATTN_CPU={forced} asks for a compiled kernel, but {text}. To build it, "
+            f"{how_to_build()}"
+        )
+    return None, text
+
+
+def _register_cpu() -> None:
+    if os.environ.get("ADDITIVE_ATTN_CPU") == "triton":
+        kernels = importlib.import_module("additive_attn.backends.triton")
+        registrations.impl("forward", kernels.forward, "CPU")
+        registrations.impl("backward", kernels.backward, "CPU")
+    elif library_path is None and not os.environ.get("ADDITIVE_ATTN_CPU"):
+        warnings.warn(
+            "additive_attn computes on the CPU with plain PyTorch, several times slower than its "
+            f"compiled kernel: {cpu_reason}. To build the kernel, {how_to_build()}; or set "
+            "ADDITIVE_ATTN_CPU=pytorch to silence this warning.",
+            stacklevel=2,
+        )
+
+
+def cpu_path() -> str:
+    """What computes on the CPU: avx512, avx2, neon, baseline, pytorch, or triton (interpreted)."""
+    if library_path is None:
+        return "triton" if os.environ.get("ADDITIVE_ATTN_CPU") == "triton" else "pytorch"
+    isa: str = torch.ops.additive_attn.cpu_isa()
+    return isa
 
 
 @functools.cache
 def gpu_path() -> tuple[ModuleType | None, str]:
-    """The module of the Triton kernels, or None, and the reason in words; decided once."""
-    forced = os.environ.get("ADDITIVE_ATTN_GPU") or None
-    if forced is not None and forced not in _GPU_PATHS:
-        raise ImportError(
-            f"ADDITIVE_ATTN_GPU is {forced!r}, which names no GPU path. Set it to one of "
-            f"{', '.join(_GPU_PATHS)}, or unset it to let the package choose."
-        )
+    """The module of the Triton kernels, or None, and the reason, as text; decided once."""
+    forced = _forced("ADDITIVE_ATTN_GPU", _GPU_PATHS)
     if forced == "pytorch":
         return None, "ADDITIVE_ATTN_GPU=pytorch asks for plain PyTorch"
     try:
@@ -57,8 +93,8 @@ def gpu_path() -> tuple[ModuleType | None, str]:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         if forced is not None:
             raise ImportError(
-                f"ADDITIVE_ATTN_GPU=triton cannot be served: {problem}. Triton >= 3.6 and a C "
-                "compiler are needed: pip install triton"
+                f"ADDITIVE_ATTN_GPU=triton asks for the Triton kernels, but {problem}. Triton >= "
+                "3.6 and a C compiler are needed: pip install triton"
             ) from error
         warnings.warn(
             "additive_attn computes on this GPU with plain PyTorch, which is many times slower: "
@@ -71,91 +107,26 @@ def gpu_path() -> tuple[ModuleType | None, str]:
 
 
 def gpu_described() -> str:
-    """For ``show_config``: what tensors on a GPU are computed with, and why."""
+    """For ``show_config``: what computes tensors on a GPU, and why."""
     if not torch.cuda.is_available():
         return "none (torch sees no GPU)"
     kernels, reason = gpu_path()
     return f"{'pytorch' if kernels is None else 'triton'} ({reason})"
 
 
-torch.library.impl("additive_attn::forward", "default", blocks.forward)
-torch.library.impl("additive_attn::backward", "default", blocks.backward)
-torch.library.impl("additive_attn::forward", "CUDA", gpu_forward)
-torch.library.impl("additive_attn::backward", "CUDA", gpu_backward)
+def on_plain_path(device: torch.device) -> bool:
+    """Whether plain PyTorch computes tensors of this device."""
+    if device.type == "cpu":
+        return _CPU_IS_PLAIN
+    return gpu_path()[0] is None if device.type == "cuda" else device.type != "meta"
 
 
-_CPU_PATHS = ("avx512", "avx2", "baseline", "pytorch", "triton")
+def _on_gpu(name: str) -> Any:
+    def run(*arguments: Any) -> Any:
+        kernels, _ = gpu_path()
+        return getattr(blocks if kernels is None else kernels, name)(*arguments)
 
-
-def _load_library() -> tuple[Path | None, str]:
-    """The compiled library, if any, and the reason for the choice in words."""
-    forced = os.environ.get("ADDITIVE_ATTN_CPU") or None
-    if forced is not None and forced not in _CPU_PATHS:
-        raise ImportError(
-            f"ADDITIVE_ATTN_CPU is {forced!r}, which names no CPU path. Set it to one of "
-            f"{', '.join(_CPU_PATHS)}, or unset it to let the package choose."
-        )
-    if forced == "pytorch":
-        return None, "ADDITIVE_ATTN_CPU=pytorch asks for plain PyTorch"
-    if forced == "triton":
-        _interpret()
-        return None, "ADDITIVE_ATTN_CPU=triton asks for the GPU's kernels in Triton's interpreter"
-    candidates = sorted(Path(__file__).parents[1].glob("_C*.so"))
-    problem = "the package was installed without its compiled library"
-    if candidates:
-        try:
-            torch.ops.load_library(candidates[-1])
-        except (OSError, RuntimeError) as error:
-            problem = f"the compiled library does not load ({error})"
-        else:
-            why = "the best path of this machine" if forced is None else "ADDITIVE_ATTN_CPU"
-            return candidates[-1], f"chosen by {why}"
-    cure = (
-        "install a C++ compiler and run, in the folder of the package's sources: pip install "
-        "--force-reinstall --no-deps --no-build-isolation ."
-    )
-    if forced is not None:
-        raise ImportError(
-            f"ADDITIVE_ATTN_CPU={forced} cannot be served: {problem}. To build it, {cure}"
-        )
-    warnings.warn(
-        "additive_attn computes on the CPU with plain PyTorch, which is several times slower: "
-        f"{problem}. To build the library, {cure}; or set ADDITIVE_ATTN_CPU=pytorch to silence "
-        "this warning.",
-        stacklevel=2,
-    )
-    return None, problem
-
-
-def _interpret() -> None:
-    """Registers the Triton kernels for the CPU too, which tests them without a GPU."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        raise ImportError(
-            "ADDITIVE_ATTN_CPU=triton runs the GPU's kernels in Triton's interpreter, to test "
-            "them: set TRITON_INTERPRET=1 too."
-        )
-    from additive_attn.backends import triton as operators
-
-    torch.library.impl("additive_attn::forward", "CPU", operators.forward)
-    torch.library.impl("additive_attn::backward", "CPU", operators.backward)
-
-
-library_path, cpu_reason = _load_library()
-
-forward = torch.ops.additive_attn.forward.default
-backward = torch.ops.additive_attn.backward.default
-
-
-def cpu_path() -> str:
-    """What computes on the CPU: avx512, avx2, neon, baseline, pytorch, or triton (interpreted)."""
-    if library_path is None:
-        return "triton" if os.environ.get("ADDITIVE_ATTN_CPU") == "triton" else "pytorch"
-    isa: str = torch.ops.additive_attn.cpu_isa()
-    return isa
-
-
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-_functorch_active = torch._C._are_functorch_transforms_active
+    return run
 
 
 def below_autograd(operator: Any, *arguments: Any) -> Any:
@@ -166,3 +137,15 @@ def below_autograd(operator: Any, *arguments: Any) -> Any:
             return operator(*arguments)
     with _below_autograd():
         return operator(*arguments)
+
+
+# What may raise comes before what is registered, so that a failed import can be repeated.
+library_path, cpu_reason = _choose_cpu()
+_CPU_IS_PLAIN = library_path is None and os.environ.get("ADDITIVE_ATTN_CPU") != "triton"
+for _name in ("forward", "backward"):
+    registrations.impl(_name, getattr(blocks, _name), "CompositeExplicitAutograd")
+    registrations.impl(_name, _on_gpu(_name), "CUDA")
+_register_cpu()
+
+forward = torch.ops.additive_attn.forward.default
+backward = torch.ops.additive_attn.backward.default

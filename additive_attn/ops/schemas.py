@@ -1,8 +1,6 @@
-"""The operators ``additive_attn::forward`` and ``additive_attn::backward``: schemas, shapes, and
-who computes them.
+"""The operators' schemas, and the shapes of their results for tracing.
 
-Every tensor argument broadcasts over leading dims. The plain PyTorch implementation serves every
-device; a compiled library replaces it on the CPU, and Triton kernels on a GPU.
+Every tensor argument broadcasts over leading dims; ``spec.call`` describes the arguments.
 """
 
 from __future__ import annotations
@@ -23,37 +21,47 @@ _CALL = (
     "Tensor? seed, float dropout_p, float scale"
 )
 
-torch.library.define(
-    "additive_attn::forward",
-    f"({_CALL}, bool need_weights) -> (Tensor out, Tensor weights, Tensor lse)",
+
+def _registrations() -> torch.library.Library:
+    """Removes what an earlier import in this process has registered, a failed one too."""
+    operators = torch.ops.additive_attn
+    earlier = vars(operators).get("registrations")
+    if earlier is not None:
+        earlier._destroy()
+    library = torch.library.Library("additive_attn", "FRAGMENT")
+    setattr(operators, "registrations", library)  # noqa: B010  mypy does not know operators
+    return library
+
+
+registrations = _registrations()
+registrations.define(
+    f"forward({_CALL}, bool need_weights) -> (Tensor out, Tensor weights, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.define(
-    "additive_attn::backward",
-    f"(Tensor? grad_out, Tensor? grad_weights, Tensor? grad_lse, {_CALL}, Tensor lse, "
+registrations.define(
+    f"backward(Tensor? grad_out, Tensor? grad_weights, Tensor? grad_lse, {_CALL}, Tensor lse, "
     "bool need_query, bool need_key, bool need_value, bool need_weight, bool "
     "need_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-torch.library.define(
-    "additive_attn::keep_mask",
-    "(Tensor seed, SymInt[] batch, SymInt rows, SymInt keys, float dropout_p) -> Tensor",
+registrations.define(
+    "keep_mask(Tensor seed, SymInt[] batch, SymInt rows, SymInt keys, float dropout_p) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-@torch.library.impl("additive_attn::keep_mask", "CompositeExplicitAutograd")
 def _keep_mask(
     seed: Tensor, batch: Sequence[int], rows: int, keys: int, dropout_p: float
 ) -> Tensor:
     return keep_mask(seed, batch, (0, rows), (0, keys), dropout_p)
 
 
+registrations.impl("keep_mask", _keep_mask, "CompositeExplicitAutograd")
+
+
 # A single meta argument dispatches the whole call here, and the result would be memory that nobody
 # has written.
-@torch.library.register_fake("additive_attn::forward")
+@torch.library.register_fake("additive_attn::forward", lib=registrations)
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, need_weights = Call.of(arguments), arguments[11]
     query, key, value, _ = call.inputs
@@ -67,7 +75,7 @@ def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.register_fake("additive_attn::backward")
+@torch.library.register_fake("additive_attn::backward", lib=registrations)
 def _backward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     upstream, call, lse, needs = backward_arguments(arguments)
     query, key, value, weight = call.inputs
@@ -75,13 +83,15 @@ def _backward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     grads = {f"grad_{name}": grad for name, grad in upstream._asdict().items()}
     require_one_device(**grads, **_tensors(call), lse=lse)
     batch = call.batch()
-    mask_shape = attn_mask.shape if needs.mask and attn_mask is not None else (0,)
+    grad_mask = query.new_empty(0)
+    if needs.mask and attn_mask is not None and attn_mask.is_floating_point():
+        grad_mask = torch.empty_like(attn_mask, memory_format=torch.contiguous_format)
     return (
         query.new_empty((*batch, *query.shape[-2:]) if needs.query else (0,)),
         query.new_empty((*batch, *key.shape[-2:]) if needs.key else (0,)),
         query.new_empty((*batch, *value.shape[-2:]) if needs.value else (0,)),
         query.new_empty((*batch, weight.shape[-1]) if needs.weight else (0,), dtype=lse.dtype),
-        query.new_empty(mask_shape),
+        grad_mask,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from additive_attn.ops import dispatch
+from additive_attn.ops.schemas import registrations
 
 # Dims of each argument of a call that are not batch dims; None for what is no tensor.
 _CALL_RANKS = (2, 2, 2, 1, 2, 1, None, None, 0, None, None)
@@ -85,6 +86,5 @@ def _fold(
     return folded
 
 
-torch.library.register_vmap("additive_attn::forward", _forward)
-torch.library.register_vmap("additive_attn::backward", _backward)
-torch.library.register_vmap("additive_attn::keep_mask", _keep_mask)
+for _name, _rule in (("forward", _forward), ("backward", _backward), ("keep_mask", _keep_mask)):
+    torch.library.register_vmap(f"additive_attn::{_name}", _rule, lib=registrations)

@@ -111,11 +111,52 @@ def test_asking_for_the_fallback_is_silent():
 def test_asking_for_a_library_that_is_missing(copied):
     result = python(TRY, copied, cpu="baseline")
     assert result.returncode != 0
-    assert "ImportError: ADDITIVE_ATTN_CPU=baseline cannot be served" in result.stderr
+    assert (
+        "ImportError: ADDITIVE_ATTN_CPU=baseline asks for a compiled kernel, but" in result.stderr
+    )
 
 
-@pytest.mark.parametrize("value", ["AVX2", ""])
-def test_values_that_name_nothing(value):
+def test_an_empty_variable_is_unset():
+    result = succeeded(python(TRY + "print(dispatch.cpu_path())", cpu=""))
+    assert result.stdout == succeeded(python(TRY + "print(dispatch.cpu_path())")).stdout
+
+
+REPAIR = """
+import os, sys, warnings
+{breaks}
+try:
+    import additive_attn
+except Exception as error:
+    print("failed:", error)
+{repairs}
+import additive_attn, torch
+from torch.func import grad
+x, w = torch.randn(3, 4, requires_grad=True), torch.ones(4)
+loss = lambda q: additive_attn.additive_attention(q, x, x, w).square().sum()
+loss(x).backward()
+torch.testing.assert_close(grad(lambda q: loss(q))(x), grad(loss)(x))
+"""
+UNSET = "del os.environ['ADDITIVE_ATTN_CPU']"
+FORGET = "for m in [m for m in sys.modules if 'additive_attn' in m]: del sys.modules[m]"
+BREAKS = {
+    "wrong variable": ("os.environ['ADDITIVE_ATTN_CPU'] = 'avx'", UNSET),
+    "no interpreter": ("os.environ['ADDITIVE_ATTN_CPU'] = 'triton'", UNSET),
+    "forgotten modules": ("", FORGET),
+    "warning as error": ("warnings.simplefilter('error')", "warnings.simplefilter('ignore')"),
+}
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_a_failed_import_can_be_repeated(case, copied):
+    """Nothing that a failed, or an earlier, import has registered stands in the way."""
+    breaks, repairs = BREAKS[case]
+    code = REPAIR.format(breaks=breaks, repairs=repairs)
+    result = succeeded(python(code, copied if case == "warning as error" else PACKAGE_PARENT))
+    assert ("failed:" in result.stdout) == (case != "forgotten modules"), result.stdout
+
+
+def test_a_value_that_names_nothing():
+    value = "AVX2"
     result = python(TRY, cpu=value)
     assert result.returncode != 0
     assert f"ImportError: ADDITIVE_ATTN_CPU is {value!r}" in result.stderr
