@@ -30,7 +30,7 @@ def _select(instruction_set: str) -> str:
 def _runs(instruction_set: str) -> bool:
     try:
         _select(instruction_set)
-    except (AttributeError, RuntimeError):
+    except RuntimeError:
         return False
     return True
 

@@ -1,0 +1,49 @@
+"""The paths on which the suite runs are those that this machine has, and they are what runs."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import paths
+import pytest
+import torch
+from oracle import fused, make
+
+from additive_attn.ops import dispatch
+
+
+@pytest.mark.skipif(
+    paths.DEVICE != "cpu" or len(paths.available()) == 1, reason="one path is asked for"
+)
+def test_no_path_is_missing():
+    capability = torch.backends.cpu.get_cpu_capability()
+    wanted = {"AVX512": {"avx512", "avx2"}, "AVX2": {"avx2"}}.get(capability, set())
+    assert {*wanted, "pytorch"} <= set(paths.available())
+    assert importlib.util.find_spec("triton") is None or "triton" in paths.available()
+
+
+@pytest.mark.parametrize("name", paths.available())
+def test_each_path_computes_alone(name, monkeypatch):
+    """As told by what each of them calls, and by the instruction set that the library names."""
+    from additive_attn.backends import blocks
+
+    called = []
+    formula = blocks.plain_additive_attention
+    monkeypatch.setattr(
+        blocks, "plain_additive_attention", lambda *a, **k: called.append(1) or formula(*a, **k)
+    )
+    with paths.running(name):
+        fused(make())
+        assert paths.current() == name
+        if name in paths.INSTRUCTION_SETS:
+            assert torch.ops.additive_attn.cpu_isa() in (name, "neon")
+    assert bool(called) == (name == "pytorch")
+    assert paths.current() == paths.native() and dispatch.cpu_path() in (paths.native(), "neon")
+
+
+def test_a_path_that_computes_nothing_is_found_out():
+    if "pytorch" not in paths.available()[1:]:
+        pytest.skip("there is no other path")
+    with pytest.raises(AssertionError, match="nothing was computed by pytorch"):
+        with paths.running("pytorch"):
+            pass

@@ -1,0 +1,120 @@
+"""Arrows run one way, public -> ops -> backends -> spec; backends do not import each other."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from oracle import PACKAGE_PARENT
+
+import additive_attn
+
+PACKAGE = Path(additive_attn.__file__).parent
+MODULES = {
+    ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    ): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
+FLOORS = ("spec", "backends", "ops")  # whatever is above them is public
+# Who may import what beside Python's own library and torch.
+OPTIONAL = {"triton": "additive_attn.backends.triton", "matplotlib": "additive_attn.plot",
+            "numpy": "additive_attn.plot", "onnxscript": "additive_attn.onnx",
+            "onnx": "additive_attn.onnx"}  # fmt: skip
+
+
+def imports(module: str, at_import: bool = False) -> set[str]:
+    """What ``module`` imports, anywhere in it or only while it is imported itself."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(MODULES[module].read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{module} imports by a relative name"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = names & MODULES.keys()
+            found |= submodules or {node.module}
+        late = isinstance(node, ast.FunctionDef) or "TYPE_CHECKING" in ast.dump(node)[:80]
+        if not (at_import and late):
+            nodes.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def floor(module: str) -> int:
+    room = module.split(".")[1] if "." in module else ""
+    return FLOORS.index(room) if room in FLOORS else len(FLOORS)
+
+
+def backend(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[2] if parts[1:2] == ["backends"] and len(parts) > 2 else None
+
+
+def wrong(module: str, name: str) -> str | None:
+    """Why ``module`` must not import ``name``."""
+    top = name.split(".")[0]
+    if top == "additive_attn":
+        if floor(name) > floor(module):
+            return "which is above it"
+        if backend(module) and backend(name) not in (None, backend(module)):
+            return "which is another backend"
+    elif top not in sys.stdlib_module_names | {"torch"}:
+        room = OPTIONAL.get(top)
+        if room is None or not module.startswith(room):
+            return f"which {room or 'nothing'} alone may import"
+    return None
+
+
+def test_arrows():
+    found = [
+        f"{module} imports {name}, {why}"
+        for module in MODULES
+        for name in sorted(imports(module))
+        if (why := wrong(module, name))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_no_circles():
+    """Not even such as Python survives."""
+    graph = {module: imports(module, at_import=True) & MODULES.keys() for module in MODULES}
+    TopologicalSorter(graph).prepare()
+
+
+ALONE = """
+import importlib, sys, types
+package = types.ModuleType("additive_attn")
+package.__path__ = [{path!r}]
+sys.modules["additive_attn"] = package  # not its __init__, which imports everything
+for module in {modules!r}:
+    importlib.import_module(module)
+print(*(name for name in sys.modules if name.startswith("additive_attn.")))
+"""
+
+
+@pytest.mark.parametrize("room", ["spec", "backends.blocks", "backends.triton", "ops"])
+def test_a_floor_stands_without_those_above(room):
+    """In a fresh process, where nothing has been imported before."""
+    if room == "backends.triton":
+        pytest.importorskip("triton", minversion="3.6")
+    own = f"additive_attn.{room}"
+    modules = [module for module in MODULES if module == own or module.startswith(own + ".")]
+    assert modules
+    code = ALONE.format(path=str(PACKAGE), modules=modules)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE_PARENT
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split()
+    assert set(modules) <= set(loaded)
+    above = [name for name in loaded if floor(name) > floor(own)]
+    beside = [
+        name for name in loaded if backend(own) and backend(name) not in (None, backend(own))
+    ]
+    assert not above and not beside
