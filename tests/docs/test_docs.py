@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tools import doc_tables
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -79,3 +81,12 @@ def test_cited_equations_exist():
             for cited in re.findall(r"math\.md, eqs?\. ([\d, and]+\d|\d+)", text):
                 numbers = set(re.findall(r"\d+", cited))
                 assert numbers <= defined, f"{path} cites equation {cited}, which is not there"
+
+
+@pytest.mark.parametrize("page", doc_tables.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_csv_files(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["doc_tables"])
+    text = page.read_text("utf-8")
+    assert "<!-- table:" in text
+    assert doc_tables.renewed(page) == text, "renew them with: python -m tools.doc_tables"

@@ -1,0 +1,46 @@
+"""Renews the tables of the documentation that are made from csv rows.
+
+python -m tools.doc_tables
+
+A table stands between two comments, of which the first names the command that prints it:
+<!-- table: python -m benchmarks.table FILE.csv --> and <!-- end of table -->.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from pathlib import Path
+
+from benchmarks import table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "speed.md"]
+TABLE = re.compile(
+    r"(<!-- table: python -m benchmarks\.table (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL
+)
+
+
+def renewed(page: Path) -> str:
+    """The text of a page with its tables made again."""
+
+    def made_again(match: re.Match[str]) -> str:
+        sys.argv[1:] = match[2].split()
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            table.main()
+        *runs, rows = printed.getvalue().strip().split("\n\n")
+        lines = []
+        for run in runs:
+            path, machine = run.strip().split("\n")
+            lines.append(f"- [{path}]({os.path.relpath(ROOT / path, page.parent)}): {machine}")
+        return f"{match[1]}\n{rows}\n\n" + "\n".join(lines) + f"\n\n{match[3]}"
+
+    return TABLE.sub(made_again, page.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(renewed(page), encoding="utf-8")
