@@ -1,189 +1,301 @@
-"""The operators in plain PyTorch, a block of query rows at a time, so that memory stays bounded.
+"""The operators in plain PyTorch, on any device, a block of rows at a time, so that memory stays
+bounded.
 
-Runs on any device. Each block is the plain formula of ``reference.py`` forward, and its derivative
-written out backward; keys that no row of the block may attend to are skipped.
+Forward is the formula of each block, backward its derivative (math.md, eq. 9 to 12), for which a
+block computes its energies again. Keys that no row of a block may attend to are skipped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from additive_attn.spec.call import Call, backward_arguments, lse_dtype
+from additive_attn.backends.whole import (
+    formula,
+    is_finite,
+    product,
+    shielded,
+    weight_gradient,
+)
+from additive_attn.spec.call import (
+    Call,
+    Inputs,
+    Masking,
+    Options,
+    Upstream,
+    backward_arguments,
+    lse_dtype,
+)
 from additive_attn.spec.dropout import keep_mask
-from additive_attn.spec.formula import plain_additive_attention
+from additive_attn.spec.formula import (
+    add_bias,
+    attended_pairs,
+    energies,
+    keep_factors,
+    scores,
+    softmax,
+    weighted_sum,
+    widened,
+)
 from additive_attn.spec.masks import interval_bounds, interval_mask, mask_block
 
-# Elements of the largest temporary of a block; one row is the least that a block can hold.
-_BLOCK_ELEMENTS = 2**20
+# Elements of a block's energies; one row of one entry is the least that a block can hold.
+_BLOCK_ELEMENTS = 2**19
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, need_weights = Call.of(arguments), arguments[11]
-    query, key, value, weight = call.inputs
-    attn_mask, lengths, left, right = call.masking
-    seed, dropout_p, scale = call.options
-    batch = call.batch()
-    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    query, key, value, _ = call.inputs
+    batch, num_queries, num_keys = call.batch(), query.shape[-2], key.shape[-2]
     out = query.new_zeros(*batch, num_queries, value.shape[-1])
     weights = query.new_zeros((*batch, num_queries, num_keys) if need_weights else (0,))
     lse = query.new_full((*batch, num_queries), -torch.inf, dtype=lse_dtype(query.dtype))
-    if out.numel() == 0 and lse.numel() == 0:
-        return out, weights, lse
-
-    for rows, keys in _blocks(query, key, value, batch, lengths, left, right):
-        block = slice(*rows)
-        out_block, weights_block, lse[..., block] = plain_additive_attention(
-            query[..., block, :],
-            key[..., slice(*keys), :],
-            value[..., slice(*keys), :],
-            weight,
-            None if attn_mask is None else mask_block(attn_mask, rows, keys),
-            allowed=interval_mask(lengths, left, right, rows, keys, query.device),
-            keep=None if seed is None else keep_mask(seed, batch, rows, keys, dropout_p),
-            dropout_p=dropout_p,
-            scale=scale,
+    for block in _blocks(call, batch):
+        out_block, weights_block, lse_block = formula(
+            block.inputs(call.inputs),
+            *block.masks(call.masking, query.device),
+            block.factors(call.options, batch, lse.dtype),
+            call.options.scale,
+            need_lse=True,
         )
-        out[..., block, :] = out_block
+        block.of_rows(out).copy_(out_block)
+        block.of_rows(lse[..., None]).squeeze(-1).copy_(lse_block)
         if need_weights:
-            weights[..., block, slice(*keys)] = weights_block
+            block.of_pairs(weights).copy_(weights_block)
     return out, weights, lse
 
 
+class _Gradients(NamedTuple):
+    """Over the whole batch, in the dtype that is computed in; None where not needed."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    weight: Tensor | None
+    mask: Tensor | None
+
+
 def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The derivative, with P recomputed from the saved log-sum-exp.
+    upstream, call, lse, needs = backward_arguments(arguments)
+    (query, key, value, weight), attn_mask = call.inputs, call.masking.attn_mask
+    batch, dtype = lse.shape[:-1], lse.dtype
 
-    ``dP = D o (dO V^T) + dWeights``; ``dMask = P o (dP - sum_j P dP + dlse)``;
-    ``dS = scale * dMask``; ``dx_ijh = dS_ij w_h (1 - tanh^2)``, summed over keys for the query and
-    over rows for the key; ``dw_h = sum_ij dS_ij tanh_ijh``; ``dV = (P o D)^T dO``. D is 0 or
-    1/(1 - p).
-    """
-    (grad_out, grad_weights, grad_lse), call, lse, needs = backward_arguments(arguments)
-    query, key, value, weight = call.inputs
-    attn_mask, lengths, left, right = call.masking
-    seed, dropout_p, scale = call.options
-    need_query, need_key, need_value, need_weight, need_mask = needs
-    batch = call.batch()
-    dtype = lse.dtype
-    # An infinite score makes its row NaN, as in softmax.
-    lse = torch.where(lse == torch.inf, torch.nan, lse)
+    def zeros(need: bool, *shape: int) -> Tensor | None:
+        return query.new_zeros(shape, dtype=dtype) if need else None
 
-    def zeros(needed: bool, *shape: int) -> Tensor:
-        return query.new_zeros(shape if needed else (0,), dtype=dtype)
-
-    grad_query = zeros(need_query, *batch, *query.shape[-2:])
-    grad_key = zeros(need_key, *batch, *key.shape[-2:])
-    grad_value = zeros(need_value, *batch, *value.shape[-2:])
-    grad_weight = zeros(need_weight, *batch, weight.shape[-1])
-    has_mask_grad = need_mask and attn_mask is not None
-    grad_mask = zeros(has_mask_grad, *(attn_mask.shape if attn_mask is not None else ()))
-    need_score = need_query or need_key or need_weight or has_mask_grad
-
-    wide_weight = weight.to(dtype)
-    for rows, keys in _blocks(query, key, value, batch, lengths, left, right):
-        block, span = slice(*rows), slice(*keys)
-        allowed = interval_mask(lengths, left, right, rows, keys, query.device)
-        mask = None if attn_mask is None else mask_block(attn_mask, rows, keys)
-        if mask is not None:
-            attended = torch.atleast_2d(mask if mask.dtype == torch.bool else mask != -torch.inf)
-            allowed = attended if allowed is None else allowed & attended
-
-        pair = query[..., block, None, :].to(dtype) + key[..., None, span, :].to(dtype)
-        if allowed is not None:
-            pair = torch.where(allowed[..., None], pair, 0.0)
-        tanh = pair.tanh_()
-        score = scale * (tanh @ wide_weight[..., None, :, None]).squeeze(-1)
-        if mask is not None and mask.dtype != torch.bool:
-            score = score + mask
-        probability = torch.exp(score - lse[..., block, None])
-        if allowed is not None:
-            probability = torch.where(allowed, probability, 0.0)
-        # They sum to 1: dividing takes out the rounding of lse, which all keys of a row share.
-        total = probability.sum(-1, keepdim=True)
-        probability = torch.where(total > 0, probability / total, probability)
-
-        factor: Tensor | float = 1.0
-        if seed is not None:
-            rescale = 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
-            factor = keep_mask(seed, batch, rows, keys, dropout_p).to(dtype) * rescale
-        upstream = None if grad_out is None else grad_out[..., block, :].to(dtype)
-        if upstream is not None and need_value:
-            grad_value[..., span, :] += _shielded_matmul(
-                (probability * factor).mT, upstream, None if allowed is None else allowed.mT
-            )
-        if not need_score:
-            continue
-
-        grad_probability = torch.zeros_like(probability)
-        if upstream is not None:
-            grad_probability = (upstream @ value[..., span, :].to(dtype).mT) * factor
-        if grad_weights is not None:
-            grad_probability = grad_probability + grad_weights[..., block, span]
-        if allowed is not None:
-            grad_probability = torch.where(allowed, grad_probability, 0.0)
-        delta = (probability * grad_probability).sum(-1, keepdim=True)
-        if grad_lse is not None:
-            delta = delta - grad_lse[..., block, None]
-        grad_score = probability * (grad_probability - delta)
-        if allowed is not None:
-            grad_score = torch.where(allowed, grad_score, 0.0)
-
-        if has_mask_grad:
-            target = mask_block(grad_mask, rows, keys)
-            target += grad_score.sum_to_size(target.shape)
-        grad_score = scale * grad_score
-        if need_weight:
-            grad_weight += (grad_score[..., None, :] @ tanh).squeeze(-2).sum(-2)
-        if need_query or need_key:
-            # In place: tanh is the largest temporary, and this is its last use.
-            grad_pair = tanh.square_().neg_().add_(1.0).mul_(wide_weight[..., None, None, :])
-            grad_pair = grad_pair * grad_score[..., None]
-            if allowed is not None:
-                grad_pair = torch.where(allowed[..., None], grad_pair, 0.0)
-            if need_query:
-                grad_query[..., block, :] += grad_pair.sum(-2)
-            if need_key:
-                grad_key[..., span, :] += grad_pair.sum(-3)
-
-    return (
-        grad_query.to(query.dtype),
-        grad_key.to(query.dtype),
-        grad_value.to(query.dtype),
-        grad_weight,
-        grad_mask.to(query.dtype),
+    gradients = _Gradients(
+        query=zeros(needs.query, *batch, *query.shape[-2:]),
+        key=zeros(needs.key, *batch, *key.shape[-2:]),
+        value=zeros(needs.value, *batch, *value.shape[-2:]),
+        weight=zeros(needs.weight, *batch, weight.shape[-1]),
+        mask=None if attn_mask is None else zeros(needs.mask, *attn_mask.shape),
     )
+    for block in _blocks(call, batch):
+        _backward_block(block, call, batch, upstream, gradients)
+    dtypes = [query.dtype] * 3 + [dtype, query.dtype if attn_mask is None else attn_mask.dtype]
+    grad_query, grad_key, grad_value, grad_weight, grad_mask = (
+        query.new_empty(0, dtype=target) if gradient is None else gradient.to(target)
+        for gradient, target in zip(gradients, dtypes, strict=True)
+    )
+    return grad_query, grad_key, grad_value, grad_weight, grad_mask
 
 
-def _blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    batch: torch.Size,
-    lengths: Tensor | None,
-    left: int,
-    right: int,
-) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+def _backward_block(
+    block: _Block, call: Call, batch: torch.Size, upstream: Upstream, gradients: _Gradients
+) -> None:
+    """Adds what the pairs of a block contribute to the gradients."""
+    query, key, value, weight = (widened(tensor) for tensor in block.inputs(call.inputs))
+    attn_mask, attended = block.masks(call.masking, query.device)
+    factors = block.factors(call.options, batch, query.dtype)
+    query, scale = query.expand(*block.of_batch(batch), *query.shape[-2:]), call.options.scale
+
+    energy = energies(query, key)
+    score = scores(energy, weight)
+    shield = None if attended is None or is_finite(score.sum()) else attended
+    if shield is not None:
+        energy = energies(query, key, shield)
+        score = scores(energy, weight)
+    weights = softmax(add_bias(score * scale, attn_mask), attended)
+
+    grad_out = None if upstream.out is None else widened(block.of_rows(upstream.out))
+    if gradients.value is not None and grad_out is not None:
+        kept = weights if factors is None else weights * factors
+        _add_value_gradient(block.of_keys(gradients.value), kept, grad_out, attended)
+    if all(gradient is None for gradient in gradients[:2] + gradients[3:]):
+        return
+    grad_score = _score_gradient(
+        weights, None if grad_out is None else (grad_out, value), factors, attended,
+        None if upstream.weights is None else block.of_pairs(upstream.weights),
+        None if upstream.lse is None else block.of_rows(upstream.lse.unsqueeze(-1)),
+    )  # fmt: skip
+    if gradients.mask is not None:
+        target = block.of_mask(gradients.mask)
+        target += grad_score.sum_to_size(target.shape)
+    grad_score = grad_score * scale
+    if gradients.weight is not None:
+        block.of_entries(gradients.weight, 1).add_(weight_gradient(grad_score, energy))
+    if gradients.query is not None or gradients.key is not None:
+        _add_feature_gradients(block, gradients, energy, grad_score, weight, shield)
+
+
+def _score_gradient(
+    weights: Tensor,
+    out_and_value: tuple[Tensor, Tensor] | None,
+    factors: Tensor | None,
+    attended: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_lse: Tensor | None,
+) -> Tensor:
+    """G of equation 9; ``out_and_value`` is the upstream gradient of out, and the values."""
+    total = torch.zeros_like(weights)
+    if out_and_value is not None:
+        total = product(out_and_value[0], out_and_value[1].mT)
+        if factors is not None:
+            total = total * factors
+    if grad_weights is not None:
+        total = total + grad_weights
+    if attended is not None:
+        total = torch.where(attended, total, 0.0)
+    delta = (weights * total).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    grad_score = weights * (total - delta)
+    return grad_score if attended is None else torch.where(attended, grad_score, 0.0)
+
+
+def _add_value_gradient(
+    target: Tensor, kept: Tensor, grad_out: Tensor, attended: Tensor | None
+) -> None:
+    """Equation 12."""
+    if attended is not None and not is_finite(grad_out.sum()):
+        target += weighted_sum(kept.mT, grad_out, attended.mT)
+    elif kept.shape[-2] == 1:
+        target.addcmul_(kept.mT, grad_out)
+    else:
+        target += kept.mT @ grad_out
+
+
+def _add_feature_gradients(
+    block: _Block,
+    gradients: _Gradients,
+    energy: Tensor,
+    grad_score: Tensor,
+    weight: Tensor,
+    shield: Tensor | None,
+) -> None:
+    """Equation 10; overwrites the energies, the largest temporary."""
+    slope = torch.addcmul(energy.new_ones(()), energy, energy, value=-1, out=energy)
+    slope.mul_(weight[..., None, None, :]).mul_(grad_score.unsqueeze(-1))
+    if shield is not None:
+        slope = shielded(slope, shield)
+    if gradients.query is not None:
+        torch.sum(slope, -2, out=block.of_rows(gradients.query))
+    if gradients.key is not None:
+        target = block.of_keys(gradients.key)
+        target += slope.squeeze(-3) if slope.shape[-3] == 1 else slope.sum(-3)
+
+
+class _Block(NamedTuple):
+    """Rows and keys of some entries, computed at one time."""
+
+    dim: int  # batch dim that is divided, counted from the last, which is 1
+    entries: tuple[int, int]  # range of this dim
+    rows: tuple[int, int]
+    keys: tuple[int, int]
+
+    def of_entries(self, tensor: Tensor, rank: int) -> Tensor:
+        """The part of the entries; ``rank`` is the number of dims that are not of the batch."""
+        dim = tensor.dim() - rank - self.dim
+        if dim < 0 or tensor.shape[dim] == 1:
+            return tensor
+        first, last = self.entries
+        return tensor.narrow(dim, first, last - first)
+
+    def of_rows(self, tensor: Tensor) -> Tensor:
+        return self.of_entries(tensor, 2)[..., slice(*self.rows), :]
+
+    def of_keys(self, tensor: Tensor) -> Tensor:
+        return self.of_entries(tensor, 2)[..., slice(*self.keys), :]
+
+    def of_pairs(self, tensor: Tensor) -> Tensor:
+        return self.of_entries(tensor, 2)[..., slice(*self.rows), slice(*self.keys)]
+
+    def of_mask(self, attn_mask: Tensor) -> Tensor:
+        return mask_block(self.of_entries(attn_mask, 2), self.rows, self.keys)
+
+    def of_batch(self, batch: torch.Size) -> torch.Size:
+        sizes = list(batch)
+        if self.dim <= len(sizes):
+            sizes[-self.dim] = self.entries[1] - self.entries[0]
+        return torch.Size(sizes)
+
+    def inputs(self, inputs: Inputs) -> Inputs:
+        query, key, value, weight = inputs
+        return Inputs(
+            self.of_rows(query), self.of_keys(key), self.of_keys(value), self.of_entries(weight, 1)
+        )
+
+    def masks(self, masking: Masking, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """The part of the dense mask, and the attended pairs; None where all are."""
+        attn_mask, lengths, left, right = masking
+        if lengths is not None:
+            lengths = self.of_entries(lengths, 1)
+        if attn_mask is not None:
+            attn_mask = self.of_mask(attn_mask)
+        intervals = interval_mask(lengths, left, right, self.rows, self.keys, device)
+        return attn_mask, attended_pairs(attn_mask, intervals)
+
+    def factors(self, options: Options, batch: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """The dropout factors D of equation 15."""
+        seed, dropout_p, _ = options
+        if seed is None:
+            return None
+        numbers = torch.arange(batch.numel(), device=seed.device).reshape(batch)
+        keep = keep_mask(
+            self.of_entries(seed, 0), (), self.rows, self.keys, dropout_p,
+            entries=self.of_entries(numbers, 0),
+        )  # fmt: skip
+        return keep_factors(keep, dropout_p, dtype)
+
+
+def _blocks(call: Call, batch: torch.Size) -> Iterator[_Block]:
+    """Blocks of all rows of some entries, or of some rows of one entry."""
+    query, key, value, _ = call.inputs
+    attn_mask, lengths, left, right = call.masking
     num_queries, num_keys = query.shape[-2], key.shape[-2]
-    longest = num_keys if lengths is None or lengths.numel() == 0 else int(lengths.max())
-    longest = max(0, min(longest, num_keys))
-    span = longest if left < 0 or right < 0 else min(longest, left + right + 1)
-    per_row = batch.numel() * max(span, 1) * max(query.shape[-1], value.shape[-1], 1)
-    step = max(1, _BLOCK_ELEMENTS // max(per_row, 1))
-    for first in range(0, num_queries, step):
-        rows = first, min(first + step, num_queries)
-        keys = interval_bounds(left, right, rows, num_keys, longest)
-        if keys[0] < keys[1]:
-            yield rows, keys
+    if batch.numel() == 0 or num_queries == 0 or num_keys == 0:
+        return
+    # The first dim of more than one entry is divided.
+    dim = next((len(batch) - i for i, size in enumerate(batch) if size > 1), len(batch) + 1)
+    count = batch[-dim] if dim <= len(batch) else 1
+    longest = _longest(lengths, dim, count, num_keys)
+    span = num_keys if left < 0 or right < 0 else min(num_keys, left + right + 1)
+    masked = attn_mask is not None or lengths is not None or left >= 0 or right >= 0
+    # Masked values that are not finite take a tensor (..., Lq, Lk, Dv).
+    features = max(query.shape[-1], value.shape[-1] if masked else 1, 1)
+    row_elements = batch.numel() // count * span * features
+    rows_at_once = min(max(1, _BLOCK_ELEMENTS // row_elements), num_queries)
+    entries_at_once = max(1, _BLOCK_ELEMENTS // (row_elements * num_queries))
+    for entry in range(0, count, entries_at_once):
+        entries = entry, min(entry + entries_at_once, count)
+        last_key = max(longest[slice(*entries)])
+        for row in range(0, num_queries, rows_at_once):
+            rows = row, min(row + rows_at_once, num_queries)
+            keys = interval_bounds(left, right, rows, num_keys, last_key)
+            if keys[0] < keys[1]:
+                yield _Block(dim, entries, rows, keys)
 
 
-def _shielded_matmul(weights: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
-    """``weights @ values`` in which an excluded pair contributes 0 even where the value is NaN or
-    Inf."""
-    if allowed is None or bool(values.isfinite().all()):
-        return weights @ values
-    return (
-        weights[..., None] * torch.where(allowed[..., None], values[..., None, :, :], 0.0)
-    ).sum(-2)
+def _longest(lengths: Tensor | None, dim: int, count: int, num_keys: int) -> list[int]:
+    """The number of keys beyond which no row attends, for each index of the divided dim."""
+    if lengths is None or lengths.numel() == 0:
+        return [num_keys] * count
+    lengths = lengths.clamp(0, num_keys)
+    divided = lengths.dim() - 1 - dim
+    if divided < 0 or lengths.shape[divided] == 1:
+        return [int(lengths.max())] * count
+    longest: list[int] = lengths.movedim(divided, 0).flatten(1).amax(1).tolist()
+    return longest

@@ -80,7 +80,7 @@ def plain_form(call: Call, batch: Sequence[int]) -> tuple[Formula, tuple[Tensor,
     attn_mask, lengths, left, right = call.masking
     seed, dropout_p, scale = call.options
     rows, keys = (0, query.shape[-2]), (0, key.shape[-2])
-    allowed = interval_mask(lengths, left, right, rows, keys, query.device)
+    attended = interval_mask(lengths, left, right, rows, keys, query.device)
     keep = None
     if seed is not None:
         keep = torch.ops.additive_attn.keep_mask(seed, batch, rows[1], keys[1], dropout_p)
@@ -91,7 +91,7 @@ def plain_form(call: Call, batch: Sequence[int]) -> tuple[Formula, tuple[Tensor,
         mask = float_mask[0] if float_mask else attn_mask
         return plain_additive_attention(
             query, key, value, weight, mask,
-            allowed=allowed, keep=keep, dropout_p=dropout_p, scale=scale,
+            attended=attended, keep=keep, dropout_p=dropout_p, scale=scale,
         )  # fmt: skip
 
     primals = (

@@ -37,16 +37,19 @@ def keep_mask(
     rows: tuple[int, int],
     keys: tuple[int, int],
     dropout_p: float,
+    entries: Tensor | None = None,
 ) -> Tensor:
-    """Which weights of a block survive: bool ``(*batch_shape, rows, keys)``. ``seed`` broadcasts
-    to ``batch_shape``."""
+    """Which weights of a block are kept: bool ``(*batch_shape, rows, keys)``. ``seed`` broadcasts
+    to ``batch_shape``, whose entries are numbered row-major unless ``entries`` numbers them."""
     device = seed.device
+    if entries is None:
+        entries = torch.arange(math.prod(batch_shape), device=device).reshape(tuple(batch_shape))
     first = keys[0] // 4
     words = philox(
         seed[..., None, None],
         torch.arange(first, (keys[1] + 3) // 4, device=device),
         torch.arange(*rows, device=device)[:, None],
-        torch.arange(math.prod(batch_shape), device=device).reshape((*batch_shape, 1, 1)),
+        entries[..., None, None],
     )
     keep = torch.stack(torch.broadcast_tensors(*words), dim=-1) >= keep_threshold(dropout_p)
     return keep.flatten(-2)[..., keys[0] - 4 * first : keys[1] - 4 * first]

@@ -1,4 +1,4 @@
-"""The plain formula: the definition of what every backend computes."""
+"""The plain formula: the definition of what every backend computes (math.md, eq. 1 and 2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def plain_additive_attention(
     weight: Tensor,
     attn_mask: Tensor | None = None,
     *,
-    allowed: Tensor | None = None,
+    attended: Tensor | None = None,
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float = 1.0,
@@ -23,44 +23,88 @@ def plain_additive_attention(
 
     Shapes: query ``(..., Lq, H)``, key ``(..., Lk, H)``, value ``(..., Lk, Dv)``, weight ``(...,
     H)``. ``attn_mask`` (bool, True = attend; or float, added, ``-inf`` = do not attend) and
-    ``allowed`` (bool) broadcast to ``(..., Lq, Lk)`` and are combined. ``keep`` is a bool dropout
+    ``attended`` (bool) broadcast to ``(..., Lq, Lk)`` and are combined. ``keep`` is a bool dropout
     mask. 16-bit inputs are computed in float32.
     Returns out, weights (before dropout) and the log-sum-exp of the scores.
-    A row without keys gives 0, 0 and ``-inf``; what excluded keys and values hold has no
-    influence.
+    A row without keys gives 0, 0 and ``-inf``; what masked keys and values hold has no influence.
     """
     dtype = query.dtype
-    if dtype.itemsize == 2:
-        query, key, value, weight = query.float(), key.float(), value.float(), weight.float()
-    if attn_mask is not None:
-        attended = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
-        allowed = attended if allowed is None else allowed & attended
+    query, key, value, weight = (widened(x) for x in (query, key, value, weight))
+    attended = attended_pairs(attn_mask, attended)
+    score = add_bias(scale * scores(energies(query, key, attended), weight), attn_mask)
+    weights = softmax(score, attended)
+    kept = weights if keep is None else weights * keep_factors(keep, dropout_p, weights.dtype)
+    out = weighted_sum(kept, value, attended)
+    return out.to(dtype), weights.to(dtype), log_sum_exp(score, attended)
 
-    pair = query[..., :, None, :] + key[..., None, :, :]
-    if allowed is not None:
-        pair = torch.where(allowed[..., None], pair, 0.0)
-    score = scale * (torch.tanh(pair) @ weight[..., None, :, None]).squeeze(-1)
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        score = score + attn_mask
 
-    if allowed is None:
-        weights, lse = torch.softmax(score, dim=-1), torch.logsumexp(score, dim=-1)
-    else:
-        occupied = allowed.any(dim=-1, keepdim=True)
-        # An empty row is softmaxed as zeros, so that no NaN enters its gradient, and then cleared.
-        score = torch.where(allowed, score, torch.where(occupied, -torch.inf, 0.0))
-        weights = torch.where(allowed, torch.softmax(score, dim=-1), 0.0)
-        lse = torch.where(occupied.squeeze(-1), torch.logsumexp(score, dim=-1), -torch.inf)
+def widened(tensor: Tensor) -> Tensor:
+    """``tensor`` in the dtype that is computed in: float32 for 16 bits."""
+    return tensor.float() if tensor.itemsize == 2 else tensor
 
-    kept = (
-        weights
-        if keep is None
-        else weights * keep * (0.0 if dropout_p == 1 else 1 / (1 - dropout_p))
-    )
-    if allowed is None:
-        out = kept @ value
-    else:
-        out = (kept[..., None] * torch.where(allowed[..., None], value[..., None, :, :], 0.0)).sum(
-            -2
-        )
-    return out.to(dtype), weights.to(dtype), lse
+
+def attended_pairs(attn_mask: Tensor | None, intervals: Tensor | None) -> Tensor | None:
+    """The pairs that neither a dense mask nor the intervals mask; None if nothing is masked."""
+    if attn_mask is None:
+        return intervals
+    attended = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
+    return attended if intervals is None else intervals & attended
+
+
+def energies(query: Tensor, key: Tensor, attended: Tensor | None = None) -> Tensor:
+    """``tanh(q_i + k_j)``, (..., Lq, Lk, H); of 0 where a pair is not ``attended``."""
+    pair = query.unsqueeze(-2) + key.unsqueeze(-3)
+    if attended is not None:
+        pair = torch.where(attended.unsqueeze(-1), pair, 0.0)
+    return pair.tanh_()
+
+
+def scores(energy: Tensor, weight: Tensor) -> Tensor:
+    """``w . energy``, (..., Lq, Lk)."""
+    if weight.dim() == 2 and weight.shape[0] == 1 and energy.dim() > 3:
+        weight = weight.squeeze(0)
+    if weight.dim() == 1:
+        return energy @ weight
+    score = energy.flatten(-3, -2) @ weight.unsqueeze(-1)
+    return score.squeeze(-1).unflatten(-1, energy.shape[-3:-1])
+
+
+def add_bias(score: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """Adds a float mask of any dtype, in the dtype of the scores."""
+    if attn_mask is None or attn_mask.dtype == torch.bool:
+        return score
+    return score + attn_mask.to(score.dtype)
+
+
+def softmax(score: Tensor, attended: Tensor | None) -> Tensor:
+    """The weights: 0 where a pair is masked, so all 0 in an empty row."""
+    if attended is None:
+        return torch.softmax(score, dim=-1)
+    # An empty row is softmaxed as zeros, so that no NaN enters its gradient, and then cleared.
+    masked = torch.where(attended.any(dim=-1, keepdim=True), -torch.inf, 0.0).to(score.dtype)
+    return torch.where(attended, torch.softmax(torch.where(attended, score, masked), dim=-1), 0.0)
+
+
+def log_sum_exp(score: Tensor, attended: Tensor | None) -> Tensor:
+    """The log-sum-exp of each row's attended scores: -inf for an empty row."""
+    if attended is None:
+        return torch.logsumexp(score, dim=-1)
+    occupied = attended.any(dim=-1, keepdim=True)
+    score = torch.where(attended, score, torch.where(occupied, -torch.inf, 0.0).to(score.dtype))
+    return torch.where(occupied.squeeze(-1), torch.logsumexp(score, dim=-1), -torch.inf)
+
+
+def keep_factors(keep: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
+    """The dropout factors D (math.md, eq. 15)."""
+    return keep.to(dtype) * (0.0 if dropout_p == 1 else 1 / (1 - dropout_p))
+
+
+def weighted_sum(weights: Tensor, value: Tensor, attended: Tensor | None) -> Tensor:
+    """``weights @ value``, to which masked pairs contribute 0 even where the value is not finite.
+    Whether some are not finite decides no bit of the other sums."""
+    if attended is None:
+        return weights @ value
+    finite = value.isfinite()
+    reached = attended.unsqueeze(-1) & ~finite.unsqueeze(-3)
+    rest = weights.unsqueeze(-1) * torch.where(reached, value.unsqueeze(-3), 0.0)
+    return weights @ torch.where(finite, value, 0.0) + rest.sum(-2)

@@ -244,7 +244,7 @@ def test_saved_tensors_may_not_change():
     query, key, value, weight = (x.detach() for x in leaves((), 2, 3, 4, 2))
     weight.requires_grad_()
     out = additive_attention(query, key, value, weight)
-    key.add_(1)
+    value.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 

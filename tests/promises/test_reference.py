@@ -66,7 +66,7 @@ def test_implementations_agree(implementation, masked, batch):
     if implementation == "kernel":
         got = fused(inputs, scale=0.7, **options)
     elif implementation == "reference":
-        got = plain_additive_attention(*inputs.values(), bias, allowed=allowed, scale=0.7)
+        got = plain_additive_attention(*inputs.values(), bias, attended=allowed, scale=0.7)
         got = dict(zip(OUTPUTS, got, strict=True))
     else:
         left, right = (3, 4) if masked else (-1, -1)

@@ -1,0 +1,171 @@
+"""Plain PyTorch, a whole call at one time: the formula, differentiated by autograd.
+
+Serves calls of few pairs on any device, where ``blocks`` would pay for every operation more than
+for the arithmetic, and for computing the energies again in backward.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from additive_attn.spec.call import Call, Inputs, lse_dtype
+from additive_attn.spec.formula import (
+    add_bias,
+    attended_pairs,
+    energies,
+    keep_factors,
+    log_sum_exp,
+    scores,
+    softmax,
+    weighted_sum,
+)
+from additive_attn.spec.masks import interval_mask
+
+# Elements of (..., Lq, Lk, H) up to which a call keeps the energies for autograd.
+ELEMENTS = 2**22
+# Pairs up to which autograd's own derivative of the scores serves, which sums them in one float.
+_SHORT_SUM = 128
+
+
+def prefers_formula(call: Call) -> bool:
+    """Whether a call has so few pairs that ``attend`` computes it fastest."""
+    query, key, _, _ = call.inputs
+    if query.shape[:-2] == key.shape[:-2]:
+        return query.numel() * key.shape[-2] <= ELEMENTS
+    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    return batch.numel() * query.shape[-2] * key.shape[-2] * key.shape[-1] <= ELEMENTS
+
+
+def attend(call: Call, need_lse: bool) -> tuple[Tensor, Tensor, Any]:
+    """Out, weights, and lse if needed, differentiable by autograd to any order."""
+    inputs, (attn_mask, lengths, left, right), options = call
+    query, key, _, weight = inputs
+    attended = factors = None
+    if attn_mask is not None or lengths is not None or left >= 0 or right >= 0:
+        rows, keys = (0, query.shape[-2]), (0, key.shape[-2])
+        intervals = interval_mask(lengths, left, right, rows, keys, query.device)
+        attended = attended_pairs(attn_mask, intervals)
+    if options.seed is not None:
+        keep = torch.ops.additive_attn.keep_mask(
+            options.seed, call.batch(), query.shape[-2], key.shape[-2], options.dropout_p
+        )
+        factors = keep_factors(keep, options.dropout_p, lse_dtype(query.dtype))
+    differentiable = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or weight.requires_grad
+    )
+    out, weights, lse = formula(
+        inputs, attn_mask, attended, factors, options.scale, need_lse, differentiable
+    )
+    if attended is not None and out.requires_grad:
+        # What comes from upstream to an empty row ends here, NaN too.
+        out = torch.where(attended.any(-1, keepdim=True), out, 0.0)
+    batch = out.shape[:-2]
+    if weights.shape[:-2] != batch:
+        weights = weights.expand(*batch, *weights.shape[-2:])
+        lse = lse.expand(*batch, lse.shape[-1]) if need_lse else None
+    return out, weights, lse
+
+
+def formula(
+    inputs: Inputs,
+    attn_mask: Tensor | None,
+    attended: Tensor | None,
+    factors: Tensor | None,
+    scale: float,
+    need_lse: bool,
+    differentiable: bool = False,
+    shield: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Any]:
+    """Equations 1 and 2. Masked pairs are computed with, and shielded in a second attempt if this
+    gave a number that is not finite."""
+    query, key, value, weight = inputs
+    dtype = query.dtype
+    if dtype.itemsize == 2:
+        query, key, value, weight = query.float(), key.float(), value.float(), weight.float()
+    if differentiable and query.numel() * key.shape[-2] > _SHORT_SUM * query.shape[-1]:
+        score = _Scores.apply(query, key, weight, shield)[0]
+    else:
+        score = scores(energies(query, key, shield), weight)
+    if scale != 1.0:
+        score = score * scale
+    biased = score if attn_mask is None else add_bias(score, attn_mask)
+    weights = softmax(biased, attended)
+    kept = weights if factors is None else weights * factors
+    out = product(kept, value) if shield is None else weighted_sum(kept, value, shield)
+    if attended is not None and shield is None and not is_finite(score.sum() + out.sum()):
+        return formula(
+            inputs, attn_mask, attended, factors, scale, need_lse, differentiable, attended
+        )
+    lse = log_sum_exp(biased, attended) if need_lse else None
+    if dtype.itemsize == 2:
+        out, weights = out.to(dtype), weights.to(dtype)
+    return out, weights, lse
+
+
+def is_finite(total: Tensor) -> bool:
+    return math.isfinite(total.item())
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``; bmm costs less than half of matmul where the call is small."""
+    if left.dim() == 3 == right.dim() and left.shape[0] == right.shape[0]:
+        return torch.bmm(left, right)
+    return left @ right
+
+
+class _Scores(torch.autograd.Function):
+    """Scores and energies. Autograd's own derivative of ``scores`` would sum the gradient of the
+    weight over all pairs in one float, and takes more time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, weight: Tensor, shield: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        energy = energies(query, key, shield)
+        ctx.save_for_backward(energy, weight, shield)
+        ctx.shapes = query.shape, key.shape
+        ctx.set_materialize_grads(False)
+        return scores(energy, weight), energy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_score: Tensor | None, grad_energy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Equations 10 and 11; ``grad_energy`` comes from this function's own derivative."""
+        energy, weight, shield = ctx.saved_tensors
+        need_query, need_key, need_weight, _ = ctx.needs_input_grad
+        grad_query = grad_key = grad_weight = None
+        if grad_score is not None:
+            if need_weight:
+                grad_weight = _summed(weight_gradient(grad_score, energy), weight.shape)
+            product = grad_score.unsqueeze(-1) * weight[..., None, None, :]
+            grad_energy = product if grad_energy is None else product + grad_energy
+        if grad_energy is not None and (need_query or need_key):
+            slope = torch.ops.aten.tanh_backward(grad_energy, energy)
+            if shield is not None:
+                slope = shielded(slope, shield)
+            if need_query:
+                grad_query = _summed(slope.sum(-2), ctx.shapes[0])
+            if need_key:
+                grad_key = slope.squeeze(-3) if slope.shape[-3] == 1 else slope.sum(-3)
+                grad_key = _summed(grad_key, ctx.shapes[1])
+        return grad_query, grad_key, grad_weight, None
+
+
+def _summed(gradient: Tensor, shape: torch.Size) -> Tensor:
+    return gradient if gradient.shape == shape else gradient.sum_to_size(shape)
+
+
+def shielded(slope: Tensor, attended: Tensor) -> Tensor:
+    """Masked pairs contribute 0, also beside an infinite weight. Zeros keep their sign, which is
+    that of a call whose numbers are all finite."""
+    return torch.where(attended.unsqueeze(-1) | (slope == 0), slope, 0.0)
+
+
+def weight_gradient(grad_score: Tensor, energy: Tensor) -> Tensor:
+    """Equation 11 for each entry: a sum per row, then a sum over rows, never one long sum."""
+    return (grad_score.unsqueeze(-2) @ energy).squeeze(-2).sum(-2)
