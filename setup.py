@@ -42,6 +42,7 @@ COMPILE_ARGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fvisibility=hidden",
+    "-g0",  # Python's own flags ask for debug information, ten times the size of the code
     # Stable ABI of torch 2.10: one binary serves every later torch. No -std: torch adds its own.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]

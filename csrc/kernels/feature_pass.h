@@ -41,7 +41,7 @@ void row_factored(const T* a, const T* b, const T* g, std::int64_t count, T* sum
   }
 }
 
-// Stores e^x, and what its rounding leaves out. The rounding of b and a is alike for all pairs of a key or a row, so that it adds
+// Stores e^x and its error. The rounding of b and a is alike for all pairs of a key or a row, so that it adds
 // up in dw, where t is small above all. But to first order
 //
 //     t(a + da, b + db) = t + (1 - t^2) / 2 (db / b - da / a)
@@ -49,11 +49,11 @@ void row_factored(const T* a, const T* b, const T* g, std::int64_t count, T* sum
 // and sum_i G (1 - t^2) is what dk is made of: adding 2 (db sum_key - da sum_query) to sum_weight takes the errors out,
 // at no cost per pair.
 template <class T>
-inline void store_exp(Vec<T> x, T* to, T* rest) {
-  Vec<T> e, left;
-  exp_and_rest<T>(clamp<T>(x, -2 * Range<T>::safe, 2 * Range<T>::safe), e, left);
+inline void store_exp(Vec<T> x, T* to, T* error) {
+  Vec<T> e, lost;
+  exp_with_error<T>(clamp<T>(x, -2 * Range<T>::safe, 2 * Range<T>::safe), e, lost);
   store(to, e);
-  store(rest, left);
+  store(error, lost);
 }
 
 // The same for one pair of any q and k, z = G (1 - t^2) / 4 is the share of dq and dk, without a or b.
@@ -66,20 +66,53 @@ inline void pair_direct(const T* q, const T* k, T g, Vec<T>* z, T* sum_weight) {
     y[v] = e[v] + T(2);
   }
   reciprocals<T>(y, r);
+  // G comes last: beside large exponentials, the other factors are small together, but not one by one.
   for (int v = 0; v < feature_vectors; ++v) {
-    const Vec<T> u = r[v] * g;
-    store(sum_weight + v * L, load(sum_weight + v * L) + u * e[v]);
-    z[v] = u * r[v] * (e[v] + T(1));
+    store(sum_weight + v * L, load(sum_weight + v * L) + r[v] * e[v] * g);
+    z[v] = (e[v] + T(1)) * r[v] * r[v] * g;
   }
 }
 
-// For keys [key_begin, key_end): dk for good, and the keys' share of dq and dw for FeatureSums.
+// What the sums over pairs are multiplied by: G by `early` in the direct form, the sums by `late` and then by w, in the
+// plain layer's order. The scale comes early where it is extreme. A weight that is not finite has made G NaN wherever it
+// matters; as a factor it is 0, so that sums of nothing stay 0.
+template <class T>
+struct FeatureFactors {
+  T early, late;       // G times early, in the direct form alone; dq, dk = late w sum
+  double of_weight;    // dw = of_weight sum
+  std::int64_t width;  // of a padded row of features
+  const T* weight;     // [entry][width]
+
+  FeatureFactors(const Backward<T>& p, const Workspace<T>& ws, std::int64_t padded, Buffer<T>& memory) : width(padded) {
+    const T size = std::fabs(p.scale);
+    const bool regular = size >= T(0x1p-40) && size <= T(0x1p40);
+    early = regular ? T(1) : p.scale;
+    late = regular ? T(4) * p.scale : T(4);
+    of_weight = regular ? double(p.scale) : 1;
+    T* to = memory.get(ws.entries * width);
+    for (std::int64_t n = 0; n < ws.entries; ++n)
+      for (std::int64_t h = 0; h < width; ++h) {
+        const T w = h < p.hidden ? p.weight.at(ws.entry0 + n, 0)[h] : T(0);
+        to[n * width + h] = std::isfinite(w) ? w : T(0);
+      }
+    weight = to;
+  }
+};
+
+// |G| between these loses nothing in row_factored: its products with r^2 neither underflow nor overflow.
+template <class T>
+constexpr T factored_least = T(sizeof(T) == 4 ? 0x1p-60 : 0x1p-400);
+template <class T>
+constexpr T factored_most = T(sizeof(T) == 4 ? 0x1p50 : 0x1p400);
+
+// For keys [key_begin, key_end): dk for good, and the keys' share of dq and dw for add_feature_parts.
 template <class T>
 class FeaturePass {
  public:
   static constexpr int K = block_keys<T>, L = lanes<T>, F = feature_vectors * L;
 
-  FeaturePass(const Backward<T>& problem, const Workspace<T>& workspace) : p(problem), ws(workspace) {}
+  FeaturePass(const Backward<T>& problem, const Workspace<T>& workspace, const FeatureFactors<T>& factors)
+      : p(problem), ws(workspace), factors(factors) {}
 
   // Features [first, first + count), padded to whole groups of vectors; part_query is [row][width], part_weight [width].
   void run(std::int64_t n, std::int64_t first, std::int64_t count, std::int64_t key_begin, std::int64_t key_end,
@@ -102,122 +135,148 @@ class FeaturePass {
   // Every key is used once: nothing is packed, and memory is read and written in its own order.
   void single_row(std::int64_t first, std::int64_t count, std::int64_t key0, std::int64_t keys, T* part_query,
                   double* part_weight) {
-    T* q = a_.get(count);
-    T* sum_weight = sum_weight_.get(count);
+    T *q = a_.get(3 * count), *sum_query = q + count, *sum_weight = sum_query + count;
     for (std::int64_t h = 0; h < count; h += F) load_query(0, first + h, q + h, nullptr);
-    std::memset(sum_weight, 0, count * sizeof(T));
+    std::memset(sum_query, 0, 2 * count * sizeof(T));
     const T* g = gradient(0) + key0;
     for (std::int64_t j = 0; j < keys; ++j) {
-      const bool used = active(0)[(key0 + j) / K] && g[j] != T(0);
+      const bool used = attended(0)[(key0 + j) / K] && g[j] != T(0);
       for (std::int64_t h = 0; h < count; h += F) {
         Vec<T> z[feature_vectors] = {};
         if (used) {
           T k[F];
-          pair_direct<T>(q + h, load_features(p.key.at(entry, key0 + j), first + h, k), g[j], z, sum_weight + h);
+          pair_direct<T>(q + h, load_features(p.key.at(entry, key0 + j), first + h, k), g[j] * factors.early, z,
+                         sum_weight + h);
           for (int v = 0; v < feature_vectors; ++v)
-            store(part_query + first + h + v * L, load(part_query + first + h + v * L) + z[v]);
+            store(sum_query + h + v * L, load(sum_query + h + v * L) + z[v]);
         }
         if (p.grad_key) add_grad_key(key0 + j, first + h, z, ws.row0 == 0);
       }
     }
+    for (std::int64_t h = 0; h < count; h += L) store(part_query + first + h, load(part_query + first + h) + load(sum_query + h));
     for (std::int64_t h = 0; h < count; ++h) part_weight[first + h] += sum_weight[h];
   }
 
+  // Many rows against a tile of keys, F features at a time.
   void rows(std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query, double* part_weight,
             std::int64_t width) {
     const std::int64_t blocks = (keys + K - 1) / K;
     bool used = false;
-    for (std::int64_t r = 0; r < ws.rows && !used; ++r) used = std::memchr(active(r) + key0 / K, 1, blocks) != nullptr;
+    for (std::int64_t r = 0; r < ws.rows && !used; ++r) used = std::memchr(attended(r) + key0 / K, 1, blocks) != nullptr;
     const bool set_grad_key = p.grad_key && ws.row0 == 0;  // the first rows set dk, the others add to it
     if (!used && !set_grad_key) return;
-    T *b = b_.get(gradient_keys * F), *b_rest = b_rest_.get(gradient_keys * F);
-    T *sum_key = sum_key_.get(2 * gradient_keys * F), *sum_key_rows = sum_key + gradient_keys * F;
-    T *a = a_.get(3 * F), *q = a + 2 * F;
-    T *sum_weight = sum_weight_.get(2 * F), *correction = sum_weight + F;
-    std::memset(sum_key, 0, 2 * gradient_keys * F * sizeof(T));
-    std::memset(correction, 0, F * sizeof(T));
-    bool special[gradient_keys], any_special = false;  // out of the factored form's range: computed directly
+    load_keys(h, key0, keys, set_grad_key);
+    std::int64_t summed = 0;
+    for (std::int64_t r = 0; r < ws.rows; ++r) {
+      if (!std::memchr(attended(r) + key0 / K, 1, blocks)) continue;
+      if (r + 1 < ws.rows) prefetch(gradient(r + 1) + key0, keys);  // rows lie pages apart, which hardware does not foresee
+      if (ws.largest_gradient[ws.index(entry, ws.row0 + r)] == T(0)) continue;
+      if (++summed % rows_summed == 0) flush_rows(keys);
+      row(r, h, key0, keys, part_query + r * width + h, part_weight);
+    }
+    flush_rows(keys);
+    finish_keys(h, key0, keys, part_weight);
+  }
+
+  // The keys' exponentials, where these serve, and sums of zero.
+  void load_keys(std::int64_t h, std::int64_t key0, std::int64_t keys, bool set_grad_key) {
+    const std::int64_t size = gradient_keys * F;
+    b_ = keys_.get(6 * size);
+    b_error_ = b_ + size;
+    sum_key_ = b_ + 2 * size;
+    sum_direct_ = b_ + 4 * size;
+    std::memset(sum_key_, 0, 2 * size * sizeof(T));
+    std::memset(correction_, 0, sizeof correction_);
+    any_direct_ = any_direct_pair_ = false;
     for (std::int64_t j = 0; j < keys; ++j) {
       T copy[F];
       const T* k = load_features(p.key.at(entry, key0 + j), h, copy);
-      special[j] = largest(k, F) > ordered_bits<T>(Range<T>::safe);
-      any_special = any_special || special[j];
+      direct_j_[j] = largest(k, F) > ordered_bits<T>(Range<T>::safe);
+      any_direct_ = any_direct_ || direct_j_[j];
       for (int v = 0; v < feature_vectors; ++v)
-        store_exp<T>(special[j] ? Vec<T>{} : load(k + v * L) * T(2), b + j * F + v * L, b_rest + j * F + v * L);
+        store_exp<T>(direct_j_[j] ? Vec<T>{} : load(k + v * L) * T(2), b_ + j * F + v * L, b_error_ + j * F + v * L);
       if (set_grad_key) {
         const Vec<T> zero[feature_vectors] = {};
         add_grad_key(key0 + j, h, zero, true);
       }
     }
-    std::int64_t summed = 0;
-    for (std::int64_t r = 0; r < ws.rows; ++r) {
-      const unsigned char* on = active(r) + key0 / K;
-      if (!std::memchr(on, 1, blocks)) continue;
-      const bool row_special = load_query(r, h, q, a);
-      const T* g = gradient(r) + key0;
-      if (r + 1 < ws.rows) prefetch(gradient(r + 1) + key0, keys);  // rows lie pages apart, which hardware does not foresee
-      if (++summed % rows_summed == 0) add_and_clear(sum_key, sum_key_rows, keys * F);
-      T sum_query[F] = {};
-      std::memset(sum_weight, 0, F * sizeof(T));
-      T* part = part_query + r * width + h;
-      for (std::int64_t j = 0; j < keys;) {
-        if (!on[j / K]) {
-          j += K;
-          continue;
-        }
-        std::int64_t end = j + K;
-        while (end < keys && on[end / K]) end += K;
-        end = std::min(end, keys);
-        if (!row_special && !any_special) {
-          row_factored(a, b + j * F, g + j, end - j, sum_query, sum_key_rows + j * F, sum_weight);
-        } else {
-          for (std::int64_t i = j; i < end; ++i)
-            if (!row_special && !special[i])
-              row_factored(a, b + i * F, g + i, 1, sum_query, sum_key_rows + i * F, sum_weight);
-            else if (g[i] != T(0))  // a zero G leaves no trace of its pair, whatever that holds
-              direct(q, key0 + i, h, g[i], part, sum_weight);
-        }
-        j = round_up(end, K);
+  }
+
+  void row(std::int64_t r, std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query, double* part_weight) {
+    T q[F], a[2 * F], sum_query[F] = {}, sum_query_direct[F] = {}, sum_weight[F] = {};
+    const T size = ws.largest_gradient[ws.index(entry, ws.row0 + r)];
+    const bool direct_i = load_query(r, h, q, a) || factors.early != T(1) ||
+                          !(size >= factored_least<T> && size <= factored_most<T>);
+    const unsigned char* on = attended(r) + key0 / K;
+    const T* g = gradient(r) + key0;
+    for (std::int64_t j = 0; j < keys;) {
+      if (!on[j / K]) {
+        j += K;
+        continue;
       }
-      for (int l = 0; l < F; ++l) part_weight[h + l] += sum_weight[l];
-      if (row_special) continue;
-      for (int v = 0; v < feature_vectors; ++v) {
-        const Vec<T> s = load(sum_query + v * L);
-        store(part + v * L, load(part + v * L) + s * load(a + v * L));
-        store(correction + v * L, load(correction + v * L) - s * load(a + F + v * L));
+      std::int64_t end = j + K;
+      while (end < keys && on[end / K]) end += K;
+      end = std::min(end, keys);
+      if (!direct_i && !any_direct_) {
+        row_factored(a, b_ + j * F, g + j, end - j, sum_query, sum_rows() + j * F, sum_weight);
+      } else {
+        for (std::int64_t i = j; i < end; ++i)
+          if (!direct_i && !direct_j_[i])
+            row_factored(a, b_ + i * F, g + i, 1, sum_query, sum_rows() + i * F, sum_weight);
+          else if (g[i] != T(0))  // pairs with G = 0 contribute exactly 0
+            pair(q, key0, i, h, g[i] * factors.early, sum_query_direct, sum_weight);
       }
+      j = round_up(end, K);
     }
-    add_and_clear(sum_key, sum_key_rows, keys * F);
+    for (int l = 0; l < F; ++l) part_weight[h + l] += sum_weight[l];
+    for (int v = 0; v < feature_vectors; ++v) {
+      const Vec<T> s = load(sum_query + v * L);
+      const Vec<T> factored = direct_i ? Vec<T>{} : s * load(a + v * L);
+      store(part_query + v * L, load(part_query + v * L) + (factored + load(sum_query_direct + v * L)));
+      if (!direct_i) store(correction_ + v * L, load(correction_ + v * L) - s * load(a + F + v * L));
+    }
+  }
+
+  void pair(const T* q, std::int64_t key0, std::int64_t j, std::int64_t h, T g, T* sum_query, T* sum_weight) {
+    T k[F];
+    Vec<T> z[feature_vectors];
+    if (!any_direct_pair_) std::memset(sum_direct_, 0, 2 * gradient_keys * F * sizeof(T));
+    any_direct_pair_ = true;
+    pair_direct<T>(q, load_features(p.key.at(entry, key0 + j), h, k), g, z, sum_weight);
+    T* sum_key = sum_direct_ + gradient_keys * F + j * F;
+    for (int v = 0; v < feature_vectors; ++v) {
+      store(sum_query + v * L, load(sum_query + v * L) + z[v]);
+      store(sum_key + v * L, load(sum_key + v * L) + z[v]);
+    }
+  }
+
+  void finish_keys(std::int64_t h, std::int64_t key0, std::int64_t keys, double* part_weight) {
     for (std::int64_t j = 0; j < keys; ++j) {
-      if (special[j]) continue;
       Vec<T> z[feature_vectors];
       for (int v = 0; v < feature_vectors; ++v) {
-        const Vec<T> s = load(sum_key + j * F + v * L);
-        z[v] = s * load(b + j * F + v * L);
-        store(correction + v * L, load(correction + v * L) + s * load(b_rest + j * F + v * L));
+        const std::int64_t at = j * F + v * L;
+        const Vec<T> s = load(sum_key_ + at);
+        z[v] = s * load(b_ + at);
+        if (any_direct_pair_) z[v] += load(sum_direct_ + at);
+        store(correction_ + v * L, load(correction_ + v * L) + s * load(b_error_ + at));
       }
       if (p.grad_key) add_grad_key(key0 + j, h, z, false);
     }
-    for (int l = 0; l < F; ++l) part_weight[h + l] += 2 * correction[l];
+    for (int l = 0; l < F; ++l) part_weight[h + l] += 2 * correction_[l];
   }
 
-  // Sums of sums: single precision is for short ones.
-  static void add_and_clear(T* to, T* from, std::int64_t count) {
-    for (std::int64_t l = 0; l < count; l += L) {
-      store(to + l, load(to + l) + load(from + l));
-      store(from + l, Vec<T>{});
-    }
+  // Key sums over rows_summed rows go into those over all rows: single precision is for short sums.
+  T* sum_rows() const { return sum_key_ + gradient_keys * F; }
+  void flush_rows(std::int64_t keys) {
+    for (T* sum : {sum_key_, any_direct_pair_ ? sum_direct_ : nullptr})
+      for (std::int64_t l = 0; sum && l < keys * F; l += L) {
+        T* from = sum + gradient_keys * F + l;
+        store(sum + l, load(sum + l) + load(from));
+        store(from, Vec<T>{});
+      }
   }
 
-  void direct(const T* q, std::int64_t j, std::int64_t h, T g, T* part_query, T* sum_weight) {
-    T k[F];
-    Vec<T> z[feature_vectors];
-    pair_direct<T>(q, load_features(p.key.at(entry, j), h, k), g, z, sum_weight);
-    for (int v = 0; v < feature_vectors; ++v) store(part_query + v * L, load(part_query + v * L) + z[v]);
-    if (p.grad_key) add_grad_key(j, h, z, false);
-  }
-
-  // q, padded, and e^{-2q} with its rest if wanted; true if the factored form does not serve.
+  // q, padded, and e^{-2q} with its error if wanted; true if the factored form does not serve.
   bool load_query(std::int64_t r, std::int64_t h, T* q, T* a) const {
     const T* x = load_features(p.query.at(entry, ws.row0 + r), h, q);
     if (x != q) std::memcpy(q, x, F * sizeof(T));
@@ -233,24 +292,29 @@ class FeaturePass {
   }
 
   void add_grad_key(std::int64_t j, std::int64_t h, const Vec<T>* z, bool overwrite) const {
-    T copy[F];
-    const T* w = load_features(p.weight.at(entry, 0), h, copy);
+    const T* w = factors.weight + (entry - ws.entry0) * factors.width + h;
     T* out = p.grad_key + (entry * p.keys + j) * p.hidden + h;
     for (int v = 0; v < feature_vectors; ++v) {
       const std::int64_t some = p.hidden - h - v * L;
       if (some <= 0) return;
-      const Vec<T> d = z[v] * (load(w + v * L) * (T(4) * p.scale));
+      const Vec<T> d = z[v] * factors.late * load(w + v * L);
       store_part<T>(out + v * L, overwrite ? d : load_part<T>(out + v * L, some, 0) + d, some);
     }
   }
 
-  const unsigned char* active(std::int64_t r) const { return ws.active + ws.index(entry, ws.row0 + r) * ws.blocks; }
+  const unsigned char* attended(std::int64_t r) const { return ws.attended + ws.index(entry, ws.row0 + r) * ws.blocks; }
   const T* gradient(std::int64_t r) const { return ws.gradient + ws.index(entry, ws.row0 + r) * ws.keys; }
 
   const Backward<T>& p;
   const Workspace<T>& ws;
+  const FeatureFactors<T>& factors;
   std::int64_t entry = 0;
-  Buffer<T> a_, b_, b_rest_, sum_key_, sum_weight_;
+  bool direct_j_[gradient_keys], any_direct_ = false;  // keys out of the factored form's range
+  bool any_direct_pair_ = false;
+  T correction_[F];
+  T *b_ = nullptr, *b_error_ = nullptr;                // [key][F]
+  T *sum_key_ = nullptr, *sum_direct_ = nullptr;       // [all rows, the last rows][key][F]
+  Buffer<T> a_, keys_;
 };
 
 // How the pass over features is shared out: by groups of features and, where these are few, by ranges of keys, whose
@@ -272,25 +336,26 @@ struct FeatureTasks {
   }
 };
 
-// dq = 4 scale w sum, and dw = scale sum, over the ranges of keys in their order.
+// dq and dw from their sums over ranges of keys, in their order; dw goes to weight_sum until the last rows are done.
 template <class T>
-void add_feature_parts(const Backward<T>& p, const Workspace<T>& ws, const FeatureTasks<T>& share, std::int64_t n,
-                       const T* part_query, const double* part_weight) {
-  const T* w = p.weight.at(ws.entry0 + n, 0);
-  if (p.grad_query)
-    for (std::int64_t r = 0; r < ws.rows; ++r) {
-      T* out = p.grad_query + ((ws.entry0 + n) * p.queries + ws.row0 + r) * p.hidden;
-      for (std::int64_t h = 0; h < p.hidden; ++h) out[h] = 0;
-      for (std::int64_t k = 0; k < share.splits; ++k) {
-        const T* part = part_query + ((k * ws.entries + n) * ws.rows + r) * share.width;
-        for (std::int64_t h = 0; h < p.hidden; ++h) out[h] += part[h];
-      }
-      for (std::int64_t h = 0; h < p.hidden; ++h) out[h] *= w[h] * (T(4) * p.scale);
+void add_feature_parts(const Backward<T>& p, const Workspace<T>& ws, const FeatureTasks<T>& share,
+                       const FeatureFactors<T>& factors, std::int64_t n, const T* part_query, const double* part_weight,
+                       double* weight_sum) {
+  const T* w = factors.weight + n * share.width;
+  for (std::int64_t r = 0; r < ws.rows && p.grad_query; ++r) {
+    T* out = p.grad_query + ((ws.entry0 + n) * p.queries + ws.row0 + r) * p.hidden;
+    for (std::int64_t h = 0; h < p.hidden; ++h) out[h] = 0;
+    for (std::int64_t k = 0; k < share.splits; ++k) {
+      const T* part = part_query + ((k * ws.entries + n) * ws.rows + r) * share.width;
+      for (std::int64_t h = 0; h < p.hidden; ++h) out[h] += part[h];
     }
-  if (p.grad_weight)
-    for (std::int64_t h = 0; h < p.hidden; ++h) {
-      double sum = 0;
-      for (std::int64_t k = 0; k < share.splits; ++k) sum += part_weight[(k * ws.entries + n) * share.width + h];
-      p.grad_weight[(ws.entry0 + n) * p.hidden + h] += T(sum) * p.scale;
-    }
+    for (std::int64_t h = 0; h < p.hidden; ++h) out[h] = out[h] * factors.late * w[h];
+  }
+  if (!p.grad_weight) return;
+  for (std::int64_t h = 0; h < p.hidden; ++h) {
+    double sum = ws.row0 > 0 ? weight_sum[n * share.width + h] : 0;
+    for (std::int64_t k = 0; k < share.splits; ++k) sum += part_weight[(k * ws.entries + n) * share.width + h];
+    weight_sum[n * share.width + h] = sum;
+    if (ws.row0 + ws.rows == p.queries) p.grad_weight[(ws.entry0 + n) * p.hidden + h] = T(sum * factors.of_weight);
+  }
 }

@@ -31,8 +31,9 @@ enum Form { centred, difference, factored, direct };
 constexpr int forms = 4;
 
 constexpr int features_cached = 128;  // so many features of a key block stay in the first-level cache
-constexpr int features_few = 64;      // up to so many, `difference` rather than `factored`
-constexpr int features_summed = 32;   // partial sums are centred after so many features, which keeps them small
+constexpr int difference_max_features = 64;      // up to so many, `difference` rather than `factored`
+constexpr float small_energy = 0.4f;    // of the largest weight: below it, only `direct` rounds as little as the plain layer
+constexpr int features_per_sum = 32;   // partial sums are centred after so many features, which keeps them small
 
 // Constants per feature of a query row.
 constexpr int constants(Form form) { return form == centred ? 3 : 2; }
@@ -43,7 +44,7 @@ Form choose_form(typename Simd<T>::Bits query, typename Simd<T>::Bits key, typen
   const auto most = std::max(query, key);
   if (most > ordered_bits<T>(Range<T>::safe) || weight >= ordered_bits<T>(INFINITY)) return direct;
   if (most <= ordered_bits<T>(1)) return centred;
-  return fused_multiply_add && hidden > features_few ? factored : difference;
+  return fused_multiply_add && hidden > difference_max_features ? factored : difference;
 }
 
 // 2^-e with 2^e <= largest |w| < 2^(e+1). NaN where a weight is not finite: so are the plain layer's results, in every row.
@@ -52,19 +53,17 @@ T weight_normaliser(const T* weight, std::int64_t hidden) {
   const auto most = largest(weight, hidden);
   if (most == 0) return 1;
   if (most >= ordered_bits<T>(INFINITY)) return T(NAN);
-  T largest_weight;
-  std::memcpy(&largest_weight, &most, sizeof most);
-  const int e = std::ilogb(largest_weight);
+  const int e = std::ilogb(as_number<T>(most));
   return std::ldexp(T(1), -std::max(std::min(e, Simd<T>::bias - 2), 2 - Simd<T>::bias));
 }
 
-// A query row in one form: for every four features [constant][feature].
+// A query row in one form, w normalised: for every four features [constant][feature].
 template <class T>
-void pack_query(Form form, const T* q, const T* w, T normaliser, std::int64_t hidden, T* packed) {
+void pack_query(Form form, const T* q, const T* w, std::int64_t hidden, T* packed) {
   const int c = constants(form);
   constexpr int L = lanes<T>;
   for (std::int64_t h0 = 0; h0 < round_up(hidden, group); h0 += L) {
-    const Vec<T> x = load_part<T>(q + h0, hidden - h0, 0), u = load_part<T>(w + h0, hidden - h0, 0) * normaliser;
+    const Vec<T> x = load_part<T>(q + h0, hidden - h0, 0), u = load_part<T>(w + h0, hidden - h0, 0);
     T constant[3][L] = {};
     if (form == centred) {
       const Vec<T> alpha = expm1<T>(x * T(-2));
@@ -121,13 +120,13 @@ inline void fraction(const T* constant, int feature, Vec<T> k, Vec<T>& z, Vec<T>
 }
 
 // Adds sum_h z/y of one query row and one block of keys to scores[2 L]; groups of features [0, groups).
-// `centre` holds, per features_summed features, what to subtract: the mean of the sum for `factored`.
+// `centre` holds, per features_per_sum features, what to subtract: the mean of the sum for `factored`.
 template <class T, Form form>
 void add_energies(const T* query, const T* keys, std::int64_t groups, const T* centre, T* scores) {
   constexpr int L = lanes<T>, K = block_keys<T>;
   Vec<T> total[2] = {load(scores), load(scores + L)};
   while (groups > 0) {
-    const std::int64_t some = std::min<std::int64_t>(groups, features_summed / group);
+    const std::int64_t some = std::min<std::int64_t>(groups, features_per_sum / group);
     Vec<T> part[2] = {};
     for (std::int64_t g = 0; g < some; ++g) {
       for (int v = 0; v < 2; ++v) {

@@ -4,22 +4,24 @@
 constexpr std::int64_t tasks_wanted = 64;    // split the keys when there are fewer blocks of rows than this...
 constexpr std::int64_t split_keys = 2048;    // ...but into no shorter pieces than this
 
-// One block of rows over one range of keys: unnormalised out, running maximum and running sum.
 // The values are summed with weights below 2^-k, 2^k >= Lk: so no sum overflows that the normalised weights would not.
 template <class T>
-T weight_unit(std::int64_t keys) {
+T value_scale(std::int64_t keys) {
   return std::ldexp(T(1), -int(std::ceil(std::log2(double(std::max<std::int64_t>(keys, 1))))));
 }
 
+// One block of rows over one range of keys: unnormalised out, running maximum and running sum. A row whose attended
+// scores are all -Inf has a sum of 1, an empty row one of 0.
 template <class T>
 class ForwardBlock {
  public:
   static constexpr int K = block_keys<T>, TK = tile_keys<T>;
 
-  explicit ForwardBlock(const Forward<T>& problem) : p(problem), width(round_up(problem.values, panel_columns<T>)), s(problem) {}
+  explicit ForwardBlock(const Forward<T>& problem)
+      : p(problem), width(round_up(problem.values, panel_columns<T>)), s(problem) {}
 
   void run(std::int64_t n, std::int64_t row0, std::int64_t rows, std::int64_t key_begin, std::int64_t key_end, T* out,
-           T* maximum, T* sum) {
+           T* maximum, double* sum) {
     s.begin(n, row0, rows);
     std::fill(out, out + rows * width, T(0));
     for (std::int64_t r = 0; r < rows; ++r) {
@@ -39,13 +41,12 @@ class ForwardBlock {
   const std::int64_t width;
 
  private:
-  const T unit = weight_unit<T>(p.keys);
+  const T scale_of_values = value_scale<T>(p.keys);
 
-  void softmax_row(std::int64_t r, std::int64_t key0, T* out, T& maximum, T& sum_) {
+  void softmax_row(std::int64_t r, std::int64_t key0, T* out, T& maximum, double& sum_) {
     constexpr int L = lanes<T>;
     T* row = s.scores + r * TK;
-    if (p.weights)  // the scores for now; `normalise_weights` needs the whole row's lse
-      std::memcpy(p.weights + ((s.entry * p.queries + s.row0 + r) * p.keys + key0), row, s.count * sizeof(T));
+    if (p.weights) keep_scores(r, key0, row);
     Vec<T> most = load(row);
     for (int j = L; j < TK; j += L) {
       const Vec<T> x = load(row + j);
@@ -64,14 +65,24 @@ class ForwardBlock {
     for (int j = 0; j < TK; j += L) {
       const Vec<T> e = exp<T>(load(row + j) - shift);
       total += e;
-      store(row + j, e * unit);
+      store(row + j, e * scale_of_values);
     }
     sum_ += sum<T>(total);
+    if (s.may_overflow && m == T(-INFINITY) && sum_ == 0)
+      for (const bool any : s.attended[r]) sum_ = any ? 1 : sum_;
     if (p.seed) {
       T keep[TK];
       dropout_factors(p, s.entry, s.row0 + r, key0, keep);
       for (int j = 0; j < TK; j += L) store(row + j, load(row + j) * load(keep + j));
     }
+  }
+
+  // The scores wait in `weights` for the whole row's lse; an attended -Inf as NaN, to tell it from a masked one.
+  void keep_scores(std::int64_t r, std::int64_t key0, const T* row) {
+    T* to = p.weights + ((s.entry * p.queries + s.row0 + r) * p.keys + key0);
+    std::memcpy(to, row, s.count * sizeof(T));
+    for (std::int64_t j = 0; j < s.count && s.may_overflow; ++j)
+      if (row[j] == T(-INFINITY) && !s.masked(r, key0 + j, key0)) to[j] = T(NAN);
   }
 
   void add_values(std::int64_t key0, T* out) {
@@ -92,29 +103,34 @@ class ForwardBlock {
     add_rows(0, s.rows, v, v_row, out);
   }
 
-  // P V of rows [first, first + rows) of the tile.
+  // P V of rows [first, first + rows) of the tile. Each tile is summed apart, for a long sum in one float loses digits.
   void add_rows(std::int64_t first, std::int64_t rows, const T* v, std::int64_t v_row, T* out) {
     if (p.queries < gemm_row_block) {  // not `rows`: threads must not decide the order of additions
       for (std::int64_t r = first; r < first + rows; ++r)
-        if (const auto [from, to] = active_keys(r, 1); from < to)
-          gemv<T>(s.scores + r * TK + from, v + from * v_row, v_row, out + r * width, p.values, to - from);
+        if (const auto [from, to] = attended_keys(r, 1); from < to) {
+          T* tile = tile_out.get(width);
+          std::fill(tile, tile + width, T(0));
+          gemv<T>(s.scores + r * TK + from, v + from * v_row, v_row, tile, p.values, to - from);
+          for (std::int64_t d = 0; d < width; d += lanes<T>)
+            store(out + r * width + d, load(out + r * width + d) + load(tile + d));
+        }
       return;
     }
     v = pack_panels(v, v_row, s.count, p.values, panels);
     for (std::int64_t r = first; r < first + rows; r += gemm_row_block) {
       const std::int64_t some = std::min<std::int64_t>(gemm_row_block, first + rows - r);
-      if (const auto [from, to] = active_keys(r, some); from < to)
+      if (const auto [from, to] = attended_keys(r, some); from < to)
         gemm<T>(s.scores + r * TK + from, TK, 1, v + from * panel_columns<T>, s.count * panel_columns<T>,
                 out + r * width, width, some, width, to - from);
     }
   }
 
-  // The keys of the tile, in whole blocks, that some of these rows may attend to lie within [first, second).
-  std::pair<std::int64_t, std::int64_t> active_keys(std::int64_t row, std::int64_t rows) const {
+  // The keys of the tile, in whole blocks, that some of these rows attend to lie within [first, second).
+  std::pair<std::int64_t, std::int64_t> attended_keys(std::int64_t row, std::int64_t rows) const {
     std::int64_t from = s.count, to = 0;
     for (std::int64_t b = 0; b < tile_blocks; ++b)
       for (std::int64_t r = row; r < row + rows; ++r)
-        if (s.active[r][b]) {
+        if (s.attended[r][b]) {
           from = std::min(from, b * K);
           to = std::min<std::int64_t>((b + 1) * K, s.count);
         }
@@ -122,26 +138,28 @@ class ForwardBlock {
   }
 
   ScoreBlock<T> s;
-  Buffer<T> panels, shielded;
+  Buffer<T> panels, shielded, tile_out;
 };
 
 // Writes one row's results; `out` has been summed over all keys.
 template <class T>
-void finish_row(const Forward<T>& p, std::int64_t n, std::int64_t i, const T* out, T maximum, T sum) {
+void write_row(const Forward<T>& p, std::int64_t n, std::int64_t i, const T* out, T maximum, double sum) {
   constexpr int L = lanes<T>;
   const std::int64_t at = n * p.queries + i;
-  const bool empty = maximum == T(-INFINITY) && sum == T(0);
-  const T lse = empty ? T(-INFINITY) : maximum + std::log(sum), inverse = empty ? T(0) : T(1) / sum;
-  const T share = empty ? T(0) : T(1) / (sum * weight_unit<T>(p.keys));
-  p.lse[at] = lse;
+  const bool none = maximum == T(-INFINITY), empty = none && sum == 0;
+  const T inverse = empty ? T(0) : none ? T(NAN) : T(1 / sum);
+  const T share = empty ? T(0) : none ? T(NAN) : T(1 / (sum * double(value_scale<T>(p.keys))));
+  p.lse[at] = empty ? T(-INFINITY) : T(double(maximum) + std::log(sum));
   for (std::int64_t d = 0; d < p.values; d += L)
     store_part<T>(p.out + at * p.values + d, load(out + d) * share, p.values - d);
   if (!p.weights) return;
   T* w = p.weights + at * p.keys;
-  const T shift = empty ? T(0) : maximum;
+  const T shift = none ? T(0) : maximum;
+  const bool regular = !none && sum == sum;  // then NaN among the scores is an attended -Inf
   for (std::int64_t j = 0; j < p.keys; j += L) {
     const Vec<T> x = load_part<T>(w + j, p.keys - j, T(-INFINITY));
-    const Vec<T> e = exp<T>(x - shift) * inverse;
+    Vec<T> e = exp<T>(x - shift) * inverse;
+    if (regular) e = x == x ? e : (Vec<T>){};
     store_part<T>(w + j, x == T(-INFINITY) ? (Vec<T>){} : e, p.keys - j);
   }
 }
@@ -163,7 +181,8 @@ void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
 
   // Per (split, batch entry, row): out, maximum, sum. Only split keys need the memory beyond one block.
   const std::int64_t all_rows = p.batch * p.queries;
-  Buffer<T> part_out, part_maximum, part_sum;
+  Buffer<T> part_out, part_maximum;
+  Buffer<double> part_sum;
   if (splits > 1) {
     part_out.get(splits * all_rows * width);
     part_maximum.get(splits * all_rows);
@@ -173,17 +192,18 @@ void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
   parallel_for(p.batch * blocks * splits, work, [&](Tasks& tasks) {
     ForwardBlock<T> block(p);
     Buffer<T> own_out;
-    T own_maximum[most_rows], own_sum[most_rows];
+    T own_maximum[most_rows];
+    double own_sum[most_rows];
     for (std::int64_t task; tasks.take(task);) {
       const std::int64_t k = task % splits, b = task / splits % blocks, n = task / splits / blocks;
       const std::int64_t row0 = b * rows, count = std::min(rows, p.queries - row0);
       const std::int64_t at = k * all_rows + n * p.queries + row0;
       T* out = splits > 1 ? part_out.get(0) + at * width : own_out.get(rows * width);
       T* maximum = splits > 1 ? part_maximum.get(0) + at : own_maximum;
-      T* sum = splits > 1 ? part_sum.get(0) + at : own_sum;
+      double* sum = splits > 1 ? part_sum.get(0) + at : own_sum;
       block.run(n, row0, count, k * split, std::min((k + 1) * split, p.keys), out, maximum, sum);
       if (splits == 1)
-        for (std::int64_t r = 0; r < count; ++r) finish_row(p, n, row0 + r, out + r * width, maximum[r], sum[r]);
+        for (std::int64_t r = 0; r < count; ++r) write_row(p, n, row0 + r, out + r * width, maximum[r], sum[r]);
     }
   });
   if (splits == 1) return;
@@ -191,20 +211,20 @@ void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
     Buffer<T> memory;
     T* out = memory.get(width);
     for (std::int64_t at; tasks.take(at);) {
-      T maximum = T(-INFINITY), total = 0;
+      T maximum = T(-INFINITY);
+      double total = 0;
       for (std::int64_t k = 0; k < splits; ++k) {
         const T m = part_maximum.get(0)[k * all_rows + at];
         maximum = m > maximum ? m : maximum;
       }
-      const T shift = maximum == T(-INFINITY) ? T(0) : maximum;
       std::fill(out, out + width, T(0));
       for (std::int64_t k = 0; k < splits; ++k) {
-        const T factor = std::exp(part_maximum.get(0)[k * all_rows + at] - shift);
+        const T factor = maximum == T(-INFINITY) ? T(1) : std::exp(part_maximum.get(0)[k * all_rows + at] - maximum);
         total += part_sum.get(0)[k * all_rows + at] * factor;
         const T* from = part_out.get(0) + (k * all_rows + at) * width;
         for (std::int64_t d = 0; d < width; ++d) out[d] += from[d] * factor;
       }
-      finish_row(p, at / p.queries, at % p.queries, out, maximum, total);
+      write_row(p, at / p.queries, at % p.queries, out, maximum, total);
     }
   });
 }

@@ -34,6 +34,7 @@ inline void gemm_block(const T* a, std::int64_t a_row, std::int64_t a_column, co
 }
 
 constexpr int gemm_row_block = 4;
+constexpr std::int64_t values_cached = 256;  // so many values of a tile's keys are turned at a time
 
 // Up to gemm_row_block rows of C, whose rows are whole panels wide. The panels of B are `panel` elements apart.
 template <class T>

@@ -47,3 +47,12 @@ void load_mask(const Mask& mask, std::int64_t n, std::int64_t i, std::int64_t fi
       break;
   }
 }
+
+// Keys [first, last) that row i of entry n may attend to by its length and window.
+template <class T>
+void key_range(const Problem<T>& p, std::int64_t n, std::int64_t i, std::int64_t& first, std::int64_t& last) {
+  first = p.left >= 0 ? std::max<std::int64_t>(0, i - p.left) : 0;
+  last = p.right >= 0 && p.right < p.keys - i - 1 ? i + p.right + 1 : p.keys;
+  if (p.lengths) last = std::min(last, *p.lengths.at(n, i));
+  last = std::max(first, last);
+}

@@ -21,7 +21,7 @@ inline void exp_parts(Vec<T> x, Vec<T>& power, Vec<T>& r, Vec<T>& low) {
   const Vec<T> n = shifted - magic;
   const Vec<T> high = x - n * S::ln2_high;
   r = high - n * S::ln2_low;
-  const Vec<T> rest = (high - r) - n * S::ln2_low;
+  const Vec<T> lost = (high - r) - n * S::ln2_low;
   T factorial = 1;
   for (int k = 2; k <= S::exp_degree; ++k) factorial *= T(k);
   Vec<T> p = splat<T>(T(1) / factorial);
@@ -30,25 +30,25 @@ inline void exp_parts(Vec<T> x, Vec<T>& power, Vec<T>& r, Vec<T>& low) {
     factorial /= T(k + 1);
     p = p * r + T(1) / factorial;
   }
-  low = p * (r * r) + rest;
+  low = p * (r * r) + lost;
   power = (Vec<T>)((as_bits<T>(shifted) << S::mantissa) + (typename S::Bits(S::bias) << S::mantissa));
 }
 
 // e^x for exp_low <= x <= exp_high or NaN, and what its rounding leaves out.
 template <class T>
-inline void exp_and_rest(Vec<T> x, Vec<T>& e, Vec<T>& rest) {
+inline void exp_with_error(Vec<T> x, Vec<T>& e, Vec<T>& error) {
   Vec<T> power, r, low;
   exp_parts<T>(x, power, r, low);
   const Vec<T> u = r + T(1), v = (r - (u - T(1))) + low, scaled = power * u;
   e = power * v + scaled;
-  rest = power * v - (e - scaled);
+  error = power * v - (e - scaled);
 }
 
 // 0 below the normal range, saturated above it; NaN stays NaN.
 template <class T>
 inline Vec<T> exp(Vec<T> x) {
-  Vec<T> e, rest;
-  exp_and_rest<T>(clamp<T>(x, Simd<T>::exp_low, Simd<T>::exp_high), e, rest);
+  Vec<T> e, error;
+  exp_with_error<T>(clamp<T>(x, Simd<T>::exp_low, Simd<T>::exp_high), e, error);
   return x < Simd<T>::exp_low ? (Vec<T>){} : e;
 }
 

@@ -1,4 +1,4 @@
-// P and G of the query rows, from their scores.
+// P and G of the query rows, from their scores (math.md, eq. 9).
 
 // P and G of rows [row0, row0 + rows) of the entries [entry0, entry0 + entries).
 template <class T>
@@ -6,8 +6,9 @@ struct Workspace {
   std::int64_t entry0, entries, row0, rows;
   std::int64_t keys;    // padded to whole tiles
   std::int64_t blocks;  // of keys
-  T *probability, *gradient;
-  unsigned char* active;  // per row and key block: is any key unmasked?
+  T *weights, *gradient;
+  unsigned char* attended;  // per row and key block: does it have an attended key?
+  T* largest_gradient;      // per row: the largest |G|, NaN if there is one
 
   std::int64_t index(std::int64_t n, std::int64_t i) const { return (n - entry0) * rows + i - row0; }
 };
@@ -22,7 +23,7 @@ class RowPass {
   void run(std::int64_t n, std::int64_t row0, std::int64_t rows) {
     s.begin(n, row0, rows);
     const std::int64_t at = ws.index(n, row0);
-    std::memset(ws.active + at * ws.blocks, 0, rows * ws.blocks);
+    std::memset(ws.attended + at * ws.blocks, 0, rows * ws.blocks);
     const std::int64_t begin = s.first / TK * TK;
     for (std::int64_t key0 = begin; key0 < s.last; key0 += TK)
       if (s.tile(key0)) tile(n, row0, rows, key0);
@@ -35,87 +36,91 @@ class RowPass {
     T* grad = ws.gradient + at * ws.keys + key0;
     for (std::int64_t r = 0; r < rows; ++r) {
       std::memset(grad + r * ws.keys, 0, TK * sizeof(T));
-      for (int b = 0; b < tile_blocks; ++b) ws.active[(at + r) * ws.blocks + block0 + b] = s.active[r][b];
+      for (int b = 0; b < tile_blocks; ++b) ws.attended[(at + r) * ws.blocks + block0 + b] = s.attended[r][b];
     }
     if (p.grad_out && p.values > 0) {
       const T* v = p.value.at(n, key0);
       if (p.queries < gemm_row_block) {
         for (std::int64_t r = 0; r < rows; ++r)
           for (std::int64_t j = 0; j < s.count; ++j)
-            if (s.active[r][j / K])
+            if (s.attended[r][j / K])
               grad[r * ws.keys + j] = dot(p.grad_out.at(n, row0 + r), v + j * p.value.row, p.values);
       } else {
-        grad_probabilities(n, row0, rows, v, grad);
+        for (std::int64_t d0 = 0; d0 < p.values; d0 += values_cached)
+          add_products(n, row0, rows, v, d0, std::min(values_cached, p.values - d0), grad);
       }
     }
     for (std::int64_t r = 0; r < rows; ++r) grad_row(n, row0, r, key0, grad + r * ws.keys);
   }
 
-  // dO V^T: the values are turned so that lanes run over keys.
-  void grad_probabilities(std::int64_t n, std::int64_t row0, std::int64_t rows, const T* v, T* grad) {
-    const std::int64_t panel = round_up(p.values, group) * K;
+  // dO V^T over values [d0, d0 + count): these are turned so that lanes run over keys.
+  void add_products(std::int64_t n, std::int64_t row0, std::int64_t rows, const T* v, std::int64_t d0,
+                    std::int64_t count, T* grad) {
+    const std::int64_t panel = round_up(count, group) * K;
     T* columns = value_columns.get(tile_blocks * panel);
     for (int b = 0; b * K < s.count; ++b)
-      pack_transposed<T>(v + b * K * p.value.row, p.value.row, std::min<std::int64_t>(K, s.count - b * K), p.values,
+      pack_transposed<T>(v + b * K * p.value.row + d0, p.value.row, std::min<std::int64_t>(K, s.count - b * K), count,
                          columns + b * panel, K, Unchanged<T>{});
     for (std::int64_t r = 0; r < rows; r += gemm_row_block) {
       const std::int64_t some = std::min<std::int64_t>(gemm_row_block, rows - r);
       for (int b = 0; b < tile_blocks; ++b) {
         bool any = false;
-        for (std::int64_t i = r; i < r + some; ++i) any = any || s.active[i][b];
+        for (std::int64_t i = r; i < r + some; ++i) any = any || s.attended[i][b];
         if (any)
-          gemm<T>(p.grad_out.at(n, row0 + r), p.grad_out.row, 1, columns + b * panel, panel,
-                  grad + r * ws.keys + b * K, ws.keys, some, K, p.values);
+          gemm<T>(p.grad_out.at(n, row0 + r) + d0, p.grad_out.row, 1, columns + b * panel, panel,
+                  grad + r * ws.keys + b * K, ws.keys, some, K, count);
       }
     }
   }
 
-  // P and dP of one row and tile.
+  // P and dP of one row and tile; both are 0 where a key is masked.
   void grad_row(std::int64_t n, std::int64_t row0, std::int64_t r, std::int64_t key0, T* g) {
     constexpr int L = lanes<T>;
     const std::int64_t i = row0 + r;
-    T* probability = ws.probability + ws.index(n, i) * ws.keys + key0;
+    T* weights = ws.weights + ws.index(n, i) * ws.keys + key0;
     const T* score = s.scores + r * TK;
-    const T lse = p.lse[n * p.queries + i], shift = lse == T(-INFINITY) ? T(0) : lse;
+    const T lse = p.lse[n * p.queries + i];
     T keep[TK];
     if (p.seed) {
       dropout_factors(p, n, i, key0, keep);
-      for (int j = 0; j < TK; j += L) {
-        const Vec<T> factor = load(keep + j);
-        store(g + j, factor == T(0) ? (Vec<T>){} : load(g + j) * factor);
-      }
+      for (int j = 0; j < TK; j += L) store(g + j, load(g + j) * load(keep + j));
     }
     if (p.grad_weights) {
       const T* upstream = p.grad_weights.at(n, i) + key0;
       for (std::int64_t j = 0; j < s.count; ++j) g[j] += upstream[j];
     }
-    for (int j = 0; j < TK; j += L) {
+    for (int j = 0; j < TK && !s.may_overflow; j += L) {
       const Vec<T> x = load(score + j);
       const auto masked = x == T(-INFINITY);
-      store(probability + j, masked ? (Vec<T>){} : exp<T>(x - shift));
+      store(weights + j, masked ? (Vec<T>){} : exp<T>(x - lse));
       store(g + j, masked ? (Vec<T>){} : load(g + j));  // whatever a masked value holds
     }
-    // The sign remembers what was dropped, until the row is finished.
+    for (std::int64_t j = 0; j < TK && s.may_overflow; ++j) {
+      const bool masked = j >= s.count || s.masked(r, key0 + j, key0);
+      weights[j] = masked ? T(0) : std::exp(score[j] - lse);
+      g[j] = masked ? T(0) : g[j];
+    }
+    // Dropped entries are marked by the sign bit until finish_row.
     if (p.seed)
       for (int j = 0; j < TK; j += L) {
-        const Vec<T> x = load(probability + j);
-        store(probability + j, load(keep + j) == T(0) ? -x : x);
+        const Vec<T> x = load(weights + j);
+        store(weights + j, load(keep + j) == T(0) ? -x : x);
       }
   }
 
   void finish_row(std::int64_t n, std::int64_t i) {
     constexpr int L = lanes<T>;
     const std::int64_t at = ws.index(n, i);
-    const unsigned char* active = ws.active + at * ws.blocks;
-    T* probability = ws.probability + at * ws.keys;
+    const unsigned char* attended = ws.attended + at * ws.blocks;
+    T* weights = ws.weights + at * ws.keys;
     T* gradient = ws.gradient + at * ws.keys;
     // P sums to 1: dividing by the sum takes out the rounding of lse, which all keys of the row share.
     double delta = 0, total = 0;
     for (std::int64_t b = 0; b < ws.blocks; ++b) {
-      if (!active[b]) continue;
+      if (!attended[b]) continue;
       Vec<T> part = {}, total_part = {};
       for (int j = 0; j < K; j += L) {
-        const Vec<T> x = load(probability + b * K + j), positive = x < T(0) ? -x : x;
+        const Vec<T> x = load(weights + b * K + j), positive = x < T(0) ? -x : x;
         part += positive * load(gradient + b * K + j);
         total_part += positive;
       }
@@ -123,16 +128,31 @@ class RowPass {
       total += sum<T>(total_part);
     }
     const T normaliser = total == 0 ? T(0) : T(1 / total);
-    delta = total == 0 ? 0 : delta / total;
+    delta = total == 0 ? delta : delta / total;
     if (p.grad_lse) delta -= *p.grad_lse.at(n, i);
+    const bool finite = std::isfinite(delta);
+    if (!finite) spread_nonfinite(at, i - s.row0, T(delta));
+    UVec<T> most = {};
     for (std::int64_t b = 0; b < ws.blocks; ++b) {
-      if (!active[b]) continue;
+      if (!attended[b]) continue;
       for (int j = b * K; j < (b + 1) * K; j += L) {
-        const Vec<T> raw = load(probability + j), x = raw == T(0) ? raw : raw * normaliser;  // 0 stays 0 beside NaN
+        const Vec<T> raw = load(weights + j), x = raw == T(0) ? raw : raw * normaliser;  // 0 stays 0 beside NaN
         const Vec<T> positive = x < T(0) ? -x : x;
-        store(gradient + j, x == T(0) ? (Vec<T>){} : positive * (load(gradient + j) - T(delta)));
-        store(probability + j, p.seed ? (x > T(0) ? x : x != x ? x : (Vec<T>){}) * p.keep_scale : x);
+        if (finite) store(gradient + j, x == T(0) ? (Vec<T>){} : positive * (load(gradient + j) - T(delta)));
+        const UVec<T> size = magnitude<T>(load(gradient + j));
+        most = size > most ? size : most;
+        store(weights + j, p.seed ? (x > T(0) ? x : x != x ? x : (Vec<T>){}) * p.keep_scale : x);
       }
+    }
+    ws.largest_gradient[at] = as_number<T>(largest_lane<T>(most));
+  }
+
+  // G where delta is NaN or Inf: that reaches all attended keys of the row, those with P = 0 too, and no masked one.
+  void spread_nonfinite(std::int64_t at, std::int64_t r, T delta) {
+    for (std::int64_t j = 0; j < ws.keys; ++j) {
+      if (!ws.attended[at * ws.blocks + j / K]) continue;
+      T& g = ws.gradient[at * ws.keys + j];
+      g = j < p.keys && s.attends(r, j) ? std::fabs(ws.weights[at * ws.keys + j]) * (g - delta) : T(0);
     }
   }
 

@@ -1,6 +1,6 @@
 // The masked scores of a block of query rows, one tile of keys after the other: what forward and backward share.
 
-constexpr int most_rows = 128;   // query rows of a block
+constexpr int most_rows = 128;  // query rows of a block
 
 // Fewer rows than most_rows where that is needed to keep every thread busy.
 inline std::int64_t rows_per_block(std::int64_t batch, std::int64_t queries, int threads) {
@@ -10,18 +10,13 @@ inline std::int64_t rows_per_block(std::int64_t batch, std::int64_t queries, int
 }
 
 template <class T>
-void prefetch(const T* row, std::int64_t columns) {
-  for (std::int64_t c = 0; c < columns; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
-}
-
-template <class T>
 class ScoreBlock {
  public:
   static constexpr int K = block_keys<T>, TK = tile_keys<T>;
 
-  explicit ScoreBlock(const Problem<T>& problem) : p(problem), features(round_up(problem.hidden, group)) {}
+  explicit ScoreBlock(const Problem<T>& problem) : p(problem), features(round_up(problem.hidden, group)), slab(std::min<std::int64_t>(features, features_cached)) {}
 
-  // Begins with rows [first_row, first_row + count) of batch entry n.
+  // Begins with rows [first_row, first_row + count) of entry n.
   void begin(std::int64_t n, std::int64_t first_row, std::int64_t count) {
     entry = n;
     row0 = first_row;
@@ -29,48 +24,104 @@ class ScoreBlock {
     first = p.keys;
     last = 0;
     for (std::int64_t r = 0; r < rows; ++r) {
-      const std::int64_t i = row0 + r;
-      std::int64_t low = 0, high = p.keys;
-      if (p.left >= 0) low = std::max<std::int64_t>(low, i - p.left);
-      if (p.right >= 0 && p.right < high - i - 1) high = i + p.right + 1;
-      if (p.lengths) high = std::min(high, *p.lengths.at(n, i));
-      start[r] = low;
-      stop[r] = std::max(low, high);
-      if (low < high) {
-        first = std::min(first, low);
-        last = std::max(last, high);
+      key_range(p, n, row0 + r, start[r], stop[r]);
+      if (start[r] < stop[r]) {
+        first = std::min(first, start[r]);
+        last = std::max(last, stop[r]);
       }
-      query_largest[r] = largest(p.query.at(n, i), p.hidden);
+      query_largest_[r] = largest(p.query.at(n, row0 + r), p.hidden);
+      witness_[r] = 0;
     }
-    const T* w = p.weight.at(n, 0);
-    weight_largest = largest(w, p.hidden);
-    normaliser = weight_normaliser(w, p.hidden);
-    T* c = centre_.get(features / features_summed + 1);
-    for (std::int64_t h0 = 0; h0 < p.hidden; h0 += features_summed) {
-      double sum = 0;
-      for (std::int64_t h = h0; h < std::min<std::int64_t>(p.hidden, h0 + features_summed); ++h) sum += w[h] * normaliser;
-      c[h0 / features_summed] = T(sum / 2);
-    }
-    if (p.queries == 1) {
-      T* to = weight_.get(p.hidden);
-      for (std::int64_t h = 0; h < p.hidden; ++h) to[h] = w[h] * normaliser;
-    }
-    for (bool& b : query_packed_) b = false;
+    prepare_weight();
+    for (bool& packed : query_packed_) packed = false;
     scores = scores_.get(rows * TK);
   }
 
   // Computes scale * score + mask for keys [key0, key0 + TK) into scores[row * TK + key - key0], -Inf where a key is
-  // masked or beyond the last. Returns false, and computes nothing, if no row may attend to any of them.
+  // masked or beyond the last. Returns false, and computes nothing, if every key is masked for every row.
   bool tile(std::int64_t key0) {
+    bool block_attended[tile_blocks] = {};
+    find_attended(key0, block_attended);
+    if (!(block_attended[0] || block_attended[1] || block_attended[2] || block_attended[3])) return false;
+    if (p.queries == 1) {
+      single_row(key0);
+      return true;
+    }
+    bool form_used[forms] = {};
+    choose_forms(key0, form_used);
+    for (const Form f : {centred, difference, factored, direct})
+      if (form_used[f] && !query_packed_[f]) pack_queries(f);
+    for (std::int64_t h0 = 0; h0 < std::max<std::int64_t>(features, 1); h0 += features_cached) {
+      for (const Form f : {centred, difference, factored, direct})
+        if (form_used[f]) pack_tile(f, key0, h0, block_attended);
+      for (int b = 0; b < tile_blocks; ++b)
+        for (std::int64_t r = 0; r < rows; ++r) {
+          if (!attended[r][b]) continue;
+          T* s = scores + r * TK + b * K;
+          if (h0 == 0) std::memset(s, 0, K * sizeof(T));
+          add(form_[r], r, b, h0, s);
+        }
+    }
+    for (std::int64_t r = 0; r < rows; ++r) finish_row(r, key0);
+    return true;
+  }
+
+  // Is key j masked for row r? `masked` answers for the present tile, which begins at key0, `attends` for any key.
+  bool masked(std::int64_t r, std::int64_t j, std::int64_t key0) const {
+    return j < start[r] || j >= stop[r] || (bias_rows_ && bias_rows_[r * TK + j - key0] == T(-INFINITY));
+  }
+  bool attends(std::int64_t r, std::int64_t j) const {
+    T bias = 0;
+    if (p.mask.type != MaskType::none) load_mask(p.mask, entry, row0 + r, j, 1, &bias);
+    return j >= start[r] && j < stop[r] && bias != T(-INFINITY);
+  }
+
+  const Problem<T>& p;
+  const std::int64_t features;  // padded
+  const std::int64_t slab;      // of the features, packed at a time
+  std::int64_t entry = 0, row0 = 0, rows = 0;
+  std::int64_t first = 0, last = 0;                // keys that any row may attend to, masks aside
+  std::int64_t start[most_rows], stop[most_rows];  // keys that each row may attend to, masks aside
+  std::int64_t count = 0;                          // keys of the tile
+  bool complete = false;                           // no key of the tile is masked for any row
+  bool attended[most_rows][tile_blocks];           // blocks with an attended key
+  bool may_overflow = false;                       // an attended score may be -Inf too
+  T* scores = nullptr;
+
+ private:
+  void prepare_weight() {
+    const T* w = p.weight.at(entry, 0);
+    weight_largest_ = largest(w, p.hidden);
+    normaliser_ = weight_normaliser(w, p.hidden);
+    energy_limit_ = small_energy * as_number<T>(weight_largest_) * normaliser_;
+    T* normalised = weight_.get(p.hidden);
+    T* centre = centre_.get(features / features_per_sum + 1);
+    double reach = 0;
+    for (std::int64_t h0 = 0; h0 < p.hidden; h0 += features_per_sum) {
+      double sum = 0;
+      for (std::int64_t h = h0; h < std::min<std::int64_t>(p.hidden, h0 + features_per_sum); ++h) {
+        normalised[h] = w[h] * normaliser_;
+        sum += normalised[h];
+        reach += std::fabs(normalised[h]);
+      }
+      centre[h0 / features_per_sum] = T(sum / 2);
+    }
+    // Beside this bound, a finite mask value cannot overflow either: the score is less than its rounding.
+    constexpr double bound = double(std::numeric_limits<T>::max() * std::numeric_limits<T>::epsilon() / 8);
+    may_overflow = !(reach / double(normaliser_) * std::fabs(double(p.scale)) < bound);
+  }
+
+  // Loads the masks of the tile, and finds the blocks of keys to compute, for each row and for any.
+  void find_attended(std::int64_t key0, bool* block_attended) {
     count = std::min<std::int64_t>(TK, p.keys - key0);
-    bool block_used[tile_blocks] = {};
     complete = true;
+    bias_rows_ = p.mask.type == MaskType::none ? nullptr : bias_.get(rows * TK);
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t low = std::max(start[r], key0) - key0, high = std::min(stop[r], key0 + count) - key0;
-      T* bias = nullptr;
-      if (p.mask.type != MaskType::none && low < high) {
-        bias = bias_.get(rows * TK) + r * TK;
-        load_mask(p.mask, entry, row0 + r, key0 + low, high - low, bias + low);
+      const T* bias = nullptr;
+      if (bias_rows_ && low < high) {
+        load_mask(p.mask, entry, row0 + r, key0 + low, high - low, bias_rows_ + r * TK + low);
+        bias = bias_rows_ + r * TK;
       }
       complete = complete && low == 0 && high == count && !bias;
       for (int b = 0; b < tile_blocks; ++b) {
@@ -80,94 +131,86 @@ class ScoreBlock {
           any = false;
           for (std::int64_t j = from; j < to; ++j) any = any || bias[j] != T(-INFINITY);
         }
-        active[r][b] = any;
-        block_used[b] = block_used[b] || any;
+        attended[r][b] = any;
+        block_attended[b] = block_attended[b] || any;
       }
     }
-    if (!(block_used[0] || block_used[1] || block_used[2] || block_used[3])) return false;
+  }
 
-    if (p.queries == 1) {
-      form[0] = direct;
-      for (std::int64_t j = 0; j < count; ++j) {
-        if (!active[0][j / K]) continue;
-        // Memory would wait for arithmetic here, and arithmetic for memory at the values: these come in meanwhile.
-        prefetch(p.value.at(entry, key0 + j), p.values);
-        scores[j] = energy(p.query.at(entry, row0), p.key.at(entry, key0 + j), weight_.get(0), p.hidden);
-      }
-      finish_row(0, key0);
-      return true;
+  void single_row(std::int64_t key0) {
+    form_[0] = direct;
+    for (std::int64_t j = 0; j < count; ++j) {
+      if (!attended[0][j / K]) continue;
+      // Scores are compute-bound, the weighted sum is memory-bound: the values are prefetched here.
+      prefetch(p.value.at(entry, key0 + j), p.values);
+      scores[j] = energy(p.query.at(entry, row0), p.key.at(entry, key0 + j), weight_.get(0), p.hidden);
     }
+    finish_row(0, key0);
+  }
 
+  // The form of each row. A masked key must not matter, not even to the form.
+  void choose_forms(std::int64_t key0, bool* form_used) {
     typename Simd<T>::Bits key_largest[TK], tile_largest = 0;
     for (std::int64_t j = 0; j < count; ++j) {
       key_largest[j] = largest(p.key.at(entry, key0 + j), p.hidden);
       tile_largest = std::max(tile_largest, key_largest[j]);
     }
-    bool form_used[forms] = {};
     for (std::int64_t r = 0; r < rows; ++r) {
       auto most = tile_largest;
-      if (!complete) {  // what a masked key holds must not matter, not even to the form
+      std::int64_t from = 0, to = count - 1;  // the first and the last attended key
+      if (!complete) {
         most = 0;
-        for (std::int64_t j = 0; j < count; ++j)
-          if (!masked(r, key0 + j, key0)) most = std::max(most, key_largest[j]);
-      }
-      form[r] = choose_form<T>(query_largest[r], most, weight_largest, p.hidden);
-      form_used[form[r]] = true;
-    }
-    for (Form f : {centred, difference, factored, direct})
-      if (form_used[f]) pack(f, key0, block_used);
-
-    for (std::int64_t h0 = 0; h0 < std::max<std::int64_t>(features, 1); h0 += features_cached) {
-      const std::int64_t groups = std::min<std::int64_t>(features - h0, features_cached) / group;
-      for (int b = 0; b < tile_blocks; ++b)
-        for (std::int64_t r = 0; r < rows; ++r) {
-          if (!active[r][b]) continue;
-          T* s = scores + r * TK + b * K;
-          if (h0 == 0) std::memset(s, 0, K * sizeof(T));
-          add(form[r], r, b, h0, groups, s);
+        from = count;
+        for (std::int64_t j = 0; j < count; ++j) {
+          if (masked(r, key0 + j, key0)) continue;
+          most = std::max(most, key_largest[j]);
+          from = std::min(from, j);
+          to = j;
         }
+      }
+      form_[r] = choose_form<T>(query_largest_[r], most, weight_largest_, p.hidden);
+      if (form_[r] != direct && from < count)
+        for (const std::int64_t j : {from, from + (to - from) / 2, to})
+          if (form_[r] != direct && (complete || !masked(r, key0 + j, key0)) && cancels(r, key0 + j, key_largest[j]))
+            form_[r] = direct;
+      form_used[form_[r]] = true;
     }
-    for (std::int64_t r = 0; r < rows; ++r) finish_row(r, key0);
+  }
+
+  // Are all terms w (q + k) of this pair much smaller than what the row's form rounds? `witness_` remembers a feature
+  // that was large in the last tile, so that most calls look at one.
+  bool cancels(std::int64_t r, std::int64_t j, typename Simd<T>::Bits key_largest) {
+    const T *q = p.query.at(entry, row0 + r), *k = p.key.at(entry, j), *w = weight_.get(0);
+    T limit = energy_limit_;
+    if (form_[r] == centred) limit *= as_number<T>(std::max(query_largest_[r], key_largest));
+    std::int64_t& h = witness_[r];
+    for (std::int64_t step = 0; step < p.hidden; ++step, h = h + 1 < p.hidden ? h + 1 : 0)
+      if (!(std::fabs(w[h] * (q[h] + k[h])) <= limit)) return false;
     return true;
   }
 
-  bool masked(std::int64_t r, std::int64_t j, std::int64_t key0) const {
-    return j < start[r] || j >= stop[r] ||
-           (p.mask.type != MaskType::none && bias_memory()[r * TK + j - key0] == T(-INFINITY));
-  }
-
-  const Problem<T>& p;
-  const std::int64_t features;
-  std::int64_t entry = 0, row0 = 0, rows = 0;
-  std::int64_t first = 0, last = 0;                    // keys that any row may attend to, masks aside
-  std::int64_t start[most_rows], stop[most_rows];      // keys that each row may attend to, masks aside
-  std::int64_t count = 0;                              // keys of the tile
-  bool complete = false;                               // no key of the tile is masked for any row
-  bool active[most_rows][tile_blocks];                 // blocks with an unmasked key
-  T* scores = nullptr;
-
- private:
-  const T* bias_memory() const { return const_cast<Buffer<T>&>(bias_).get(0); }
-
-  void pack(Form f, std::int64_t key0, const bool* block_used) {
+  void pack_queries(Form f) {
     const std::int64_t width = features * constants(f);
-    if (!query_packed_[f]) {
-      T* to = query_[f].get(rows * width);
-      for (std::int64_t r = 0; r < rows; ++r)
-        pack_query(f, p.query.at(entry, row0 + r), p.weight.at(entry, 0), normaliser, p.hidden, to + r * width);
-      query_packed_[f] = true;
-    }
-    T* to = key_[f].get(features * TK);
-    for (int b = 0; b < tile_blocks; ++b)
-      if (block_used[b])
-        pack_keys(f, p.key.at(entry, key0 + b * K), p.key.row, std::min<std::int64_t>(K, count - b * K), p.hidden,
-                  to + b * K * features);
+    T* to = query_[f].get(rows * width);
+    for (std::int64_t r = 0; r < rows; ++r)
+      pack_query(f, p.query.at(entry, row0 + r), weight_.get(0), p.hidden, to + r * width);
+    query_packed_[f] = true;
   }
 
-  void add(Form f, std::int64_t r, int b, std::int64_t h0, std::int64_t groups, T* s) {
+  // Features [h0, h0 + slab) of the tile's keys.
+  void pack_tile(Form f, std::int64_t key0, std::int64_t h0, const bool* block_attended) {
+    T* to = key_[f].get(slab * TK);
+    for (int b = 0; b < tile_blocks; ++b)
+      if (block_attended[b])
+        pack_keys(f, p.key.at(entry, key0 + b * K) + h0, p.key.row, std::min<std::int64_t>(K, count - b * K),
+                  std::min(p.hidden - h0, slab), to + b * K * slab);
+  }
+
+  void add(Form f, std::int64_t r, int b, std::int64_t h0, T* s) {
+    const std::int64_t groups = std::min(features - h0, slab) / group;
     const T* q = query_[f].get(0) + (r * features + h0) * constants(f);
-    const T* k = key_[f].get(0) + (b * features + h0) * K;
-    const T* c = centre_.get(0) + h0 / features_summed;
+    const T* k = key_[f].get(0) + b * K * slab;
+    const T* c = centre_.get(0) + h0 / features_per_sum;
     if (f == centred) return add_energies<T, centred>(q, k, groups, c, s);
     if (f == difference) return add_energies<T, difference>(q, k, groups, c, s);
     if (f == factored) return add_energies<T, factored>(q, k, groups, c, s);
@@ -175,16 +218,20 @@ class ScoreBlock {
   }
 
   void finish_row(std::int64_t r, std::int64_t key0) {
-    const T factor = (form[r] == factored ? T(-2) : T(1)) * p.scale / normaliser;
+    const T unit = (form_[r] == factored ? T(-2) : T(1)) / normaliser_;
+    // Together they may overflow although neither does with the energy.
+    const bool together = std::isnormal(unit * p.scale);
+    const T factor = together ? unit * p.scale : unit;
     const std::int64_t low = start[r] - key0, high = std::min(stop[r], key0 + count) - key0;
-    const T* bias = p.mask.type == MaskType::none ? nullptr : bias_.get(0) + r * TK;
+    const T* bias = bias_rows_ ? bias_rows_ + r * TK : nullptr;
     for (int b = 0; b < tile_blocks; ++b) {
       T* s = scores + r * TK + b * K;
-      if (!active[r][b]) {
+      if (!attended[r][b]) {
         for (int j = 0; j < K; ++j) s[j] = T(-INFINITY);
         continue;
       }
       for (int j = 0; j < K; ++j) s[j] *= factor;
+      for (int j = 0; j < K && !together; ++j) s[j] *= p.scale;
       const bool whole = low <= b * K && high >= (b + 1) * K;  // else some keys are masked or were never computed
       if (whole && !bias) continue;
       for (int j = 0; j < K; ++j) {
@@ -197,9 +244,11 @@ class ScoreBlock {
     }
   }
 
-  Form form[most_rows];
-  typename Simd<T>::Bits query_largest[most_rows], weight_largest = 0;
-  T normaliser = 1;
+  Form form_[most_rows];
+  std::int64_t witness_[most_rows];
+  typename Simd<T>::Bits query_largest_[most_rows], weight_largest_ = 0;
+  T normaliser_ = 1, energy_limit_ = 0;
+  T* bias_rows_ = nullptr;  // the mask's terms of the tile, [row][key]
   bool query_packed_[forms] = {};
   Buffer<T> query_[forms], key_[forms], weight_, centre_, bias_, scores_;
 };

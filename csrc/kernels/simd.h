@@ -112,6 +112,13 @@ inline Vec<T> clamp(Vec<T> x, T low, T high) {  // NaN stays NaN
   return most < x ? most : x;
 }
 
+template <class T>
+inline typename Simd<T>::Bits largest_lane(UVec<T> x) {
+  typename Simd<T>::Bits result = 0;
+  for (int l = 0; l < lanes<T>; ++l) result = std::max(result, x[l]);
+  return result;
+}
+
 // The largest |x| of a row, as ordered bits; NaN is larger than everything.
 template <class T>
 typename Simd<T>::Bits largest(const T* x, std::int64_t n) {
@@ -125,9 +132,7 @@ typename Simd<T>::Bits largest(const T* x, std::int64_t n) {
     const UVec<T> m = magnitude<T>(load_part<T>(x + h, n - h, 0));
     most = m > most ? m : most;
   }
-  typename Simd<T>::Bits result = 0;
-  for (int l = 0; l < lanes<T>; ++l) result = std::max(result, most[l]);
-  return result;
+  return largest_lane<T>(most);
 }
 
 template <class T>
@@ -135,6 +140,18 @@ typename Simd<T>::Bits ordered_bits(T x) {
   typename Simd<T>::Bits bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
+}
+
+template <class T>
+T as_number(typename Simd<T>::Bits bits) {
+  T x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+template <class T>
+void prefetch(const T* row, std::int64_t columns) {
+  for (std::int64_t c = 0; c < columns; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-// The values' gradient.
+// The gradient of the values (math.md, eq. 12).
 
 // dV of keys [key0, key0 + count) += (P o D)^T dO, over runs of rows that attend to any of them.
 template <class T>
@@ -11,26 +11,27 @@ class ValuePass {
   void run(std::int64_t n, std::int64_t key0, std::int64_t count) {
     constexpr int L = lanes<T>;
     const std::int64_t width = round_up(p.values, panel_columns<T>), blocks = (count + K - 1) / K;
-    T* sum = sum_.get(blocks * K * width);
+    T* sum = sum_.get(count * width);
     T* out = p.grad_value + (n * p.keys + key0) * p.values;
-    std::memset(sum, 0, blocks * K * width * sizeof(T));
+    std::memset(sum, 0, count * width * sizeof(T));
     if (ws.row0 > 0)
       for (std::int64_t j = 0; j < count; ++j) std::memcpy(sum + j * width, out + j * p.values, p.values * sizeof(T));
     const std::int64_t end = ws.row0 + ws.rows;
     for (std::int64_t i = ws.row0; i < end;) {
-      // Rows that attend to the same blocks go together; what a row holds of its inactive blocks is undefined.
+      // Rows that attend to the same blocks go together; what a row holds of its other blocks is undefined.
       std::int64_t stop = i + 1;
-      while (stop < end && stop - i < most_rows && std::memcmp(active(n, i, key0), active(n, stop, key0), blocks) == 0)
+      while (stop < end && stop - i < most_rows && std::memcmp(attended(n, i, key0), attended(n, stop, key0), blocks) == 0)
         ++stop;
       const T* grad = nullptr;
       for (std::int64_t b = 0; b < blocks; ++b) {
-        if (!active(n, i, key0)[b]) continue;
+        if (!attended(n, i, key0)[b]) continue;
         if (!grad) grad = pack_panels(p.grad_out.at(n, i), p.grad_out.row, stop - i, p.values, panels);
-        const T* probability =
-            pack_panels(ws.probability + ws.index(n, i) * ws.keys + key0 + b * K, ws.keys, stop - i, K, probabilities);
-        for (int j = 0; j < K; j += gemm_row_block)
-          gemm<T>(probability + j, 1, K, grad, (stop - i) * panel_columns<T>, sum + (b * K + j) * width, width,
-                  std::min<int>(gemm_row_block, K - j), width, stop - i);
+        const T* weights =
+            pack_panels(ws.weights + ws.index(n, i) * ws.keys + key0 + b * K, ws.keys, stop - i, K, weights_);
+        const std::int64_t keys = std::min<std::int64_t>(K, count - b * K);
+        for (std::int64_t j = 0; j < keys; j += gemm_row_block)
+          gemm<T>(weights + j, 1, K, grad, (stop - i) * panel_columns<T>, sum + (b * K + j) * width, width,
+                  std::min<std::int64_t>(gemm_row_block, keys - j), width, stop - i);
       }
       i = stop;
     }
@@ -40,11 +41,11 @@ class ValuePass {
   }
 
  private:
-  const unsigned char* active(std::int64_t n, std::int64_t i, std::int64_t key0) const {
-    return ws.active + ws.index(n, i) * ws.blocks + key0 / K;
+  const unsigned char* attended(std::int64_t n, std::int64_t i, std::int64_t key0) const {
+    return ws.attended + ws.index(n, i) * ws.blocks + key0 / K;
   }
 
   const Backward<T>& p;
   const Workspace<T>& ws;
-  Buffer<T> sum_, panels, probabilities;
+  Buffer<T> sum_, panels, weights_;
 };

@@ -1,0 +1,323 @@
+"""Numbers that reach the edge of a dtype, on every path: long sums, cancellation, overflow.
+
+Judged by the accuracy rule, but against long doubles, so that float64 is judged as strictly as
+float32. The plain layer's formula is that of oracle.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracle import (
+    INPUTS,
+    OUTPUTS,
+    assert_same,
+    fused,
+    generator,
+    gradients,
+    plain,
+    plain_masked,
+)  # fmt: skip
+
+from additive_attn import additive_attention
+
+# Mark ``core`` and ``interpreter`` where the other paths pass too.
+pytestmark = pytest.mark.kernel
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+
+
+def exact(inputs, upstream, scale):
+    """Outputs and gradients in a wider type, by the formula and its derivative."""
+    wide = np.float64 if inputs["query"].dtype == torch.float32 else np.longdouble
+    q, k, v, w = (inputs[name].numpy().astype(wide) for name in INPUTS)
+    up = {name: x.numpy().astype(wide) for name, x in upstream.items()}
+    energy = np.tanh(q[..., :, None, :] + k[..., None, :, :])
+    score = scale * (energy @ w)
+    top = score.max(-1, keepdims=True)
+    total = np.exp(score - top).sum(-1, keepdims=True)
+    p = np.exp(score - top) / total
+    outputs = {"out": p @ v, "weights": p, "lse": (top + np.log(total))[..., 0]}
+    dp = np.zeros_like(p)
+    if "out" in up:
+        dp = dp + up["out"] @ v.swapaxes(-1, -2)
+    dp = dp + up.get("weights", 0)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True) + up.get("lse", np.zeros(1))[..., None]) * scale
+    slope = ds[..., None] * w * (1 - energy) * (1 + energy)
+    grads = {
+        "query": slope.sum(-2),
+        "key": slope.sum(-3),
+        "value": p.swapaxes(-1, -2) @ up["out"] if "out" in up else np.zeros_like(v),
+        "weight": (ds[..., None] * energy).reshape(-1, w.size).sum(0),
+    }
+    return outputs, grads
+
+
+@functools.lru_cache(maxsize=64)
+def _judges(key, scale, upstream_size, upstream_of):
+    """What every path is compared with: upstream gradients, the truth, and the plain layer."""
+    inputs = _INPUTS[key]
+    dtype = inputs["query"].dtype
+    shapes = plain(*inputs.values())
+    g = torch.Generator().manual_seed(0)
+    upstream = {
+        name: upstream_size * torch.randn(shapes[name].shape, generator=g, dtype=dtype)
+        for name in upstream_of
+    }
+    truth = exact(inputs, upstream, scale)
+    theirs = gradients(lambda x: plain_masked(x, scale=scale), inputs, upstream)
+    errors = [
+        {name: float(abs(theirs[which][name].numpy() - want).max()) for name, want in x.items()}
+        for which, x in enumerate(truth)
+    ]
+    return upstream, truth, errors
+
+
+_INPUTS: dict[int, dict[str, torch.Tensor]] = {}
+
+
+def judge(cases, upstream_of=OUTPUTS, scale=1.0, size=1.0, upstream_size=1.0, slope=1.0):
+    """The rule: outputs within 2x, gradients within 3x the plain layer's error, and roundings of
+    terms of ``size`` (gradients: times ``upstream_size`` and ``slope``); the largest errors over
+    all cases are compared."""
+    found = {}
+    for inputs in cases:
+        eps = torch.finfo(inputs["query"].dtype).eps
+        key = hash(tuple(x.contiguous().numpy().tobytes() for x in inputs.values()))
+        _INPUTS[key] = inputs
+        upstream, truth, errors = _judges(key, scale, upstream_size, tuple(upstream_of))
+        ours = gradients(lambda x: fused(x, scale=scale), inputs, upstream)
+        for which, factor, terms in ((0, 2, size), (1, 3, size * upstream_size * slope)):
+            for name, want in truth[which].items():
+                mine = float(abs(ours[which][name].numpy() - want).max())
+                floor = eps * float(abs(want).max()) + 8 * eps * terms
+                record = found.setdefault(f"{'d' * which}{name}", [0.0, 0.0, 0.0, factor])
+                record[0] = math.inf if math.isnan(mine) else max(record[0], mine)
+                record[1] = max(record[1], errors[which][name])
+                record[2] = max(record[2], floor)
+    bad = [
+        f"{name}: error {mine:.3g}, plain {other:.3g}, floor {floor:.3g}"
+        for name, (mine, other, floor, factor) in found.items()
+        if not mine <= factor * other + floor
+    ]
+    assert not bad, "; ".join(bad)
+
+
+def inputs_of(seed, dtype, queries, keys, hidden, values=8, *, batch=(), spread=1.0, weight=0.3):
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    inputs = {
+        "query": spread * randn(*batch, queries, hidden),
+        "key": spread * randn(*batch, keys, hidden),
+        "value": randn(*batch, keys, values),
+        "weight": weight * randn(hidden),
+    }
+    return {name: x.to(dtype) for name, x in inputs.items()}
+
+
+# Long sums.
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["random", "equal"])
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys"),
+    [((), 1, 4000), ((64,), 1, 20000), ((64,), 5, 4000)],
+    ids=lambda x: str(x).replace(" ", ""),
+)
+def test_long_sums_over_keys(batch, queries, keys, equal):
+    cases = []
+    for seed in range(1):
+        inputs = inputs_of(seed, torch.float32, queries, keys, 2, 3, batch=batch, spread=0.5)
+        if equal:
+            for name in ("key", "value"):
+                inputs[name] = inputs[name][..., :1, :].expand(*batch, keys, -1).contiguous()
+        cases.append(inputs)
+    judge(cases, ("lse",))
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["random", "equal"])
+def test_long_sums_over_rows(equal):
+    cases = []
+    for seed in range(2):
+        inputs = inputs_of(seed, torch.float32, 20000, 70, 2, 3, spread=0.5)
+        if equal:
+            inputs["query"] = inputs["query"][:1].expand(20000, -1).contiguous()
+        cases.append(inputs)
+    judge(cases, ("out", "lse"))
+
+
+# Cancellation: q near c and k near -c, so that tanh is small and the exponentials are not.
+
+
+@BOTH
+@pytest.mark.parametrize("offset", [0.8, 3.0, 9.0, 30.0])
+@pytest.mark.parametrize(
+    ("deviation", "weight"), [(1e-3, 100.0), (1e-2, 10.0), (0.1, 1.0), (0.1, 10.0), (1.0, 1.0)]
+)
+def test_opposite_offsets(offset, deviation, weight, dtype):
+    cases = []
+    for seed in range(3):
+        inputs = inputs_of(seed, torch.float64, 6, 140, 72, spread=deviation, weight=weight)
+        g = torch.Generator().manual_seed(100 + seed)
+        c = offset * (1 if seed == 0 else torch.randn(72, generator=g, dtype=torch.float64))
+        inputs["query"] = inputs["query"] + c
+        inputs["key"] = inputs["key"] - c
+        cases.append({name: x.to(dtype) for name, x in inputs.items()})
+    # Scores of hundreds make the softmax one-hot, where the plain layer's errors are luck.
+    size = max(1.0, weight * deviation)
+    judge(cases, size=size)
+
+
+@pytest.mark.parametrize("outlier", ["first", "last", "middle"])
+def test_one_large_key_among_small_ones(outlier):
+    """One key must not decide the accuracy of the others' scores."""
+    cases = []
+    for seed in range(3):
+        inputs = inputs_of(seed, torch.float32, 12, 150, 72, spread=0.003, weight=30.0)
+        inputs["key"][{"first": 0, "last": 149, "middle": 75}[outlier]] = -2.0
+        inputs["weight"].abs_()
+        cases.append(inputs)
+    judge(cases)
+
+
+@BOTH
+@pytest.mark.parametrize("hidden", [1, 2, 3, 4])
+def test_few_features(hidden, dtype):
+    """With one to four features, errors do not average out: the limit of the difference form."""
+    cases = [inputs_of(seed, dtype, 40, 70, hidden, spread=2.0, weight=1.0) for seed in range(20)]
+    judge(cases)
+
+
+# Overflow and underflow.
+
+
+@BOTH
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("split", [False, True], ids=["once", "split"])
+def test_overflow_to_minus_infinity_is_not_a_mask(queries, split, dtype):
+    """Rows whose attended scores all overflow are NaN, as the plain layer's; others are not."""
+    inputs = inputs_of(0, dtype, queries, 4500 if split else 70, 4)
+    largest = torch.finfo(dtype).max
+    inputs["query"], inputs["key"] = inputs["query"].abs() + 5, inputs["key"].abs() + 5
+    inputs["weight"] = torch.full((4,), -0.9 * largest, dtype=dtype)
+    mask = torch.rand(queries, inputs["key"].shape[0], generator=generator(3)) > 0.3
+    mask[-1] = False
+    for masking in ({}, {"attn_mask": mask}):
+        same_as_plain(inputs, masking)
+
+
+def same_as_plain(inputs, masking, scale=1.0):
+    """NaN, Inf and zeros where the plain layer has them, in outputs and gradients."""
+    upstream = {name: torch.ones_like(x) for name, x in plain_masked(inputs, **masking).items()}
+    theirs = gradients(lambda x: plain_masked(x, scale=scale, **masking), inputs, upstream)
+    ours = gradients(lambda x: fused(x, scale=scale, **masking), inputs, upstream)
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in mine:
+            torch.testing.assert_close(
+                mine[name],
+                other[name],
+                rtol=1e-3,
+                atol=1e-4,
+                equal_nan=True,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_finite_bias_that_overflows(queries):
+    """A finite mask value and a score overflow together: attended, so NaN."""
+    inputs = inputs_of(0, torch.float32, queries, 70, 4)
+    inputs["query"], inputs["key"] = inputs["query"].abs() + 0.5, inputs["key"].abs() + 0.5
+    inputs["weight"] = torch.full((4,), -1e37)
+    bias = torch.full((queries, 70), -3.4e38)
+    bias[:, ::3] = -torch.inf
+    for last in (-3.4e38, 0.0):
+        bias[:, -1] = last
+        same_as_plain(inputs, {"attn_mask": bias})
+
+
+@BOTH
+@pytest.mark.parametrize("queries", [1, 6])
+@pytest.mark.parametrize("spread", [1.0, 9.0, 30.0])
+@pytest.mark.parametrize("exponent", [-30, -26, -20, 20, 30])
+def test_sizes_of_upstream_gradients(exponent, spread, queries, dtype):
+    """Gradients are linear in the upstream gradient as far as the plain layer's are."""
+    size = 10.0 ** (exponent * (1 if dtype == torch.float32 else 8))
+    cases = [inputs_of(seed, dtype, queries, 70, 24, spread=spread) for seed in range(2)]
+    for inputs in cases[:1]:  # tanh of all sizes beside large exponentials
+        inputs["key"] = torch.cat(
+            [inputs["key"][:64] - 0.9 * inputs["query"][:1], inputs["key"][64:]]
+        )
+    judge(cases, ("out",), upstream_size=size)
+
+
+@BOTH
+@pytest.mark.parametrize("queries", [1, 6])
+@pytest.mark.parametrize(("scale", "weight", "spread"), [(1e20, 1e19, 1e-20), (1e20, 1e-20, 1.0),
+    (1e-20, 1e20, 1.0), (1e-20, 1e19, 1.0), (1e36, 1e-36, 1.0), (1e-36, 1e36, 1.0)])  # fmt: skip
+def test_order_of_factors(scale, weight, spread, queries, dtype):
+    cases = [inputs_of(s, dtype, queries, 70, 24, spread=spread, weight=weight) for s in range(2)]
+    slope = max(1.0, scale * weight)
+    judge(cases, scale=scale, slope=slope)
+    judge(cases, ("out",), scale=scale, upstream_size=1e-10, slope=slope)
+
+
+@BOTH
+@pytest.mark.parametrize("queries", [1, 6])
+def test_scale_zero_with_huge_upstream(queries, dtype):
+    inputs = inputs_of(0, dtype, queries, 300, 24)
+    leaves = [x.clone().requires_grad_() for x in inputs.values()]
+    out = additive_attention(*leaves, scale=0.0)
+    huge = torch.full_like(out, torch.finfo(dtype).max / 1e3)
+    for x in torch.autograd.grad(out, [leaves[0], leaves[1], leaves[3]], huge):
+        assert_same(x.abs(), torch.zeros_like(x))
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_nonfinite_weight_leaves_empty_rows_and_padding(bad, queries, dtype):
+    inputs = inputs_of(0, dtype, queries, 70, 24, batch=(2,))
+    inputs["weight"][3] = bad
+    leaves = [x.clone().requires_grad_() for x in inputs.values()]
+    lengths = torch.tensor([0, 33])
+    out, lse = additive_attention(*leaves, lengths=lengths, need_lse=True)
+    grads = torch.autograd.grad((out, lse), leaves, [torch.ones_like(out), torch.ones_like(lse)])
+    assert_same(out[0], torch.zeros_like(out[0]))
+    assert_same(lse[0], torch.full_like(lse[0], -torch.inf))
+    assert out[1].isnan().all() and lse[1].isnan().all()
+    for x in (grads[0][0], grads[1][0], grads[2][0], grads[1][1, 33:], grads[2][1, 33:]):
+        assert_same(x.abs(), torch.zeros_like(x))
+    assert grads[0][1].isnan().all() and grads[1][1, :33].isnan().all()
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("how", ["underflow", "dropout"])
+def test_nonfinite_value_reaches_query_and_key(how, queries, bad, dtype):
+    """The plain layer multiplies the gradient of a weight by 0, which keeps NaN."""
+    inputs = inputs_of(0, dtype, queries, 70, 4)
+    options = {"lengths": torch.tensor(69)}
+    if how == "underflow":
+        inputs["attn_mask"] = torch.zeros(queries, 70, dtype=dtype)
+        inputs["attn_mask"][:, 5] = -1e30
+        inputs["attn_mask"][:, 6] = -torch.inf
+    else:
+        options["dropout_p"] = 1.0
+    inputs["value"][5] = bad
+    inputs["value"][[6, 69] if how == "underflow" else [69]] = math.nan  # masked
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    out = additive_attention(
+        *[leaves[n] for n in INPUTS], attn_mask=leaves.get("attn_mask"), **options
+    )
+    grads = torch.autograd.grad(out.sum(), [leaves["query"], leaves["key"]])
+    assert grads[0].isnan().all() and grads[1][:5].isnan().all() and grads[1][5].isnan().all()
+    masked = [6, 69] if how == "underflow" else [69]
+    assert_same(grads[1][masked].abs(), torch.zeros_like(grads[1][masked]))
