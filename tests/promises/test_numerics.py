@@ -169,8 +169,8 @@ def test_opposite_offsets(offset, deviation, weight, dtype):
         inputs["query"] = inputs["query"] + c
         inputs["key"] = inputs["key"] - c
         cases.append({name: x.to(dtype) for name, x in inputs.items()})
-    # Scores of hundreds make the softmax one-hot, where the plain layer's errors are luck.
-    size = max(1.0, weight * deviation)
+
+    size = max(1.0, 2 * weight * deviation)  # of the terms of a score
     judge(cases, size=size)
 
 
