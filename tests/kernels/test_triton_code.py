@@ -117,9 +117,10 @@ def test_calls_compile_without_spills(label, target):
         assert code.registers <= (512 if target in AMD else 255), kernel.name
         assert code.shared <= 48 * 1024, kernel.name
         assert 0 < kernel.programs < 2**31, kernel.name
-        # Earlier versions spill up to four registers outside all loops, where that lets more
-        # programs run at once.
-        assert code.spilled <= (16 if VERSION < (3, 9) and label != "usual" else 0), kernel.name
+        # A few registers may spill around the loops, where that costs a load per program.
+        assert code.spilled <= 128, kernel.name
+        spills = [name for loop in code.loops for name in loop if name[:3] in ("LDL", "STL")]
+        assert not spills, kernel.name
 
 
 @figures

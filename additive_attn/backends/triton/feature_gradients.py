@@ -25,7 +25,7 @@ from additive_attn.backends.triton.numerics import (
     tanh_slope,
 )
 from additive_attn.backends.triton.prepare import PROJECTIONS, SAFE
-from additive_attn.backends.triton.scores import extremes, opposite
+from additive_attn.backends.triton.scores import extremes, small_tanh
 
 
 @triton.jit
@@ -90,16 +90,17 @@ def _raw(row, h, hidden, stride, ACC: tl.constexpr):
 
 
 @triton.jit
-def _kept(rows, h, hidden, stride, ACC: tl.constexpr):
+def _kept(rows, h, hidden, stride, ACC: tl.constexpr, AGAIN: tl.constexpr = False):
     """The same of a tile of rows, [RX, RH, TX, TH], to stay in registers. A loop's layout follows
     that of such loads, which follows the contiguity of their addresses. Here it is not the true
     one but an order, last dim first, so that threads lie along TX and TH, registers along RX and
-    RH, which Triton 3.6 does not choose by itself. A multiple of 1: never a vector."""
+    RH, which Triton 3.6 does not choose by itself. A multiple of 1: never a vector. ``AGAIN``:
+    reads what the program has read before, which costs less than registers through its loop."""
     a = rows + tl.minimum(h[0], hidden - 1).to(tl.int64)[None, :, None, :] * stride
     b = rows + tl.minimum(h[1], hidden - 1).to(tl.int64)[None, :, None, :] * stride
     a = tl.multiple_of(tl.max_contiguous(a, [1, 2, 4, 8]), [1, 1, 1, 1])
     b = tl.multiple_of(tl.max_contiguous(b, [1, 2, 4, 8]), [1, 1, 1, 1])
-    return tl.load(a).to(ACC), tl.load(b).to(ACC)
+    return tl.load(a, volatile=AGAIN).to(ACC), tl.load(b, volatile=AGAIN).to(ACC)
 
 
 @triton.jit
@@ -195,7 +196,6 @@ def query_kernel(
         row_count, row_begin, rows, padded, inner, splits, entry_begin, RX, TX, RH, TH
     )
     q_rows = query + o * query_outer + m * query_inner + i[:, None, :, None] * query_row
-    q = _kept(q_rows, h, hidden, query_h, ACC)
     g_rows = gradient + (entry * row_padded + r.to(tl.int64)) * key_padded  # [RX, TX]
     zeros = tl.zeros([RX, RH, TX, TH], ACC)
     sums = (zeros, zeros)  # of G (1 - t^2) / 4
@@ -211,9 +211,9 @@ def query_kernel(
         at_key = o * key_exp_outer + m * key_exp_inner
         size_i = tl.load(query_rows.size + at_query + i)
         direct_i = size_i > SAFE
-        Q, Q_error = _exponentials(q, direct_i, 2.0)
+        Q, _error = _exponentials(_kept(q_rows, h, hidden, query_h, ACC), direct_i, 2.0)
         any_direct_i = tl.max(direct_i.to(tl.int32)) != 0
-        all_small_i = tl.max(tl.where(direct_i, 0.0, size_i)) <= 1.0
+        largest_i = tl.max(tl.where(direct_i, 0.0, size_i))
         K_first = key_rows.exponential + at_key * padded
         flat = tl.arange(0, BX)[:, None].to(tl.int64) + tile * BX
         flat_rows = gradient + (entry * row_padded + flat) * key_padded
@@ -233,11 +233,14 @@ def query_kernel(
             key_counts = tl.max(counts.to(tl.int32), 0) != 0
             size_j = tl.where(key_counts, tl.load(key_rows.size + at_key + j), 0.0)
             take_direct = any_direct_i | (tl.max(size_j) > SAFE)
-            small = all_small_i & (tl.max(tl.where(size_j > SAFE, 0.0, size_j)) <= 1.0)
-            if not small:
-                K_projections = key_rows.projections + at_key * PROJECTIONS
-                small = opposite(extremes_i, extremes(K_projections, j, key_counts))
+            key_counts = key_counts & (size_j <= SAFE)
+            small = small_tanh(
+                tl.maximum(largest_i, tl.max(tl.where(size_j > SAFE, 0.0, size_j))),
+                extremes_i,
+                extremes(key_rows.projections + at_key * PROJECTIONS, j, key_counts),
+            )
         if take_direct:
+            q = _kept(q_rows, h, hidden, query_h, ACC, True)
             parts = (zeros, zeros)
             total = tl.zeros([RX, 1, TX, 1], ACC)
             for c in range(k0, end):
@@ -262,7 +265,9 @@ def query_kernel(
         elif small:
             # t = (K - 1/Q) / (K + 1/Q), whose difference is exact; 1/Q has its own rounding,
             # which takes the place of that of Q.
+            q = _kept(q_rows, h, hidden, query_h, ACC, True)
             A, A_error = _exponentials(q, direct_i, -2.0)
+            _error, Q_error = _exponentials(q, direct_i, 2.0)
             half = (0.5 * (A_error[0] + Q_error[0]), 0.5 * (A_error[1] + Q_error[1]))
             for c in range(k0, end):
                 j1 = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
@@ -296,6 +301,8 @@ def query_kernel(
 
     if query_rows is not None:
         # dw by the roundings of Q, which all keys of a row share: + (1 - t^2) / 2 per unit.
+        q = _kept(q_rows, h, hidden, query_h, ACC, True)
+        _error, Q_error = _exponentials(q, direct_i, 2.0)
         rounding = (2.0 * sums[0] * Q_error[0], 2.0 * sums[1] * Q_error[1])
         weights = _add(weights, _over_rows(rounding))
     scale = number(scale_bits).to(ACC)

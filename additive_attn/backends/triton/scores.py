@@ -101,9 +101,9 @@ def extremes(projections, i, counted):
 
 
 @triton.jit
-def opposite(rows, keys):
-    """Whether queries and keys of these ``extremes`` lie opposite each other."""
-    return tl.max(rows + keys, 0) <= 1.5
+def small_tanh(largest, rows, keys):
+    """Whether no |q|, |k| is above 1, or queries and keys of these ``extremes`` are opposite."""
+    return tl.minimum(largest, tl.max(rows + keys, 0) - 0.5) <= 1.0
 
 
 @kernel
@@ -168,15 +168,13 @@ def score_kernel(
             near_i = tl.where(size_i > SAFE, 0.0, size_i)
             near_j = tl.where(size_j > SAFE, 0.0, size_j)
             any_direct = tl.maximum(tl.max(size_i, 0), tl.max(size_j, 0)) > SAFE
-            small = tl.maximum(tl.max(near_i, 0), tl.max(near_j, 0)) <= 1.0
-            opposed = small
-            if not small:
-                opposed = opposite(
-                    extremes(query_rows.projections + at_query * PROJECTIONS, i,
-                             row_counts & (size_i <= SAFE)),
-                    extremes(key_rows.projections + at_key * PROJECTIONS, j,
-                             key_counts & (size_j <= SAFE)),
-                )  # fmt: skip
+            row_counts = row_counts & (size_i <= SAFE)
+            key_counts = key_counts & (size_j <= SAFE)
+            small = small_tanh(
+                tl.maximum(tl.max(near_i, 0), tl.max(near_j, 0)),
+                extremes(query_rows.projections + at_query * PROJECTIONS, i, row_counts),
+                extremes(key_rows.projections + at_key * PROJECTIONS, j, key_counts),
+            )
 
             padded = tl.multiple_of(padded, 4)
             a_rows = query_rows.exponential + at_query * padded
@@ -184,7 +182,7 @@ def score_kernel(
             b_rows = key_rows.exponential + at_key * padded
             b_rows += rj[:, :, None] * padded + f[None, None, :]  # [RN, TN, 4]
             total = tl.zeros([RM, RN, TM, TN], tl.float32)
-            if opposed:
+            if small:
                 total = _joined(
                     a_rows, b_rows, weight, total, 0, padded, RM, TM, RN, TN, True, True, TARGET
                 )
@@ -205,7 +203,7 @@ def score_kernel(
             energy = _square(total, RM, TM, RN, TN)  # [BM, BN]
             rounding = tl.load(query_rows.correction + at_query + i)[:, None]
             rounding += tl.load(key_rows.correction + at_key + j)[None, :]
-            limit = tl.where(opposed, float("inf"), 1.0)
+            limit = tl.where(small, SAFE, 1.0)
             corrected = (size_i <= limit)[:, None] & (size_j <= limit)[None, :]
             energy += tl.where(corrected, rounding, 0.0)
 

@@ -1,0 +1,115 @@
+"""Numeric faults of the GPU's kernels, each as a class, judged by the accuracy rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import check_against_plain, fused, gradients, make, plain, random_upstream
+
+pytestmark = pytest.mark.triton
+
+
+def opposed(offset, deviation, weight, queries, hidden, seed):
+    """q near c and k near -c in every feature, with signs of c that differ."""
+    case = make((), queries, 20, hidden, 5, spread=deviation, seed=seed)
+    signs = torch.sign(torch.randn(hidden, generator=torch.Generator().manual_seed(seed)))
+    case["query"] += offset * signs
+    case["key"] -= offset * signs
+    case["weight"] *= weight
+    return case
+
+
+@pytest.mark.parametrize("hidden", [16, 72])
+@pytest.mark.parametrize("queries", [1, 12])
+@pytest.mark.parametrize("offset,deviation,weight", [(3, 1e-2, 10), (3, 1e-3, 100), (8, 0.1, 1)])
+def test_opposite_offsets(offset, deviation, weight, queries, hidden):
+    cases = [opposed(offset, deviation, weight, queries, hidden, seed) for seed in range(3)]
+    check_against_plain(cases, magnitude=deviation * weight)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_overflow_is_not_masking(sign, queries):
+    """Rows whose scores all overflow are NaN as a softmax of infinities is, masked keys aside."""
+    case = make((2,), queries, 9, 7, 5)
+    case["query"], case["key"] = case["query"].abs() + 5, case["key"].abs() + 5
+    case["weight"] = torch.full((7,), sign * 3e38)
+    lengths = torch.tensor([9, 0])
+    outputs, grads = gradients(
+        lambda x: fused(x, lengths=lengths), case, random_upstream(fused(case), ("out",))
+    )
+    assert outputs["out"][0].isnan().all() and outputs["weights"][0].isnan().all()
+    assert (outputs["out"][1] == 0).all() and (outputs["lse"][1] == -torch.inf).all()
+    assert grads["query"][0].isnan().all() and (grads["query"][1] == 0).all()
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_rows_of_the_lowest_number(queries):
+    """A mask of torch.finfo(dtype).min everywhere is no overflow: the weights are equal."""
+    mask = torch.full((queries, 9), torch.finfo(torch.float32).min)
+    case = make((), queries, 9, 7, 5)
+    torch.testing.assert_close(fused(case, attn_mask=mask), plain(*case.values(), bias=mask))
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(
+    "weight,scale,spread", [(1e19, 1e20, 1e-39), (1e30, 1e-30, 1.0), (1e-30, 1e30, 1.0)]
+)
+def test_scale_and_weight_beyond_the_range(weight, scale, spread, queries):
+    """Their product overflows, or underflows, where the scores do not."""
+    case = make((), queries, 9, 7, 5)
+    case["query"], case["key"] = case["query"] * spread, case["key"] * spread
+    case["weight"] *= weight
+    upstream = random_upstream(fused(case), ("out",))
+    ours, _ = gradients(lambda x: fused(x, scale=scale), case, upstream)
+    exact, _ = gradients(
+        lambda x: plain(*x.values(), scale=scale),
+        {n: x.double() for n, x in case.items()},
+        upstream,
+    )
+    for name in ours:
+        torch.testing.assert_close(ours[name].double(), exact[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_an_infinite_weight_beside_empty_rows_and_padding(queries):
+    case = make((2,), queries, 9, 7, 5)
+    case["weight"][0] = torch.inf
+    lengths = torch.tensor([0, 4])
+    upstream = random_upstream(fused(case), ("out",))
+    _, grads = gradients(lambda x: fused(x, lengths=lengths), case, upstream)
+    assert (grads["query"][0] == 0).all() and (grads["key"][0] == 0).all()
+    assert (grads["key"][1, 4:] == 0).all() and grads["query"][1].isnan().all()
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("bias", [0.0, -500.0], ids=["usual", "underflowed"])
+def test_nan_values_reach_query_and_key(bias, queries):
+    """Even where the weight underflows to 0."""
+    case = make((), queries, 9, 7, 5)
+    case["value"][4] = torch.nan
+    mask = torch.zeros(queries, 9)
+    mask[:, 4] = bias
+    mask[:, 7] = -torch.inf
+    upstream = random_upstream(fused(case), ("out",))
+    _, grads = gradients(lambda x: fused(x, attn_mask=mask), case, upstream)
+    assert grads["query"].isnan().all() and grads["key"][:7].isnan().all()
+    assert (grads["key"][7] == 0).all()
+
+
+@pytest.mark.parametrize("queries,keys", [(1, 3000), (2, 1500)])
+@pytest.mark.parametrize("equal", [False, True])
+def test_long_sums(equal, queries, keys):
+    """The gradient through lse sums one sign over all keys."""
+    case = make((8,) if queries == 1 else (), queries, keys, 8, 2, spread=0.5)
+    case["weight"] = case["weight"] * 0.3
+    if equal:
+        case["key"] = case["key"][..., :1, :].expand(case["key"].shape).clone()
+    check_against_plain([case], upstream_of=["lse"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_features_of_a_large_spread(seed):
+    """Nearly all tanh are saturated: the gradient is that of the few that are not."""
+    cases = [make((2,), 15, 7, 3, 4, spread=30.0, seed=8 * seed + s) for s in range(8)]
+    check_against_plain(cases)
