@@ -87,7 +87,7 @@ def gpu_path() -> tuple[ModuleType | None, str]:
         return None, "ADDITIVE_ATTN_GPU=pytorch asks for plain PyTorch"
     try:
         kernels = importlib.import_module("additive_attn.backends.triton")
-        kernels.probe(torch.device("cuda"))
+        kernels.probe(torch.device("cuda"), blocks.forward, blocks.backward)
     # Whatever Triton, the driver or the host compiler may raise, plain PyTorch still computes.
     except Exception as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -16,7 +16,7 @@ pytest.importorskip("triton", minversion="3.6", reason="Triton brings compiler a
 
 from additive_attn.backends import triton as operators
 from additive_attn.backends.triton import arguments, tiles
-from tools.machine_code import AMD, LONG, STEP, TRITON, call, compiled_calls
+from tools.machine_code import AMD, HOT, LONG, STEP, TRITON, call, compiled_calls
 
 # The same source becomes other instructions in another version of the compiler.
 VERSION = tuple(map(int, TRITON.split(".")[:2]))
@@ -119,8 +119,9 @@ def test_calls_compile_without_spills(label, target):
         assert 0 < kernel.programs < 2**31, kernel.name
         # A few registers may spill around the loops, where that costs a load per program.
         assert code.spilled <= 128, kernel.name
-        spills = [name for loop in code.loops for name in loop if name[:3] in ("LDL", "STL")]
-        assert not spills, kernel.name
+        if label == "usual" and kernel.name in HOT and target not in AMD:
+            loop = code.hot_loop(HOT[kernel.name][0])
+            assert not [name for name in loop if name[:3] in ("LDL", "STL")], kernel.name
 
 
 @figures

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from additive_attn.backends.triton.backward import backward
-from additive_attn.backends.triton.batch import BatchShape
 from additive_attn.backends.triton.forward import forward
 from additive_attn.backends.triton.launch import interpreted
-from additive_attn.backends.triton.prepare import prepare_weight
+from additive_attn.spec.call import Call, Inputs, Masking, Options
 
 __all__ = ["backward", "forward", "interpreted", "probe"]
 
+_NAMES = ("out", "weights", "lse", "grad query", "grad key", "grad value", "grad weight")
 
-def probe(device: torch.device) -> None:
-    """Runs the smallest kernel, which raises where Triton, its compiler or the driver fails."""
-    prepare_weight(torch.zeros(1, device=device), BatchShape(torch.Size()), 1.0)
+
+@torch.no_grad()
+def probe(
+    device: torch.device,
+    reference_forward: Callable[..., Any],
+    reference_backward: Callable[..., Any],
+) -> None:
+    """Runs the kernels of several queries and of one, forward and backward, and compares them with
+    a reference. Raises where Triton, its compiler or the driver fails, and RuntimeError where the
+    results differ by more than rounding."""
+    exact = torch.get_float32_matmul_precision() == "highest"
+    tolerance = 1e-4 if exact else 1e-2  # matmul may round to 10 bits
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cpu").to(device)
+
+    for queries in (5, 1):
+        inputs = Inputs(random(2, queries, 8), random(2, 40, 8), random(2, 40, 8), random(8))
+        call = Call(inputs, Masking(), Options()).flat()
+        expected = reference_forward(*call, True)
+        upstream = [random(*x.shape) for x in expected]
+        gradients = (*upstream, *call, expected[2], True, True, True, True, False)
+        ours = (*forward(*call, True), *backward(*gradients)[:4])
+        expected = (*expected, *reference_backward(*gradients)[:4])
+        for name, mine, other in zip(_NAMES, ours, expected, strict=True):
+            error = (mine - other).abs().max().item()
+            if not error <= tolerance * (1 + other.abs().max().item()):
+                raise RuntimeError(
+                    f"the Triton kernels give another {name} than plain PyTorch on {device}: they "
+                    f"differ by {error:.3g} in a small call of {queries} queries"
+                )

@@ -158,7 +158,18 @@ def forward_kernel(
         acc = acc * shrink + tl.sum(p[:, None] * v, 0)
 
     lane = tl.arange(0, 1)
-    if tops is None:
+    if tops is not None:
+        part = split * entries + n
+        tl.store(out + part * values + d, acc, mask=d < values)
+        tl.store(tops + part + lane, top, mask=lane < stores)
+        tl.store(totals + part + lane, total, mask=lane < stores)
+        if scores is not None:
+            # Keys beyond the last that is attended.
+            for k0 in range(tl.maximum(begin, end), last, BLOCK):
+                j = k0 + tl.arange(0, BLOCK)
+                minus = tl.full([BLOCK], float("-inf"), ACC)
+                tl.store(scores + j, minus, mask=j < last * stores)
+    else:
         inverse = _inverse(top, total)
         tl.store(out + n * values + d, (acc * inverse).to(out.dtype.element_ty), mask=d < values)
         tl.store(lse + n + lane, _lse(top, total), mask=lane < stores)
@@ -172,17 +183,6 @@ def forward_kernel(
                 p = tl.where(x == float("-inf"), 0.0, tl.exp(x - shift) * inverse)
                 p = p.to(weights.dtype.element_ty)
                 tl.store(weights + n * keys + j, p, mask=j < keys * stores)
-    else:
-        part = split * entries + n
-        tl.store(out + part * values + d, acc, mask=d < values)
-        tl.store(tops + part + lane, top, mask=lane < stores)
-        tl.store(totals + part + lane, total, mask=lane < stores)
-        if scores is not None:
-            # Keys beyond the last that is attended.
-            for k0 in range(tl.maximum(begin, end), last, BLOCK):
-                j = k0 + tl.arange(0, BLOCK)
-                minus = tl.full([BLOCK], float("-inf"), ACC)
-                tl.store(scores + j, minus, mask=j < last * stores)
 
 
 @kernel

@@ -1,0 +1,74 @@
+"""Numbers that stand in C++, in Triton and in Python agree."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from additive_attn.spec import dropout
+
+CSRC = Path(__file__).parents[2] / "csrc"
+NUMBER = r"-?\d[\d.]*(?:e[-+]?\d+)?"
+
+
+@pytest.fixture(scope="module")
+def cpp():
+    if not CSRC.is_dir():
+        pytest.skip("the sources of the kernel are not here")
+    files = (path for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cpp", ".inc"))
+    return "\n".join(path.read_text() for path in files)
+
+
+def triton_source(module, name):
+    pytest.importorskip("triton")
+    numerics = pytest.importorskip(f"additive_attn.backends.triton.{module}")
+    return inspect.getsource(getattr(numerics, name).fn)
+
+
+def constant(cpp, *names):
+    """The integer of the first of these names that C++ defines."""
+    for name in names:
+        found = re.search(rf"constexpr\s+(?:int|auto)\s+{name}\s*=\s*(\d+)", cpp)
+        if found:
+            return int(found[1])
+    raise AssertionError(f"csrc defines none of {names}")
+
+
+def test_coefficients_of_tanh(cpp):
+    source = triton_source("numerics", "tanh").partition("x > 9.0")[2]
+    for name, variable in (("numerator", "z"), ("denominator", "y")):
+        (listed,) = re.findall(rf"float {name}\[\] = {{(.*?)}};", cpp)
+        expected = [float(x.rstrip("f")) for x in listed.split(",")]
+        lines = [line for line in source.splitlines() if re.match(rf"\s+{variable} = ", line)]
+        ours = [float(x) for line in lines for x in re.findall(rf"(?<![\w]){NUMBER}", line)]
+        assert ours == expected, name
+
+
+def test_ranges(cpp):
+    prepare = pytest.importorskip("additive_attn.backends.triton.prepare")
+    (ranges,) = re.findall(r"struct Range<float> {(.*?)};", cpp, re.DOTALL)
+    values = {name: float(x) for name, x in re.findall(rf"(\w+) = ({NUMBER})f", ranges)}
+    assert prepare.SAFE.value == values["safe"]
+    clamped = re.findall(rf"x > ({NUMBER})", triton_source("numerics", "tanh"))
+    assert [float(x) for x in clamped] == [values["saturated"]]
+
+
+def test_limits_of_the_forms(cpp):
+    prepare = pytest.importorskip("additive_attn.backends.triton.prepare")
+    limit = constant(cpp, "kDifferenceMaxFeatures", "difference_max_features", "features_few")
+    assert limit == prepare.DIFFERENCE_MAX_FEATURES
+    assert (
+        constant(cpp, "kFeaturesPerSum", "features_per_sum", "features_summed")
+        == prepare.FEATURES_PER_SUM
+    )
+
+
+def test_philox(cpp):
+    """Triton's own generator has the same constants: the words are compared in test_triton.py."""
+    numbers = [int(x, 16) for x in re.findall(r"0x([0-9A-F]{8})u", cpp)]
+    assert set(dropout._MULTIPLIERS + dropout._WEYL) <= set(numbers)
+    (rounds,) = re.findall(r"round < (\d+)", cpp)
+    assert int(rounds) == dropout._ROUNDS
