@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from additive_attn.ops.attend import masked_attention
+from additive_attn.spec.call import Inputs
+
+# Under torch.fx.symbolic_trace a call becomes a node.
+fx.wrap("masked_attention")
 
 
 def additive_attention(
@@ -42,10 +46,10 @@ def additive_attention(
         weight: ``(H,)``, or ``(heads, H)`` where dim -3 of query is heads; ``(1, H)`` broadcasts
             over it.
         attn_mask: broadcastable to ``(..., Lq, Lk)``: bool, True = attend; or the dtype of query,
-            added to the scores, where ``-inf`` = do not attend.
+            or float32 beside 16 bits, added to the scores, where ``-inf`` = do not attend.
         lengths: ``(B,)`` or ``(B, Lq)`` integers in [0, Lk], B the first leading dim (without
-            leading dims: ``()`` or ``(Lq,)``): the number of leading keys to attend to. The range
-            is checked on the CPU and clamped elsewhere.
+            leading dims: ``()`` or ``(Lq,)``), each dim also 1: the number of leading keys to
+            attend to. The range is checked on the CPU and clamped elsewhere.
         is_causal: key j is attended to iff j <= i (upper left aligned).
         window: ``(left, right)``: keys i - left ... i + right; -1 = unbounded.
         dropout_p: probability of dropping a weight; applied whenever it is above 0, so pass 0 in
@@ -64,10 +68,10 @@ def additive_attention(
         ValueError: a shape or a number does not fit.
         RuntimeError: tensors are on different devices.
     """
+    inputs = Inputs(query, key, value, weight)
     out, weights, lse = masked_attention(
-        query, key, value, weight, None, attn_mask, lengths, is_causal, window,
-        dropout_p, scale, need_weights,
-    )  # fmt: skip
+        inputs, attn_mask, lengths, is_causal, window, dropout_p, scale, need_weights
+    )
     if need_weights:
         return (out, weights, lse) if need_lse else (out, weights)
     return (out, lse) if need_lse else out

@@ -17,6 +17,7 @@ from additive_attn.ops.checks import (
     checked_scale,
     refuse_types,
     require_one_device,
+    values_exist,
 )
 from additive_attn.ops.layer_checks import (
     checked_features,
@@ -25,8 +26,10 @@ from additive_attn.ops.layer_checks import (
     explain_shapes,
     refuse_memory,
     refuse_ranks,
+    warn_of_polarity,
     with_padding,
 )
+from additive_attn.spec.call import Inputs
 
 
 class AdditiveAttention(nn.Module):
@@ -64,14 +67,27 @@ class AdditiveAttention(nn.Module):
     state_dicts load. With normalize=True, v is ``energy_layer.weight``, g is ``energy_gain ()``, b
     is ``energy_offset (hidden_dim)``, and there is no ``energy_layer.bias``.
 
-    ``query_layer`` and ``key_layer`` are called, with their hooks. Of ``energy_layer`` only the
-    parameters are read: parametrizations of its weight work, its forward and hooks never run.
+    ``query_layer`` and ``key_layer`` are called. Of ``energy_layer``, a Linear, the weight is
+    read; under hooks, or replaced by another affine module (an adapter, a quantised or sharded
+    Linear), it is called once per call, with the ``hidden_dim + 1`` rows of an identity matrix and
+    zero. A module that is not affine, or drops out, raises ValueError at the first call, as do
+    backward hooks. Under FSDP2, ``fully_shard(layer)`` needs
+    ``register_fsdp_forward_method(layer, "project")`` and ``(layer, "step")``.
 
     Raises:
         TypeError: a dimension is no integer.
         ValueError: a dimension is below 1, dropout is no number in [0, 1], or scale is no finite
             number.
+
+    Example:
+        >>> attention = AdditiveAttention(input_dim=20, hidden_dim=32)
+        >>> query, memory = torch.randn(8, 5, 20), torch.randn(8, 9, 20)
+        >>> out, weights = attention(query, memory, lengths=torch.full((8,), 9))
+        >>> out.shape, weights.shape
+        (torch.Size([8, 5, 20]), torch.Size([8, 5, 9]))
     """
+
+    _polarity_checked = False
 
     def __init__(
         self,
@@ -88,6 +104,7 @@ class AdditiveAttention(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """Arguments are described in the docstring of the class."""
         super().__init__()
         self.query_dim = checked_features(
             "query_dim", input_dim if query_dim is None else query_dim
@@ -170,6 +187,8 @@ class AdditiveAttention(nn.Module):
             refuse_ranks("AdditiveAttention", query=query, key=key, value=value)
         projected_query = self._project("query", self.query_dim, query)
         projected_key, projected_value = self._project("key", self.key_dim, key), value
+        if attn_mask is not None or key_padding_mask is not None:
+            self._check_polarity(attn_mask, key_padding_mask, 6)
         swap = rank == 3 and not self.batch_first
         if swap:
             projected_query = projected_query.transpose(0, 1)
@@ -194,7 +213,7 @@ class AdditiveAttention(nn.Module):
             )
         except (RuntimeError, ValueError):
             explain_shapes(
-                "AdditiveAttention", self.batch_first, query=query, key=key, value=value
+                "AdditiveAttention", self.batch_first, lengths, query=query, key=key, value=value
             )
             raise
         return out.transpose(0, 1) if swap else out, weights
@@ -233,7 +252,10 @@ class AdditiveAttention(nn.Module):
         projected = self._project("key", self.key_dim, key)
         if projected.device != value.device:
             require_one_device(key=projected, value=value)
-        explain_shapes("AdditiveAttention.project", self.batch_first, key=key, value=value)
+        explain_shapes(
+            "AdditiveAttention.project", self.batch_first, lengths, key=key, value=value
+        )
+        self._check_polarity(None, key_padding_mask, 4)
         if rank == 3 and not self.batch_first:
             projected, value = projected.transpose(0, 1), value.transpose(0, 1)
         batch = torch.broadcast_shapes(projected.shape[:-2], value.shape[:-2])
@@ -302,6 +324,12 @@ class AdditiveAttention(nn.Module):
         ]
         return ", ".join(parts)
 
+    def _check_polarity(self, attn_mask: Any, key_padding_mask: Any, stacklevel: int) -> None:
+        # Once per layer, for it reads the masks.
+        if values_exist() and not self._polarity_checked:
+            warn_of_polarity(attn_mask, key_padding_mask, stacklevel)
+            self._polarity_checked = True
+
     def _project(self, name: str, features: int, tensor: Tensor) -> Tensor:
         layer: Any = self._modules[f"{name}_layer"]
         try:
@@ -328,8 +356,8 @@ class AdditiveAttention(nn.Module):
             # The first dim of (1, hidden_dim) would count as heads, of which there are none.
             weight = weight.squeeze(0)
         out, weights, _ = masked_attention(
-            query, key, value, weight, bias, attn_mask, lengths, is_causal, window,
-            self.dropout if self.training else 0.0, self.scale, need_weights,
+            Inputs(query, key, value, weight), attn_mask, lengths, is_causal, window,
+            self.dropout if self.training else 0.0, self.scale, need_weights, bias,
         )  # fmt: skip
         return out, weights if need_weights else None
 

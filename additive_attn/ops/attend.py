@@ -9,29 +9,21 @@ from torch import Tensor
 
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.checks import (
-    DTYPES,
     aligned_lengths,
-    batch_of,
     check_mask,
+    checked_batch,
     checked_probability,
     checked_scale,
     checked_window,
-    refuse_dtypes,
     refuse_flags,
-    refuse_layouts,
     refuse_types,
-    require_one_device,
 )
 from additive_attn.spec.call import Call, Inputs, Masking, Options
 from additive_attn.spec.dropout import draw_seed
 
 
 def masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    score_bias: Tensor | None,
+    inputs: Inputs,
     attn_mask: Tensor | None,
     lengths: Tensor | None,
     is_causal: bool,
@@ -39,83 +31,55 @@ def masked_attention(
     dropout_p: float,
     scale: float,
     need_weights: bool,
+    score_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checks, casts under autocast, attends; returns out, weights (empty unless needed), lse."""
+    query, key, value, weight = inputs
     if not (
         isinstance(query, Tensor)
         and isinstance(key, Tensor)
         and isinstance(value, Tensor)
         and isinstance(weight, Tensor)
     ):
-        refuse_types(query=query, key=key, value=value, weight=weight)
-    if not (query.layout is key.layout is value.layout is weight.layout is torch.strided):
-        refuse_layouts(query=query, key=key, value=value, weight=weight)
-    query, key, value, weight, attn_mask = autocasted(query, key, value, weight, attn_mask)
-
-    device = query.device
-    try:
-        query_shape, key_shape, value_shape, weight_shape = (
-            query.shape, key.shape, value.shape, weight.shape,
-        )  # fmt: skip
-    except RuntimeError:  # a nested tensor may call itself strided, and has no shape
-        refuse_layouts(query=query, key=key, value=value, weight=weight)
-    batch = query_shape[:-2]
-    # A correct call passes these few comparisons; the rest is found out, or worded, apart.
-    if not (
-        len(query_shape) >= 2
-        and key_shape[:-2] == batch
-        and value_shape[:-2] == batch
-        and key_shape[-2:-1] == value_shape[-2:-1]
-        and key_shape[-1:] == query_shape[-1:] == weight_shape[-1:]
-        and (len(weight_shape) == 1 or (len(weight_shape) == 2 and weight_shape[0] == 1 and batch))
-    ):
-        batch = batch_of(query_shape, key_shape, value_shape, weight_shape)
-    dtype = query.dtype
-    if not (dtype == key.dtype == value.dtype == weight.dtype and dtype in DTYPES):
-        refuse_dtypes(query=query, key=key, value=value, weight=weight)
-    if not (device == key.device == value.device == weight.device):
-        require_one_device(query=query, key=key, value=value, weight=weight)
-
+        refuse_types(**inputs._asdict())
+    # Five times cheaper than asking per device; autocast is usually off.
+    autocasts = torch._C._is_any_autocast_enabled()
+    if autocasts:
+        inputs, attn_mask = _autocasted(inputs, attn_mask)
+        query, key = inputs[:2]
+    batch = checked_batch(inputs)
     if attn_mask is not None:
-        check_mask(attn_mask, query, batch, (query_shape[-2], key_shape[-2]))
+        check_mask(attn_mask, query, batch, (query.shape[-2], key.shape[-2]))
     if lengths is not None:
-        lengths = aligned_lengths(lengths, key, batch, query_shape[-2])
-    left = right = -1
-    if window is not None:
-        left, right = checked_window(window)
-    if is_causal:
-        right = 0
-    if not (isinstance(is_causal, bool) and isinstance(need_weights, bool)):
-        refuse_flags(is_causal=is_causal, need_weights=need_weights)
+        lengths = aligned_lengths(lengths, key, batch, query.shape[-2])
+    left, right = (-1, -1) if window is None else checked_window(window)
+    if is_causal is not False or (need_weights is not True and need_weights is not False):
+        if not (isinstance(is_causal, bool) and isinstance(need_weights, bool)):
+            refuse_flags(is_causal=is_causal, need_weights=need_weights)
+        right = 0 if is_causal else right
     if type(scale) is not float or not -math.inf < scale < math.inf:
         scale = checked_scale(scale)
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
         dropout_p = checked_probability("dropout_p", dropout_p)
-    seed = draw_seed(device) if dropout_p > 0.0 else None
-    call = Call(
-        Inputs(query, key, value, weight),
-        Masking(attn_mask, lengths, left, right),
-        Options(seed, dropout_p, scale),
-    )
+    seed = draw_seed(query.device) if dropout_p > 0.0 else None
+    masking = Masking(attn_mask, lengths, left, right)
+    call = Call(inputs, masking, Options(seed, dropout_p, scale))
+    if autocasts and not torch.compiler.is_compiling():
+        with torch.autocast(query.device.type, enabled=False):  # no backend narrows further
+            return attend(call, need_weights, score_bias)
     return attend(call, need_weights, score_bias)
 
 
-def autocasted(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, attn_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The tensors in autocast's dtype where it is on, except float64 and bool."""
-    # Says in a fifth of the time that autocast is on for no device, which is the usual case.
-    if torch._C._is_any_autocast_enabled():
-        device = query.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            query, key = _cast(query, dtype), _cast(key, dtype)
-            value, weight = _cast(value, dtype), _cast(weight, dtype)
-            if isinstance(attn_mask, Tensor):
-                attn_mask = _cast(attn_mask, dtype)
-    return query, key, value, weight, attn_mask
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    keeps = tensor.dtype == torch.float64 or not tensor.is_floating_point()
-    return tensor if keeps else tensor.to(dtype)
+def _autocasted(inputs: Inputs, attn_mask: Tensor | None) -> tuple[Inputs, Tensor | None]:
+    """The inputs in autocast's dtype where it is on, except float64. A mask is never narrowed."""
+    device = inputs.query.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return inputs, attn_mask
+    dtype = torch.get_autocast_dtype(device)
+    if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
+        # bfloat16 beside float16: float32 holds both.
+        narrow = attn_mask.dtype.itemsize == 2 and attn_mask.dtype != dtype
+        attn_mask = attn_mask.float() if narrow else attn_mask
+    keeps = (x.dtype == torch.float64 or not x.is_floating_point() for x in inputs)
+    cast = (x if keep else x.to(dtype) for x, keep in zip(inputs, keeps, strict=True))
+    return Inputs(*cast), attn_mask

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from additive_attn.spec.call import lse_dtype
+from additive_attn.spec.call import Inputs, lse_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (
@@ -30,11 +30,37 @@ def require_one_device(**tensors: Tensor | None) -> None:
         )
 
 
-def batch_of(
+def checked_batch(inputs: Inputs) -> torch.Size:
+    """The leading dims that dense tensors of one dtype and device broadcast to."""
+    query, key, value, weight = inputs
+    if not (query.layout is key.layout is value.layout is weight.layout is torch.strided):
+        refuse_layouts(**inputs._asdict())
+    try:
+        q, k, v, w = query.shape, key.shape, value.shape, weight.shape
+    except RuntimeError:  # a nested tensor may call itself strided, and has no shape
+        refuse_layouts(**inputs._asdict())
+    batch = q[:-2]
+    # Fast path, for shapes that need no broadcasting but of weight (1, H).
+    if not (
+        len(q) >= 2
+        and k[:-2] == batch
+        and len(v) >= 2
+        and v[:-1] == k[:-1]
+        and q[-1] == k[-1] == (w[-1] if w else -1)
+        and (len(w) == 1 or (len(w) == 2 and w[0] == 1 and batch))
+    ):
+        batch = _broadcast_batch(q, k, v, w)
+    dtype = query.dtype
+    if not (dtype == key.dtype == value.dtype == weight.dtype and dtype in DTYPES):
+        refuse_dtypes(**inputs._asdict())
+    if not (query.device == key.device == value.device == weight.device):
+        require_one_device(**inputs._asdict())
+    return batch
+
+
+def _broadcast_batch(
     query: torch.Size, key: torch.Size, value: torch.Size, weight: torch.Size
 ) -> torch.Size:
-    """The leading dims of a call whose tensors differ in them, or the sentence that says what does
-    not fit."""
     for name, shape in (("query", query), ("key", key), ("value", value)):
         if len(shape) < 2:
             raise ValueError(
@@ -78,24 +104,23 @@ def check_mask(
     if attn_mask.layout is not torch.strided:
         refuse_layouts(attn_mask=attn_mask)
     dtype = attn_mask.dtype
-    if dtype != torch.bool and dtype != query.dtype:
-        cure = (
-            "Convert it with .bool()"
-            if dtype in INTEGERS
-            else f"Convert it with .to({query.dtype})"
-        )
+    if dtype != torch.bool and dtype != query.dtype and dtype != lse_dtype(query.dtype):
+        hint = ".bool()" if dtype in INTEGERS else f".to({query.dtype})"
         raise TypeError(
-            f"attn_mask has dtype {dtype}, but must be bool (True = attend) or have the dtype of "
-            f"query, {query.dtype} (added to the scores). {cure}."
+            f"attn_mask has dtype {dtype}, but must be bool (True = attend), or float to be added "
+            f"to the scores: of the dtype of query, {query.dtype}, or of float32 beside 16 bits. "
+            f"Convert it with {hint}."
         )
     if attn_mask.device != query.device:
         require_one_device(query=query, attn_mask=attn_mask)
     full = (*batch, *scores)
     shape = attn_mask.shape
     if not broadcasts(shape, full):
+        hint = " One mask per sequence needs a dim of queries: .unsqueeze(1)."
+        hint = hint if shape == (*batch[:1], scores[1]) else ""
         raise ValueError(
             f"attn_mask has shape {tuple(shape)}, but must broadcast to (..., Lq, Lk) = {full}: "
-            "each dim, counted from the last, must be equal or 1."
+            f"each dim, counted from the last, must be equal or 1.{hint}"
         )
 
 
@@ -263,10 +288,11 @@ def refuse_flags(**flags: Any) -> NoReturn:
 
 def refuse_dtypes(**tensors: Tensor) -> NoReturn:
     found = ", ".join(f"{name} is {tensor.dtype}" for name, tensor in tensors.items())
+    ids = any(tensor.dtype in INTEGERS for tensor in tensors.values())
     raise TypeError(
         "Additive attention needs query, key, value and weight of one dtype among float64, "
         f"float32, bfloat16 and float16, but {found}. Convert them with .to(dtype), or call "
-        "under torch.autocast."
+        f"under torch.autocast.{' Embed token ids with nn.Embedding first.' if ids else ''}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, NoReturn
@@ -9,7 +10,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from additive_attn.ops.checks import INTEGERS, broadcasts, refuse_layouts, require_one_device
+from additive_attn.ops.checks import (
+    INTEGERS,
+    broadcasts,
+    is_readable,
+    refuse_layouts,
+    require_one_device,
+)
 
 
 def checked_features(name: str, count: int) -> int:
@@ -89,30 +96,56 @@ def explain_projection(layer: nn.Module, name: str, tensor: Tensor, features: in
             ) from None
 
 
-def explain_shapes(caller: str, batch_first: bool, **tensors: Tensor) -> None:
+def explain_shapes(caller: str, batch_first: bool, lengths: Any, **tensors: Tensor) -> None:
     """Raises the sentence that tells why shapes ``(B, L, ...)`` do not fit, if there is one."""
     shapes, found = {name: x.shape for name, x in tensors.items()}, _got(caller, tensors)
     at = 0 if batch_first else 1
-    if all(len(shape) == 3 for shape in shapes.values()):
-        others = {shape[1 - at] for shape in shapes.values()}
-        hint = (
-            f" If they are {'(L, B, D)' if batch_first else '(B, L, D)'}, make the layer with "
-            f"batch_first={not batch_first}."
-            if len(others - {1}) <= 1
-            else ""
-        )
-        if len({shape[at] for shape in shapes.values()} - {1}) > 1:
+    if len(shapes["key"]) == 3:
+        batch = {shape[at] for shape in shapes.values()} - {1}
+        other = {shape[1 - at] for shape in shapes.values()} - {1}
+        order = "(L, B, D)" if batch_first else "(B, L, D)"
+        hint = f"If they are {order}, make the layer with batch_first={not batch_first}."
+        if len(batch) > 1:
             raise ValueError(
                 f"{found}, but the batch (dim {at}, batch_first={batch_first}) must be the same, "
-                f"or 1.{hint}"
+                f"or 1. {hint if len(other) <= 1 else 'Stack or expand them.'}"
             ) from None
-    if "value" in shapes and shapes["key"][:-1] != shapes["value"][:-1]:
-        length = -2 if batch_first or len(shapes["key"]) == 2 else 0
-        if shapes["key"][length] != shapes["value"][length]:
+        if isinstance(lengths, Tensor) and {*lengths.shape[:1]} == other - batch:
             raise ValueError(
-                f"{found}, but each key belongs to one value: they may differ in the last dim "
-                "only, or have a batch of 1."
+                f"{found} and lengths {tuple(lengths.shape)}, one per sequence, but the batch "
+                f"(dim {at}, batch_first={batch_first}) has another size. {hint}"
             ) from None
+    length = 0 if len(shapes["key"]) == 3 and not batch_first else -2
+    if shapes["key"][length] != shapes["value"][length]:
+        raise ValueError(
+            f"{found}, but each key belongs to one value: they may differ in the last dim only, "
+            "or have a batch of 1."
+        ) from None
+
+
+def warn_of_polarity(attn_mask: Any, key_padding_mask: Any, stacklevel: int) -> None:
+    """Warns of bool masks that make sense only if they are inverted."""
+    if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool and attn_mask.dim() == 2:
+        rows, keys = attn_mask.shape
+        if 1 < rows == keys and is_readable(attn_mask):
+            later = attn_mask[0, -1] and not attn_mask[0, 0] and not attn_mask[-1].any()
+            if later and torch.equal(attn_mask, torch.ones_like(attn_mask).triu(1)):
+                warnings.warn(
+                    "attn_mask lets queries attend to later keys only, and the last query to "
+                    "none. Here True = attend, unlike in nn.MultiheadAttention: invert it with "
+                    "~attn_mask, or pass is_causal=True.",
+                    stacklevel=stacklevel,
+                )
+    padding = key_padding_mask
+    if isinstance(padding, Tensor) and padding.dtype == torch.bool and padding.dim() == 2:
+        if padding.numel() and is_readable(padding):
+            if padding[:, 0].all() and padding.all(-1).any() and not padding.all():
+                warnings.warn(
+                    "key_padding_mask ignores the first key of every sequence, and all keys of "
+                    "some. Here True = ignore, as in nn.MultiheadAttention: if True marks the "
+                    "keys to attend to, invert it with ~key_padding_mask.",
+                    stacklevel=stacklevel,
+                )
 
 
 def with_padding(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
 from array import array
 
 import pytest
 import torch
 from oracle import PACKAGE_PARENT, make
+from torch import nn
 
 from additive_attn import AdditiveAttention, additive_attention, merge_attention
 from additive_attn.ops import dispatch
@@ -52,6 +54,8 @@ CASES = {
     "float64 query": (dict(query=t(2, 3, 8, dtype=F64)), TypeError, r"query is torch.float64"),
     "half value": (dict(value=t(2, 5, 6, dtype=F16)), TypeError, r"value is torch.float16"),
     "half weight": (dict(weight=t(8, dtype=F16)), TypeError, r"weight is torch.float16"),
+    "token ids": (dict(query=t(2, 3, 8).long()), TypeError, r"int64.*nn\.Embedding"),
+    "mask per sequence": (dict(attn_mask=t(2, 5)), ValueError, r"\(2, 5\).*unsqueeze\(1\)"),
     "not a tensor": (dict(key=[[1.0]]), TypeError, r"key is a list"),
     "None": (dict(value=None), TypeError, r"value is a NoneType"),
     "integers": (
@@ -159,6 +163,43 @@ def layer_cases():
             lambda: layer(x, x, key_padding_mask=t(3, 2, dtype=torch.bool)), ValueError,
             r"\(3, 2\).*\(2, 3\)",
         ),
+        "time-major": (
+            lambda: layer(t(7, 2, 8), t(9, 2, 8)), ValueError,
+            r"\(7, 2, 8\).*\(9, 2, 8\).*batch_first=False",
+        ),
+        "time-major lengths": (
+            lambda: layer(t(7, 2, 8), t(7, 2, 8), lengths=torch.tensor([3, 1])), ValueError,
+            r"lengths \(2,\), one per sequence.*batch_first=False",
+        ),
+        "time-major project": (
+            lambda: layer.project(t(7, 2, 8), lengths=torch.tensor([3, 1])), ValueError,
+            "batch_first=False",
+        ),
+        "batch-major": (
+            lambda: AdditiveAttention(8, 4, batch_first=False)(t(2, 7, 8), t(2, 9, 8)), ValueError,
+            r"\(2, 7, 8\).*\(2, 9, 8\).*batch_first=True",
+        ),
+        "batches": (lambda: layer(t(2, 7, 8), t(3, 9, 8)), ValueError, "dim 0.*Stack or expand"),
+        "values": (lambda: layer(x, x, t(2, 4, 8)), ValueError, r"\(2, 4, 8\).*each key"),
+        "values time-major": (
+            lambda: AdditiveAttention(8, 4, batch_first=False)(x, x, t(4, 3, 8)), ValueError,
+            r"\(4, 3, 8\).*each key",
+        ),
+        "token ids": (lambda: layer(x.long(), x), TypeError, "query is torch.int64.*nn.Embedding"),
+        "packed": (
+            lambda: layer(x, nn.utils.rnn.pack_sequence([t(3, 8)])), TypeError,
+            "key is a PackedSequence.*pad_packed_sequence",
+        ),
+        "packed project": (
+            lambda: layer.project(nn.utils.rnn.pack_sequence([t(3, 8)])), TypeError,
+            "key is a PackedSequence.*pad_packed_sequence",
+        ),
+        "memory in forward": (lambda: layer(x, memory), TypeError, "ProjectedMemory.*step"),
+        "step list": (lambda: layer.step([1.0], memory), TypeError, "query is a list"),
+        "mask per sequence": (
+            lambda: layer(x, t(2, 5, 8), attn_mask=t(2, 5)), ValueError,
+            r"attn_mask has shape \(2, 5\).*unsqueeze\(1\)",
+        ),
         "hidden 0": (lambda: AdditiveAttention(8, 0), ValueError, "hidden_dim is 0"),
         "input 0": (lambda: AdditiveAttention(0, 8), ValueError, "query_dim is 0"),
         "dropout": (lambda: AdditiveAttention(8, 8, dropout=1.5), ValueError, "dropout is 1.5"),
@@ -227,6 +268,55 @@ def test_module_sentences(name):
         function()
     assert re.search(sentence, str(caught.value), re.S), caught.value
     assert_sentence(str(caught.value))
+
+
+def later(size):
+    return torch.ones(size, size, dtype=torch.bool).triu(1)
+
+
+@pytest.mark.parametrize(
+    "options,sentence",
+    [
+        (dict(attn_mask=later(5)), "later keys only.*~attn_mask"),
+        (
+            dict(key_padding_mask=torch.arange(5) < torch.tensor([5, 3])[:, None]),
+            "first key of every sequence.*~key_padding_mask",
+        ),
+    ],
+    ids=["causal", "padding"],
+)
+def test_masks_of_the_other_polarity_warn_once(options, sentence):
+    layer, x = AdditiveAttention(8, 4), t(2, 5, 8)
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        layer(x, x, **options)
+    assert caught[0].filename == __file__
+    assert_sentence(str(caught[0].message))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x, x, **options)
+    if "key_padding_mask" in options:
+        with pytest.warns(UserWarning, match=sentence) as caught:
+            AdditiveAttention(8, 4).project(x, **options)
+        assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(attn_mask=~later(5)),
+        dict(attn_mask=torch.rand(5, 5) < 0.5),
+        dict(attn_mask=nn.Transformer.generate_square_subsequent_mask(5)),
+        dict(key_padding_mask=torch.arange(5) >= torch.tensor([5, 3])[:, None]),
+        dict(key_padding_mask=torch.arange(5) < torch.tensor([0, 3])[:, None]),
+        dict(key_padding_mask=torch.ones(2, 5, dtype=torch.bool)),
+    ],
+    ids=["causal", "random", "float", "right", "left", "all"],
+)
+def test_usual_masks_do_not_warn(options):
+    layer, x = AdditiveAttention(8, 4), t(2, 5, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x, x, **options)
 
 
 def step_cases():

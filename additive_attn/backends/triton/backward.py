@@ -56,7 +56,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         )  # fmt: skip
         if mask is not None and gradient is not None:
             _add_mask(p, gradient, 0, 0, 0, mask)
-        return (*gradients, query.new_empty(0) if mask is None else mask.to(p.dtype))
+        return (*gradients, query.new_empty(0) if mask is None else mask.to(call.mask_dtype()))
     sums = Gradients(
         query=zeros(need_query, p.entries, p.rows, p.hidden),
         key=zeros(need_key, p.entries, p.keys, p.hidden),
@@ -79,7 +79,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         result(sums.key, query, *batch, p.keys, p.hidden),
         result(sums.value, query, *batch, p.keys, p.values),
         result(sums.weight, lse, *batch, p.hidden),
-        query.new_empty(0) if mask is None else mask.to(p.dtype),
+        query.new_empty(0) if mask is None else mask.to(call.mask_dtype()),
     )
 
 

@@ -1,0 +1,203 @@
+"""The layers keep the protocol of nn.Module: initialising, copying, sharding, symbolic tracing."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import PACKAGE_PARENT
+from torch import fx, nn
+
+from additive_attn import AdditiveAttention, PlainAdditiveAttention, additive_attention
+
+D, H = 6, 8
+
+
+def build(kind, **factory):
+    torch.manual_seed(3)
+    if kind == "plain":
+        return PlainAdditiveAttention(D, H, **factory)
+    return AdditiveAttention(D, H, normalize=kind == "normalized", **factory)
+
+
+KINDS = pytest.mark.parametrize("kind", ["plain", "fused", "normalized"])
+
+
+@KINDS
+def test_meta_and_reset_parameters_give_what_the_constructor_gives(kind):
+    built, empty = build(kind), build(kind, device="meta")
+    empty.to_empty(device="cpu")
+    for parameter in empty.parameters():
+        nn.init.constant_(parameter, 7.0)
+    torch.manual_seed(3)
+    for module in empty.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for (name, ours), theirs in zip(empty.named_parameters(), built.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@KINDS
+def test_skip_init(kind):
+    cls = PlainAdditiveAttention if kind == "plain" else AdditiveAttention
+    options = {"normalize": True} if kind == "normalized" else {}
+    layer = nn.utils.skip_init(cls, D, H, **options)
+    assert {p.device.type for p in layer.parameters()} == {"cpu"}
+    layer.load_state_dict(build(kind).state_dict())
+
+
+def saved(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved],
+    ids=["deepcopy", "pickle", "save"],
+)  # fmt: skip
+@KINDS
+def test_copies(kind, way, hooked):
+    layer, x = build(kind), torch.randn(2, 5, D)
+    if hooked:
+        layer.energy_layer = nn.Sequential(layer.energy_layer)
+    before = layer(x, x, x)
+    other = way(layer)
+    torch.testing.assert_close(other(x, x, x), before)
+    with torch.no_grad():
+        other.query_layer.weight.zero_()
+    torch.testing.assert_close(layer(x, x, x), before)
+
+
+def test_plain_takes_what_fused_takes():
+    options = dict(query_dim=4, key_dim=5, bias=False, dtype=torch.float64)
+    plain, layer = PlainAdditiveAttention(D, H, **options), AdditiveAttention(D, H, **options)
+    layer.load_state_dict(plain.state_dict())
+    q, k = (torch.randn(2, 3, n, dtype=torch.float64) for n in (4, 5))
+    torch.testing.assert_close(layer(q, k), plain(q, k, k))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleList([AdditiveAttention(D, H)])
+
+    def forward(self, x, lengths):
+        out, weights = self.inner[0](x, x, lengths=lengths)
+        return out + weights.sum(-1, keepdim=True)
+
+
+class Decoder(Model):
+    def forward(self, x, lengths):
+        memory = self.inner[0].project(x, lengths=lengths)
+        context, _ = self.inner[0].step(x[:, 0], memory)
+        return self.inner[0].step(context, memory, need_weights=False)[0]
+
+
+class Functional(Model):
+    def forward(self, x, lengths):
+        layer = self.inner[0]
+        q, k, w = layer.query_layer(x), layer.key_layer(x), layer.energy_layer.weight
+        return additive_attention(q, k, x, w, lengths=lengths, is_causal=True)
+
+
+@pytest.mark.parametrize("model", [Model, Decoder, Functional])
+def test_symbolic_trace(model):
+    model, x, lengths = model(), torch.randn(2, 5, D), torch.tensor([5, 2])
+    traced = fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(x, lengths), model(x, lengths))
+    traced(x, lengths).sum().backward()
+    projection = traced.get_submodule("inner.0.query_layer")
+    assert all(p.grad is not None for p in projection.parameters())
+    other, short = torch.randn(3, 4, D), torch.tensor([1, 2, 4])
+    torch.testing.assert_close(copy.deepcopy(traced)(other, short), model(other, short))
+
+
+def test_symbolic_trace_of_the_layer_itself_says_what_to_do():
+    with pytest.raises(TypeError, match="Trace a model that holds it"):
+        fx.symbolic_trace(AdditiveAttention(D, H))
+
+
+def test_a_replica_without_parameters_of_its_own():
+    """As nn.DataParallel makes them: tensors as attributes."""
+    layer, x = build("fused"), torch.randn(2, 5, D)
+    replica = layer._replicate_for_data_parallel()
+    for name, module in layer.named_children():
+        child = module._replicate_for_data_parallel()
+        child.weight, child.bias = module.weight * 1, module.bias * 1
+        replica._modules[name] = child
+    torch.testing.assert_close(replica(x, x), layer(x, x))
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from additive_attn import AdditiveAttention, PlainAdditiveAttention
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+plain, x = PlainAdditiveAttention(6, 8), torch.randn(2, 5, 6)
+expected = plain(x, x, x)[0]
+expected.square().sum().backward()
+
+def layer():
+    made = AdditiveAttention(6, 8)
+    made.load_state_dict(plain.state_dict())
+    return made
+
+def check(made, out):
+    torch.testing.assert_close(out, expected)
+    out.square().sum().backward()
+    for (name, p), q in zip(made.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, atol=1e-5, rtol=1e-4)
+
+root = layer()
+fully_shard(root, mesh=mesh)
+try:
+    root.project(x)
+except TypeError as error:
+    assert "register_fsdp_forward_method" in str(error), error
+else:
+    raise AssertionError("no error")
+check(root, root(x, x)[0])
+
+each = layer()
+for child in each.children():
+    fully_shard(child, mesh=mesh)
+fully_shard(each, mesh=mesh)
+check(each, each(x, x)[0])
+
+stepped = layer()
+fully_shard(stepped, mesh=mesh)
+for name in ("project", "step"):
+    register_fsdp_forward_method(stepped, name)
+memory = stepped.project(x)
+check(stepped, torch.stack([stepped.step(x[:, i], memory)[0] for i in range(5)], 1))
+dist.destroy_process_group()
+print("sharded")
+"""
+
+
+def test_fully_shard(tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARDED, str(rank), str(tmp_path / "store")],
+            cwd=PACKAGE_PARENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        out, errors = process.communicate(timeout=300)
+        assert out.strip() == "sharded", errors[-3000:]
