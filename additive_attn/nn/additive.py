@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from additive_attn.nn.decoding import ProjectedMemory
-from additive_attn.nn.energy import energy_of
+from additive_attn.nn.linear import energy_of, projected
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.checks import (
@@ -106,10 +106,10 @@ class AdditiveAttention(nn.Module):
     ) -> None:
         """Arguments are described in the docstring of the class."""
         super().__init__()
-        self.query_dim = checked_features(
-            "query_dim", input_dim if query_dim is None else query_dim
-        )
-        self.key_dim = checked_features("key_dim", input_dim if key_dim is None else key_dim)
+        query_dim = input_dim if query_dim is None else query_dim
+        self.query_dim = query_dim = checked_features("query_dim", query_dim)
+        key_dim = input_dim if key_dim is None else key_dim
+        self.key_dim = key_dim = checked_features("key_dim", key_dim)
         self.hidden_dim = hidden_dim = checked_features("hidden_dim", hidden_dim)
         self.dropout = checked_probability("dropout", dropout)
         self.scale = checked_scale(scale)
@@ -117,16 +117,13 @@ class AdditiveAttention(nn.Module):
         self.batch_first = batch_first
 
         # The order is that of the plain layer, so that the same seed gives the same parameters.
-        self.query_layer = nn.Linear(
-            self.query_dim, hidden_dim, bias=bias, device=device, dtype=dtype
-        )
-        self.key_layer = nn.Linear(self.key_dim, hidden_dim, bias=bias, device=device, dtype=dtype)
-        self.energy_layer = nn.Linear(
-            hidden_dim, 1, bias=bias and not normalize, device=device, dtype=dtype
-        )
+        factory: Any = {"device": device, "dtype": dtype}
+        self.query_layer = nn.Linear(query_dim, hidden_dim, bias, **factory)
+        self.key_layer = nn.Linear(key_dim, hidden_dim, bias, **factory)
+        self.energy_layer = nn.Linear(hidden_dim, 1, bias and not normalize, **factory)
         if normalize:
-            self.energy_gain = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-            self.energy_offset = nn.Parameter(torch.empty(hidden_dim, device=device, dtype=dtype))
+            self.energy_gain = nn.Parameter(torch.empty((), **factory))
+            self.energy_offset = nn.Parameter(torch.empty(hidden_dim, **factory))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -178,43 +175,27 @@ class AdditiveAttention(nn.Module):
         ):
             if not is_symbolic(query, key, value):
                 refuse_types(query=query, key=key, value=value)
-            return symbolic_call(
-                self, "forward", query, key, value, key_padding_mask, need_weights, attn_mask,
-                is_causal, lengths, window,
-            )  # fmt: skip
+            masking = key_padding_mask, need_weights, attn_mask, is_causal, lengths, window
+            return symbolic_call(self, "forward", query, key, value, *masking)
         rank = query.dim()
         if not (2 <= rank <= 3 and key.dim() == rank and value.dim() == rank):
-            refuse_ranks("AdditiveAttention", query=query, key=key, value=value)
-        projected_query = self._project("query", self.query_dim, query)
-        projected_key, projected_value = self._project("key", self.key_dim, key), value
+            refuse_ranks("", query=query, key=key, value=value)
+        q, k = self._project("query", query), self._project("key", key)
+        v = value
         if attn_mask is not None or key_padding_mask is not None:
             self._check_polarity(attn_mask, key_padding_mask, 6)
         swap = rank == 3 and not self.batch_first
         if swap:
-            projected_query = projected_query.transpose(0, 1)
-            projected_key, projected_value = projected_key.transpose(0, 1), value.transpose(0, 1)
+            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         try:
             if key_padding_mask is not None:
-                batch = torch.broadcast_shapes(
-                    projected_query.shape[:-2],
-                    projected_key.shape[:-2],
-                    projected_value.shape[:-2],
-                )
-                attn_mask = with_padding(attn_mask, key_padding_mask, projected_key, batch)
+                batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+                attn_mask = with_padding(attn_mask, key_padding_mask, k, batch)
             out, weights = self._attend(
-                projected_query,
-                projected_key,
-                projected_value,
-                attn_mask,
-                lengths,
-                is_causal,
-                window,
-                need_weights,
+                q, k, v, attn_mask, lengths, is_causal, window, need_weights
             )
         except (RuntimeError, ValueError):
-            explain_shapes(
-                "AdditiveAttention", self.batch_first, lengths, query=query, key=key, value=value
-            )
+            explain_shapes("", self.batch_first, lengths, query=query, key=key, value=value)
             raise
         return out.transpose(0, 1) if swap else out, weights
 
@@ -248,24 +229,26 @@ class AdditiveAttention(nn.Module):
             return symbolic_call(self, "project", key, value, lengths, key_padding_mask)
         rank = key.dim()
         if not (2 <= rank <= 3 and value.dim() == rank):
-            refuse_ranks("AdditiveAttention.project", key=key, value=value)
-        projected = self._project("key", self.key_dim, key)
-        if projected.device != value.device:
-            require_one_device(key=projected, value=value)
-        explain_shapes(
-            "AdditiveAttention.project", self.batch_first, lengths, key=key, value=value
-        )
-        self._check_polarity(None, key_padding_mask, 4)
+            refuse_ranks(".project", key=key, value=value)
+        k, v, attn_mask, given = self._project("key", key), value, None, lengths
+        if k.device != v.device:
+            require_one_device(key=k, value=v)
         if rank == 3 and not self.batch_first:
-            projected, value = projected.transpose(0, 1), value.transpose(0, 1)
-        batch = torch.broadcast_shapes(projected.shape[:-2], value.shape[:-2])
-        if lengths is not None:
-            lengths = aligned_lengths(lengths, projected, _shared(batch, lengths), 1)
-        attn_mask = None
-        if key_padding_mask is not None:
-            batch = _shared(batch, key_padding_mask)
-            attn_mask = with_padding(None, key_padding_mask, projected, batch)
-        return ProjectedMemory(projected, value, lengths, attn_mask)
+            k, v = k.transpose(0, 1), v.transpose(0, 1)
+        try:
+            batch = torch.broadcast_shapes(k.shape[:-2], v.shape[:-2])
+            if k.shape[-2] != v.shape[-2]:
+                raise ValueError
+            if lengths is not None:
+                lengths = aligned_lengths(lengths, k, _shared(batch, lengths), 1)
+            if key_padding_mask is not None:
+                self._check_polarity(None, key_padding_mask, 4)
+                batch = _shared(batch, key_padding_mask)
+                attn_mask = with_padding(None, key_padding_mask, k, batch)
+        except (RuntimeError, ValueError):
+            explain_shapes(".project", self.batch_first, given, key=key, value=value)
+            raise
+        return ProjectedMemory(k, v, lengths, attn_mask)
 
     def step(
         self, query: Tensor, memory: ProjectedMemory, need_weights: bool = True
@@ -297,12 +280,12 @@ class AdditiveAttention(nn.Module):
             refuse_types(query=query, key=key, value=value)
         rank = key.dim()
         if not (2 <= rank <= 3 and value.dim() == rank == query.dim() + 1):
-            refuse_ranks("AdditiveAttention.step", query=query, key=key, value=value)
+            refuse_ranks(".step", query=query, key=key, value=value)
         # One row of queries per sequence: (B, 1, hidden_dim).
-        projected = self._project("query", self.query_dim, query).unsqueeze(-2)
+        q = self._project("query", query).unsqueeze(-2)
         try:
             out, weights = self._attend(
-                projected, key, value, attn_mask, lengths, False, None, need_weights
+                q, key, value, attn_mask, lengths, False, None, need_weights
             )
         except (RuntimeError, ValueError):
             explain_memory(query, key, value, self.hidden_dim)
@@ -316,13 +299,11 @@ class AdditiveAttention(nn.Module):
             "normalize": (self.normalize, False),
             "batch_first": (self.batch_first, True),
         }
-        parts = [
-            f"query_dim={self.query_dim}, key_dim={self.key_dim}, hidden_dim={self.hidden_dim}"
+        shown = [
+            f"{name}={getattr(self, name)}" for name in ("query_dim", "key_dim", "hidden_dim")
         ]
-        parts += [
-            f"{name}={value}" for name, (value, default) in options.items() if value != default
-        ]
-        return ", ".join(parts)
+        shown += [f"{name}={value}" for name, (value, usual) in options.items() if value != usual]
+        return ", ".join(shown)
 
     def _check_polarity(self, attn_mask: Any, key_padding_mask: Any, stacklevel: int) -> None:
         # Once per layer, for it reads the masks.
@@ -330,16 +311,14 @@ class AdditiveAttention(nn.Module):
             warn_of_polarity(attn_mask, key_padding_mask, stacklevel)
             self._polarity_checked = True
 
-    def _project(self, name: str, features: int, tensor: Tensor) -> Tensor:
+    def _project(self, name: str, tensor: Tensor) -> Tensor:
         layer: Any = self._modules[f"{name}_layer"]
         try:
-            projected: Tensor = layer(tensor)
-            if name == "query" and self.normalize:
-                projected = projected + self.energy_offset
+            output = projected(layer, tensor)
+            return output + self.energy_offset if self.normalize and name == "query" else output
         except RuntimeError:
-            explain_projection(layer, name, tensor, features)
+            explain_projection(layer, name, tensor, getattr(self, f"{name}_dim"))
             raise
-        return projected
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,

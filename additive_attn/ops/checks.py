@@ -40,14 +40,13 @@ def checked_batch(inputs: Inputs) -> torch.Size:
     except RuntimeError:  # a nested tensor may call itself strided, and has no shape
         refuse_layouts(**inputs._asdict())
     batch = q[:-2]
-    # Fast path, for shapes that need no broadcasting but of weight (1, H).
+    # Fast path: the usual batch, along which nothing but a weight (1, H) is broadcast.
     if not (
-        len(q) >= 2
-        and k[:-2] == batch
-        and len(v) >= 2
-        and v[:-1] == k[:-1]
-        and q[-1] == k[-1] == (w[-1] if w else -1)
-        and (len(w) == 1 or (len(w) == 2 and w[0] == 1 and batch))
+        len(q) == len(k) == len(v) == 3
+        and q[0] == k[0] == v[0]
+        and k[1] == v[1]
+        and q[2] == k[2]
+        and (w == (1, q[2]) or w == q[2:])
     ):
         batch = _broadcast_batch(q, k, v, w)
     dtype = query.dtype
@@ -78,7 +77,9 @@ def _broadcast_batch(
             "value: key is (..., Lk, H) and value is (..., Lk, Dv)."
         )
     try:
-        batch: torch.Size = torch.broadcast_shapes(query[:-2], key[:-2], value[:-2])
+        batch = query[:-2]
+        if not batch == key[:-2] == value[:-2]:
+            batch = torch.broadcast_shapes(batch, key[:-2], value[:-2])
     except RuntimeError:
         raise ValueError(
             f"The leading dims of query {tuple(query)}, key {tuple(key)} and value "

@@ -31,27 +31,27 @@ def checked_features(name: str, count: int) -> int:
 
 
 _RANKS = {
-    "AdditiveAttention": "all three must have 3 dims (batched) or all three 2 (unbatched). For "
+    "": "all three must have 3 dims (batched) or all three 2 (unbatched). For "
     "one query (B, D) per sequence, use project and step.",
-    "AdditiveAttention.project": "both must have 3 dims (batched) or both 2 (unbatched).",
-    "AdditiveAttention.step": "needs one query per sequence: (B, query_dim) for a memory of keys "
+    ".project": "both must have 3 dims (batched) or both 2 (unbatched).",
+    ".step": "needs one query per sequence: (B, query_dim) for a memory of keys "
     "(B, Lk, hidden_dim) and values (B, Lk, Dv), or (query_dim,) for keys (Lk, hidden_dim) and "
     "values (Lk, Dv).",
 }
 
 
-def refuse_ranks(caller: str, **tensors: Tensor) -> NoReturn:
-    raise ValueError(f"{_got(caller, tensors)}, but {_RANKS[caller]}")
+def refuse_ranks(method: str, **tensors: Tensor) -> NoReturn:
+    raise ValueError(f"{_got(method, tensors)}, but {_RANKS[method]}")
 
 
-def _got(caller: str, tensors: dict[str, Tensor]) -> str:
+def _got(method: str, tensors: dict[str, Tensor]) -> str:
     found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-    return f"{caller} got {found}"
+    return f"AdditiveAttention{method} got {found}"
 
 
 def explain_memory(query: Tensor, key: Tensor, value: Tensor, hidden_dim: int) -> None:
     """Raises the sentence that tells why a memory does not fit, if there is one."""
-    found = _got("AdditiveAttention.step", {"query": query, "keys": key, "values": value})
+    found = _got(".step", {"query": query, "keys": key, "values": value})
     if key.shape[-1] != hidden_dim:
         raise ValueError(
             f"{found}, but hidden_dim is {hidden_dim}. Take a memory that this layer projected."
@@ -96,9 +96,9 @@ def explain_projection(layer: nn.Module, name: str, tensor: Tensor, features: in
             ) from None
 
 
-def explain_shapes(caller: str, batch_first: bool, lengths: Any, **tensors: Tensor) -> None:
+def explain_shapes(method: str, batch_first: bool, lengths: Any, **tensors: Tensor) -> None:
     """Raises the sentence that tells why shapes ``(B, L, ...)`` do not fit, if there is one."""
-    shapes, found = {name: x.shape for name, x in tensors.items()}, _got(caller, tensors)
+    shapes, found = {name: x.shape for name, x in tensors.items()}, _got(method, tensors)
     at = 0 if batch_first else 1
     if len(shapes["key"]) == 3:
         batch = {shape[at] for shape in shapes.values()} - {1}

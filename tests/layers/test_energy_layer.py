@@ -283,6 +283,45 @@ def test_compiles(tool):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("way", ["forward", "step"])
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+def test_hooks_of_all_modules_see_the_linears(kind, way):
+    layer, _ = pair(TOOLS["nothing"])
+    seen, x = [], torch.randn(2, 5, D, dtype=torch.float64)
+    register = getattr(nn.modules.module, f"register_module_{kind}")
+    handle = register(lambda module, *_: seen.append(module))
+    try:
+        way_of(way, layer, (x, x, x))[0].sum().backward()
+    finally:
+        handle.remove()
+    assert set(seen) >= {layer.query_layer, layer.key_layer, layer.energy_layer}
+
+
+@pytest.mark.parametrize("name", ["query_layer", "key_layer"])
+@pytest.mark.parametrize("hook", ["forward", "pre", "patched", "replaced", "no parameter"])
+def test_projections_are_called_where_something_hooks_into_them(name, hook):
+    def tool(m):
+        linear = getattr(m, name)
+        if hook == "forward":
+            linear.register_forward_hook(lambda module, args, out: 0.5 * out)
+        elif hook == "pre":
+            linear.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        elif hook == "patched":
+            forward = linear.forward
+            linear.forward = lambda x: 3 * forward(x)
+        elif hook == "replaced":
+            setattr(m, name, nn.Sequential(linear, nn.Tanh()))
+        else:
+            weight = linear.weight.detach() * 2
+            del linear.weight
+            linear.weight = weight
+
+    layer, plain = pair(tool)
+    x = torch.randn(2, 5, D, dtype=torch.float64)
+    torch.testing.assert_close(layer(x, x), plain(x, x, x))
+
+
 def test_random_numbers_are_left_alone():
     layer, _ = pair(half_hook)
     x, state = torch.randn(2, 5, D, dtype=torch.float64), torch.get_rng_state()

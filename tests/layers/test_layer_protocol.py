@@ -201,3 +201,18 @@ def test_fully_shard(tmp_path):
     for process in processes:
         out, errors = process.communicate(timeout=300)
         assert out.strip() == "sharded", errors[-3000:]
+
+
+def test_a_decoder_compiles_with_dynamic_lengths():
+    layer = build("fused")
+
+    def decode(x, lengths, padding):
+        memory = layer.project(x, lengths=lengths, key_padding_mask=padding)
+        return layer.step(x[:, 0], memory)
+
+    compiled = torch.compile(decode, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch, keys in ((2, 5), (3, 7), (4, 9)):
+        x, lengths = torch.randn(batch, keys, D), torch.full((batch,), keys - 1)
+        padding = torch.rand(batch, keys) < 0.3
+        expected = decode(x, lengths, padding)
+        torch.testing.assert_close(compiled(x, lengths, padding), expected)

@@ -101,3 +101,18 @@ def test_in_any_order_and_in_steps():
     stepped = merge_attention([first[0], outs[2]], [first[1], lses[2]])
     torch.testing.assert_close(stepped, (out, lse))
     torch.testing.assert_close(out, fused(inputs)["out"])
+
+
+@pytest.mark.parametrize("finite", [-30.0, -1e4, -1e9])
+def test_sets_masked_with_a_finite_value(finite):
+    """Shares are exact to the spacing of a float32 lse: at -1e9, 64, the number of keys is
+    lost, as the docstring says."""
+    inputs = make((), 3, 7, 8, 5)
+    mask = torch.full((3, 7), finite)
+    outs, lses = chunks(inputs, (0, 1, 7), attn_mask=mask)
+    merged, _ = merge_attention(outs, lses)
+    if finite == -1e9:
+        torch.testing.assert_close(merged, (outs[0] + outs[1]) / 2)
+    else:
+        spacing = 2.0 ** (math.floor(math.log2(abs(finite))) - 23)
+        assert (merged - fused(inputs)["out"]).abs().max() <= 8 * spacing + 1e-5
