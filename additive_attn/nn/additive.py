@@ -17,7 +17,6 @@ from additive_attn.ops.checks import (
     checked_scale,
     refuse_types,
     require_one_device,
-    values_exist,
 )
 from additive_attn.ops.layer_checks import (
     checked_features,
@@ -307,7 +306,7 @@ class AdditiveAttention(nn.Module):
 
     def _check_polarity(self, attn_mask: Any, key_padding_mask: Any, stacklevel: int) -> None:
         # Once per layer, for it reads the masks.
-        if values_exist() and not self._polarity_checked:
+        if not (torch.compiler.is_compiling() or self._polarity_checked):
             warn_of_polarity(attn_mask, key_padding_mask, stacklevel)
             self._polarity_checked = True
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.modules import module as nn_module
 
-from additive_attn.ops.checks import values_exist
+from additive_attn.ops.checks import has_values
 from additive_attn.ops.layer_checks import check_energy, refuse_backward_hooks, refuse_energy
 
 _linear_forward = nn.Linear.forward
@@ -57,7 +57,9 @@ def energy_of(layer: nn.Module, features: int, like: Tensor) -> tuple[Tensor, Te
         if weight is None:
             weight = layer.weight
         kind = type(weight)
-        if kind is nn.Parameter or kind is Tensor or kind.__module__.startswith("torch._subcl"):
+        if kind in (nn.Parameter, Tensor, type(like)) or kind.__module__.startswith(
+            "torch._subcl"
+        ):
             check_energy(layer, weight.shape, (1, features))
             return weight, parameters.get("bias")
     elif layer._backward_hooks or layer._backward_pre_hooks:
@@ -71,7 +73,7 @@ def _called(layer: nn.Module, features: int, like: Tensor) -> Tensor:
     check_energy(layer, getattr(outputs, "shape", ()), (features + 1, 1))
     weight, bias = (outputs[:-1] - outputs[-1:]).transpose(0, 1), outputs[-1]
     state = (layer.training, len(layer._forward_hooks), len(layer._forward_pre_hooks))
-    if values_exist() and _affine.get(layer) != state:
+    if has_values(like) and _affine.get(layer) != state:
         with torch.no_grad():
             # The energies with the largest scores, and two others.
             waves = torch.arange(2 * features, device=like.device).cos().reshape(2, -1)

@@ -171,23 +171,21 @@ def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
     )
 
 
-def values_exist() -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether no trace or transform is under way, in which tensors may hold no values."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
+        and not tensor.is_meta
+        # A subclass that dispatches by itself, as those of tracing do, may hold no values.
+        and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     )
 
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether values can be looked at without stopping a device, a trace or a transform."""
-    return (
-        values_exist()
-        and tensor.is_cpu
-        # A subclass that dispatches by itself, as those of tracing do, may hold no values.
-        and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    )
+    return tensor.is_cpu and has_values(tensor)
 
 
 def _bounds(tensor: Tensor) -> tuple[int, int]:

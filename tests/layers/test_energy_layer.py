@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from oracle import DEVICE
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -263,6 +264,30 @@ def test_backward_hooks_are_refused(kind):
     getattr(layer.energy_layer, kind)(lambda *_: None)
     with pytest.raises(ValueError, match="energy_layer has backward hooks"):
         layer(x, x)
+
+
+@pytest.mark.parametrize("tool", ["nothing", "forward hook", "adapter", "old weight_norm"])
+def test_shapes_alone(tool):
+    from torch._subclasses import FakeTensorMode
+
+    layer, _ = pair(TOOLS[tool])
+    x = torch.randn(2, 5, D, dtype=torch.float64)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x), mode.from_tensor(x))[0].shape == x.shape
+    if tool != "old weight_norm":  # its hook makes a tensor on the CPU
+        layer.to("meta")
+        assert layer(x.to("meta"), x.to("meta"))[1].shape == (2, 5, 5)
+
+
+@pytest.mark.parametrize("tool", ["nothing", "forward hook", "weight_norm", "adapter"])
+def test_autocast(tool):
+    layer, plain = pair(TOOLS[tool])
+    layer.float(), plain.float()
+    x = torch.randn(2, 5, D)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        ours, theirs = layer(x, x)[1], plain(x, x, x)[1]
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.float(), theirs.float(), atol=0.02, rtol=0.02)
 
 
 def test_weights_on_meta_are_refused():
