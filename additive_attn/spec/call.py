@@ -63,11 +63,6 @@ class Call(NamedTuple):
         batch: torch.Size = torch.broadcast_shapes(*shapes)
         return batch
 
-    def mask_dtype(self) -> torch.dtype:
-        """The dtype of the mask's gradient: that of a float mask, else of query."""
-        mask = self.masking.attn_mask
-        return self.inputs.query.dtype if mask is None or mask.dtype == torch.bool else mask.dtype
-
 
 class Upstream(NamedTuple):
     """Gradients of the outputs; None counts as zeros."""

@@ -40,6 +40,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     need_query, need_key, need_value, need_weight, need_mask = needs
     p = Problem(call)
     need_mask = need_mask and attn_mask is not None
+    mask_dtype = p.dtype if attn_mask is None else attn_mask.dtype
     lse = lse.contiguous()
 
     def zeros(needed: bool, *shape: int) -> Tensor | None:
@@ -56,7 +57,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         )  # fmt: skip
         if mask is not None and gradient is not None:
             _add_mask(p, gradient, 0, 0, 0, mask)
-        return (*gradients, query.new_empty(0) if mask is None else mask.to(call.mask_dtype()))
+        return (*gradients, query.new_empty(0) if mask is None else mask.to(mask_dtype))
     sums = Gradients(
         query=zeros(need_query, p.entries, p.rows, p.hidden),
         key=zeros(need_key, p.entries, p.keys, p.hidden),
@@ -79,7 +80,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         result(sums.key, query, *batch, p.keys, p.hidden),
         result(sums.value, query, *batch, p.keys, p.values),
         result(sums.weight, lse, *batch, p.hidden),
-        query.new_empty(0) if mask is None else mask.to(call.mask_dtype()),
+        query.new_empty(0) if mask is None else mask.to(mask_dtype),
     )
 
 
