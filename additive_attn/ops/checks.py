@@ -99,9 +99,8 @@ def check_mask(
     attn_mask: Tensor, query: Tensor, batch: torch.Size, scores: tuple[int, int]
 ) -> None:
     if not isinstance(attn_mask, Tensor):
-        raise TypeError(
-            f"attn_mask is a {type(attn_mask).__name__}, but must be a tensor or None."
-        )
+        kind = type(attn_mask).__name__
+        raise TypeError(f"attn_mask is a {kind}, but must be a tensor or None.")
     if attn_mask.layout is not torch.strided:
         refuse_layouts(attn_mask=attn_mask)
     dtype = attn_mask.dtype
@@ -189,15 +188,13 @@ def is_readable(tensor: Tensor) -> bool:
 
 
 def _bounds(tensor: Tensor) -> tuple[int, int]:
-    """The smallest and the largest element of an integer tensor of at most two dims."""
+    """The smallest and the largest element of an integer tensor."""
     if tensor.numel() > 64:
         low, high = tensor.aminmax()
         return int(low), int(high)
     # A decoder step is so short that starting a reduction would show.
-    values: Any = tensor.tolist()
-    if tensor.dim() == 2:
-        values = [value for row in values for value in row]
-    return (min(values), max(values)) if tensor.dim() > 0 else (values, values)
+    values = tensor.flatten().tolist()
+    return min(values), max(values)
 
 
 def checked_scale(scale: float) -> float:
@@ -214,32 +211,24 @@ def checked_scale(scale: float) -> float:
     return number
 
 
-def checked_probability(name: str, probability: float) -> float:
-    """``probability`` as a float, from any real number in [0, 1]."""
-    if (
-        isinstance(probability, bool)
-        or not isinstance(probability, Real)
-        or not 0.0 <= probability <= 1.0
-    ):
+def checked_probability(name: str, p: float) -> float:
+    """``p`` as a float, from any real number in [0, 1]."""
+    if isinstance(p, bool) or not isinstance(p, Real) or not 0.0 <= p <= 1.0:
         raise ValueError(
-            f"{name} is {probability!r}, but a probability is a number, such as a float, between "
-            "0 and 1."
+            f"{name} is {p!r}, but a probability is a number, such as a float, between 0 and 1."
         )
-    return float(probability)
+    return float(p)
+
+
+def _is_side(side: Any) -> bool:
+    if isinstance(side, int):
+        return not isinstance(side, bool) and -1 <= side < 2**63
+    return isinstance(side, torch.SymInt) and side >= -1
 
 
 def checked_window(window: tuple[int, int]) -> tuple[int, int]:
-    if (
-        not isinstance(window, (tuple, list))
-        or len(window) != 2
-        or any(
-            isinstance(side, bool)
-            or not isinstance(side, (int, torch.SymInt))
-            or side < -1
-            or (isinstance(side, int) and side >= 2**63)
-            for side in window
-        )
-    ):
+    pair = isinstance(window, (tuple, list)) and len(window) == 2
+    if not (pair and _is_side(window[0]) and _is_side(window[1])):
         raise ValueError(
             f"window is {window!r}, but must be a pair (left, right) of Python integers below "
             "2**63, each -1 (unbounded) or more: query i attends to the keys i - left ... i + "
@@ -295,21 +284,17 @@ def refuse_dtypes(**tensors: Tensor) -> NoReturn:
     )
 
 
-def described(given: Any) -> str:
-    kind = type(given).__name__
-    if isinstance(given, (list, tuple)):
-        kind += f" of {', '.join(sorted({type(element).__name__ for element in given}))}"
-    return kind
-
-
 def check_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
     for name, given in (("outs", outs), ("lses", lses)):
         if not isinstance(given, (Sequence, Tensor)) or not all(
             isinstance(tensor, Tensor) for tensor in given
         ):
+            kind = type(given).__name__
+            if isinstance(given, (list, tuple)):
+                kind += f" of {', '.join(sorted({type(each).__name__ for each in given}))}"
             raise TypeError(
-                f"merge_attention got {name} that are no sequence of tensors, but a "
-                f"{described(given)}. Pass a list of the results of additive_attention."
+                f"merge_attention got {name} that are no sequence of tensors, but a {kind}. Pass "
+                "a list of the results of additive_attention."
             )
     if len(outs) == 0 or len(outs) != len(lses):
         raise ValueError(
@@ -324,11 +309,8 @@ def check_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
                 f"{tuple(lse.shape)}, but every out must be (..., Lq, Dv) with an lse (..., Lq), "
                 f"all of the shape of the first, {tuple(outs[0].shape)}."
             )
-        if (
-            out.dtype not in DTYPES
-            or out.dtype != outs[0].dtype
-            or lse.dtype != lse_dtype(out.dtype)
-        ):
+        dtype = out.dtype
+        if dtype not in DTYPES or dtype != outs[0].dtype or lse.dtype != lse_dtype(dtype):
             raise TypeError(
                 f"merge_attention got an out of {out.dtype} with an lse of {lse.dtype}, but all "
                 "outs must have one dtype among float64, float32, bfloat16 and float16 (the "

@@ -138,8 +138,8 @@ def warn_of_polarity(attn_mask: Any, key_padding_mask: Any, stacklevel: int) -> 
                 )
     padding = key_padding_mask
     if isinstance(padding, Tensor) and padding.dtype == torch.bool and padding.dim() == 2:
-        if padding.numel() and is_readable(padding):
-            if padding[:, 0].all() and padding.all(-1).any() and not padding.all():
+        if padding.numel() and is_readable(padding) and padding[:, 0].all():
+            if padding.all(-1).any() and not padding.all():
                 warnings.warn(
                     "key_padding_mask ignores the first key of every sequence, and all keys of "
                     "some. Here True = ignore, as in nn.MultiheadAttention: if True marks the "
