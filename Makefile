@@ -1,10 +1,12 @@
-# Every target sets up what it needs: a virtual environment in .venv, the development
+# Every target sets up what it needs: a virtual environment in VENV, the development
 # requirements, and the compiled CPU kernel. The machine provides Python >= 3.10, a C++
-# compiler and make.
+# compiler and make. TORCH_INDEX names another index for torch than pip's.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+TORCH_INDEX ?=
+TORCH  := $(shell grep '^torch==' requirements-dev.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -15,21 +17,37 @@ help:
 	@echo "make check   run the core of them: about a minute"
 	@echo "make test-all   run the tests and the expensive sweeps"
 	@echo "make demo    equivalence, gradients and speed on this machine, then a short training"
-	@echo "make bench   full benchmark: csv, figures and table under benchmarks/results/"
+	@echo "make bench   benchmark: a table, and csv and figures in benchmarks/results/local/"
 	@echo "make gpu     tests and benchmark on a GPU, with the Python that has torch and Triton"
 	@echo "make lint    ruff and mypy"
-	@echo "make clean   remove what was built (keeps $(VENV))"
+	@echo "make clean   remove what make has built (keeps $(VENV))"
 
+# Stops with the name of a Python that is too old.
+old_python = import sys; sys.exit(sys.version_info < (3, 10) and "additive_attn needs Python >= \
+3.10, but %s is %s. $(1)" % (sys.executable, sys.version.split()[0]))
+
+# While VENV is being made a file beside it says so, and the next make begins again. An environment
+# that was there before is not cleared.
 $(VENV)/.requirements: requirements-dev.txt
+	@$(PYTHON) -c '$(call old_python,Name a newer one: make PYTHON=python3.12)'
+	@if [ -e $(VENV).unfinished ] || [ ! -e $(BIN)/python ]; then \
+	  touch $(VENV).unfinished && $(PYTHON) -m venv --clear $(VENV); fi
+	@$(BIN)/python -c '$(call old_python,Remove $(VENV) or name another one: make VENV=.venv-new)'
 	@echo "==> $(VENV): installing the development requirements (minutes, the first time)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || printf '    %s\n' "$(TORCH) is the largest part: \
+	0.2 GB to download for CPUs, but on Linux the default of pip also" "brings CUDA, 3 GB to \
+	download and 5 GB on disk. For CPUs: make TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+	@[ -z "$(TORCH_INDEX)" ] || $(BIN)/pip install --quiet $(TORCH) --index-url $(TORCH_INDEX)
 	@$(BIN)/pip install --quiet -r requirements-dev.txt
+	@rm -f $(VENV).unfinished
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml $(wildcard csrc/*)
+# Holds the name of the library, if there was none before: that is what make clean may remove.
+$(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 	@echo "==> compiling the CPU kernel"
-	@$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
-	@touch $@
+	@before=$$(ls additive_attn/_C*.so 2>/dev/null); [ ! -s $@ ] || before=; \
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable . || exit; \
+	if [ -n "$$before" ]; then : >$@; else ls additive_attn/_C*.so >$@ 2>/dev/null || :; fi
 
 build: $(VENV)/.built
 
@@ -55,12 +73,13 @@ demo: build
 	@$(BIN)/python examples/g2p/train.py --demo
 
 bench: build
-	@echo "==> benchmark (an hour or so; python -m benchmarks.run --quick for one minute)"
+	@echo "==> benchmark (15 minutes or so; python -m benchmarks.run --quick takes one or two)"
 	@$(BIN)/python -m benchmarks.run
 	@$(BIN)/python -m benchmarks.plot
-	@$(BIN)/python -m benchmarks.table
 
 gpu:
+	@$(PYTHON) -c 'import pytest, torch, triton' || { echo "make gpu runs with the Python that has \
+	torch, Triton and pytest, and $(PYTHON) lacks one: make gpu PYTHON=/path/to/python"; exit 1; }
 	@PYTHON=$(PYTHON) tools/gpu_check.sh
 
 lint: build
@@ -69,6 +88,7 @@ lint: build
 	@$(BIN)/mypy
 
 clean:
-	@rm -rf build dist *.egg-info additive_attn/_C*.so $(VENV)/.built
+	@if [ -s $(VENV)/.built ]; then xargs rm -f <$(VENV)/.built; fi
+	@rm -rf build dist *.egg-info $(VENV)/.built
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -22,15 +22,15 @@ OR_WITHOUT = (
 )
 NO_TORCH = f"""
 The CPU kernel of additive_attn is compiled against the installed torch, and there is none here.
-Install torch first. For a machine without a GPU, this takes a fifth of a gigabyte:
+Install torch first. For a machine without a GPU, a download of 0.2 GB:
     pip install torch --index-url https://download.pytorch.org/whl/cpu
-with one, pip install torch, several gigabytes. Then:
-    pip install --no-build-isolation .
+with one, pip install torch, which brings CUDA along: several gigabytes. Then:
+    pip install .
 {OR_WITHOUT}
 """
 NO_COMPILER = f"""
 The CPU kernel of additive_attn does not compile: {{error}}
-It needs a C++17 compiler, g++ or clang++ (Debian and Ubuntu: apt install g++).
+It needs a C++20 compiler, g++ or clang++ (Debian and Ubuntu: apt install g++).
 {OR_WITHOUT}
 """
 

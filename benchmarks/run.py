@@ -26,6 +26,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from additive_attn.ops import dispatch
+from additive_attn.ops.library import how_to_build
 from benchmarks import measure, table
 from benchmarks.cases import FIRST_PAGE, SUITES, Case, make_inputs, parse
 from benchmarks.providers import PROVIDERS, Provider, Runner
@@ -156,8 +157,7 @@ def require_kernel(device: torch.device, path: str | None) -> bool:
     if actual == "pytorch" and path != "pytorch":
         raise SystemExit(
             f"This would measure plain PyTorch under the name of the fused layer ({reason}). "
-            "Build the kernel (pip install --no-build-isolation --no-deps --editable .), or ask "
-            "for the plain PyTorch path: --path pytorch."
+            f"Ask for the plain PyTorch path (--path pytorch), or {how_to_build()}"
         )
     return actual == "pytorch"
 

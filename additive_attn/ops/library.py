@@ -12,7 +12,7 @@ from urllib.request import url2pathname
 import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
-_REINSTALL = "pip install --force-reinstall --no-deps --no-build-isolation"
+_REINSTALL = "pip install --force-reinstall --no-deps"
 
 
 def find_library() -> tuple[Path | None, str]:
@@ -46,7 +46,7 @@ def how_to_build() -> str:
     """What to do to get a library, for the way in which this package was installed."""
     if _is_checkout():
         folder = shlex.quote(str(PACKAGE.parent))
-        command = f"pip install --no-deps --no-build-isolation --editable {folder}"
+        command = f"pip install --no-deps --editable {folder}"
     else:
         command = f"{_REINSTALL} {_origin()}"
     return f"install a C++ compiler (g++ or clang++) and run: {command}"

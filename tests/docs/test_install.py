@@ -68,7 +68,7 @@ def test_a_compiler_that_fails_stops_the_installation(setup, monkeypatch):
     distribution = setuptools.Distribution({"name": "x", "ext_modules": given["ext_modules"]})
     command = given["cmdclass"]["build_ext"](distribution)
     command.ensure_finalized()
-    with pytest.raises(SystemExit, match=r"does not compile: .*\n.*C\+\+17 compiler, g\+\+"):
+    with pytest.raises(SystemExit, match=r"does not compile: .*\n.*C\+\+20 compiler, g\+\+"):
         command.build_extensions()  # has no compiler yet
 
 
