@@ -6,19 +6,23 @@ python -m benchmarks.demo          about a minute
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
 import additive_attn
 from additive_attn import AdditiveAttention, PlainAdditiveAttention, additive_attention
-from benchmarks import measure, run, table
-from benchmarks.cases import SPEED, make_inputs, square
+from benchmarks import run, table
+from benchmarks.cases import SPEED, square
 from benchmarks.providers import PROVIDERS
 
-CASES = [(SPEED[4], "forward"), (square(512), "full"), (square(1024), "full")]
+CASES = [
+    replace(SPEED[4], modes=("forward",)),
+    square(512, modes=("full",)),
+    square(1024, modes=("full",)),
+]
 
 
 def heading(text: str) -> None:
@@ -94,29 +98,17 @@ def show_speed() -> None:
     providers = [each for each in PROVIDERS if each.name in ("plain", "compile sum", ours)]
     print(f"{torch.get_num_threads()} CPU threads, fp32; full is forward and backward")
     print(f"{'(B, Lq, Lk, H, Dv)':<25} {'':<20} {'time':>9} {'speed-up':>9} {'memory':>10}")
-    for case, mode in CASES:
-        torch.compiler.reset()
-        inputs = make_inputs(case, torch.float32, device)
-        reference = measure.Reference(case, inputs)
-        actions, peaks = {}, {}
-        with torch.set_grad_enabled(mode == "full"):
-            for provider in providers:
-                runner = provider.runner(case, inputs)
-                assert runner is not None
-                try:
-                    reference.check(provider.name, runner, mode)
-                except TorchDynamoException:
-                    print(f"{case!s:<25} {provider.name} does not work on this machine")
-                    continue
-                actions[provider.name] = measure.action(runner, inputs, mode)
-                peaks[provider.name] = measure.peak_extra_bytes(actions[provider.name], device)
-            samples = measure.interleave(actions, device, budget=0.5, rounds=5)
-        times = {name: measure.quantiles(seconds)[0] for name, seconds in samples.items()}
-        for name, milliseconds in times.items():
+    for case in CASES:
+        modes = list(case.modes)
+        rows = list(run.measure_case(case, torch.float32, device, modes, 0.5, 5, providers))
+        plain = next(row["median_ms"] for name, _, row in rows if name == "plain")
+        for name, mode, row in rows:
             what = f"{case!s:<25} {mode:<7} {name.removesuffix(' sum'):<12}"
-            faster = f"{times['plain'] / milliseconds:.1f}x"
-            duration, memory = table.duration(milliseconds), table.size(peaks[name])
-            print(f"{what} {duration:>9} {faster:>9} {memory:>10}")
+            if "note" in row:
+                print(what, row["note"])
+                continue
+            time, memory = table.duration(row["median_ms"]), table.size(row["peak_extra_bytes"])
+            print(f"{what} {time:>9} {plain / row['median_ms']:>8.1f}x {memory:>10}")
     print("the results of every line were checked against fp64 before it was timed")
 
 

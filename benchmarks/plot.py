@@ -16,10 +16,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from benchmarks.cases import square
 from benchmarks.rows import (
+    COMPILED,
     DOT_PRODUCT,
     FUSED,
     PLAIN,
@@ -29,15 +30,15 @@ from benchmarks.rows import (
     measured_on,
     read,
 )
-from benchmarks.table import MODES, duration
+from benchmarks.table import MODES, duration, size
 
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "scaling.png"
 
 # Okabe and Ito's colours, distinguishable with every kind of colour vision.
 STYLES: dict[str, dict[str, Any]] = {
     PLAIN: {"label": "plain PyTorch", "color": "#D55E00", "marker": "s"},
-    "compile matmul": {"label": "torch.compile, matmul", "color": "#E69F00", "marker": "^"},
-    "compile sum": {"label": "torch.compile, sum", "color": "#CC79A7", "marker": "v"},
+    # The faster of both spellings.
+    COMPILED[0]: {"label": "torch.compile", "color": "#E69F00", "marker": "^"},
     PYTORCH_PATH: {"label": "additive_attn, no kernel", "color": "#56B4E9", "marker": "P"},
     FUSED: {"label": "additive_attn", "color": "#0072B2", "marker": "o", "linewidth": 2.5},
     DOT_PRODUCT: {"label": "dot-product attention", "color": "#777777", "marker": "d", "ls": "--"},
@@ -58,117 +59,56 @@ def scaling_of(measurements: list[Measurement]) -> list[Measurement]:
     return [found[key] for key in sorted(found)]
 
 
-def draw_series(axes: Any, series: list[Measurement], column: str, faster: bool = False) -> None:
+def draw_series(axes: Any, series: list[Measurement], column: str) -> None:
     """One curve per provider over the length; crosses where memory does not suffice: of bytes at
-    what would be needed, of milliseconds on the upper edge. ``faster`` joins both spellings of
-    torch.compile."""
+    what would be needed, of milliseconds on the upper edge."""
+    on_edge = column == "median_ms"
     for provider, style in STYLES.items():
-        if faster and provider == "compile sum":
-            continue
-        points = []
+        points, crosses = [], []
         for each in series:
-            joined = faster and provider == "compile matmul"
-            name = each.compiled if joined else provider
-            value = each.value(column, name)
+            name = each.compiled if provider == COMPILED[0] else provider
+            value, needed = each.value(column, name), needed_bytes(each.note(name))
             if value:
                 points.append((each.shape[1], value))
-            needed = needed_bytes(each.note(name))
             if needed is not None:
-                on_edge = column == "median_ms"
-                axes.plot(
-                    each.shape[1],
-                    1.0 if on_edge else needed,
-                    "x",
-                    color=style["color"],
-                    markersize=7,
-                    markeredgewidth=2,
-                    clip_on=False,
-                    transform=axes.get_xaxis_transform() if on_edge else axes.transData,
-                )
+                crosses.append((each.shape[1], 1.0 if on_edge else needed))
         if points:
             axes.plot(*zip(*points, strict=True), markersize=5, **style)
+        if crosses:
+            transform = axes.get_xaxis_transform() if on_edge else axes.transData
+            mark = {"marker": "x", "ls": "", "color": style["color"], "clip_on": False}
+            axes.plot(*zip(*crosses, strict=True), **mark, markeredgewidth=2, transform=transform)
     lengths = sorted({each.shape[1] for each in series})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(lengths, labels=[str(length) for length in lengths])
+    axes.yaxis.set_major_formatter(lambda value, _: duration(value) if on_edge else size(value))
     axes.grid(alpha=0.3)
-    unit = size_label if column == "peak_extra_bytes" else duration_label
-    axes.yaxis.set_major_formatter(unit)
-
-
-def size_label(count: float, _: object) -> str:
-    power = min(3, max(0, int(len(str(int(count))) - 1) // 3))
-    return f"{count / 1000**power:g} {('B', 'kB', 'MB', 'GB')[power]}"
-
-
-def duration_label(milliseconds: float, _: object) -> str:
-    return duration(milliseconds)
-
-
-def legend(figure: Any, axes: Any, columns: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    cross = plt.Line2D([], [], color="black", marker="x", linestyle="", markeredgewidth=2)
-    figure.legend(
-        [*handles, cross],
-        [*labels, "does not fit into memory"],
-        loc="outside upper center",
-        ncols=columns,
-        fontsize=9,
-        columnspacing=1.4,
-        frameon=False,
-    )
-
-
-def describe(series: list[Measurement]) -> str:
-    batch, _, _, hidden, value_dim = series[0].shape
-    sizes = f"B = {batch}, H = {hidden}, Dv = {value_dim}, {series[0].dtype}"
-    return f"{sizes}. {measured_on(series)}"
 
 
 def draw_scaling(measurements: list[Measurement], path: Path) -> bool:
-    scaling = scaling_of(measurements)
-    scaling = [each for each in scaling if each.dtype == scaling[0].dtype]
-    if len({each.shape for each in scaling}) < 2:
-        return False
-    modes = [mode for mode in MODES if any(each.mode == mode for each in scaling)]
-    size = 5.5 * len(modes), 8
-    figure, axes = plt.subplots(2, len(modes), figsize=size, layout="constrained", squeeze=False)
-    for column, mode in enumerate(modes):
-        series = [each for each in scaling if each.mode == mode]
-        time, memory = axes[:, column]
-        draw_series(time, series, "median_ms")
-        draw_series(memory, series, "peak_extra_bytes")
-        time.set_title(MODES[mode], pad=14)
-        time.set_ylabel("time")
-        memory.set_ylabel("extra memory")
-        memory.set_xlabel("length L = Lq = Lk")
-    legend(figure, axes[0, 0], 3)
-    figure.supxlabel(describe(scaling), fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return True
-
-
-def draw_first_page(measurements: list[Measurement], path: Path) -> bool:
     """Time and memory of forward and backward beside each other, on white, which light and dark
     pages show alike."""
     series = [each for each in scaling_of(measurements) if each.mode == "full"]
-    series = [each for each in series if each.dtype == "float32"]
+    series = [each for each in series if each.dtype == series[0].dtype]
     if len(series) < 2:
         return False
     figure, (time, memory) = plt.subplots(1, 2, figsize=(9, 3.9), layout="constrained")
-    draw_series(time, series, "median_ms", faster=True)
-    draw_series(memory, series, "peak_extra_bytes", faster=True)
+    draw_series(time, series, "median_ms")
+    draw_series(memory, series, "peak_extra_bytes")
     time.set_title("time, forward + backward", fontsize=11, pad=10)
     memory.set_title("extra memory", fontsize=11, pad=10)
     for axes in (time, memory):
         axes.set_xlabel("length L (queries = keys)")
-        for line in axes.get_lines():
-            line.set_label(line.get_label().removesuffix(", matmul"))
-    legend(figure, time, 5)
-    figure.supxlabel(describe(series), fontsize=7, color="#555555")
+    handles, labels = time.get_legend_handles_labels()
+    handles.append(plt.Line2D([], [], color="black", marker="x", ls="", markeredgewidth=2))
+    labels.append("does not fit into memory")
+    place: dict[str, Any] = {"loc": "outside upper center", "ncols": 5, "columnspacing": 1.4}
+    figure.legend(handles, labels, frameon=False, fontsize=9, **place)
+    batch, _, _, hidden, value_dim = series[0].shape
+    sizes = f"B = {batch}, H = {hidden}, Dv = {value_dim}, {series[0].dtype}"
+    figure.supxlabel(f"{sizes}. {measured_on(series)}", fontsize=7, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, facecolor="white")
     plt.close(figure)
@@ -228,26 +168,26 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--first-page", action="store_true", help=f"write {FIGURE.name} of docs")
+    parser.add_argument("--first-page", action="store_true", help="write the figure of the README")
     args = parser.parse_args()
-    missing = {
-        draw_scaling: "at least two lengths of the suite scaling",
-        draw_speedups: "times of this package beside plain or compiled ones",
-        draw_first_page: "forward and backward of at least two lengths of the suite scaling",
-    }
     for path in chosen_files(args.files):
-        measurements = read(path)
-        figures = {
-            draw_scaling: path.with_name(f"{path.stem}_scaling.png"),
-            draw_speedups: path.with_name(f"{path.stem}_speedups.png"),
-        }
-        if args.first_page:
-            figures[draw_first_page] = FIGURE
-        for draw, figure in figures.items():
-            if draw(measurements, figure):
+        scaling = FIGURE if args.first_page else path.with_name(f"{path.stem}_scaling.png")
+        for draw, figure, needed in (
+            (
+                draw_scaling,
+                scaling,
+                "forward and backward of at least two lengths (--suite scaling)",
+            ),
+            (
+                draw_speedups,
+                path.with_name(f"{path.stem}_speedups.png"),
+                "plain or compiled times",
+            ),
+        ):
+            if draw(read(path), figure):
                 print(f"drew {os.path.relpath(figure)}")
             else:
-                print(f"no {figure.name}: {os.path.relpath(path)} lacks {missing[draw]}")
+                print(f"no {figure.name}: {os.path.relpath(path)} lacks {needed}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,36 +30,16 @@ PYTORCH_PATH = "pytorch path"
 DOT_PRODUCT = "dot product"
 
 
-@dataclass
-class Row:
-    device: str
-    name: str
-    threads: int
-    isa: str
-    torch: str
-    additive_attn: str
-    python: str
-    commit: str
-    date: str
-    suite: str
-    what: str
-    B: int
-    Lq: int
-    Lk: int
-    H: int
-    Dv: int
-    options: str
-    dtype: str
-    mode: str
-    provider: str
-    median_ms: float | None = None
-    q20_ms: float | None = None
-    q80_ms: float | None = None
-    peak_extra_bytes: int | None = None
-    note: str = ""
+SIZES = ("B", "Lq", "Lk", "H", "Dv")
+COLUMNS = [
+    *("device", "name", "threads", "isa", "torch", "additive_attn", "python", "commit", "date"),
+    *("suite", "what", *SIZES, "options", "dtype", "mode", "provider"),
+    *("median_ms", "q20_ms", "q80_ms", "peak_extra_bytes", "note"),
+]
+Row = dict[str, Any]  # by column; what is not measured is missing
 
 
-def machine(device: torch.device) -> dict[str, object]:
+def machine(device: torch.device) -> Row:
     """The columns that say where and with what is measured."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -91,7 +72,7 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def folder_name(about: dict[str, object]) -> str:
+def folder_name(about: Row) -> str:
     """Machine, instruction set and threads, as the name of a folder or file."""
     name = f"{about['name']} {about['isa']} {about['threads']}t"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -104,11 +85,10 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     part = path.with_suffix(".part.csv")
     try:
         with part.open("w", newline="") as output:
-            names = [field.name for field in fields(Row)]
-            writer = csv.DictWriter(output, names, lineterminator="\n")
+            writer = csv.DictWriter(output, COLUMNS, lineterminator="\n")
             writer.writeheader()
             for row in rows:
-                writer.writerow(asdict(row))
+                writer.writerow(row)
                 output.flush()
     except BaseException:
         print(f"stopped; what was measured is in {part}", file=sys.stderr)
@@ -161,7 +141,7 @@ def read(path: Path) -> list[Measurement]:
     try:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                shape = tuple(int(row[name]) for name in ("B", "Lq", "Lk", "H", "Dv"))
+                shape = tuple(int(row[name]) for name in SIZES)
                 key = (row["suite"], shape, row["options"], row["dtype"], row["mode"])
                 if key not in measurements:
                     what = row.get("what") or name_of(shape, row["options"])

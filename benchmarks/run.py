@@ -30,7 +30,17 @@ from additive_attn.ops.library import how_to_build
 from benchmarks import measure, table
 from benchmarks.cases import FIRST_PAGE, SUITES, Case, make_inputs, parse
 from benchmarks.providers import PROVIDERS, Provider, Runner
-from benchmarks.rows import FUSED, LOCAL, PYTORCH_PATH, RESULTS, Row, folder_name, machine, write
+from benchmarks.rows import (
+    FUSED,
+    LOCAL,
+    PYTORCH_PATH,
+    RESULTS,
+    SIZES,
+    Row,
+    folder_name,
+    machine,
+    write,
+)
 
 # What a path asks for in the environment. Below the machine's best, PyTorch, torch.compile and
 # the libraries that multiply matrices are limited to the same instructions.
@@ -58,7 +68,7 @@ def measure_case(
     budget: float,
     rounds: int,
     providers: list[Provider],
-) -> Iterator[tuple[str, str, dict[str, object]]]:
+) -> Iterator[tuple[str, str, Row]]:
     """(provider, mode, measured columns) for every provider that knows this case."""
     # Each case compiles anew, for its own sizes: the best that torch.compile can do.
     torch.compiler.reset()
@@ -98,19 +108,18 @@ def measure_case(
             samples = measure.interleave(actions, device, budget, rounds)
         for name, seconds in samples.items():
             times = zip(("median_ms", "q20_ms", "q80_ms"), measure.quantiles(seconds), strict=True)
-            columns: dict[str, object] = {key: float(f"{time:.5g}") for key, time in times}
+            columns: Row = {key: float(f"{time:.5g}") for key, time in times}
             yield name, mode, columns | {"peak_extra_bytes": peaks[name]}
 
 
-def progress(done: str, row: Row) -> None:
-    shape = f"({row.B}, {row.Lq}, {row.Lk}, {row.H}, {row.Dv}) {row.options}"
-    what = f"{shape:<42} {row.dtype:<8} {row.mode:<8} {row.provider:<15}"
-    if row.median_ms is None:
-        print(f"[{done}] {what} {row.note}", flush=True)
-        return
-    memory = "" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 1e6:10.1f} MB"
-    spread = f"({row.q20_ms:.4g} to {row.q80_ms:.4g})"
-    print(f"[{done}] {what} {row.median_ms:10.4g} ms {spread:<20} {memory}", flush=True)
+def progress(done: str, case: Case, row: Row) -> None:
+    what = f"[{done}] {case!s:<42} {row['dtype']:<8} {row['mode']:<8} {row['provider']:<15}"
+    result = row.get("note")
+    if not result:
+        limits = row["q20_ms"], row["q80_ms"]
+        memory = table.size(row["peak_extra_bytes"])
+        result = f"{table.duration(row['median_ms'], limits):<30} {memory}"
+    print(what, result, flush=True)
 
 
 def measured(
@@ -126,22 +135,13 @@ def measured(
     todo = [(suite, case, dtype) for dtype in dtypes for suite, case in cases]
     for number, (suite, case, dtype) in enumerate(todo, start=1):
         chosen = [mode for mode in modes if mode in case.modes]
-        shape = dict(zip(("B", "Lq", "Lk", "H", "Dv"), case.shape, strict=True))
         for provider, mode, columns in measure_case(
             case, dtype, device, chosen, budget, rounds, providers
         ):
-            row = Row(
-                **about,  # type: ignore[arg-type]
-                **shape,  # type: ignore[arg-type]
-                suite=suite,
-                what=case.what,
-                options=case.options,
-                dtype=str(dtype).removeprefix("torch."),
-                mode=mode,
-                provider=provider,
-                **columns,  # type: ignore[arg-type]
-            )
-            progress(f"{number}/{len(todo)}", row)
+            row = about | dict(zip(SIZES, case.shape, strict=True)) | columns
+            row |= {"suite": suite, "what": case.what, "options": case.options}
+            row |= {"dtype": str(dtype).removeprefix("torch."), "mode": mode, "provider": provider}
+            progress(f"{number}/{len(todo)}", case, row)
             yield row
 
 

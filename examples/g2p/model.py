@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from arguments import command
 from data import BOUNDARY, NUM_LETTERS, NUM_PHONES, PAD, PHONES
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from additive_attn import AdditiveAttention
-
-RUNS = Path(__file__).with_name("runs")
 
 State = tuple[Tensor, Tensor]
 
@@ -166,11 +165,13 @@ def load(path: Path, layer: str | None = None) -> tuple[Pronouncer, dict[str, An
     Both layers have the same parameters, so `layer` may differ from the one that was trained.
     """
     if not path.exists():
-        raise SystemExit(
-            f"There is no model at {path}: train one with train.py, or name a saved one."
-        )
-    checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-    if checkpoint["phones"] != PHONES:
+        raise SystemExit(f"There is no model at {path}. To train one: {command('train.py')}")
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        same = checkpoint["phones"] == PHONES
+    except Exception as error:  # whatever a file of another kind makes torch raise
+        raise SystemExit(f"{path} is no model of train.py ({type(error).__name__}).") from None
+    if not same:
         raise SystemExit(f"{path} was trained on other phones than those of data.py: train again.")
     config = Config(**checkpoint["config"])
     config.layer = layer or config.layer

@@ -4,20 +4,21 @@
     python examples/g2p/pronounce.py --plot alignment.png knowledge
     python examples/g2p/pronounce.py                   reads words from standard input
 
-The words are read in any case and must consist of the letters a to z.
+The words are read in any case and must consist of the letters a to z. Of the words named on the
+command line, one that cannot be read makes the exit status 1.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from arguments import RUNS, parser_with, picture
 from data import LETTERS, Pronunciation, encode_phones, encode_words
 from evaluate import pronounce
-from model import RUNS, Pronouncer, load
+from model import Pronouncer, load
 
 
 def unreadable(word: str) -> str | None:
@@ -66,29 +67,32 @@ def typed_words() -> Iterable[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with(__doc__, "--beam", "--layer")
     parser.add_argument("words", nargs="*", metavar="WORD")
     parser.add_argument("--model", type=Path, help="default: the newest in runs/")
-    parser.add_argument("--beam", type=int, default=5)
-    parser.add_argument("--layer", choices=["plain", "fused"], help="default: as trained")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw how the first word aligns")
+    parser.add_argument(
+        "--plot", type=picture, metavar="FILE", help="draw how the first word aligns"
+    )
     args = parser.parse_args()
     model, _ = load(args.model or newest_model(), args.layer)
-    readable = []
+    readable, problems = [], 0
     for typed in args.words or typed_words():
         word = typed.lower()
         problem = unreadable(word)
         if problem:
+            problems += 1
             print(problem, file=sys.stderr)
             continue
         readable.append(word)
         ((_, phones),) = pronounce(model, [word], args.beam)
         print(f"{word}  {' '.join(phones)}", flush=True)
     if args.plot and readable:
-        plot_alignment(model, readable[0], args.plot)
+        plot_alignment(model, readable[0], Path(args.plot))
         print(f"alignment of {readable[0]!r}: {args.plot}")
+    elif args.plot:
+        raise SystemExit(f"No word could be read, so {args.plot} is not drawn.")
+    if args.words and problems:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

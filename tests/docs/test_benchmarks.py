@@ -33,7 +33,7 @@ def example(provider="fused", **changes):
         "suite": "speed", "what": "", "B": 1, "Lq": 1, "Lk": 10, "H": 32, "Dv": 20, "options": "",
         "dtype": "float32", "provider": provider, "median_ms": 2.0, "q20_ms": 1.5, "q80_ms": 2.5,
     }  # fmt: skip
-    return rows.Row(**{**facts, **changes})
+    return {**facts, **changes}
 
 
 def test_plain_pytorch_is_not_measured_under_the_name_of_the_kernel(tmp_path):
