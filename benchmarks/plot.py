@@ -30,7 +30,7 @@ from benchmarks.rows import (
     measured_on,
     read,
 )
-from benchmarks.table import MODES, duration, size
+from benchmarks.table import MODES, duration, problem, size
 
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "scaling.png"
 
@@ -83,7 +83,8 @@ def draw_series(axes: Any, series: list[Measurement], column: str) -> None:
     axes.set_yscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(lengths, labels=[str(length) for length in lengths])
-    axes.yaxis.set_major_formatter(lambda value, _: duration(value) if on_edge else size(value))
+    unit = duration if on_edge else size
+    axes.yaxis.set_major_formatter(lambda value, _: unit(value).replace(".0 ", " "))
     axes.grid(alpha=0.3)
 
 
@@ -117,36 +118,25 @@ def draw_scaling(measurements: list[Measurement], path: Path) -> bool:
 
 def draw_speedups(measurements: list[Measurement], path: Path) -> bool:
     """How many times faster than the fastest plain form that could run."""
-    bars: list[tuple[str, float, str]] = []
+    bars: dict[str, dict[str, float]] = {}
     for each in measurements:
         ours = each.milliseconds(each.ours)
-        plain = [each.milliseconds(PLAIN), each.milliseconds(each.compiled)]
+        plain = [each.milliseconds(name) for name in (PLAIN, each.compiled)]
         possible = [time for time in plain if time is not None]
-        if ours is None or not possible:
-            continue
-        dtype = each.dtype if each.dtype != "float32" else ""
-        label = " ".join(f"{each.what}\n{each.shape} {each.options} {dtype}".split(" "))
-        bars.append((label.strip(), min(possible) / ours, each.mode))
-    labels = list(dict.fromkeys(label for label, _, _ in bars))
+        if ours is not None and possible:
+            what, shape, _ = problem(each)
+            bars.setdefault(f"{what}\n{shape}", {})[each.mode] = min(possible) / ours
     if not bars:
         return False
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.42 * len(labels)), layout="constrained")
-    colors = {"forward": "#56B4E9", "full": "#0072B2"}
-    for mode, offset in (("forward", -0.2), ("full", 0.2)):
-        chosen = [(labels.index(label) + offset, value) for label, value, m in bars if m == mode]
-        if not chosen:
-            continue
-        positions, values = zip(*chosen, strict=True)
-        drawn = axes.barh(
-            positions,
-            [value - 1 for value in values],
-            left=1,
-            height=0.38,
-            color=colors[mode],
-            label=MODES[mode],
-        )
-        axes.bar_label(drawn, [f"{value:.3g}x" for value in values], padding=3, fontsize=7)
-    axes.set_yticks(range(len(labels)), labels=labels, fontsize=7)
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.42 * len(bars)), layout="constrained")
+    for mode, offset, color in (("forward", -0.2, "#56B4E9"), ("full", 0.2, "#0072B2")):
+        times = [speedups.get(mode, 1.0) for speedups in bars.values()]
+        widths = [time - 1 for time in times]
+        positions = [index + offset for index in range(len(bars))]
+        drawn = axes.barh(positions, widths, 0.38, 1, color=color, label=MODES[mode])
+        labels = [f"{time:.3g}x" if time != 1 else "" for time in times]
+        axes.bar_label(drawn, labels, padding=3, fontsize=7)
+    axes.set_yticks(range(len(bars)), labels=list(bars), fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}x"))

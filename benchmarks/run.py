@@ -2,7 +2,7 @@
 
     python -m benchmarks.run                        what the README shows (a quarter of an hour)
     python -m benchmarks.run --suite quick          a few cases (a minute or two)
-    python -m benchmarks.run --suite scaling,1x2048x2048x64x64 --dtype float32,bfloat16
+    python -m benchmarks.run --suite scaling,1x2048x2048x64x64 --dtype float32 bfloat16
     python -m benchmarks.run --path avx2            as on a machine without AVX-512
     python -m benchmarks.run --path pytorch --suite speed      the plain PyTorch path
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -27,20 +27,10 @@ from torch._dynamo.exc import TorchDynamoException
 
 from additive_attn.ops import dispatch
 from additive_attn.ops.library import how_to_build
-from benchmarks import measure, table
+from benchmarks import measure, rows, table
 from benchmarks.cases import FIRST_PAGE, SUITES, Case, make_inputs, parse
 from benchmarks.providers import PROVIDERS, Provider, Runner
-from benchmarks.rows import (
-    FUSED,
-    LOCAL,
-    PYTORCH_PATH,
-    RESULTS,
-    SIZES,
-    Row,
-    folder_name,
-    machine,
-    write,
-)
+from benchmarks.rows import Row
 
 # What a path asks for in the environment. Below the machine's best, PyTorch, torch.compile and
 # the libraries that multiply matrices are limited to the same instructions.
@@ -131,14 +121,14 @@ def measured(
     rounds: int,
     providers: list[Provider],
 ) -> Iterator[Row]:
-    about = machine(device)
+    about = rows.machine(device)
     todo = [(suite, case, dtype) for dtype in dtypes for suite, case in cases]
     for number, (suite, case, dtype) in enumerate(todo, start=1):
         chosen = [mode for mode in modes if mode in case.modes]
         for provider, mode, columns in measure_case(
             case, dtype, device, chosen, budget, rounds, providers
         ):
-            row = about | dict(zip(SIZES, case.shape, strict=True)) | columns
+            row = about | dict(zip(rows.SIZES, case.shape, strict=True)) | columns
             row |= {"suite": suite, "what": case.what, "options": case.options}
             row |= {"dtype": str(dtype).removeprefix("torch."), "mode": mode, "provider": provider}
             progress(f"{number}/{len(todo)}", case, row)
@@ -162,37 +152,22 @@ def require_kernel(device: torch.device, path: str | None) -> bool:
     return actual == "pytorch"
 
 
-def listed(accepted: list[str]) -> Callable[[str], list[str]]:
-    """The type of an argument that takes some of the accepted names, separated by commas."""
-
-    def split(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in accepted:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(accepted)}")
-        return names
-
-    return split
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = [provider.name for provider in PROVIDERS]
-    suites = ", ".join([FIRST_PAGE, *SUITES])
-    parser.add_argument(
-        "--suite", "--shapes", default=FIRST_PAGE, help=f"of {suites}, or BxLqxLkxHxDv; commas"
-    )
-    parser.add_argument("--quick", action="store_true", help="--suite quick")
+    suites = f"of {', '.join([FIRST_PAGE, *SUITES])}, or BxLqxLkxHxDv, with commas"
+    parser.add_argument("--suite", "--shapes", default=FIRST_PAGE, help=suites)
+    parser.add_argument("--quick", dest="suite", action="store_const", const="quick")
     parser.add_argument("--path", choices=PATHS, help="instructions of the kernel and of PyTorch")
-    parser.add_argument("--providers", type=listed(names), default=names, help=", ".join(names))
-    modes = ["forward", "full"]
-    parser.add_argument("--modes", type=listed(modes), default=modes, help="forward, full")
-    dtypes = ["float32", "bfloat16", "float16"]
-    parser.add_argument("--dtype", type=listed(dtypes), default=dtypes[:1], help=", ".join(dtypes))
+    for name, accepted, default in (
+        ("--providers", [provider.name for provider in PROVIDERS], slice(None)),
+        ("--modes", ["forward", "full"], slice(None)),
+        ("--dtype", ["float32", "bfloat16", "float16"], slice(1)),
+    ):
+        parser.add_argument(name, nargs="+", choices=accepted, default=accepted[default])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; all by default")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each provider")
@@ -217,33 +192,26 @@ def main() -> None:
         # They are read when torch and additive_attn are imported.
         os.environ.update(wanted)
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]])
-    ours = PYTORCH_PATH if require_kernel(device, args.path) else FUSED
+    ours = rows.PYTORCH_PATH if require_kernel(device, args.path) else rows.FUSED
     if args.threads is not None:
         torch.set_num_threads(args.threads)
 
-    suite = "quick" if args.quick else args.suite
-    about = machine(device)
-    path = args.output
-    if path is None and args.save:
-        path = RESULTS / folder_name(about) / f"{suite.replace(',', '+')}.csv"
-    elif path is None:
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        path = LOCAL / f"{folder_name(about)}-{suite.replace(',', '+')}-{stamp}.csv"
-    rows = measured(
-        parse(suite),
+    folder, suite = rows.folder_name(rows.machine(device)), args.suite.replace(",", "+")
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    kept = rows.RESULTS / folder / f"{suite}.csv"
+    path = args.output or (kept if args.save else rows.LOCAL / f"{folder}-{suite}-{stamp}.csv")
+    chosen = set(args.providers) - ({rows.FUSED, rows.PYTORCH_PATH} - {ours})
+    measurements = measured(
+        parse(args.suite),
         [getattr(torch, name) for name in args.dtype],
         args.modes,
         device,
-        budget=args.budget,
-        rounds=args.rounds,
-        providers=[
-            p
-            for p in PROVIDERS
-            if p.name in args.providers and p.name not in {FUSED, PYTORCH_PATH} - {ours}
-        ],
+        args.budget,
+        args.rounds,
+        [provider for provider in PROVIDERS if provider.name in chosen],
     )
     try:
-        write(path, rows)
+        rows.write(path, measurements)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     table.show([path], spread=True)

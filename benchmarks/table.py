@@ -34,7 +34,7 @@ def duration(milliseconds: float | None, spread: tuple[float, float] | None = No
 def size(count: float | None) -> str:
     if count is None:
         return "-"
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def ratio(slow: float | None, fast: float | None) -> str:
