@@ -35,7 +35,7 @@ def find_library() -> tuple[Path | None, str]:
     if installed is not None and any(installed.glob("_C*.so")):
         return None, (
             f"{PACKAGE} has no compiled library, and hides the installed package in {installed}, "
-            "which has one but other sources"
+            "which has one but other sources and is found from another folder"
         )
     if _is_checkout():
         return None, f"no compiled library is built in the sources in {PACKAGE}"
