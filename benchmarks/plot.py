@@ -1,7 +1,7 @@
-"""Draws figures from csv rows, beside the csv.
+"""Draws time and memory over the length from csv rows, beside the csv.
 
 python -m benchmarks.plot [FILE.csv ...]          the newest run of this checkout
-python -m benchmarks.plot FILE.csv --first-page   also docs/figures/scaling.png, for the README
+python -m benchmarks.plot FILE.csv --first-page   docs/figures/scaling.png, for the README
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullLocator, StrMethodFormatter
+from matplotlib.ticker import NullLocator
 
 from benchmarks.cases import square
 from benchmarks.rows import (
@@ -30,7 +30,7 @@ from benchmarks.rows import (
     measured_on,
     read,
 )
-from benchmarks.table import MODES, duration, problem, size
+from benchmarks.table import duration, size
 
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "scaling.png"
 
@@ -116,41 +116,6 @@ def draw_scaling(measurements: list[Measurement], path: Path) -> bool:
     return True
 
 
-def draw_speedups(measurements: list[Measurement], path: Path) -> bool:
-    """How many times faster than the fastest plain form that could run."""
-    bars: dict[str, dict[str, float]] = {}
-    for each in measurements:
-        ours = each.milliseconds(each.ours)
-        plain = [each.milliseconds(name) for name in (PLAIN, each.compiled)]
-        possible = [time for time in plain if time is not None]
-        if ours is not None and possible:
-            what, shape, _ = problem(each)
-            bars.setdefault(f"{what}\n{shape}", {})[each.mode] = min(possible) / ours
-    if not bars:
-        return False
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.42 * len(bars)), layout="constrained")
-    for mode, offset, color in (("forward", -0.2, "#56B4E9"), ("full", 0.2, "#0072B2")):
-        times = [speedups.get(mode, 1.0) for speedups in bars.values()]
-        widths = [time - 1 for time in times]
-        positions = [index + offset for index in range(len(bars))]
-        drawn = axes.barh(positions, widths, 0.38, 1, color=color, label=MODES[mode])
-        labels = [f"{time:.3g}x" if time != 1 else "" for time in times]
-        axes.bar_label(drawn, labels, padding=3, fontsize=7)
-    axes.set_yticks(range(len(bars)), labels=list(bars), fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}x"))
-    axes.margins(x=0.12)
-    axes.axvline(1, color="black", linewidth=1)
-    title = "additive_attn against the faster of plain PyTorch and torch.compile"
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(f"times faster\n{measured_on(measurements)}", fontsize=8)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return True
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plot",
@@ -161,23 +126,14 @@ def main() -> None:
     parser.add_argument("--first-page", action="store_true", help="write the figure of the README")
     args = parser.parse_args()
     for path in chosen_files(args.files):
-        scaling = FIGURE if args.first_page else path.with_name(f"{path.stem}_scaling.png")
-        for draw, figure, needed in (
-            (
-                draw_scaling,
-                scaling,
-                "forward and backward of at least two lengths (--suite scaling)",
-            ),
-            (
-                draw_speedups,
-                path.with_name(f"{path.stem}_speedups.png"),
-                "plain or compiled times",
-            ),
-        ):
-            if draw(read(path), figure):
-                print(f"drew {os.path.relpath(figure)}")
-            else:
-                print(f"no {figure.name}: {os.path.relpath(path)} lacks {needed}")
+        figure = FIGURE if args.first_page else path.with_suffix(".png")
+        if draw_scaling(read(path), figure):
+            print(f"drew {os.path.relpath(figure)}")
+        else:
+            print(
+                f"no {figure.name}: {os.path.relpath(path)} lacks forward and backward of at "
+                "least two lengths, as --suite scaling measures them"
+            )
 
 
 if __name__ == "__main__":

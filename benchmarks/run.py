@@ -34,18 +34,11 @@ from benchmarks.rows import Row
 
 # What a path asks for in the environment. Below the machine's best, PyTorch, torch.compile and
 # the libraries that multiply matrices are limited to the same instructions.
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 PATHS: dict[str, dict[str, str]] = {
     "avx512": {},
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    },
-    "baseline": {
-        "ATEN_CPU_CAPABILITY": "default",
-        "ONEDNN_MAX_CPU_ISA": "SSE41",
-        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
-    },
+    "avx2": dict(zip(LIMITS, ("avx2", "AVX2", "AVX2"), strict=True)),
+    "baseline": dict(zip(LIMITS, ("default", "SSE41", "SSE4_2"), strict=True)),
     "pytorch": {"ADDITIVE_ATTN_GPU": "pytorch"},
 }
 

@@ -118,7 +118,7 @@ def test_figures_without_data_are_sentences(tmp_path):
     rows.write(path, [example()])
     result = benchmark("plot", str(path))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("lacks") == 2 and not result.stderr
+    assert result.stdout.count("lacks") == 1 and not result.stderr
     assert [each.name for each in tmp_path.iterdir()] == ["a.csv"]
 
 
