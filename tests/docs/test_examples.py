@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,22 +24,31 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("line,sentence", WRONG.values(), ids=WRONG.keys())
-def test_bad_input_is_answered_in_a_sentence(line, sentence):
-    script, *arguments = line.split()
-    result = subprocess.run(
-        [sys.executable, EXAMPLE / script, *arguments],
-        capture_output=True, text=True, check=False, cwd=ROOT, env=None,
-    )  # fmt: skip
-    assert result.returncode != 0
-    assert sentence in result.stderr and "Traceback" not in result.stderr
-
-
-def test_commands_are_those_of_the_current_folder(monkeypatch):
+@pytest.fixture
+def scripts(monkeypatch):
+    """The folder of the scripts on the path, and none of their modules left behind."""
+    names = [path.stem for path in EXAMPLE.glob("*.py")]
     monkeypatch.syspath_prepend(EXAMPLE)
-    monkeypatch.delitem(sys.modules, "arguments", raising=False)
-    arguments = __import__("arguments")
     monkeypatch.chdir(ROOT)
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield EXAMPLE
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("line,sentence", WRONG.values(), ids=WRONG.keys())
+def test_bad_input_is_answered_in_a_sentence(scripts, monkeypatch, capsys, line, sentence):
+    script, *arguments = line.split()
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(scripts / script), run_name="__main__")
+    assert stopped.value.code != 0
+    assert sentence in f"{stopped.value.code}{capsys.readouterr().err}"
+
+
+def test_commands_are_those_of_the_current_folder(scripts):
+    arguments = __import__("arguments")
     line = arguments.command("pronounce.py", "--model", arguments.RUNS / "a b.pt", "cat")
     python, script, _, model, _ = shlex.split(line)
     assert (python, script) == ("python", "examples/g2p/pronounce.py")
