@@ -90,7 +90,9 @@ def interpreted(item: pytest.Function) -> bool:
     wanted = item.get_closest_marker("interpreter")
     if parameters.get("path") != "triton" or wanted is None or paths.native() == "triton":
         return True
-    return all(parameters[name] in values for name, values in wanted.kwargs.items())
+    return all(
+        repr(parameters[name]) in map(repr, values) for name, values in wanted.kwargs.items()
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -28,6 +28,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.interpreter(shape=[SHAPES[4], ((2,), 1, 40, 33, 17)])
 @pytest.mark.core
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

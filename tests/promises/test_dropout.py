@@ -123,7 +123,7 @@ def test_every_dtype_drops_the_same(dtype):
     assert torch.equal(out != 0, keep_mask(seed, (2,), (0, 9), (0, 50), 0.3))
 
 
-def test_masks_do_not_shift_the_words():
+def test_masking_keeps_the_random_stream():
     """Skipped tiles take no words; split keys count from the first key."""
     seed = torch.tensor(5)
     lengths = torch.tensor([[200], [70]])

@@ -43,6 +43,7 @@ def disjoint(dtype):
 KINDS = [bool_mask, float_mask, lengths, disjoint]
 
 
+@pytest.mark.interpreter(dtype=[torch.float32])
 @pytest.mark.core
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,6 +61,7 @@ def test_empty_row(kind, dtype):
     assert outputs["lse"].isinf().sum() == 1
 
 
+@pytest.mark.interpreter(dtype=[torch.float32], kind=[lengths])
 @pytest.mark.core
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)

@@ -46,7 +46,7 @@ def succeeded(result):
     return result
 
 
-def test_import_takes_nothing_along():
+def test_import_loads_no_optional_package():
     """No Triton, no plotting library, no compiler, no CUDA; nor is one of them needed."""
     code = """
 import sys, torch

@@ -7,6 +7,18 @@ import sys
 
 import pytest
 import torch
+from layouts import (
+    batch_last,
+    every_second_feature,
+    every_third_row,
+    offset,
+    row_padded,
+    rows_apart,
+    sequence_first,
+    surrounded,
+    transposed,
+    unaligned,
+)
 from oracle import (
     INPUTS,
     OUTPUTS,
@@ -24,65 +36,6 @@ from oracle import (
 
 from additive_attn import additive_attention
 from additive_attn.ops import dispatch
-
-NAN = float("nan")
-
-
-def around(x, *pads):
-    """x as a slice of a larger tensor of NaN: who reads beyond it, reads NaN."""
-    size = [n + before + after for n, (before, after) in zip(x.shape, pads, strict=True)]
-    outer = torch.full(size, NAN, dtype=x.dtype)
-    inner = outer[tuple(slice(b, b + n) for n, (b, _) in zip(x.shape, pads, strict=True))]
-    inner.copy_(x)
-    return inner
-
-
-def transposed(x):
-    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
-def row_padded(x):
-    return around(x, *[(0, 0)] * (x.dim() - 1), (0, 5))
-
-
-def offset(x):
-    return around(x, *[(0, 0)] * (x.dim() - 1), (3, 2))
-
-
-def surrounded(x):
-    return around(x, *[(1, 2)] * x.dim())
-
-
-def rows_apart(x):
-    return around(x, *[(0, 0)] * (x.dim() - 2), (2, 70), (0, 0))
-
-
-def batch_last(x):
-    return x.movedim(0, -1).contiguous().movedim(-1, 0)
-
-
-def every_second_feature(x):
-    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), NAN, dtype=x.dtype)
-    wide[..., ::2] = x
-    return wide[..., ::2]
-
-
-def every_third_row(x):
-    wide = torch.full((*x.shape[:-2], 3 * x.shape[-2], x.shape[-1]), NAN, dtype=x.dtype)
-    wide[..., 1::3, :] = x
-    return wide[..., 1::3, :]
-
-
-def unaligned(x):
-    """The data begins one element into the storage."""
-    flat = torch.full((x.numel() + 1,), NAN, dtype=x.dtype)
-    flat[1:] = x.flatten()
-    return flat[1:].view(x.shape)
-
-
-def sequence_first(x):
-    return x.transpose(0, -2).contiguous().transpose(0, -2)
-
 
 RECIPES = [
     transposed, row_padded, offset, surrounded, rows_apart, batch_last, every_second_feature,
@@ -116,6 +69,7 @@ def everything(inputs, **options):
     return named | {f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}
 
 
+@pytest.mark.interpreter(names=[INPUTS], recipe=[transposed, every_second_feature])
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("names", [(name,) for name in INPUTS] + [INPUTS], ids=str)
 @pytest.mark.parametrize("queries", [1, 6])
@@ -219,11 +173,13 @@ def test_rows_around_blocks(queries):
     check_against_plain([make((4,), queries, 19, 6, 5, seed=seed) for seed in range(3)])
 
 
+@pytest.mark.interpreter(dtype=[torch.float32])
 @pytest.mark.core
 @pytest.mark.parametrize("zero", ["batch", "queries", "keys", "hidden", "values"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_size_zero(zero, dtype):
-    sizes = {"batch": 2, "queries": 3, "keys": 5, "hidden": 4, "values": 6} | {zero: 0}
+@pytest.mark.parametrize("queries", [1, 3])
+def test_size_zero(queries, zero, dtype):
+    sizes = {"batch": 2, "queries": queries, "keys": 5, "hidden": 4, "values": 6} | {zero: 0}
     inputs = make(
         (sizes["batch"],), sizes["queries"], sizes["keys"], sizes["hidden"], sizes["values"],
         dtype=dtype,
@@ -284,6 +240,7 @@ def test_each_entry_is_its_own_problem():
             assert_layout_free({k: v[b, h] for k, v in together.items()}, fused(alone))
 
 
+@pytest.mark.interpreter(shapes=[((2, 3), (2, 1), (2, 1)), ((4, 1, 2), (3, 1), (1, 3, 2))])
 @pytest.mark.parametrize(
     "shapes",
     [
@@ -312,6 +269,7 @@ def test_leading_dims_broadcast(shapes):
     check_against_plain([inputs])
 
 
+@pytest.mark.interpreter(batch=[(2, 3)])
 @pytest.mark.parametrize("batch", [(3,), (2, 3), (2, 1, 3)], ids=str)
 def test_weight_per_head(batch):
     check_against_plain([make(batch, 5, 21, 12, 10, heads=True, seed=s) for s in range(3)])

@@ -45,6 +45,7 @@ LENGTHS = {
 WINDOWS = [None, (0, 0), (2, 3), (-1, 1), (4, -1), (-1, -1), (100, 100)]
 
 
+@pytest.mark.interpreter(window=[None, (2, 3)], is_causal=[False])
 @pytest.mark.core
 @pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("window", WINDOWS, ids=str)

@@ -67,6 +67,7 @@ def test_one_length_without_a_batch():
             assert_same(ours[name], expected[name], name)
 
 
+@pytest.mark.interpreter(queries=[1, 3], poison=[math.nan], kind=[by_lengths, by_float])
 @pytest.mark.core
 @pytest.mark.parametrize("poison", POISONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
