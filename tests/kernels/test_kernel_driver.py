@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+DRIVER = ROOT / "tests" / "kernels" / "kernel_driver.cpp"
 COMPILERS = [os.environ.get("CXX"), "g++", "clang++"]
 COMPILER = next((c for c in COMPILERS if c and shutil.which(c)), None)
 FLAGS = ["-std=c++17", "-O1", "-g1", "-w", f"-I{CSRC}", "-pthread"]
@@ -46,41 +50,63 @@ def compile_all(sources: list[Path], folder: Path, *flags: str) -> list[Path]:
         return list(pool.map(compile_one, sources))
 
 
-def build(objects: list[Path], sources: list[Path], folder: Path, sanitizer: str) -> Path:
+@pytest.fixture(scope="session")
+def cache() -> Path:
+    """For this compiler and these sources: workers, and later runs, share what is in it."""
+    version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(version + repr((FLAGS, MEMORY, THREADS, BASELINE_ONLY)).encode())
+    for source in (DRIVER, *sorted(CSRC.rglob("*.*"))):
+        digest.update(source.read_bytes())
+    folder = ROOT / ".pytest_cache" / "kernel_driver" / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in folder.parent.iterdir():
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the others wait for what it builds."""
+    import fcntl
+
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(cache: Path, name: str, sources: list[Path], sanitizer: str) -> Path:
     """The driver with these kernels, of which only the kernels are watched."""
-    probe = folder / "probe.cpp"
-    probe.write_text("int main() {}\n")
-    command = [COMPILER, sanitizer, probe, "-o", folder / "probe"]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip(f"{COMPILER} cannot build programs with {sanitizer}")
-    objects = [*objects, *compile_all(sources, folder, sanitizer)]
-    program = folder / "driver"
-    subprocess.run([COMPILER, *FLAGS, sanitizer, *objects, "-o", program], check=True)
-    return program
+    program, folder = cache / name, cache / f"{name} objects"
+    with locked(cache):
+        if program.exists():
+            return program
+        folder.mkdir(exist_ok=True)
+        probe = folder / "probe.cpp"
+        probe.write_text("int main() {}\n")
+        command = [COMPILER, sanitizer, probe, "-o", folder / "probe"]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip(f"{COMPILER} cannot build programs with {sanitizer}")
+        checker = cache / f"{DRIVER.stem}.o"
+        objects = [checker] if checker.exists() else compile_all([DRIVER], cache)
+        objects = [*objects, *compile_all(sources, folder, sanitizer)]
+        unfinished = folder / "driver"
+        subprocess.run([COMPILER, *FLAGS, sanitizer, *objects, "-o", unfinished], check=True)
+        return unfinished.rename(program)
 
 
-@pytest.fixture(scope="module")
-def checker(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    source = ROOT / "tests" / "kernels" / "kernel_driver.cpp"
-    return compile_all([source], tmp_path_factory.mktemp("checker"))
-
-
-@pytest.fixture(scope="module")
-def driver(checker: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def driver(cache: Path) -> Path:
     sources = [CSRC / "dispatch.cpp", *sorted((CSRC / "targets").glob("*.cpp"))]
-    return build(checker, sources, tmp_path_factory.mktemp("memory"), MEMORY)
+    return build(cache, "memory", sources, MEMORY)
 
 
-@pytest.fixture(scope="module")
-def threaded_driver(checker: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("threads")
-    (folder / "baseline_only.cpp").write_text(BASELINE_ONLY)
-    sources = [
-        CSRC / "dispatch.cpp",
-        CSRC / "targets" / "baseline.cpp",
-        folder / "baseline_only.cpp",
-    ]
-    return build(checker, sources, folder, THREADS)
+@pytest.fixture(scope="session")
+def threaded_driver(cache: Path) -> Path:
+    baseline_only = cache / "baseline_only.cpp"
+    baseline_only.write_text(BASELINE_ONLY)
+    sources = [CSRC / "dispatch.cpp", CSRC / "targets" / "baseline.cpp", baseline_only]
+    return build(cache, "threads", sources, THREADS)
 
 
 def run(program: Path, kernels: str, *arguments: str) -> None:
