@@ -1,6 +1,6 @@
-// The torch side: tensors of additive_attn::forward and additive_attn::backward to raw pointers, against the stable ABI.
-// Schemas and shapes for tracing stand in additive_attn/ops/schemas.py; additive_attn/ops/checks.py has checked the arguments,
-// and what could harm the process is checked again here, since the operators are public.
+// The torch side: tensors of additive_attn::forward and backward to raw pointers, against torch's stable ABI. The
+// schemas and the shapes for tracing stand in additive_attn/ops/schemas.py. additive_attn/ops/checks.py has checked the
+// arguments; what could harm the process is checked again here, since the operators are public.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -87,7 +87,7 @@ bool is_half(ScalarType type) { return type == ScalarType::Half || type == Scala
 
 ScalarType compute_type(ScalarType type) { return is_half(type) ? ScalarType::Float : type; }
 
-// Straight from the allocator: the small calls of a decoder would feel the dispatcher.
+// Bypasses the dispatcher, whose cost shows in small decoder steps.
 Tensor empty(const Sizes& size, ScalarType type) {
   Sizes stride(size.size());
   int64_t step = 1;
@@ -211,12 +211,23 @@ struct Inputs {
                     "attn_mask must broadcast to (..., ", queries, ", ", keys, ").");
     Mask m;
     switch (t.scalar_type()) {
-      case ScalarType::Bool: m.type = MaskType::boolean; break;
-      case ScalarType::Half: m.type = MaskType::float16; break;
-      case ScalarType::BFloat16: m.type = MaskType::bfloat16; break;
-      case ScalarType::Float: m.type = MaskType::float32; break;
-      case ScalarType::Double: m.type = MaskType::float64; break;
-      default: STD_TORCH_CHECK(false, "attn_mask must be bool or floating point.");
+      case ScalarType::Bool:
+        m.type = MaskType::boolean;
+        break;
+      case ScalarType::Half:
+        m.type = MaskType::float16;
+        break;
+      case ScalarType::BFloat16:
+        m.type = MaskType::bfloat16;
+        break;
+      case ScalarType::Float:
+        m.type = MaskType::float32;
+        break;
+      case ScalarType::Double:
+        m.type = MaskType::float64;
+        break;
+      default:
+        STD_TORCH_CHECK(false, "attn_mask must be bool or floating point.");
     }
     held.push_back(t);
     offsets.push_back(batch_offsets(batch, t, std::min<int64_t>(t.dim(), 2)));
@@ -260,10 +271,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_as(
-    const Arguments& a, Inputs& inputs, const std::optional<Tensor>& grad_out,
-    const std::optional<Tensor>& grad_weights, const std::optional<Tensor>& grad_lse, const Tensor& lse,
-    bool need_query, bool need_key, bool need_value, bool need_weight, bool need_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_as(const Arguments& a, Inputs& inputs,
+                                                               const std::optional<Tensor>& grad_out,
+                                                               const std::optional<Tensor>& grad_weights,
+                                                               const std::optional<Tensor>& grad_lse, const Tensor& lse,
+                                                               bool need_query, bool need_key, bool need_value,
+                                                               bool need_weight, bool need_mask) {
   additive_attn::Backward<T> p;
   inputs.fill(p, a);
   const ScalarType type = compute_type(inputs.type);
@@ -317,8 +330,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_as(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_weights,
     const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& weight, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& lengths,
-    int64_t left, int64_t right, const std::optional<Tensor>& seed, double dropout_p, double scale, const Tensor& lse,
+    const Tensor& weight, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& lengths, int64_t left,
+    int64_t right, const std::optional<Tensor>& seed, double dropout_p, double scale, const Tensor& lse,
     bool need_query, bool need_key, bool need_value, bool need_weight, bool need_mask) {
   const Arguments a{query, key, value, weight, attn_mask, lengths, seed, left, right, dropout_p, scale};
   Inputs inputs(a);

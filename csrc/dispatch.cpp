@@ -14,7 +14,8 @@ std::atomic<const Kernels*> selected{nullptr};
 // The fastest kernels that this processor can run, or those of this name; null where there are none.
 const Kernels* find(const std::string& name) {
   for (const Kernels* candidate : {avx512_kernels(), avx2_kernels(), baseline_kernels()})
-    if (candidate && (name.empty() || name == candidate->name || (candidate == baseline_kernels() && name == "baseline")))
+    if (candidate &&
+        (name.empty() || name == candidate->name || (candidate == baseline_kernels() && name == "baseline")))
       return candidate;
   return nullptr;
 }
@@ -31,8 +32,9 @@ const Kernels* find_by_environment() {
     throw std::runtime_error("ADDITIVE_ATTN_CPU asks for the " + name +
                              " kernels, which this processor or this build lacks. Unset it, or set it to baseline.");
   if (name == "pytorch" || name == "triton")
-    throw std::runtime_error("ADDITIVE_ATTN_CPU is '" + name +
-                             "', but the compiled kernels are loaded already. Set it before additive_attn is imported.");
+    throw std::runtime_error(
+        "ADDITIVE_ATTN_CPU is '" + name +
+        "', but the compiled kernels are loaded already. Set it before additive_attn is imported.");
   throw std::runtime_error("ADDITIVE_ATTN_CPU is '" + name +
                            "', which names no CPU path. Set it to one of avx512, avx2, baseline, pytorch, triton, or "
                            "unset it to let the package choose.");

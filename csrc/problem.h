@@ -1,4 +1,4 @@
-// What the kernels are asked to do, on raw pointers: the boundary between the torch side (bindings.cpp) and the kernels.
+// What the kernels compute, on raw pointers: the boundary between the torch side (bindings.cpp) and the kernels.
 #pragma once
 
 #include <atomic>
@@ -8,7 +8,7 @@
 
 namespace additive_attn {
 
-// Element (n, i, c) of a tensor lies at data[offset[n] + i * row + c]: n counts the batch entries after broadcasting.
+// Element (n, i, c) of a tensor lies at data[offset[n] + i * row + c]: n counts the entries after broadcasting.
 template <class T>
 struct Rows {
   T* data = nullptr;
@@ -32,11 +32,11 @@ template <class T>
 struct Problem {
   std::int64_t batch, queries, keys, hidden, values;  // B (flattened), Lq, Lk, H, Dv
   int threads;                                        // a hint for the size of the pieces; no result depends on it
-  Rows<const T> query, key, value, weight;            // weight has one row per batch entry
+  Rows<const T> query, key, value, weight;            // weight has one row per entry
   Mask mask;
   Rows<const std::int64_t> lengths;  // element (n, i): leading keys that row i may attend to; no data = all
   std::int64_t left, right;          // keys i - left .. i + right; -1 = unbounded
-  const std::int64_t* seed;          // per batch entry through seed_offset; no data = no dropout
+  const std::int64_t* seed;          // per entry through seed_offset; no data = no dropout
   const std::int64_t* seed_offset;
   std::uint32_t drop_below;  // a key is dropped when its random word is below this
   T keep_scale;              // 1 / (1 - p), 0 when everything is dropped
@@ -53,19 +53,19 @@ struct Forward : Problem<T> {
 
 template <class T>
 struct Backward : Problem<T> {
-  const T* lse;                         // (B, Lq)
-  Rows<const T> grad_out, grad_weights;  // no data = zero
-  Rows<const T> grad_lse;               // element (n, i); no data = zero
+  const T* lse;                                         // (B, Lq)
+  Rows<const T> grad_out, grad_weights;                 // no data = zero
+  Rows<const T> grad_lse;                               // element (n, i); no data = zero
   T *grad_query, *grad_key, *grad_value, *grad_weight;  // (B, Lq, H), (B, Lk, H), (B, Lk, Dv), (B, H) or null
-  // Contiguous in the mask's own shape, zeroed by the caller, or null; double, since a mask may broadcast over thousands
-  // of rows.
+  // Contiguous in the mask's own shape, zeroed by the caller, or null; double, since a mask may broadcast over
+  // thousands of rows.
   double* grad_mask;
   const std::int64_t* grad_mask_offset;
   std::int64_t grad_mask_row, grad_mask_column;
 };
 
-// The items [0, count) of one parallel pass, handed out one by one to whichever thread is free: items differ in cost where
-// masks skip work. Results never depend on who takes which.
+// The items [0, count) of one parallel pass, handed out one by one to whichever thread is free: items differ in cost
+// where masks skip work. Results never depend on who takes which.
 class Tasks {
  public:
   explicit Tasks(std::int64_t count) : count_(count) {}
@@ -99,8 +99,8 @@ const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* baseline_kernels();  // SSE2, NEON or whatever the compiler targets; always there
 
-// The fastest kernels, or those that ADDITIVE_ATTN_CPU names, until select_kernels chooses others. An empty name returns
-// to the former. Both throw std::runtime_error where this processor or this build lacks the kernels.
+// The fastest kernels, or those that ADDITIVE_ATTN_CPU names, until select_kernels chooses others. An empty name
+// returns to the former. Both throw std::runtime_error where this processor or this build lacks the kernels.
 const Kernels& kernels();
 const Kernels& select_kernels(const std::string& name);
 

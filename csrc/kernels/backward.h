@@ -8,7 +8,8 @@
 //
 //     t = (b - a) r        1 - t^2 = 4 a b r^2
 //
-// so that sum_j G b r^2 (times 4 a_i) gives dq, sum_i G a r^2 (times 4 b_j) gives dk, and one reciprocal serves all three.
+// so that sum_j G b r^2 (times 4 a_i) gives dq, sum_i G a r^2 (times 4 b_j) gives dk, and all share one reciprocal
+// (math.md, eq. 9 to 13).
 //
 // P and G are kept for a bounded number of query rows at a time. Three passes over them follow, each of which owns what
 // it writes, so that nothing is atomic and every sum has a fixed order:
@@ -84,9 +85,8 @@ class BackwardPiece {
       for (std::int64_t task; tasks.take(task);) {
         const std::int64_t f = task % share.pieces, k = task / share.pieces % share.splits;
         const std::int64_t n = task / share.pieces / share.splits, at = k * ws.entries + n;
-        pass.run(ws.entry0 + n, f * share.piece, share.piece, k * share.split,
-                 std::min((k + 1) * share.split, p.keys), part_query + at * ws.rows * share.width,
-                 part_weight + at * share.width, share.width);
+        pass.run(ws.entry0 + n, f * share.piece, share.piece, k * share.split, std::min((k + 1) * share.split, p.keys),
+                 part_query + at * ws.rows * share.width, part_weight + at * share.width, share.width);
       }
     });
     parallel_for(ws.entries, ws.rows * share.width * share.splits, [&](Tasks& tasks) {
@@ -98,8 +98,7 @@ class BackwardPiece {
   void to_mask() {
     const std::int64_t width = p.grad_mask_column ? TK : p.keys, pieces = (p.keys + width - 1) / width;
     parallel_for(pieces, ws.entries * ws.rows * width, [&](Tasks& tasks) {
-      for (std::int64_t task; tasks.take(task);)
-        mask_pass(p, ws, task * width, std::min(width, p.keys - task * width));
+      for (std::int64_t task; tasks.take(task);) mask_pass(p, ws, task * width, std::min(width, p.keys - task * width));
     });
   }
 

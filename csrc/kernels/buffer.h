@@ -1,4 +1,6 @@
-constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // Memory for one thread's pieces of work; grows, never shrinks, and is not initialised.
 template <class T>

@@ -3,8 +3,8 @@
 constexpr std::int64_t gradient_keys = 128;  // keys of a tile in the pass over features
 constexpr std::int64_t rows_summed = 64;     // rows of a partial sum there
 
-// The pass over features works on two vectors of features at once, which share a reciprocal: it joins factors of a single
-// pair (i, j), so no pair depends on what another one holds, not even by rounding.
+// The pass over features works on two vectors of features at once, which share a reciprocal. It joins factors of a
+// single pair (i, j), so no pair depends on what another one holds, not even by rounding.
 constexpr int feature_vectors = 2;
 
 template <class T>
@@ -74,8 +74,8 @@ inline void pair_direct(const T* q, const T* k, T g, Vec<T>* z, T* sum_weight) {
 }
 
 // What the sums over pairs are multiplied by: G by `early` in the direct form, the sums by `late` and then by w, in the
-// plain layer's order. The scale comes early where it is extreme. A weight that is not finite has made G NaN wherever it
-// matters; as a factor it is 0, so that sums of nothing stay 0.
+// plain layer's order. The scale comes early where it is extreme. A weight that is not finite has made G NaN wherever
+// it matters; as a factor it is 0, so that sums of nothing stay 0.
 template <class T>
 struct FeatureFactors {
   T early, late;       // G times early, in the direct form alone; dq, dk = late w sum
@@ -114,7 +114,7 @@ class FeaturePass {
   FeaturePass(const Backward<T>& problem, const Workspace<T>& workspace, const FeatureFactors<T>& factors)
       : p(problem), ws(workspace), factors(factors) {}
 
-  // Features [first, first + count), padded to whole groups of vectors; part_query is [row][width], part_weight [width].
+  // Features [first, first + count), padded to whole groups of vectors; part_query: [row][width], part_weight: [width].
   void run(std::int64_t n, std::int64_t first, std::int64_t count, std::int64_t key_begin, std::int64_t key_end,
            T* part_query, double* part_weight, std::int64_t width) {
     entry = n;
@@ -140,20 +140,20 @@ class FeaturePass {
     std::memset(sum_query, 0, 2 * count * sizeof(T));
     const T* g = gradient(0) + key0;
     for (std::int64_t j = 0; j < keys; ++j) {
-      const bool used = attended(0)[(key0 + j) / K] && g[j] != T(0);
+      const bool contributes = attended(0)[(key0 + j) / K] && g[j] != T(0);
       for (std::int64_t h = 0; h < count; h += F) {
         Vec<T> z[feature_vectors] = {};
-        if (used) {
+        if (contributes) {
           T k[F];
           pair_direct<T>(q + h, load_features(p.key.at(entry, key0 + j), first + h, k), g[j] * factors.early, z,
                          sum_weight + h);
-          for (int v = 0; v < feature_vectors; ++v)
-            store(sum_query + h + v * L, load(sum_query + h + v * L) + z[v]);
+          for (int v = 0; v < feature_vectors; ++v) store(sum_query + h + v * L, load(sum_query + h + v * L) + z[v]);
         }
         if (p.grad_key) add_grad_key(key0 + j, first + h, z, ws.row0 == 0);
       }
     }
-    for (std::int64_t h = 0; h < count; h += L) store(part_query + first + h, load(part_query + first + h) + load(sum_query + h));
+    for (std::int64_t h = 0; h < count; h += L)
+      store(part_query + first + h, load(part_query + first + h) + load(sum_query + h));
     for (std::int64_t h = 0; h < count; ++h) part_weight[first + h] += sum_weight[h];
   }
 
@@ -161,15 +161,16 @@ class FeaturePass {
   void rows(std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query, double* part_weight,
             std::int64_t width) {
     const std::int64_t blocks = (keys + K - 1) / K;
-    bool used = false;
-    for (std::int64_t r = 0; r < ws.rows && !used; ++r) used = std::memchr(attended(r) + key0 / K, 1, blocks) != nullptr;
+    bool any = false;
+    for (std::int64_t r = 0; r < ws.rows && !any; ++r) any = std::memchr(attended(r) + key0 / K, 1, blocks) != nullptr;
     const bool set_grad_key = p.grad_key && ws.row0 == 0;  // the first rows set dk, the others add to it
-    if (!used && !set_grad_key) return;
+    if (!any && !set_grad_key) return;
     load_keys(h, key0, keys, set_grad_key);
     std::int64_t summed = 0;
     for (std::int64_t r = 0; r < ws.rows; ++r) {
       if (!std::memchr(attended(r) + key0 / K, 1, blocks)) continue;
-      if (r + 1 < ws.rows) prefetch(gradient(r + 1) + key0, keys);  // rows lie pages apart, which hardware does not foresee
+      // Rows lie pages apart, which hardware prefetchers do not cross.
+      if (r + 1 < ws.rows) prefetch(gradient(r + 1) + key0, keys);
       if (ws.largest_gradient[ws.index(entry, ws.row0 + r)] == T(0)) continue;
       if (++summed % rows_summed == 0) flush_rows(keys);
       row(r, h, key0, keys, part_query + r * width + h, part_weight);
@@ -178,7 +179,7 @@ class FeaturePass {
     finish_keys(h, key0, keys, part_weight);
   }
 
-  // The keys' exponentials, where these serve, and sums of zero.
+  // The exponentials of the keys within the factored form's range, and sums of zero.
   void load_keys(std::int64_t h, std::int64_t key0, std::int64_t keys, bool set_grad_key) {
     const std::int64_t size = gradient_keys * F;
     b_ = keys_.get(6 * size);
@@ -205,8 +206,8 @@ class FeaturePass {
   void row(std::int64_t r, std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query, double* part_weight) {
     T q[F], a[2 * F], sum_query[F] = {}, sum_query_direct[F] = {}, sum_weight[F] = {};
     const T size = ws.largest_gradient[ws.index(entry, ws.row0 + r)];
-    const bool direct_i = load_query(r, h, q, a) || factors.early != T(1) ||
-                          !(size >= factored_least<T> && size <= factored_most<T>);
+    const bool direct_i =
+        load_query(r, h, q, a) || factors.early != T(1) || !(size >= factored_least<T> && size <= factored_most<T>);
     const unsigned char* on = attended(r) + key0 / K;
     const T* g = gradient(r) + key0;
     for (std::int64_t j = 0; j < keys;) {
@@ -276,7 +277,7 @@ class FeaturePass {
       }
   }
 
-  // q, padded, and e^{-2q} with its error if wanted; true if the factored form does not serve.
+  // q, padded, and e^{-2q} with its error if wanted; true if q is out of the factored form's range.
   bool load_query(std::int64_t r, std::int64_t h, T* q, T* a) const {
     const T* x = load_features(p.query.at(entry, ws.row0 + r), h, q);
     if (x != q) std::memcpy(q, x, F * sizeof(T));
@@ -312,8 +313,8 @@ class FeaturePass {
   bool direct_j_[gradient_keys], any_direct_ = false;  // keys out of the factored form's range
   bool any_direct_pair_ = false;
   T correction_[F];
-  T *b_ = nullptr, *b_error_ = nullptr;                // [key][F]
-  T *sum_key_ = nullptr, *sum_direct_ = nullptr;       // [all rows, the last rows][key][F]
+  T *b_ = nullptr, *b_error_ = nullptr;           // [key][F]
+  T *sum_key_ = nullptr, *sum_direct_ = nullptr;  // [all rows, the last rows][key][F]
   Buffer<T> a_, keys_;
 };
 
@@ -321,9 +322,9 @@ class FeaturePass {
 // shares of dq and dw are added up afterwards. A function of the shape alone.
 template <class T>
 struct FeatureTasks {
-  std::int64_t pieces, piece;     // of the features
-  std::int64_t splits, split;     // of the keys
-  std::int64_t width;             // of a padded row of features
+  std::int64_t pieces, piece;  // of the features
+  std::int64_t splits, split;  // of the keys
+  std::int64_t width;          // of a padded row of features
 
   FeatureTasks(const Backward<T>& p, std::int64_t entries, std::int64_t rows) {
     constexpr std::int64_t F = feature_vectors * lanes<T>;

@@ -10,18 +10,20 @@
 // joined, n0/y0 + n1/y1 = (n0 y1 + n1 y0) / (y0 y1), twice. Joining needs products of four y that neither overflow nor
 // underflow, and differences that do not cancel; four forms of numerator and denominator cover every input:
 //
-//     form        when                    numerator z          denominator y       result
-//     centred     |q|, |k| <= 1           w beta - w alpha     beta + (2 + alpha)  sum z/y         alpha = a - 1, beta = b - 1
-//     difference  |q|, |k| <= safe        w (b - a)            b + a               sum z/y
-//     factored    the same                w a                  b + a               sum (w - 2 z/y)
-//     direct      otherwise, NaN, Inf     w P(q + k)           Q(q + k)            sum z/y         tanh = P / Q
+//     form        when                  numerator z        denominator y       result
+//     centred     |q|, |k| <= 1         w beta - w alpha   beta + (2 + alpha)  sum z/y    alpha = a - 1, beta = b - 1
+//     difference  |q|, |k| <= safe      w (b - a)          b + a               sum z/y
+//     factored    the same              w a                b + a               sum (w - 2 z/y)
+//     direct      otherwise, NaN, Inf   w P(q + k)         Q(q + k)            sum z/y    tanh = P / Q
 //
-// `factored` is the fastest. It has an absolute error of an ulp of 1 in every tanh, as the plain layer has where tanh is
-// near 1. Over many features these errors average out better than the plain layer's; with few features, or where no fused
-// multiply-add spares the joining its roundings, `difference` keeps the sum as small as the score itself. `centred` keeps
-// the relative error where all tanh are small. `direct` limits q + k to where tanh has become 1, evaluates a tanh per pair,
-// and treats NaN and Inf as the plain layer does. The form is chosen per query row and key tile, so a result never depends
-// on how the rows are shared out among threads.
+// (math.md, eq. 4 to 7). `factored` is the fastest. Every tanh has an absolute error of an ulp of 1, as the plain layer
+// has where tanh is near 1. Over many features these errors average out better than the plain layer's. With few
+// features, or without fused multiply-add, which spares the joining its roundings, `difference` keeps the sum as small
+// as the score. `centred` keeps the relative error where q and k are small. `direct` evaluates a tanh per pair, so it
+// keeps the relative error of q + k. It serves beyond the range of the others, for NaN and Inf, and where q and k
+// cancel: if q is near c and k near -c for all pairs, the errors of the other forms would exceed the plain layer's. The
+// first and the last attended key of the tile tell (ScoreBlock::cancels). The form is chosen per query row and key
+// tile, from attended keys alone. So neither masked keys nor the number of threads change a result.
 //
 // The weights are divided by a power of two so that |w| <= 2 and no numerator overflows.
 //
@@ -30,10 +32,10 @@
 enum Form { centred, difference, factored, direct };
 constexpr int forms = 4;
 
-constexpr int features_cached = 128;  // so many features of a key block stay in the first-level cache
-constexpr int difference_max_features = 64;      // up to so many, `difference` rather than `factored`
-constexpr float small_energy = 0.4f;    // of the largest weight: below it, only `direct` rounds as little as the plain layer
-constexpr int features_per_sum = 32;   // partial sums are centred after so many features, which keeps them small
+constexpr int features_cached = 128;         // so many features of a key block stay in the first-level cache
+constexpr int difference_max_features = 64;  // up to so many, `difference` rather than `factored`
+constexpr int features_per_sum = 32;         // partial sums are centred after so many features, which keeps them small
+constexpr float small_energy = 0.4f;         // of the largest |w|: q and k cancel where all |w (q + k)| are less
 
 // Constants per feature of a query row.
 constexpr int constants(Form form) { return form == centred ? 3 : 2; }
@@ -47,7 +49,7 @@ Form choose_form(typename Simd<T>::Bits query, typename Simd<T>::Bits key, typen
   return fused_multiply_add && hidden > difference_max_features ? factored : difference;
 }
 
-// 2^-e with 2^e <= largest |w| < 2^(e+1). NaN where a weight is not finite: so are the plain layer's results, in every row.
+// 2^-e with 2^e <= largest |w| < 2^(e+1). NaN where a weight is nonfinite: then the plain layer's results are NaN too.
 template <class T>
 T weight_normaliser(const T* weight, std::int64_t hidden) {
   const auto most = largest(weight, hidden);

@@ -1,8 +1,9 @@
 // out_i = sum_j p_ij value_j with an online softmax over tiles of keys (Milakov and Gimelshein 2018; Rabe and Staats
-// 2021). Few query rows leave threads idle: then the keys are split too, and the parts are merged by their lse, in order.
+// 2021). Few query rows leave threads idle: then the keys are split too, and the parts are merged by their lse, in
+// order.
 
-constexpr std::int64_t tasks_wanted = 64;    // split the keys when there are fewer blocks of rows than this...
-constexpr std::int64_t split_keys = 2048;    // ...but into no shorter pieces than this
+constexpr std::int64_t tasks_wanted = 64;  // split the keys when there are fewer blocks of rows than this...
+constexpr std::int64_t split_keys = 2048;  // ...but into no shorter pieces than this
 
 // The values are summed with weights below 2^-k, 2^k >= Lk: so no sum overflows that the normalised weights would not.
 template <class T>

@@ -1,5 +1,5 @@
-// C (rows x columns) += A B for row-major C. B is packed in panels of two vectors of columns, [panel][k][column], so that
-// the inner loop reads it in one stream; element (i, k) of A lies at a[i * a_row + k * a_column].
+// C (rows x columns) += A B for row-major C. B is packed in panels of two vectors of columns, [panel][k][column], so
+// that the inner loop reads it in one stream. Element (i, k) of A lies at a[i * a_row + k * a_column].
 
 template <class T>
 constexpr int panel_columns = 2 * lanes<T>;
@@ -12,7 +12,8 @@ const T* pack_panels(const T* x, std::int64_t row, std::int64_t count, std::int6
   for (std::int64_t k = 0; k < count; ++k)
     for (std::int64_t j = 0; j < columns; j += panel_columns<T>)
       for (int v = 0; v < 2; ++v)
-        store(packed + j * count + k * panel_columns<T> + v * L, load_part<T>(x + k * row + j + v * L, columns - j - v * L, 0));
+        store(packed + j * count + k * panel_columns<T> + v * L,
+              load_part<T>(x + k * row + j + v * L, columns - j - v * L, 0));
   return packed;
 }
 

@@ -1,14 +1,14 @@
 // Masks of any type as terms to add to the scores.
 
 inline float half_to_float(std::uint16_t bits) {
-  const std::uint32_t sign = std::uint32_t(bits & 0x8000) << 16, rest = std::uint32_t(bits & 0x7fff) << 13;
+  const std::uint32_t sign = std::uint32_t(bits & 0x8000) << 16, number = std::uint32_t(bits & 0x7fff) << 13;
   float x;
-  if (rest >= 0x0f800000u) {  // Inf and NaN
-    const std::uint32_t special = sign | 0x70000000u | rest;
-    std::memcpy(&x, &special, sizeof x);
+  if (number >= 0x0f800000u) {  // Inf and NaN
+    const std::uint32_t nonfinite = sign | 0x70000000u | number;
+    std::memcpy(&x, &nonfinite, sizeof x);
     return x;
   }
-  std::memcpy(&x, &rest, sizeof x);
+  std::memcpy(&x, &number, sizeof x);
   x *= 0x1p112f;
   return sign ? -x : x;
 }

@@ -1,6 +1,6 @@
-// Elementary functions of vectors.
+// Elementary functions of vectors. Each comment states the range and the largest error, in ulp, fp32 | fp64.
 
-// 1 / x for 2^-126 < |x| < 2^126 (fp32; at most 2 ulp) or any x (fp64).
+// 1 / x for 2^-126 < |x| < 2^126 (fp32) or any x (fp64). 1.5 ulp with AVX-512, else 0.5 | 0.5.
 inline Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
 inline Vec<float> reciprocal(Vec<float> x) {
 #if VECTOR_BYTES == 64 && defined(__x86_64__)
@@ -34,7 +34,7 @@ inline void exp_parts(Vec<T> x, Vec<T>& power, Vec<T>& r, Vec<T>& low) {
   power = (Vec<T>)((as_bits<T>(shifted) << S::mantissa) + (typename S::Bits(S::bias) << S::mantissa));
 }
 
-// e^x for exp_low <= x <= exp_high or NaN, and what its rounding leaves out.
+// e^x for exp_low <= x <= exp_high or NaN, 0.75 | 0.7 ulp, and its error: together 0.25 | 0.2.
 template <class T>
 inline void exp_with_error(Vec<T> x, Vec<T>& e, Vec<T>& error) {
   Vec<T> power, r, low;
@@ -44,7 +44,7 @@ inline void exp_with_error(Vec<T> x, Vec<T>& e, Vec<T>& error) {
   error = power * v - (e - scaled);
 }
 
-// 0 below the normal range, saturated above it; NaN stays NaN.
+// e^x for any x, 0.75 | 0.7 ulp: 0 below the normal range, saturated above it; NaN stays NaN.
 template <class T>
 inline Vec<T> exp(Vec<T> x) {
   Vec<T> e, error;
@@ -52,8 +52,9 @@ inline Vec<T> exp(Vec<T> x) {
   return x < Simd<T>::exp_low ? (Vec<T>){} : e;
 }
 
+// e^x - 1 for exp_low <= x <= exp_high or NaN, 1.7 | 1.7 ulp.
 template <class T>
-inline Vec<T> expm1(Vec<T> x) {  // for exp_low <= x <= exp_high or NaN
+inline Vec<T> expm1(Vec<T> x) {
   Vec<T> power, r, low;
   exp_parts<T>(x, power, r, low);
   return power * (r + low) + (power - T(1));
@@ -71,7 +72,8 @@ struct Range<double> {
   static constexpr double safe = 80.0, saturated = 20.0, flat = 40.0;
 };
 
-// tanh(x) = z / y with 1 <= y < 2^58, for n vectors side by side: the steps of one wait for each other.
+// tanh(x) = z / y with 1 <= y < 2^58 for any x, 5.5 | 2.5 ulp with the division; NaN stays NaN. n vectors side by side,
+// for the steps of one wait for each other.
 template <int n>
 inline void tanh_fractions(const Vec<double>* x, Vec<double>* z, Vec<double>* y) {
   for (int i = 0; i < n; ++i) {

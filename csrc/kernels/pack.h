@@ -17,8 +17,8 @@ struct Unchanged {
 // `count` rows of x as columns: packed[c * ld + row], for `columns` columns (padded with zeros up to a multiple of
 // `group`) and whole vectors of rows (padded with zeros).
 template <class T, class Function>
-void pack_transposed(const T* x, std::int64_t row, std::int64_t count, std::int64_t columns, T* packed,
-                     std::int64_t ld, Function function) {
+void pack_transposed(const T* x, std::int64_t row, std::int64_t count, std::int64_t columns, T* packed, std::int64_t ld,
+                     Function function) {
   constexpr int L = lanes<T>;
   for (std::int64_t r0 = 0; r0 < count; r0 += L)
     for (std::int64_t c0 = 0; c0 < round_up(columns, group); c0 += L) {

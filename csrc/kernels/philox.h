@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers, as easy as 1, 2, 3; SC 2011). The word for key j of
-// row i of batch entry n is word j % 4 of counter (j / 4, i, n mod 2^32, n / 2^32) under the seed, on every backend.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers, as easy as 1, 2, 3; SC 2011). The word for key j
+// of row i of entry n is word j % 4 of counter (j / 4, i, n mod 2^32, n / 2^32) under the seed, on every backend.
 
 typedef std::uint64_t Words __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int word_lanes = VECTOR_BYTES / 8;

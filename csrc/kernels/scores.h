@@ -14,7 +14,10 @@ class ScoreBlock {
  public:
   static constexpr int K = block_keys<T>, TK = tile_keys<T>;
 
-  explicit ScoreBlock(const Problem<T>& problem) : p(problem), features(round_up(problem.hidden, group)), slab(std::min<std::int64_t>(features, features_cached)) {}
+  explicit ScoreBlock(const Problem<T>& problem)
+      : p(problem),
+        features(round_up(problem.hidden, group)),
+        slab(std::min<std::int64_t>(features, features_cached)) {}
 
   // Begins with rows [first_row, first_row + count) of entry n.
   void begin(std::int64_t n, std::int64_t first_row, std::int64_t count) {
@@ -30,7 +33,6 @@ class ScoreBlock {
         last = std::max(last, stop[r]);
       }
       query_largest_[r] = largest(p.query.at(n, row0 + r), p.hidden);
-      witness_[r] = 0;
     }
     prepare_weight();
     for (bool& packed : query_packed_) packed = false;
@@ -95,6 +97,7 @@ class ScoreBlock {
     normaliser_ = weight_normaliser(w, p.hidden);
     energy_limit_ = small_energy * as_number<T>(weight_largest_) * normaliser_;
     T* normalised = weight_.get(p.hidden);
+    normalised_ = normalised;
     T* centre = centre_.get(features / features_per_sum + 1);
     double reach = 0;
     for (std::int64_t h0 = 0; h0 < p.hidden; h0 += features_per_sum) {
@@ -170,22 +173,21 @@ class ScoreBlock {
       }
       form_[r] = choose_form<T>(query_largest_[r], most, weight_largest_, p.hidden);
       if (form_[r] != direct && from < count)
-        for (const std::int64_t j : {from, from + (to - from) / 2, to})
-          if (form_[r] != direct && (complete || !masked(r, key0 + j, key0)) && cancels(r, key0 + j, key_largest[j]))
-            form_[r] = direct;
+        if (cancels(r, key0 + from, key_largest[from]) || cancels(r, key0 + to, key_largest[to])) form_[r] = direct;
       form_used[form_[r]] = true;
     }
   }
 
-  // Are all terms w (q + k) of this pair much smaller than what the row's form rounds? `witness_` remembers a feature
-  // that was large in the last tile, so that most calls look at one.
-  bool cancels(std::int64_t r, std::int64_t j, typename Simd<T>::Bits key_largest) {
-    const T *q = p.query.at(entry, row0 + r), *k = p.key.at(entry, j), *w = weight_.get(0);
+  // Are all terms w (q + k) of this pair much smaller than what the row's form rounds? Most calls end at once.
+  bool cancels(std::int64_t r, std::int64_t j, typename Simd<T>::Bits key_largest) const {
+    const T *q = p.query.at(entry, row0 + r), *k = p.key.at(entry, j), *w = normalised_;
     T limit = energy_limit_;
     if (form_[r] == centred) limit *= as_number<T>(std::max(query_largest_[r], key_largest));
-    std::int64_t& h = witness_[r];
-    for (std::int64_t step = 0; step < p.hidden; ++step, h = h + 1 < p.hidden ? h + 1 : 0)
-      if (!(std::fabs(w[h] * (q[h] + k[h])) <= limit)) return false;
+    for (std::int64_t h = 0; h < p.hidden; h += lanes<T>) {
+      const std::int64_t some = p.hidden - h;
+      const Vec<T> x = load_part<T>(w + h, some, 0) * (load_part<T>(q + h, some, 0) + load_part<T>(k + h, some, 0));
+      if (any<T>((UVec<T>)(magnitude<T>(x) > ordered_bits<T>(limit)))) return false;
+    }
     return true;
   }
 
@@ -245,10 +247,10 @@ class ScoreBlock {
   }
 
   Form form_[most_rows];
-  std::int64_t witness_[most_rows];
   typename Simd<T>::Bits query_largest_[most_rows], weight_largest_ = 0;
   T normaliser_ = 1, energy_limit_ = 0;
-  T* bias_rows_ = nullptr;  // the mask's terms of the tile, [row][key]
+  const T* normalised_ = nullptr;  // the weights
+  T* bias_rows_ = nullptr;         // the mask's terms of the tile, [row][key]
   bool query_packed_[forms] = {};
   Buffer<T> query_[forms], key_[forms], weight_, centre_, bias_, scores_;
 };

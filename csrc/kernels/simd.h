@@ -1,6 +1,6 @@
 // The SIMD layer: one vector type per element type, and the few operations that the kernels need.
 //
-// There is no include guard on purpose. Every file of targets/ includes this file once, inside the namespace and under
+// No file of kernels/ has an include guard: every file of targets/ includes each once, inside the namespace and under
 // the compiler target of its instruction set, after defining VECTOR_BYTES. Arithmetic is that of the GCC/Clang vector
 // extensions, so one source serves AVX-512, AVX2, NEON and plain SSE2; a * b + c becomes a fused multiply-add where the
 // target has one. Only `reciprocal` names an instruction.
@@ -93,7 +93,7 @@ inline UVec<T> magnitude(Vec<T> v) {
   return as_bits<T>(v) & ~((UVec<T>){} + (typename Simd<T>::Bits(1) << (8 * sizeof(T) - 1)));
 }
 
-// A constant that the compiler is not to know: GCC sees minimum and maximum instructions in `clamp` for variables only.
+// Hides the value from the compiler, so that GCC emits minimum and maximum instructions in `clamp`.
 template <class T>
 inline Vec<T> variable(T x) {
   Vec<T> v = splat<T>(x);
@@ -140,6 +140,14 @@ typename Simd<T>::Bits ordered_bits(T x) {
   typename Simd<T>::Bits bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
+}
+
+template <class T>
+inline bool any(UVec<T> mask) {
+  std::uint64_t words[VECTOR_BYTES / 8], all = 0;
+  std::memcpy(words, &mask, sizeof mask);
+  for (const std::uint64_t word : words) all |= word;
+  return all != 0;
 }
 
 template <class T>

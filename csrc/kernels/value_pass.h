@@ -20,7 +20,8 @@ class ValuePass {
     for (std::int64_t i = ws.row0; i < end;) {
       // Rows that attend to the same blocks go together; what a row holds of its other blocks is undefined.
       std::int64_t stop = i + 1;
-      while (stop < end && stop - i < most_rows && std::memcmp(attended(n, i, key0), attended(n, stop, key0), blocks) == 0)
+      while (stop < end && stop - i < most_rows &&
+             std::memcmp(attended(n, i, key0), attended(n, stop, key0), blocks) == 0)
         ++stop;
       const T* grad = nullptr;
       for (std::int64_t b = 0; b < blocks; ++b) {

@@ -20,8 +20,7 @@
 // Everything between the two is compiled for these instructions.
 #define PRAGMA(tokens) _Pragma(#tokens)
 #if defined(__clang__)
-#define BEGIN_TARGET(features) \
-  PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define END_TARGET PRAGMA(clang attribute pop)
 #else
 #define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))

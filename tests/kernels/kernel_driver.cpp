@@ -423,7 +423,7 @@ struct Tally {
   double worst = 0;  // error in units of what is allowed
 };
 
-constexpr double allowed = 4;  // roundings of a score
+constexpr double roundings = 4;  // of a score
 
 template <class T>
 bool close(const Case& c, const char* what, const std::vector<T>& got, const std::vector<double>& want,
@@ -432,7 +432,7 @@ bool close(const Case& c, const char* what, const std::vector<T>& got, const std
     const double x = got[k], y = want[k];
     if (std::isnan(y) ? std::isnan(x) : x == y) continue;
     const double tiny = 1e5 * double(std::numeric_limits<T>::min());  // exponentials below the normal range become zero
-    const double limit = bound[k] > 0 ? allowed * bound[k] + tiny : 0;
+    const double limit = bound[k] > 0 ? roundings * bound[k] + tiny : 0;
     const double error = std::fabs(x - y);
     if (error <= limit) {
       tally.worst = std::max(tally.worst, error / limit);
@@ -493,7 +493,7 @@ bool check(const Case& c, std::uint64_t seed, Tally& tally) {
     if (!poison(c, in)) return true;
     const Results<T> poisoned = run(c, in, 1);
     if (c.poison == Poison::masked_keys || c.poison == Poison::masked_values)
-      good = same_bits(c, "what is masked matters", got, poisoned) && good;
+      good = same_bits(c, "masked entries change the result", got, poisoned) && good;
     got = poisoned;
   }
   Expected expected = reference(c, in, got);
@@ -587,15 +587,15 @@ std::vector<Case> table() {
     for (int how = 0; how < 8; ++how)
       add("strides", {3, queries, 35, 10, 11}, [&](Case& c) { c.shared = how & 1, c.padded = how & 2, c.repeated = how & 4; });
 
-  // From 4096 keys on, few rows share them out; from 2^21 probabilities on, backward takes the rows in turns.
+  // From 4096 keys on, keys are split when there are few rows; from 2^21 weights on, backward takes the rows in pieces.
   for (const int64_t keys : {4095, 4096, 4097, 6200, 9001})
     add("split keys", {1, 1, keys, 4, 5}, [](Case& c) { c.weights = c.grad_weights = c.grad_lse = true; });
   add("split keys", {2, 3, 5000, 3, 2}, [](Case& c) { c.lengths = Lengths::per_row, c.dropout = 0.3; });
   add("split keys", {1, 2, 20011, 5, 3}, [](Case& c) { c.mask = MaskType::boolean, c.one_row = true, c.weights = true; });
   add("split keys", {1, 1, 33000, 2, 1}, [](Case& c) { c.mask = MaskType::float16, c.masked = 0.999; });
   add("split keys", {1, 3, 17000, 4, 5}, [](Case& c) { c.lengths = Lengths::per_entry, c.mixed = true, c.reach = 100; });
-  add("turns", {1, 17, 131073, 1, 1}, [](Case& c) { c.left = 7000, c.right = 60000; });
-  add("turns", {3, 9, 110000, 1, 1}, [](Case& c) { c.right = 900, c.value = false; });
+  add("workspace pieces", {1, 17, 131073, 1, 1}, [](Case& c) { c.left = 7000, c.right = 60000; });
+  add("workspace pieces", {3, 9, 110000, 1, 1}, [](Case& c) { c.right = 900, c.value = false; });
 
   for (const Poison poison : {Poison::masked_keys, Poison::masked_values, Poison::a_key, Poison::infinite_key})
     for (const int64_t queries : {1, 3, 18})
@@ -611,7 +611,7 @@ std::vector<Case> table() {
   const std::vector<int64_t> small = {1, 2, 3, 4, 5, 8}, rows = {1, 1, 2, 3, 4, 7, 16, 17, 33, 130},
                              keys = {1, 5, 8, 15, 31, 33, 64, 65, 100, 129, 200}, features = {1, 3, 4, 6, 8, 16, 17, 24, 32, 33, 40};
   for (int k = 0; k < 120; ++k)
-    add("anything", {random.pick(small), random.pick(rows), random.pick(keys), random.pick(features), random.pick(features)}, [&](Case& c) {
+    add("random", {random.pick(small), random.pick(rows), random.pick(keys), random.pick(features), random.pick(features)}, [&](Case& c) {
       if (c.queries > 100) c.batch = 1;
       c.reach = random.pick<double>({0.5, 3, 12, 150}), c.mixed = random.chance(0.5), c.scale = random.pick<double>({1, 0.3});
       c.mask = random.pick<MaskType>({MaskType::none, MaskType::boolean, MaskType::float16, MaskType::bfloat16, MaskType::float32,
@@ -638,6 +638,7 @@ int main(int argc, char** argv) {
   ++(philox_word(0, 0, 0, 0) == 0x6627e8d5u && philox_word(0, 0, 0, 3) == 0x9b00dbd8u ? all.passed : all.failed);
   std::printf("kernels: %s\n", kernels().name);
   const std::vector<Case> cases = table();
+  bool ran = false;
   for (size_t begin = 0, end; begin < cases.size(); begin = end) {
     Tally tally;
     for (end = begin; end < cases.size() && cases[end].family == cases[begin].family; ++end) {
@@ -646,10 +647,18 @@ int main(int argc, char** argv) {
       ++(check<double>(cases[end], end, tally) ? tally.passed : tally.failed);
     }
     if (tally.passed + tally.failed == 0) continue;
+    ran = true;
     std::printf("%s: %d passed, %d failed, largest error %.2f of the bound\n", cases[begin].family.c_str(), tally.passed,
                 tally.failed, tally.worst);
     all.passed += tally.passed;
     all.failed += tally.failed;
+  }
+  if (!ran) {
+    std::fprintf(stderr, "No family's name contains '%s'. The families:", wanted.c_str());
+    for (size_t k = 0; k < cases.size(); ++k)
+      if (k == 0 || cases[k].family != cases[k - 1].family) std::fprintf(stderr, " %s,", cases[k].family.c_str());
+    std::fprintf(stderr, " or no argument for all.\n");
+    return 2;
   }
   std::printf("%d passed, %d failed\n", all.passed, all.failed);
   return all.failed > 0;

@@ -130,6 +130,11 @@ def test_results_and_memory(driver: Path, kernels: str) -> None:
     run(driver, kernels)
 
 
+def test_unknown_family_is_an_error(driver: Path) -> None:
+    done = subprocess.run([driver, "no such family"], capture_output=True, text=True)
+    assert done.returncode == 2 and "The families: keys, features," in done.stderr
+
+
 @pytest.mark.parametrize("family", ["split keys", "gradients", "queries"])
 def test_threads(threaded_driver: Path, family: str) -> None:
     run(threaded_driver, "baseline", family)
