@@ -204,7 +204,8 @@ class FeaturePass {
   }
 
   void row(std::int64_t r, std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query, double* part_weight) {
-    T q[F], a[2 * F], sum_query[F] = {}, sum_query_direct[F] = {}, sum_weight[F] = {};
+    // Aligned, because row_factored reads them for every key.
+    alignas(64) T q[F], a[2 * F], sum_query[F] = {}, sum_query_direct[F] = {}, sum_weight[F] = {};
     const T size = ws.largest_gradient[ws.index(entry, ws.row0 + r)];
     const bool direct_i =
         load_query(r, h, q, a) || factors.early != T(1) || !(size >= factored_least<T> && size <= factored_most<T>);
@@ -312,7 +313,7 @@ class FeaturePass {
   std::int64_t entry = 0;
   bool direct_j_[gradient_keys], any_direct_ = false;  // keys out of the factored form's range
   bool any_direct_pair_ = false;
-  T correction_[F];
+  alignas(64) T correction_[F];
   T *b_ = nullptr, *b_error_ = nullptr;           // [key][F]
   T *sum_key_ = nullptr, *sum_direct_ = nullptr;  // [all rows, the last rows][key][F]
   Buffer<T> a_, keys_;

@@ -194,6 +194,20 @@ def test_few_features(hidden, dtype):
     judge(cases)
 
 
+@pytest.mark.parametrize("hidden", [8, 16, 32])
+def test_few_features_keep_the_size_of_the_score(hidden):
+    """The factored form rounds sums of size sum |w|, the plain layer sums of the score's size."""
+    worst = {name: [0.0, 0.0] for name in OUTPUTS}
+    for seed in range(40):
+        inputs = inputs_of(seed, torch.float32, 24, 40, hidden, weight=4 / hidden**0.5)
+        want = plain(*(x.double() for x in inputs.values()))
+        for which, got in enumerate((fused(inputs), plain(*inputs.values()))):
+            for name, errors in worst.items():
+                errors[which] = max(errors[which], float((got[name] - want[name]).abs().max()))
+    bad = {name: errors for name, errors in worst.items() if errors[0] > 2 * errors[1]}
+    assert not bad, bad
+
+
 # Overflow and underflow.
 
 
