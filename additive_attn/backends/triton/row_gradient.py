@@ -77,8 +77,8 @@ def row_gradient_kernel(
             inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
             delta = tl.sum(deltas, 0) * inverse
             if grad_lse is not None:
-                place = grad_lse + o * gl_outer + m * gl_inner + i.to(tl.int64) * gl_row
-                delta -= tl.load(place, mask=inside, other=0.0)
+                grad_lse += o * gl_outer + m * gl_inner + i.to(tl.int64) * gl_row
+                delta -= tl.load(grad_lse, mask=inside, other=0.0)
     for key0 in range(tl.cdiv(count, BLOCK) * BLOCK, key_padded, BLOCK):
         j = key0 + b
         tl.store(gradient + j, tl.zeros([BLOCK], ACC), mask=j < key_padded)
