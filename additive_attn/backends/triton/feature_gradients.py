@@ -223,9 +223,7 @@ def query_kernel(
 
     for k0 in range(first, last, BLOCK):
         end = tl.minimum(k0 + BLOCK, last)
-        if query_rows is None:
-            take_direct = True
-        else:
+        if query_rows is not None:
             # A key decides something only where G is not 0.
             block = k0 + tl.arange(0, BLOCK)
             j = tl.minimum(key_begin + block, keys - 1)
@@ -239,7 +237,7 @@ def query_kernel(
                 extremes_i,
                 extremes(key_rows.projections + at_key * PROJECTIONS, j, key_counts),
             )
-        if take_direct:
+        if query_rows is None or take_direct:
             q = _kept(q_rows, h, hidden, query_h, ACC, True)
             parts = (zeros, zeros)
             total = tl.zeros([RX, 1, TX, 1], ACC)
@@ -358,16 +356,14 @@ def key_kernel(
 
     for r0 in range(first, last, BLOCK):
         end = tl.minimum(r0 + BLOCK, last)
-        if query_rows is None:
-            take_direct = True
-        else:
+        if query_rows is not None:
             # A row decides something only where G is not 0.
             block = r0 + tl.arange(0, BLOCK)
             counts = tl.load(flat_columns + block[:, None].to(tl.int64) * key_padded) != 0.0
             size_i = tl.load(query_rows.size + at_query + tl.minimum(row_begin + block, rows - 1))
             size_i = tl.where(tl.max(counts.to(tl.int32), 1) != 0, size_i, 0.0)
             take_direct = any_direct_j | (tl.max(size_i) > SAFE)
-        if take_direct:
+        if query_rows is None or take_direct:
             for r in range(r0, end):
                 i1 = tl.minimum(row_begin + r, rows - 1).to(tl.int64)
                 g = tl.load(g_columns + tl.cast(r, tl.int64) * key_padded)[:, None, :, None]

@@ -141,7 +141,7 @@ def rows_kernel(
     at = n * length_padded + row
     stored = row < length_padded
     tl.store(size + at, most, mask=stored)
-    root = tl.sqrt(hidden.to(tl.float32))
+    root = tl.sqrt(hidden + tl.zeros([ROWS], tl.float32))
     tl.store(projections + PROJECTIONS * at, tl.sum(sum0, 1) / hidden, mask=stored)
     tl.store(projections + PROJECTIONS * at + 1, tl.sum(sum1, 1) / root, mask=stored)
     tl.store(projections + PROJECTIONS * at + 2, tl.sum(sum2, 1) / root, mask=stored)
