@@ -47,7 +47,7 @@ _BLOCK_ELEMENTS = 2**19
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, need_weights = Call.of(arguments), arguments[11]
+    call, need_weights = Call(*arguments[:11]), arguments[11]
     query, key, value, _ = call.inputs
     batch, num_queries, num_keys = call.batch(), query.shape[-2], key.shape[-2]
     out = query.new_zeros(*batch, num_queries, value.shape[-1])

@@ -18,7 +18,7 @@ from additive_attn.ops.checks import (
     refuse_flags,
     refuse_types,
 )
-from additive_attn.spec.call import Call, Inputs, Masking, Options
+from additive_attn.spec.call import Call, Inputs
 from additive_attn.spec.dropout import draw_seed
 
 
@@ -62,8 +62,7 @@ def masked_attention(
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
         dropout_p = checked_probability("dropout_p", dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0.0 else None
-    masking = Masking(attn_mask, lengths, left, right)
-    call = Call(inputs, masking, Options(seed, dropout_p, scale))
+    call = Call(*inputs, attn_mask, lengths, left, right, seed, dropout_p, scale)
     if autocasts and not torch.compiler.is_compiling():
         with torch.autocast(query.device.type, enabled=False):  # no backend narrows further
             return attend(call, need_weights, score_bias)

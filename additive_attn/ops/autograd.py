@@ -26,6 +26,7 @@ from additive_attn.ops.second_order import (
 )
 from additive_attn.spec.call import Call
 
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 
@@ -38,36 +39,36 @@ def attend(
     ``score_bias`` shifts all scores of a row alike, so it cancels in the softmax. It takes part
     only to receive the zero gradient that a plain layer gives it.
     """
-    arguments = call.flat()
+    outputs: tuple[Tensor, Tensor, Tensor]
     if torch.compiler.is_compiling() or _functorch_active() or _tracing_state() is not None:
         # A graph holds the operator, and the derivative comes with it.
         if score_bias is not None:
-            weight = call.inputs.weight + 0 * score_bias
-            arguments = (*arguments[:3], weight.to(call.inputs.weight.dtype), *arguments[4:])
+            weight = call.weight + 0 * score_bias
+            call = call._replace(weight=weight.to(call.weight.dtype))
         if forward_ad._current_level >= 0:
-            return _formula(Call.of(arguments))
-        outputs: tuple[Tensor, Tensor, Tensor] = dispatch.forward(*arguments, need_weights)
+            return _formula(call)
+        outputs = dispatch.forward(*call, need_weights)
         return outputs
     if forward_ad._current_level >= 0:
         return _formula(call)
     # Bypasses the kernels at the key Autograd, whose cost shows in small decoder steps.
     if torch.is_grad_enabled() and (
-        _requires_grad(arguments) or (score_bias is not None and score_bias.requires_grad)
+        _requires_grad(call) or (score_bias is not None and score_bias.requires_grad)
     ):
-        with enable_single_level_autograd_function():
-            return Attention.apply(*arguments, need_weights, score_bias)
-    outputs = dispatch.below_autograd(dispatch.forward, *arguments, need_weights)
+        outputs = Attention.apply(*call, need_weights, score_bias)
+        return outputs
+    with _below_autograd():
+        outputs = dispatch.forward(*call, need_weights)
     return outputs
 
 
-def _requires_grad(arguments: tuple[Any, ...]) -> bool:
-    query, key, value, weight, attn_mask, *_ = arguments
+def _requires_grad(call: Call) -> bool:
     return bool(
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or weight.requires_grad
-        or (attn_mask is not None and attn_mask.requires_grad)
+        call.query.requires_grad
+        or call.key.requires_grad
+        or call.value.requires_grad
+        or call.weight.requires_grad
+        or (call.attn_mask is not None and call.attn_mask.requires_grad)
     )
 
 
@@ -82,10 +83,8 @@ class Attention(SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         out, weights, lse = dispatch.below_autograd(dispatch.forward, *arguments[:12])
-        tensors = (*arguments[:6], arguments[8], *arguments[12:])
-        ctx.save_for_backward(lse, *tensors)
-        ctx.numbers = arguments[6:8], arguments[9:11]
-        ctx.need_weights = arguments[11]
+        ctx.save_for_backward(*arguments[:6], arguments[8], arguments[12], lse)
+        ctx.numbers = arguments[6], arguments[7], arguments[9], arguments[10], arguments[11]
         ctx.set_materialize_grads(False)
         return out, weights, lse
 
@@ -93,39 +92,43 @@ class Attention(SingleLevelFunction):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        lse, *tensors = ctx.saved_tensors
+        query, key, value, weight, attn_mask, lengths, seed, score_bias, lse = ctx.saved_tensors
+        left, right, dropout_p, scale, need_weights = ctx.numbers
         needs = ctx.needs_input_grad
-        if not ctx.need_weights:
+        if not need_weights:
             grad_weights = None  # a compiled graph passes zeros for the empty tensor
         if grad_out is None and grad_weights is None and grad_lse is None:
             return (None,) * len(needs)
         arguments = (
-            grad_out, grad_weights, grad_lse,
-            *tensors[:6], *ctx.numbers[0], tensors[6], *ctx.numbers[1], lse, *needs[:5],
+            grad_out, grad_weights, grad_lse, query, key, value, weight, attn_mask, lengths,
+            left, right, seed, dropout_p, scale, lse, *needs[:5],
         )  # fmt: skip
         if torch.is_grad_enabled() or _functorch_active():
             grads = dispatch.backward(*arguments)
         else:
-            grads = dispatch.below_autograd(dispatch.backward, *arguments)
+            with _below_autograd():
+                grads = dispatch.backward(*arguments)
         return (
-            *(
-                reduced(grad, tensor) if need else None
-                for grad, tensor, need in zip(grads[:4], tensors, needs, strict=False)
-            ),
+            reduced(grads[0], query) if needs[0] else None,
+            reduced(grads[1], key) if needs[1] else None,
+            reduced(grads[2], value) if needs[2] else None,
+            reduced(grads[3], weight) if needs[3] else None,
             grads[4] if needs[4] else None,
-            *(None,) * 7,
-            *(torch.zeros_like(bias) if bias is not None else None for bias in tensors[7:]),
-        )
+            None, None, None, None, None, None, None,
+            torch.zeros_like(score_bias) if needs[12] else None,
+        )  # fmt: skip
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(*arguments[:11])
     if forward_ad._current_level >= 0:
-        return _formula(Call.of(arguments))
-    if torch.is_grad_enabled() and _requires_grad(arguments):
-        with enable_single_level_autograd_function():
-            return Attention.apply(*arguments)
+        return _formula(call)
     outputs: tuple[Tensor, Tensor, Tensor]
-    outputs = dispatch.below_autograd(dispatch.forward, *arguments)
+    if torch.is_grad_enabled() and _requires_grad(call):
+        with enable_single_level_autograd_function():
+            outputs = Attention.apply(*arguments, None)
+    else:
+        outputs = dispatch.below_autograd(dispatch.forward, *arguments)
     return outputs
 
 

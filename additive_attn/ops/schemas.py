@@ -63,7 +63,7 @@ registrations.impl("keep_mask", _keep_mask, "CompositeExplicitAutograd")
 # has written.
 @torch.library.register_fake("additive_attn::forward", lib=registrations)
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, need_weights = Call.of(arguments), arguments[11]
+    call, need_weights = Call(*arguments[:11]), arguments[11]
     query, key, value, _ = call.inputs
     require_one_device(**_tensors(call))
     batch = call.batch()

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from additive_attn import AdditiveAttention, additive_attention
 from additive_attn.ops import dispatch
 from additive_attn.ops.autograd import attend
-from additive_attn.spec.call import Call, Inputs, Masking, Options
+from additive_attn.spec.call import Call
 from additive_attn.spec.dropout import draw_seed, keep_mask, keep_threshold, philox
 
 
@@ -173,7 +173,7 @@ def test_gradients_given_the_mask(p, shape, dtype):
     inputs = make(batch, queries, keys, 9, 6, dtype=dtype)
 
     def ours(x):
-        outputs = attend(Call(Inputs(*x.values()), Masking(), Options(seed, p)), True)
+        outputs = attend(Call(*x.values(), seed=seed, dropout_p=p), True)
         return dict(zip(("out", "weights", "lse"), outputs, strict=True))
 
     doubled = {name: x.double() for name, x in inputs.items()}

@@ -19,7 +19,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from additive_attn import additive_attention
 from additive_attn.ops import dispatch
 from additive_attn.ops.autograd import attend
-from additive_attn.spec.call import Call, Inputs, Masking, Options
+from additive_attn.spec.call import Call
 from additive_attn.spec.dropout import keep_mask
 
 
@@ -158,7 +158,7 @@ def test_dropout_with_a_fixed_seed(p):
     seed = torch.tensor(1234)
 
     def call(query, key, value, weight):
-        call = Call(Inputs(query, key, value, weight), Masking(), Options(seed, p))
+        call = Call(query, key, value, weight, seed=seed, dropout_p=p)
         return attend(call, need_weights=True)
 
     assert not keep_mask(seed, (2,), (0, 3), (0, 6), p).all(), "nothing is dropped"

@@ -24,7 +24,7 @@ from additive_attn.spec.call import Call
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, need_weights = Call.of(arguments), arguments[11]
+    call, need_weights = Call(*arguments[:11]), arguments[11]
     query = call.inputs.query
     p = Problem(call)
     shape = (*p.batch.shape, p.rows)
