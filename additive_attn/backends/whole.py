@@ -42,7 +42,8 @@ def prefers_formula(call: Call) -> bool:
 
 def attend(call: Call, need_lse: bool) -> tuple[Tensor, Tensor, Any]:
     """Out, weights, and lse if needed, differentiable by autograd to any order."""
-    inputs, (attn_mask, lengths, left, right), options = call
+    inputs, options = call.inputs, call.options
+    attn_mask, lengths, left, right = call.masking
     query, key, _, weight = inputs
     attended = factors = None
     if attn_mask is not None or lengths is not None or left >= 0 or right >= 0:
