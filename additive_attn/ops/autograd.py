@@ -8,6 +8,7 @@ that transform's tensors. Forward mode takes the plain formula.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -45,10 +46,12 @@ def attend(
         if score_bias is not None:
             weight = call.weight + 0 * score_bias
             call = call._replace(weight=weight.to(call.weight.dtype))
-        if forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0 or torch.onnx.is_in_onnx_export():
             return _formula(call)
         outputs = dispatch.forward(*call, need_weights)
         return outputs
+    if type(call.query) is not Tensor and hasattr(call.query, "device_mesh"):
+        importlib.import_module("additive_attn.ops.sharding").register()
     if forward_ad._current_level >= 0:
         return _formula(call)
     # Bypasses the kernels at the key Autograd, whose cost shows in small decoder steps.

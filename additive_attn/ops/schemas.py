@@ -5,11 +5,13 @@ Every tensor argument broadcasts over leading dims; ``spec.call`` describes the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from additive_attn.ops.checks import require_one_device
 from additive_attn.spec.call import Call, backward_arguments, lse_dtype
@@ -103,3 +105,18 @@ def _tensors(call: Call) -> dict[str, Tensor | None]:
         "lengths": masking.lengths,
         "seed": call.options.seed,
     }
+
+
+@register_flop_formula(torch.ops.additive_attn.forward)
+def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    """Of the products with the weight and the values, as the plain layer's are counted."""
+    query, key = shapes[:2]
+    *batch, rows, values = out_shape[0]
+    return 2 * math.prod(batch) * rows * key[-2] * (query[-1] + values)
+
+
+@register_flop_formula(torch.ops.additive_attn.backward)
+def _backward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    query, key, value = shapes[3:6]
+    batch = torch.broadcast_shapes(query[:-2], key[:-2], value[:-2])
+    return 4 * math.prod(batch) * query[-2] * key[-2] * (query[-1] + value[-1])

@@ -10,7 +10,7 @@ import torch
 from additive_attn.backends.triton.backward import backward
 from additive_attn.backends.triton.forward import forward
 from additive_attn.backends.triton.launch import interpreted
-from additive_attn.spec.call import Call, Inputs, Masking, Options
+from additive_attn.spec.call import Call, Inputs
 
 __all__ = ["backward", "forward", "interpreted", "probe"]
 
@@ -35,7 +35,7 @@ def probe(
 
     for queries in (5, 1):
         inputs = Inputs(random(2, queries, 8), random(2, 40, 8), random(2, 40, 8), random(8))
-        call = Call(inputs, Masking(), Options()).flat()
+        call = Call(*inputs)
         expected = reference_forward(*call, True)
         upstream = [random(*x.shape) for x in expected]
         gradients = (*upstream, *call, expected[2], True, True, True, True, False)

@@ -1,0 +1,87 @@
+"""How the operators shard over a DeviceMesh: batch and head dims, and the features of the values.
+
+Registered when the first DTensor arrives, so that importing the package does not import
+``torch.distributed``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+from additive_attn.ops import dispatch
+
+Placements = list[Any]
+Strategy = tuple[Placements, Placements]
+# Dims of each tensor argument of a call that are not batch dims.
+_RANKS = {"query": 2, "key": 2, "value": 2, "weight": 1, "attn_mask": 2, "lengths": 1, "seed": 0}
+_ORDER = (
+    "query", "key", "value", "weight", "attn_mask", "lengths", None, None, "seed", None, None,
+)  # fmt: skip
+
+
+@functools.cache
+def register() -> None:
+    """Registers the rules, once."""
+    register_sharding(dispatch.forward)(_forward)
+    register_sharding(dispatch.backward)(_backward)
+
+
+def _batch_dims(arguments: Any) -> int:
+    """The number of batch dims that the arguments of a call broadcast to."""
+    given = zip(arguments, _ORDER, strict=True)
+    return max(len(x.shape) - _RANKS[name] for x, name in given if name and x is not None)
+
+
+def _on_batch_dim(arguments: Any, dims: int, d: int) -> Placements:
+    """Shards every argument that has batch dim ``d`` and does not broadcast along it."""
+    placements: Placements = []
+    for x, name in zip(arguments, _ORDER, strict=True):
+        own = -1 if name is None or x is None else d - (dims - (len(x.shape) - _RANKS[name]))
+        shards = own >= 0 and x.shape[own] != 1
+        placements.append(
+            None if x is None or name is None else Shard(own) if shards else Replicate()
+        )
+    return placements
+
+
+def _replicated(arguments: Any) -> Placements:
+    return [None if not hasattr(x, "shape") else Replicate() for x in arguments]
+
+
+def _forward(*arguments: Any) -> list[Strategy]:
+    call, need_weights = arguments[:11], arguments[11]
+    strategies: list[Strategy] = [([Replicate()] * 3, [*_replicated(call), None])]
+    if call[8] is not None:
+        return strategies  # weights are dropped by their position in the whole batch
+    dims = _batch_dims(call)
+    for d in range(dims):
+        weights = Shard(d) if need_weights else Replicate()
+        strategies.append(([Shard(d), weights, Shard(d)], [*_on_batch_dim(call, dims, d), None]))
+    features = [*_replicated(call), None]
+    features[2] = Shard(len(call[2].shape) - 1)
+    strategies.append(([Shard(dims + 1), Replicate(), Replicate()], features))
+    return strategies
+
+
+def _backward(*arguments: Any) -> list[Strategy]:
+    upstream, call, needs = arguments[:3], arguments[3:14], arguments[15:]
+    nothing = [None] * 5
+    strategies: list[Strategy] = [
+        ([Replicate()] * 5, [*_replicated(upstream), *_replicated(call), Replicate(), *nothing])
+    ]
+    if call[8] is not None:
+        return strategies
+    dims, mask = _batch_dims(call), call[4]
+    for d in range(dims):
+        of_call = _on_batch_dim(call, dims, d)
+        grads: Placements = [Shard(d) if need else Replicate() for need in needs[:4]]
+        # A mask's gradient has the shape of the mask: summed along dims that it broadcasts along.
+        of_mask = of_call[4] if of_call[4] != Replicate() else Partial()
+        grads.append(of_mask if needs[4] and mask is not None else Replicate())
+        sharded = [None if x is None else Shard(d) for x in upstream]
+        strategies.append((grads, [*sharded, *of_call, Shard(d), *nothing]))
+    return strategies
