@@ -70,8 +70,9 @@ def additive_attention(
     """
     inputs = Inputs(query, key, value, weight)
     out, weights, lse = masked_attention(
-        inputs, attn_mask, lengths, is_causal, window, dropout_p, scale, need_weights
-    )
+        inputs, attn_mask, lengths, is_causal, window, dropout_p, scale, need_weights,
+        need_lse=need_lse,
+    )  # fmt: skip
     if need_weights:
         return (out, weights, lse) if need_lse else (out, weights)
     return (out, lse) if need_lse else out

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from additive_attn.backends import blocks
+from additive_attn.backends.plain import blocks
 from additive_attn.ops import dispatch
 
 DEVICE = os.environ.get("ADDITIVE_ATTN_TEST_DEVICE", "cpu")  # where everything runs

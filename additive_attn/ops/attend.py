@@ -32,6 +32,7 @@ def masked_attention(
     scale: float,
     need_weights: bool,
     score_bias: Tensor | None = None,
+    need_lse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checks, casts under autocast, attends; returns out, weights (empty unless needed), lse."""
     query, key, value, weight = inputs
@@ -65,8 +66,8 @@ def masked_attention(
     call = Call(*inputs, attn_mask, lengths, left, right, seed, dropout_p, scale)
     if autocasts and not torch.compiler.is_compiling():
         with torch.autocast(query.device.type, enabled=False):  # no backend narrows further
-            return attend(call, need_weights, score_bias)
-    return attend(call, need_weights, score_bias)
+            return attend(call, need_weights, score_bias, need_lse)
+    return attend(call, need_weights, score_bias, need_lse)
 
 
 def _autocasted(inputs: Inputs, attn_mask: Tensor | None) -> tuple[Inputs, Tensor | None]:

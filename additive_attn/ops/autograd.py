@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from additive_attn.backends.plain import whole
 from additive_attn.ops import dispatch, vmap  # noqa: F401
 from additive_attn.ops.schemas import registrations
 from additive_attn.ops.second_order import (
@@ -30,10 +31,15 @@ from additive_attn.spec.call import Call
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_TENSORS = {Tensor, torch.nn.Parameter}
 
 
 def attend(
-    call: Call, need_weights: bool = False, score_bias: Tensor | None = None
+    call: Call,
+    need_weights: bool = False,
+    score_bias: Tensor | None = None,
+    need_lse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``additive_attn::forward``, differentiable in query, key, value, weight and a float mask.
 
@@ -54,6 +60,8 @@ def attend(
         importlib.import_module("additive_attn.ops.sharding").register()
     if forward_ad._current_level >= 0:
         return _formula(call)
+    if _serves_whole(call):
+        return whole.attend(call, need_lse, score_bias)
     # Bypasses the kernels at the key Autograd, whose cost shows in small decoder steps.
     if torch.is_grad_enabled() and (
         _requires_grad(call) or (score_bias is not None and score_bias.requires_grad)
@@ -63,6 +71,18 @@ def attend(
     with _below_autograd():
         outputs = dispatch.forward(*call, need_weights)
     return outputs
+
+
+def _serves_whole(call: Call) -> bool:
+    """Whether plain PyTorch computes a small call, for which the operator costs more than the
+    arithmetic. Modes and subclasses of Tensor expect the operator."""
+    query, key, value, weight = call[:4]
+    return (
+        dispatch.on_plain_path(query.device)
+        and _dispatch_modes() == 0
+        and {type(query), type(key), type(value), type(weight)} <= _TENSORS
+        and whole.prefers_formula(call)
+    )
 
 
 def _requires_grad(call: Call) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from additive_attn.backends import blocks
+from additive_attn.backends.plain import blocks
 from additive_attn.ops.library import find_library, how_to_build
 from additive_attn.ops.schemas import registrations
 

@@ -25,13 +25,11 @@ def test_no_path_is_missing():
 @pytest.mark.parametrize("name", paths.available())
 def test_each_path_computes_alone(name, monkeypatch):
     """As told by what each of them calls, and by the instruction set that the library names."""
-    from additive_attn.backends import blocks
+    from additive_attn.backends.plain import whole
 
     called = []
-    formula = blocks.plain_additive_attention
-    monkeypatch.setattr(
-        blocks, "plain_additive_attention", lambda *a, **k: called.append(1) or formula(*a, **k)
-    )
+    energies = whole.energies
+    monkeypatch.setattr(whole, "energies", lambda *a: called.append(1) or energies(*a))
     with paths.running(name):
         fused(make())
         assert paths.current() == name

@@ -19,7 +19,7 @@ from oracle import (
 )
 
 from additive_attn import additive_attention
-from additive_attn.backends import blocks
+from additive_attn.backends.plain import blocks
 from additive_attn.ops import dispatch
 from additive_attn.spec.dropout import draw_seed
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import DEVICE, fused, make
 
-from additive_attn.backends import blocks
+from additive_attn.backends.plain import blocks
 
 pytestmark = pytest.mark.triton
 

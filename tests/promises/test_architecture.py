@@ -98,7 +98,7 @@ print(*(name for name in sys.modules if name.startswith("additive_attn.")))
 """
 
 
-@pytest.mark.parametrize("room", ["spec", "backends.blocks", "backends.triton", "ops"])
+@pytest.mark.parametrize("room", ["spec", "backends.plain", "backends.triton", "ops"])
 def test_a_floor_stands_without_those_above(room):
     """In a fresh process, where nothing has been imported before."""
     if room == "backends.triton":

@@ -11,7 +11,7 @@ from oracle import OUTPUTS, dense_mask, error, fused, make, plain
 from torch import nn
 
 from additive_attn import AdditiveAttention, PlainAdditiveAttention
-from additive_attn.backends import blocks
+from additive_attn.backends.plain import blocks
 from additive_attn.spec.formula import plain_additive_attention
 
 PAGE = Path(__file__).parents[2] / "docs" / "migration.md"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from additive_attn.backends.whole import (
+from additive_attn.backends.plain.whole import (
     formula,
     is_finite,
     product,

@@ -33,33 +33,37 @@ _SHORT_SUM = 128
 
 def prefers_formula(call: Call) -> bool:
     """Whether a call has so few pairs that ``attend`` computes it fastest."""
-    query, key, _, _ = call.inputs
+    query, key = call.query, call.key
     if query.shape[:-2] == key.shape[:-2]:
         return query.numel() * key.shape[-2] <= ELEMENTS
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
     return batch.numel() * query.shape[-2] * key.shape[-2] * key.shape[-1] <= ELEMENTS
 
 
-def attend(call: Call, need_lse: bool) -> tuple[Tensor, Tensor, Any]:
-    """Out, weights, and lse if needed, differentiable by autograd to any order."""
-    inputs, options = call.inputs, call.options
-    attn_mask, lengths, left, right = call.masking
-    query, key, _, weight = inputs
+def attend(
+    call: Call, need_lse: bool, score_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Any]:
+    """Out, weights, and lse if needed, differentiable by autograd to any order. ``score_bias``
+    gets a gradient of zeros."""
+    query, key, _, weight, attn_mask, lengths, left, right, seed, dropout_p, scale = call
     attended = factors = None
     if attn_mask is not None or lengths is not None or left >= 0 or right >= 0:
         rows, keys = (0, query.shape[-2]), (0, key.shape[-2])
         intervals = interval_mask(lengths, left, right, rows, keys, query.device)
         attended = attended_pairs(attn_mask, intervals)
-    if options.seed is not None:
+    if seed is not None:
         keep = torch.ops.additive_attn.keep_mask(
-            options.seed, call.batch(), query.shape[-2], key.shape[-2], options.dropout_p
+            seed, call.batch(), query.shape[-2], key.shape[-2], dropout_p
         )
-        factors = keep_factors(keep, options.dropout_p, lse_dtype(query.dtype))
+        factors = keep_factors(keep, dropout_p, lse_dtype(query.dtype))
     differentiable = torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or weight.requires_grad
+        query.requires_grad
+        or key.requires_grad
+        or weight.requires_grad
+        or (score_bias is not None and score_bias.requires_grad)
     )
     out, weights, lse = formula(
-        inputs, attn_mask, attended, factors, options.scale, need_lse, differentiable
+        call.inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias
     )
     if attended is not None and out.requires_grad:
         # What comes from upstream to an empty row ends here, NaN too.
@@ -79,6 +83,7 @@ def formula(
     scale: float,
     need_lse: bool,
     differentiable: bool = False,
+    score_bias: Tensor | None = None,
     shield: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Any]:
     """Equations 1 and 2. Masked pairs are computed with, and shielded in a second attempt if this
@@ -87,20 +92,26 @@ def formula(
     dtype = query.dtype
     if dtype.itemsize == 2:
         query, key, value, weight = query.float(), key.float(), value.float(), weight.float()
-    if differentiable and query.numel() * key.shape[-2] > _SHORT_SUM * query.shape[-1]:
-        score = _Scores.apply(query, key, weight, shield)[0]
+    few = attended is None and query.numel() * key.shape[-2] <= _SHORT_SUM * query.shape[-1]
+    if differentiable and few and score_bias is not None:
+        weight = weight + (0 * score_bias).to(weight.dtype)
+    if differentiable and not few:
+        score = _Scores.apply(query, key, weight, shield, score_bias)[0]
+    elif query.shape[-2] == weight.dim() == 1 and shield is None:
+        score = ((query + key).tanh_() @ weight).unsqueeze(-2)
     else:
         score = scores(energies(query, key, shield), weight)
     if scale != 1.0:
         score = score * scale
     biased = score if attn_mask is None else add_bias(score, attn_mask)
-    weights = softmax(biased, attended)
+    weights = torch.softmax(biased, -1) if attended is None else softmax(biased, attended)
     kept = weights if factors is None else weights * factors
     out = product(kept, value) if shield is None else weighted_sum(kept, value, shield)
     if attended is not None and shield is None and not is_finite(score.sum() + out.sum()):
         return formula(
-            inputs, attn_mask, attended, factors, scale, need_lse, differentiable, attended
-        )
+            inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias,
+            shield=attended,
+        )  # fmt: skip
     lse = log_sum_exp(biased, attended) if need_lse else None
     if dtype.itemsize == 2:
         out, weights = out.to(dtype), weights.to(dtype)
@@ -124,11 +135,16 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, weight: Tensor, shield: Tensor | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        weight: Tensor,
+        shield: Tensor | None,
+        score_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         energy = energies(query, key, shield)
         ctx.save_for_backward(energy, weight, shield)
-        ctx.shapes = query.shape, key.shape
+        ctx.shapes, ctx.score_bias = (query.shape, key.shape), score_bias
         ctx.set_materialize_grads(False)
         return scores(energy, weight), energy
 
@@ -138,12 +154,13 @@ class _Scores(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Equations 10 and 11; ``grad_energy`` comes from this function's own derivative."""
         energy, weight, shield = ctx.saved_tensors
-        need_query, need_key, need_weight, _ = ctx.needs_input_grad
+        need_query, need_key, need_weight, _, need_bias = ctx.needs_input_grad
         grad_query = grad_key = grad_weight = None
         if grad_score is not None:
             if need_weight:
                 grad_weight = _summed(weight_gradient(grad_score, energy), weight.shape)
-            product = grad_score.unsqueeze(-1) * weight[..., None, None, :]
+            feature = weight if weight.dim() == 1 else weight[..., None, None, :]
+            product = grad_score.unsqueeze(-1) * feature
             grad_energy = product if grad_energy is None else product + grad_energy
         if grad_energy is not None and (need_query or need_key):
             slope = torch.ops.aten.tanh_backward(grad_energy, energy)
@@ -154,7 +171,8 @@ class _Scores(torch.autograd.Function):
             if need_key:
                 grad_key = slope.squeeze(-3) if slope.shape[-3] == 1 else slope.sum(-3)
                 grad_key = _summed(grad_key, ctx.shapes[1])
-        return grad_query, grad_key, grad_weight, None
+        grad_bias = torch.zeros_like(ctx.score_bias) if need_bias else None
+        return grad_query, grad_key, grad_weight, None, grad_bias
 
 
 def _summed(gradient: Tensor, shape: torch.Size) -> Tensor:

@@ -1,0 +1,148 @@
+"""Plain PyTorch: a small call as a whole, and the operators' blocks, by the same rules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from oracle import assert_all_same, assert_same, check_against_plain, fused, gradients, make
+from torch.autograd import gradcheck, gradgradcheck
+
+from additive_attn import AdditiveAttention, additive_attention
+from additive_attn.backends.plain import blocks, whole
+from additive_attn.ops import dispatch
+
+
+@pytest.fixture(autouse=True, params=["whole", "blocks"])
+def part(request, monkeypatch):
+    """The part of the plain path that computes."""
+    calls = []
+    module, name = (whole, "attend") if request.param == "whole" else (blocks, "forward")
+    function = getattr(module, name)
+    monkeypatch.setattr(dispatch, "_CPU_IS_PLAIN", True)
+    monkeypatch.setattr(module, name, lambda *a: calls.append(1) or function(*a))
+    library = torch.library.Library("additive_attn", "IMPL")
+    library.impl("forward", lambda *a: blocks.forward(*a), "CPU", allow_override=True)
+    library.impl("backward", lambda *a: blocks.backward(*a), "CPU", allow_override=True)
+    if request.param == "blocks":
+        monkeypatch.setattr(whole, "ELEMENTS", -1)
+        monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", 4000)
+    yield request.param
+    library._destroy()
+    assert calls
+
+
+MASKS = {
+    "none": {},
+    "lengths": dict(lengths=torch.tensor([30, 0])),
+    "causal": dict(is_causal=True),
+    "window": dict(window=(3, 20)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("queries", [1, 9])
+def test_accuracy(queries, mask, dtype):
+    cases = [make((2,), queries, 40, 24, 5, dtype=dtype, seed=seed) for seed in range(3)]
+    check_against_plain(cases, scale=0.7, **MASKS[mask])
+
+
+def test_sums_over_many_pairs():
+    """The gradient of the weight sums 9,000 pairs."""
+    check_against_plain([make((3,), 30, 100, 4, 3, seed=seed) for seed in range(3)])
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("queries", [1, 7])
+def test_padding_changes_no_bit(queries, poison):
+    inputs = make((2,), queries, 40, 12, 9)
+    bad = {name: x.clone() for name, x in inputs.items()}
+    for name in ("key", "value"):
+        inputs[name][:, 25:] = 0.0
+        bad[name][:, 25:] = poison
+    options = dict(lengths=torch.tensor([25, 17]))
+    upstream = {name: torch.randn_like(x) for name, x in fused(inputs).items()}
+    clean = gradients(lambda x: fused(x, **options), inputs, upstream)
+    dirty = gradients(lambda x: fused(x, **options), bad, upstream)
+    for ours, expected in zip(dirty, clean, strict=True):
+        assert_all_same(ours, expected)
+
+
+def test_what_comes_to_an_empty_row_stays_there():
+    inputs = make((2,), 3, 8, 6, 4)
+    lengths = torch.tensor([8, 0])
+    upstream = {"out": torch.ones(2, 3, 4)}
+    upstream["out"][1] = math.nan
+    _, grads = gradients(
+        lambda x: dict(out=additive_attention(*x.values(), lengths=lengths)), inputs, upstream
+    )
+    for name in grads:
+        assert grads[name].isfinite().all(), name
+    assert not grads["query"][1].any()
+
+
+def test_an_infinite_weight_reaches_no_masked_pair():
+    inputs = make((2,), 3, 8, 6, 4)
+    inputs["weight"][0] = math.inf
+    lengths = torch.tensor([5, 0])
+    _, grads = gradients(
+        lambda x: dict(out=additive_attention(*x.values(), lengths=lengths)),
+        inputs, {"out": torch.ones(2, 3, 4)},
+    )  # fmt: skip
+    assert not grads["query"][1].any() and not grads["key"][1].any()
+    assert not grads["key"][0, 5:].any()
+
+
+def test_dropout_of_both_parts_is_the_same(part, monkeypatch):
+    inputs, lengths = make((2, 3), 5, 14, 6, 4), torch.tensor([14, 9])
+    upstream = {"out": torch.randn(2, 3, 5, 4)}
+    results = []
+    for elements in (whole.ELEMENTS, 2**22, -1):
+        monkeypatch.setattr(whole, "ELEMENTS", elements)
+        torch.manual_seed(3)
+        results.append(
+            gradients(
+                lambda x: dict(
+                    out=additive_attention(*x.values(), dropout_p=0.4, lengths=lengths)
+                ),
+                inputs, upstream,
+            )
+        )  # fmt: skip
+    for got, expected in zip(results[1], results[2], strict=True):
+        for name in got:
+            torch.testing.assert_close(got[name], expected[name])
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (12, 11)], ids=str)
+def test_gradcheck_to_second_order(shape):
+    leaves = [x.requires_grad_() for x in make((2,), *shape, 3, 2, dtype=torch.float64).values()]
+    mask = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    call = lambda *x: additive_attention(*x[:4], attn_mask=x[4])  # noqa: E731
+    assert gradcheck(call, (*leaves, mask))
+    if shape == (3, 4):
+        assert gradgradcheck(call, (*leaves, mask))
+
+
+def test_double_backward_of_many_pairs():
+    """Beyond the pairs that autograd differentiates by itself."""
+    leaves = [x.requires_grad_() for x in make((2,), 9, 10, 2, 2, dtype=torch.float64).values()]
+
+    def second(function):
+        out = function(*leaves)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+
+    def formula(query, key, value, weight):
+        energy = torch.tanh(query[:, :, None] + key[:, None])
+        return (energy @ weight).softmax(-1) @ value
+
+    torch.testing.assert_close(second(additive_attention), second(formula))
+
+
+def test_the_bias_of_the_energies_gets_zeros():
+    layer = AdditiveAttention(6, 8)
+    layer(torch.randn(2, 3, 6), torch.randn(2, 5, 6))[0].sum().backward()
+    bias = layer.energy_layer.bias.grad
+    assert_same(bias.abs(), torch.zeros_like(bias))
