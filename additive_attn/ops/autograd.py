@@ -69,7 +69,7 @@ def attend(
         outputs = Attention.apply(*call, need_weights, score_bias)
         return outputs
     with _below_autograd():
-        outputs = dispatch.forward(*call, need_weights)
+        outputs = dispatch.forward_directly(*call, need_weights)
     return outputs
 
 
@@ -105,7 +105,7 @@ class Attention(SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        out, weights, lse = dispatch.below_autograd(dispatch.forward, *arguments[:12])
+        out, weights, lse = dispatch.below_autograd(dispatch.forward_directly, *arguments[:12])
         ctx.save_for_backward(*arguments[:6], arguments[8], arguments[12], lse)
         ctx.numbers = arguments[6], arguments[7], arguments[9], arguments[10], arguments[11]
         ctx.set_materialize_grads(False)
@@ -130,7 +130,7 @@ class Attention(SingleLevelFunction):
             grads = dispatch.backward(*arguments)
         else:
             with _below_autograd():
-                grads = dispatch.backward(*arguments)
+                grads = dispatch.backward_directly(*arguments)
         return (
             reduced(grads[0], query) if needs[0] else None,
             reduced(grads[1], key) if needs[1] else None,

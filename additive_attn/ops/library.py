@@ -12,6 +12,8 @@ from urllib.request import url2pathname
 import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
+# The order of the operators' arguments; csrc/bindings.cpp has the same.
+_INTERFACE = b"additive_attn interface 2"
 _REINSTALL = "pip install --force-reinstall --no-deps"
 
 
@@ -60,6 +62,9 @@ def _load_from(package: Path, problems: list[str]) -> Path | None:
         reverse=True,
     )
     for path in found:
+        if _INTERFACE not in path.read_bytes():
+            problems.append(f"{path} was built from other sources")
+            continue
         try:
             torch.ops.load_library(path)
         except (OSError, RuntimeError) as error:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from additive_attn.ops import library
+from additive_attn.ops import dispatch, library
 
 
 @pytest.fixture
@@ -28,8 +29,9 @@ def loads(monkeypatch):
     """Files that say "good" load; no library is loaded into this process."""
 
     def load(path):
-        if path.read_text() != "good":
-            raise OSError(f"{path.name}: {path.read_text()}")
+        text = path.read_text().removesuffix(library._INTERFACE.decode())
+        if text != "good":
+            raise OSError(f"{path.name}: {text}")
 
     monkeypatch.setattr(torch.ops, "load_library", load)
 
@@ -40,7 +42,7 @@ def make(folder, *libraries, source="x = 1"):
     (folder / "__init__.py").write_text(source)
     for age, (name, text) in enumerate(libraries):
         path = folder / name
-        path.write_text(text)
+        path.write_text(text if text == OTHER else text + library._INTERFACE.decode())
         os.utime(path, times=(2e9 - age, 2e9 - age))
     return folder
 
@@ -50,6 +52,7 @@ def make_checkout(package):
     (package.parent / "setup.py").touch()
 
 
+OTHER = "good, but its operators take other arguments"
 STALE = "_C.cpython-39-x86_64-linux-gnu.so"
 OLD = "_C.cpython-310-x86_64-linux-gnu.so"
 
@@ -65,11 +68,25 @@ OLD = "_C.cpython-310-x86_64-linux-gnu.so"
         ([(OLD, "good"), (STALE, "good")], OLD),
         ([(STALE, "good"), (OLD, "good")], STALE),
         ([(STALE, "stale"), (OLD, "good")], OLD),
+        ([("_C.abi3.so", OTHER), (OLD, "good")], OLD),
     ],
 )
 def test_several_libraries(package, files, chosen):
     make(package, *files)
     assert library.find_library() == (package / chosen, "")
+
+
+def test_a_library_of_another_interface_is_never_loaded(package):
+    make(package, ("_C.abi3.so", OTHER))
+    path, problem = library.find_library()
+    assert path is None and f"{package / '_C.abi3.so'} was built from other sources" in problem
+
+
+def test_the_compiled_library_has_the_interface():
+    assert (
+        dispatch.library_path is None
+        or library._INTERFACE in Path(dispatch.library_path).read_bytes()
+    )
 
 
 def test_nothing_loads(package):
