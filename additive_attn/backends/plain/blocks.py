@@ -81,6 +81,8 @@ class _Gradients(NamedTuple):
 def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     upstream, call, lse, needs = backward_arguments(arguments)
     (query, key, value, weight), attn_mask = call.inputs, call.masking.attn_mask
+    if attn_mask is not None and not attn_mask.is_floating_point():
+        attn_mask = None  # has no gradient
     batch, dtype = lse.shape[:-1], lse.dtype
 
     def zeros(need: bool, *shape: int) -> Tensor | None:
