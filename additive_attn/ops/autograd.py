@@ -60,7 +60,8 @@ def attend(
         importlib.import_module("additive_attn.ops.sharding").register()
     if forward_ad._current_level >= 0:
         return _formula(call)
-    if _serves_whole(call):
+    # Asked first, since most calls are on a CPU with a kernel.
+    if (dispatch.cpu_is_plain or not call.query.is_cpu) and _serves_whole(call):
         return whole.attend(call, need_lse, score_bias)
     # Bypasses the kernels at the key Autograd, whose cost shows in small decoder steps.
     if torch.is_grad_enabled() and (

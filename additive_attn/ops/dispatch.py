@@ -117,7 +117,7 @@ def gpu_described() -> str:
 def on_plain_path(device: torch.device) -> bool:
     """Whether plain PyTorch computes tensors of this device."""
     if device.type == "cpu":
-        return _CPU_IS_PLAIN
+        return cpu_is_plain
     return gpu_path()[0] is None if device.type == "cuda" else device.type != "meta"
 
 
@@ -141,7 +141,7 @@ def below_autograd(operator: Any, *arguments: Any) -> Any:
 
 # What may raise comes before what is registered, so that a failed import can be repeated.
 library_path, cpu_reason = _choose_cpu()
-_CPU_IS_PLAIN = library_path is None and os.environ.get("ADDITIVE_ATTN_CPU") != "triton"
+cpu_is_plain = library_path is None and os.environ.get("ADDITIVE_ATTN_CPU") != "triton"
 for _name in ("forward", "backward"):
     registrations.impl(_name, getattr(blocks, _name), "CompositeExplicitAutograd")
     registrations.impl(_name, _on_gpu(_name), "CUDA")

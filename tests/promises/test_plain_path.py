@@ -20,7 +20,7 @@ def part(request, monkeypatch):
     calls = []
     module, name = (whole, "attend") if request.param == "whole" else (blocks, "forward")
     function = getattr(module, name)
-    monkeypatch.setattr(dispatch, "_CPU_IS_PLAIN", True)
+    monkeypatch.setattr(dispatch, "cpu_is_plain", True)
     monkeypatch.setattr(module, name, lambda *a: calls.append(1) or function(*a))
     library = torch.library.Library("additive_attn", "IMPL")
     library.impl("forward", lambda *a: blocks.forward(*a), "CPU", allow_override=True)

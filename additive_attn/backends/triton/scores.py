@@ -60,9 +60,7 @@ def _joined(
         y2 = _rows_of(a2) + _keys_of(b2)
         y3 = _rows_of(a3) + _keys_of(b3)
         if DIFFERENCE:
-            w0, w1, w2, w3 = split4(
-                w4[None, None, :] + tl.zeros([RM, TM, 4], tl.float32), RM, TM
-            )
+            w0, w1, w2, w3 = split4(w4[None, None, :] + tl.zeros([RM, TM, 4], tl.float32), RM, TM)
             z0 = (_keys_of(b0) - _rows_of(a0)) * _rows_of(w0)
             z1 = (_keys_of(b1) - _rows_of(a1)) * _rows_of(w1)
             z2 = (_keys_of(b2) - _rows_of(a2)) * _rows_of(w2)
