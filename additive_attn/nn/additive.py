@@ -69,8 +69,9 @@ class AdditiveAttention(nn.Module):
     ``query_layer`` and ``key_layer`` are called. Of ``energy_layer``, a Linear, the weight is
     read; under hooks, or replaced by another affine module (an adapter, a quantised or sharded
     Linear), it is called once per call, with the ``hidden_dim + 1`` rows of an identity matrix and
-    zero. A module that is not affine, or drops out, raises ValueError at the first call, as do
-    backward hooks. Under FSDP2, ``fully_shard(layer)`` needs
+    zero. A module that is not affine, or drops out, raises ValueError: another module than a
+    Linear is checked at the first call after each change of its parameters. Backward hooks raise
+    it too. Under FSDP2, ``fully_shard(layer)`` needs
     ``register_fsdp_forward_method(layer, "project")`` and ``(layer, "step")``.
 
     Raises:

@@ -18,7 +18,7 @@ _linear_forward = nn.Linear.forward
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
 # State in which a module was last found to be affine.
-_affine: WeakKeyDictionary[nn.Module, tuple[bool, int, int]] = WeakKeyDictionary()
+_affine: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
 
 def _bare(layer: nn.Module) -> bool:
@@ -72,8 +72,7 @@ def _called(layer: nn.Module, features: int, like: Tensor) -> Tensor:
     outputs = layer(rows)
     check_energy(layer, getattr(outputs, "shape", ()), (features + 1, 1))
     weight, bias = (outputs[:-1] - outputs[-1:]).transpose(0, 1), outputs[-1]
-    state = (layer.training, len(layer._forward_hooks), len(layer._forward_pre_hooks))
-    if has_values(like) and _affine.get(layer) != state:
+    if has_values(like) and _affine.get(layer) != (state := _state(layer)):
         with torch.no_grad():
             # The energies with the largest scores, and two others.
             waves = torch.arange(2 * features, device=like.device).cos().reshape(2, -1)
@@ -85,3 +84,13 @@ def _called(layer: nn.Module, features: int, like: Tensor) -> Tensor:
                 refuse_energy(layer)
         _affine[layer] = state
     return weight
+
+
+def _state(layer: nn.Module) -> tuple[int, ...]:
+    """Changes with what may end that a module is affine: an adapter that starts at zero starts as
+    one, whatever it holds."""
+    state = (layer.training, len(layer._forward_hooks), len(layer._forward_pre_hooks))
+    if type(layer) is nn.Linear:
+        return state
+    versions = sum(p._version for p in layer.parameters() if not p.is_inference())
+    return (*state, versions, *map(id, layer.modules()))

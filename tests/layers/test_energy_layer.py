@@ -243,6 +243,38 @@ def test_other_functions_are_refused(name):
             layer.train()(x, x)
 
 
+class Bottleneck(nn.Module):
+    """An adapter whose last Linear starts at zero, so that it starts as the affine base."""
+
+    def __init__(self, base, inner):
+        super().__init__()
+        self.base, self.inner, self.up = base, inner, nn.Linear(H, 1)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.inner(x))
+
+
+@pytest.mark.parametrize("inner", [nn.ReLU(), nn.Dropout(0.3)], ids=["ReLU", "Dropout"])
+def test_what_training_makes_another_function_is_refused(inner):
+    layer, x = AdditiveAttention(D, H), torch.randn(2, 5, D)
+    layer.energy_layer = Bottleneck(layer.energy_layer, inner)
+    optimizer = torch.optim.SGD(layer.energy_layer.up.parameters(), lr=10.0)
+    layer(x, x)[0].square().sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="no affine function"):
+        layer(x, x)
+
+
+def test_a_submodule_put_in_later_is_checked():
+    layer, x = AdditiveAttention(D, H), torch.randn(2, 5, D)
+    layer.energy_layer = nn.Sequential(nn.Identity(), layer.energy_layer)
+    layer(x, x)
+    layer.energy_layer[0] = nn.Softplus()
+    with pytest.raises(ValueError, match="no affine function"):
+        layer(x, x)
+
+
 @pytest.mark.parametrize(
     "module,shape",
     [(nn.Linear(H, 2), r"\(2, 8\)"), (nn.Linear(4, 1), r"\(1, 4\)"), (nn.Identity(), r"\(9, 8\)")],
