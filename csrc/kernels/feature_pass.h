@@ -2,6 +2,7 @@
 
 constexpr std::int64_t gradient_keys = 128;  // keys of a tile in the pass over features
 constexpr std::int64_t rows_summed = 64;     // rows of a partial sum there
+constexpr std::int64_t keys_ahead = 8;       // fetched so early: few features of a key lie together
 
 // The pass over features works on two vectors of features at once, which share a reciprocal. It joins factors of a
 // single pair (i, j), so no pair depends on what another one holds, not even by rounding.
@@ -163,9 +164,8 @@ class FeaturePass {
     const std::int64_t blocks = (keys + K - 1) / K;
     bool any = false;
     for (std::int64_t r = 0; r < ws.rows && !any; ++r) any = std::memchr(attended(r) + key0 / K, 1, blocks) != nullptr;
-    const bool set_grad_key = p.grad_key && ws.row0 == 0;  // the first rows set dk, the others add to it
-    if (!any && !set_grad_key) return;
-    load_keys(h, key0, keys, set_grad_key);
+    if (!any && ws.row0 > 0) return;
+    load_keys(h, key0, keys);
     std::int64_t summed = 0;
     for (std::int64_t r = 0; r < ws.rows; ++r) {
       if (!std::memchr(attended(r) + key0 / K, 1, blocks)) continue;
@@ -180,7 +180,7 @@ class FeaturePass {
   }
 
   // The exponentials of the keys within the factored form's range, and sums of zero.
-  void load_keys(std::int64_t h, std::int64_t key0, std::int64_t keys, bool set_grad_key) {
+  void load_keys(std::int64_t h, std::int64_t key0, std::int64_t keys) {
     const std::int64_t size = gradient_keys * F;
     b_ = keys_.get(6 * size);
     b_error_ = b_ + size;
@@ -191,15 +191,12 @@ class FeaturePass {
     any_direct_ = any_direct_pair_ = false;
     for (std::int64_t j = 0; j < keys; ++j) {
       T copy[F];
+      if (j + keys_ahead < keys) prefetch(p.key.at(entry, key0 + j + keys_ahead) + h, F);
       const T* k = load_features(p.key.at(entry, key0 + j), h, copy);
-      direct_j_[j] = largest(k, F) > ordered_bits<T>(Range<T>::safe);
+      direct_j_[j] = out_of_range(k);
       any_direct_ = any_direct_ || direct_j_[j];
       for (int v = 0; v < feature_vectors; ++v)
         store_exp<T>(direct_j_[j] ? Vec<T>{} : load(k + v * L) * T(2), b_ + j * F + v * L, b_error_ + j * F + v * L);
-      if (set_grad_key) {
-        const Vec<T> zero[feature_vectors] = {};
-        add_grad_key(key0 + j, h, zero, true);
-      }
     }
   }
 
@@ -262,7 +259,7 @@ class FeaturePass {
         if (any_direct_pair_) z[v] += load(sum_direct_ + at);
         store(correction_ + v * L, load(correction_ + v * L) + s * load(b_error_ + at));
       }
-      if (p.grad_key) add_grad_key(key0 + j, h, z, false);
+      if (p.grad_key) add_grad_key(key0 + j, h, z, ws.row0 == 0);  // the first rows set dk, the others add to it
     }
     for (int l = 0; l < F; ++l) part_weight[h + l] += 2 * correction_[l];
   }
@@ -283,7 +280,13 @@ class FeaturePass {
     const T* x = load_features(p.query.at(entry, ws.row0 + r), h, q);
     if (x != q) std::memcpy(q, x, F * sizeof(T));
     for (int v = 0; v < feature_vectors && a; ++v) store_exp<T>(load(x + v * L) * T(-2), a + v * L, a + F + v * L);
-    return largest(x, F) > ordered_bits<T>(Range<T>::safe);
+    return out_of_range(x);
+  }
+
+  // Does the factored form not serve these F features?
+  static bool out_of_range(const T* x) {
+    const UVec<T> m0 = magnitude<T>(load(x)), m1 = magnitude<T>(load(x + L));
+    return any<T>((UVec<T>)((m0 > m1 ? m0 : m1) > ordered_bits<T>(Range<T>::safe)));
   }
 
   // A group of a row's features: where it lies, or a copy padded with zeros at the end of the row.

@@ -109,11 +109,12 @@ class ForwardBlock {
     if (p.queries < gemm_row_block) {  // not `rows`: threads must not decide the order of additions
       for (std::int64_t r = first; r < first + rows; ++r)
         if (const auto [from, to] = attended_keys(r, 1); from < to) {
-          T* tile = tile_out.get(width);
-          std::fill(tile, tile + width, T(0));
+          const bool only = p.keys <= TK;
+          T *total = out + r * width, *tile = only ? total : panels.get(width);
+          if (!only) std::fill(tile, tile + width, T(0));
           gemv<T>(s.scores + r * TK + from, v + from * v_row, v_row, tile, p.values, to - from);
-          for (std::int64_t d = 0; d < width; d += lanes<T>)
-            store(out + r * width + d, load(out + r * width + d) + load(tile + d));
+          for (std::int64_t d = 0; d < width && !only; d += lanes<T>)
+            store(total + d, load(total + d) + load(tile + d));
         }
       return;
     }
@@ -139,7 +140,7 @@ class ForwardBlock {
   }
 
   ScoreBlock<T> s;
-  Buffer<T> panels, shielded, tile_out;
+  Buffer<T> panels, shielded;
 };
 
 // Writes one row's results; `out` has been summed over all keys.

@@ -3,7 +3,7 @@
 // No file of kernels/ has an include guard: every file of targets/ includes each once, inside the namespace and under
 // the compiler target of its instruction set, after defining VECTOR_BYTES. Arithmetic is that of the GCC/Clang vector
 // extensions, so one source serves AVX-512, AVX2, NEON and plain SSE2; a * b + c becomes a fused multiply-add where the
-// target has one. Only `reciprocal` names an instruction.
+// target has one. Intrinsics stand only where the compiler's own code is slow: `reciprocal`, parts of vectors, `any`.
 
 template <class T>
 struct Simd;
@@ -58,10 +58,18 @@ inline Vec<T> splat(T x) {
   return x - Vec<T>{};  // exact for every x, -0 included
 }
 
+#if VECTOR_BYTES == 64
+inline unsigned first_lanes(std::int64_t n) { return n > 0 ? (1u << n) - 1 : 0; }
+#endif
+
 // The first n lanes from memory, the rest filled.
 template <class T>
 inline Vec<T> load_part(const T* p, std::int64_t n, T fill) {
   if (n >= lanes<T>) return load(p);
+#if VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_mask_loadu_ps((__m512)splat<T>(fill), first_lanes(n), p);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_mask_loadu_pd((__m512d)splat<T>(fill), first_lanes(n), p);
+#endif
   T buffer[lanes<T>];
   for (int l = 0; l < lanes<T>; ++l) buffer[l] = l < n ? p[l] : fill;
   return load(buffer);
@@ -70,6 +78,10 @@ inline Vec<T> load_part(const T* p, std::int64_t n, T fill) {
 template <class T>
 inline void store_part(T* p, Vec<T> v, std::int64_t n) {
   if (n >= lanes<T>) return store(p, v);
+#if VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, first_lanes(n), (__m512d)v);
+#endif
   T buffer[lanes<T>];
   store(buffer, v);
   for (int l = 0; l < n; ++l) p[l] = buffer[l];
@@ -144,6 +156,11 @@ typename Simd<T>::Bits ordered_bits(T x) {
 
 template <class T>
 inline bool any(UVec<T> mask) {
+#if VECTOR_BYTES == 64
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif VECTOR_BYTES == 32
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#endif
   std::uint64_t words[VECTOR_BYTES / 8], all = 0;
   std::memcpy(words, &mask, sizeof mask);
   for (const std::uint64_t word : words) all |= word;
