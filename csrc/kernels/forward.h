@@ -48,8 +48,9 @@ class ForwardBlock {
     constexpr int L = lanes<T>;
     T* row = s.scores + r * TK;
     if (p.weights) keep_scores(r, key0, row);
+    const int end = int(round_up(s.count, L));  // scores beyond the last key are -Inf
     Vec<T> most = load(row);
-    for (int j = L; j < TK; j += L) {
+    for (int j = L; j < end; j += L) {
       const Vec<T> x = load(row + j);
       most = x > most ? x : most;
     }
@@ -63,7 +64,7 @@ class ForwardBlock {
       maximum = m;
     }
     Vec<T> total = {};
-    for (int j = 0; j < TK; j += L) {
+    for (int j = 0; j < end; j += L) {
       const Vec<T> e = exp<T>(load(row + j) - shift);
       total += e;
       store(row + j, e * scale_of_values);
@@ -74,7 +75,7 @@ class ForwardBlock {
     if (p.seed) {
       T keep[TK];
       dropout_factors(p, s.entry, s.row0 + r, key0, keep);
-      for (int j = 0; j < TK; j += L) store(row + j, load(row + j) * load(keep + j));
+      for (int j = 0; j < end; j += L) store(row + j, load(row + j) * load(keep + j));
     }
   }
 

@@ -89,7 +89,8 @@ class RowPass {
       const T* upstream = p.grad_weights.at(n, i) + key0;
       for (std::int64_t j = 0; j < s.count; ++j) g[j] += upstream[j];
     }
-    for (int j = 0; j < TK && !s.may_overflow; j += L) {
+    const int end = int(round_up(s.count, K));  // finish_row takes whole blocks
+    for (int j = 0; j < end && !s.may_overflow; j += L) {
       const Vec<T> x = load(score + j);
       const auto masked = x == T(-INFINITY);
       store(weights + j, masked ? (Vec<T>){} : exp<T>(x - lse));
@@ -102,7 +103,7 @@ class RowPass {
     }
     // Dropped entries are marked by the sign bit until finish_row.
     if (p.seed)
-      for (int j = 0; j < TK; j += L) {
+      for (int j = 0; j < end; j += L) {
         const Vec<T> x = load(weights + j);
         store(weights + j, load(keep + j) == T(0) ? -x : x);
       }

@@ -56,12 +56,13 @@ class ScoreBlock {
     for (std::int64_t h0 = 0; h0 < std::max<std::int64_t>(features, 1); h0 += features_cached) {
       for (const Form f : {centred, difference, factored, direct})
         if (form_used[f]) pack_tile(f, key0, h0, block_attended);
+      const std::int64_t groups = std::min(features - h0, slab) / group;
       for (int b = 0; b < tile_blocks; ++b)
         for (std::int64_t r = 0; r < rows; ++r) {
           if (!attended[r][b]) continue;
           T* s = scores + r * TK + b * K;
           if (h0 == 0) std::memset(s, 0, K * sizeof(T));
-          add(form_[r], r, b, h0, s);
+          add(form_[r], r, b, h0, groups, s);
         }
     }
     for (std::int64_t r = 0; r < rows; ++r) finish_row(r, key0);
@@ -208,8 +209,7 @@ class ScoreBlock {
                   std::min(p.hidden - h0, slab), to + b * K * slab);
   }
 
-  void add(Form f, std::int64_t r, int b, std::int64_t h0, T* s) {
-    const std::int64_t groups = std::min(features - h0, slab) / group;
+  void add(Form f, std::int64_t r, int b, std::int64_t h0, std::int64_t groups, T* s) {
     const T* q = query_[f].get(0) + (r * features + h0) * constants(f);
     const T* k = key_[f].get(0) + b * K * slab;
     const T* c = centre_.get(0) + h0 / features_per_sum;
