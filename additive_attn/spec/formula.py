@@ -86,12 +86,16 @@ def softmax(score: Tensor, attended: Tensor | None) -> Tensor:
 
 
 def log_sum_exp(score: Tensor, attended: Tensor | None) -> Tensor:
-    """The log-sum-exp of each row's attended scores: -inf for an empty row."""
+    """The log-sum-exp of each row's attended scores: -inf for an empty row, and NaN like the
+    row's weights where a score is infinite."""
     if attended is None:
-        return torch.logsumexp(score, dim=-1)
-    occupied = attended.any(dim=-1, keepdim=True)
-    score = torch.where(attended, score, torch.where(occupied, -torch.inf, 0.0).to(score.dtype))
-    return torch.where(occupied.squeeze(-1), torch.logsumexp(score, dim=-1), -torch.inf)
+        lse = torch.logsumexp(score, dim=-1)
+    else:
+        occupied = attended.any(dim=-1, keepdim=True)
+        masked = torch.where(occupied, -torch.inf, 0.0).to(score.dtype)
+        lse = torch.logsumexp(torch.where(attended, score, masked), dim=-1)
+        lse = torch.where(occupied.squeeze(-1), lse, -torch.inf)
+    return lse * torch.where(lse == torch.inf, torch.nan, 1.0).to(lse.dtype)
 
 
 def keep_factors(keep: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:

@@ -42,8 +42,10 @@ from additive_attn.spec.formula import (
 )
 from additive_attn.spec.masks import interval_bounds, interval_mask, mask_block
 
-# Elements of a block's energies; one row of one entry is the least that a block can hold.
+# Elements of a block's energies for each thread; one row of one entry is the least that a block
+# can hold. More threads share larger blocks, since torch gives none of them a small part.
 _BLOCK_ELEMENTS = 2**19
+_MOST_THREADS = 32
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,8 +281,10 @@ def _blocks(call: Call, batch: torch.Size) -> Iterator[_Block]:
     # Masked values that are not finite take a tensor (..., Lq, Lk, Dv).
     features = max(query.shape[-1], value.shape[-1] if masked else 1, 1)
     row_elements = batch.numel() // count * span * features
-    rows_at_once = min(max(1, _BLOCK_ELEMENTS // row_elements), num_queries)
-    entries_at_once = max(1, _BLOCK_ELEMENTS // (row_elements * num_queries))
+    threads = torch.get_num_threads() if query.device.type == "cpu" else _MOST_THREADS
+    elements = _BLOCK_ELEMENTS * min(threads, _MOST_THREADS)
+    rows_at_once = min(max(1, elements // row_elements), num_queries)
+    entries_at_once = max(1, elements // (row_elements * num_queries))
     for entry in range(0, count, entries_at_once):
         entries = entry, min(entry + entries_at_once, count)
         last_key = max(longest[slice(*entries)])
