@@ -16,6 +16,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from additive_attn import AdditiveAttention, PlainAdditiveAttention, additive_attention
+from additive_attn.backends.plain import blocks
 
 
 @pytest.fixture
@@ -231,6 +232,23 @@ def test_autocast_of_the_function():
             additive_attention(double["query"], *list(inputs.values())[1:])
     with pytest.raises(TypeError):
         additive_attention(*inputs.values())
+
+
+def test_plain_operators_narrow_nothing_under_autocast():
+    """The inputs are cast before the operators, which a compiled graph, and a backward under
+    autocast, call while it is on."""
+    inputs = tuple(make((2,), 20, 40, 24, 5).values())
+    options = (None, None, -1, -1, None, 0.0, 1.0)
+
+    def run():
+        out, weights, lse = blocks.forward(*inputs, *options, True)
+        needs = (True, True, True, True, False)
+        return out, weights, lse, *blocks.backward(out, None, lse, *inputs, *options, lse, *needs)
+
+    expected = run()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for ours, full in zip(run(), expected, strict=True):
+            torch.testing.assert_close(ours, full, atol=0.0, rtol=0.0)
 
 
 def test_vmap_is_the_batched_call():

@@ -7,7 +7,7 @@ block computes its energies again. Keys that no row of a block may attend to are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,17 @@ _BLOCK_ELEMENTS = 2**19
 _MOST_THREADS = 32
 
 
+def _unnarrowed(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autocast, which compiled graphs and backward may run operators under."""
+
+    def run(*arguments: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return operator(*arguments)
+
+    return run
+
+
+@_unnarrowed
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, need_weights = Call(*arguments[:11]), arguments[11]
     query, key, value, _ = call.inputs
@@ -80,6 +91,7 @@ class _Gradients(NamedTuple):
     mask: Tensor | None
 
 
+@_unnarrowed
 def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     upstream, call, lse, needs = backward_arguments(arguments)
     (query, key, value, weight), attn_mask = call.inputs, call.masking.attn_mask
