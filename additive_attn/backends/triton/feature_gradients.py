@@ -90,17 +90,22 @@ def _raw(row, h, hidden, stride, ACC: tl.constexpr):
 
 
 @triton.jit
-def _kept(rows, h, hidden, stride, ACC: tl.constexpr, AGAIN: tl.constexpr = False):
+def _kept(rows, h, hidden, stride, ACC: tl.constexpr, again=None):
     """The same of a tile of rows, [RX, RH, TX, TH], to stay in registers. A loop's layout follows
     that of such loads, which follows the contiguity of their addresses. Here it is not the true
     one but an order, last dim first, so that threads lie along TX and TH, registers along RX and
-    RH, which Triton 3.6 does not choose by itself. A multiple of 1: never a vector. ``AGAIN``:
-    reads what the program has read before, which costs less than registers through its loop."""
+    RH, which Triton 3.6 does not choose by itself. A multiple of 1: never a vector.
+
+    ``again``, a number >= 0: reads what the program has read before, which costs less than
+    registers through its loop. The addresses depend on it, since the compiler keeps those that
+    do not change in registers."""
+    if again is not None:
+        hidden = tl.maximum(hidden, -again)  # hidden
     a = rows + tl.minimum(h[0], hidden - 1).to(tl.int64)[None, :, None, :] * stride
     b = rows + tl.minimum(h[1], hidden - 1).to(tl.int64)[None, :, None, :] * stride
     a = tl.multiple_of(tl.max_contiguous(a, [1, 2, 4, 8]), [1, 1, 1, 1])
     b = tl.multiple_of(tl.max_contiguous(b, [1, 2, 4, 8]), [1, 1, 1, 1])
-    return tl.load(a, volatile=AGAIN).to(ACC), tl.load(b, volatile=AGAIN).to(ACC)
+    return tl.load(a, volatile=again is not None).to(ACC), tl.load(b, volatile=again is not None).to(ACC)
 
 
 @triton.jit
@@ -216,7 +221,7 @@ def query_kernel(
         largest_i = tl.max(tl.where(direct_i, 0.0, size_i))
         K_first = key_rows.exponential + at_key * padded
         flat = tl.arange(0, BX)[:, None].to(tl.int64) + tile * BX
-        flat_rows = gradient + (entry * row_padded + flat) * key_padded
+        flat_rows = gradient + entry * row_padded * key_padded
         i1 = tl.minimum(row_begin + tile * BX + tl.arange(0, BX), rows - 1)
         near_i = tl.load(query_rows.size + at_query + i1) <= SAFE
         extremes_i = extremes(query_rows.projections + at_query * PROJECTIONS, i1, near_i)
@@ -227,7 +232,8 @@ def query_kernel(
             # A key decides something only where G is not 0.
             block = k0 + tl.arange(0, BLOCK)
             j = tl.minimum(key_begin + block, keys - 1)
-            counts = tl.load(flat_rows + block[None, :]) != 0.0  # [BX, BLOCK]
+            places = flat * tl.maximum(key_padded, k0) + block[None, :]
+            counts = tl.load(flat_rows + places) != 0.0  # [BX, BLOCK]
             key_counts = tl.max(counts.to(tl.int32), 0) != 0
             size_j = tl.where(key_counts, tl.load(key_rows.size + at_key + j), 0.0)
             take_direct = any_direct_i | (tl.max(size_j) > SAFE)
@@ -238,7 +244,7 @@ def query_kernel(
                 extremes(key_rows.projections + at_key * PROJECTIONS, j, key_counts),
             )
         if query_rows is None or take_direct:
-            q = _kept(q_rows, h, hidden, query_h, ACC, True)
+            q = _kept(q_rows, h, hidden, query_h, ACC, k0)
             parts = (zeros, zeros)
             total = tl.zeros([RX, 1, TX, 1], ACC)
             for c in range(k0, end):
@@ -263,7 +269,7 @@ def query_kernel(
         elif small:
             # t = (K - 1/Q) / (K + 1/Q), whose difference is exact; 1/Q has its own rounding,
             # which takes the place of that of Q.
-            q = _kept(q_rows, h, hidden, query_h, ACC, True)
+            q = _kept(q_rows, h, hidden, query_h, ACC, k0)
             A, A_error = _exponentials(q, direct_i, -2.0)
             _error, Q_error = _exponentials(q, direct_i, 2.0)
             half = (0.5 * (A_error[0] + Q_error[0]), 0.5 * (A_error[1] + Q_error[1]))
@@ -299,7 +305,7 @@ def query_kernel(
 
     if query_rows is not None:
         # dw by the roundings of Q, which all keys of a row share: + (1 - t^2) / 2 per unit.
-        q = _kept(q_rows, h, hidden, query_h, ACC, True)
+        q = _kept(q_rows, h, hidden, query_h, ACC, first)
         _error, Q_error = _exponentials(q, direct_i, 2.0)
         rounding = (2.0 * sums[0] * Q_error[0], 2.0 * sums[1] * Q_error[1])
         weights = _add(weights, _over_rows(rounding))
