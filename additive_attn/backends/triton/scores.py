@@ -104,6 +104,43 @@ def small_tanh(largest, rows, keys):
     return tl.minimum(largest, tl.max(rows + keys, 0) - 0.5) <= 1.0
 
 
+@triton.jit
+def _rounding(rows, keys, ri, rj, limit):
+    """What the roundings of the exponentials leave out of the scores of rows ri and keys rj, [RM,
+    RN, TM, TN] (math.md, eq. 8); 0 where a size is beyond ``limit``."""
+    rounding = _rows_of(tl.load(rows.correction + ri)) + _keys_of(tl.load(keys.correction + rj))
+    near = _rows_of(tl.load(rows.size + ri) <= limit) & _keys_of(tl.load(keys.size + rj) <= limit)
+    return tl.where(near, rounding, 0.0)
+
+
+@triton.jit
+def _attended(
+    lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
+):  # fmt: skip
+    """The mask's bias, 0 without one, and which pairs (i, j) are attended: [BM, BN]."""
+    low, high = interval(lengths, length_row, i, rows, keys, left, right)
+    attended = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+    bias = 0.0
+    if mask is not None:
+        bias, attended = masked_bias(mask, mask_row, mask_column, i, j, attended)
+    return bias, attended
+
+
+@triton.jit
+def _direct(
+    q_place, k_place, weight, hidden, query_h, key_h, acc,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """acc + sum w tanh(q + k), [BM, BN] (math.md, eq. 7)."""
+    for h in range(0, hidden):
+        q = tl.load(q_place).to(acc.dtype)
+        k = tl.load(k_place).to(acc.dtype)
+        acc += tl.load(weight + h) * tanh(_rows_of(q) + _keys_of(k), TARGET)
+        q_place += query_h
+        k_place += key_h
+    return _square(acc, RM, TM, RN, TN)
+
+
 @kernel
 def score_kernel(
     query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
@@ -138,13 +175,9 @@ def score_kernel(
     place += (j - key_begin)[None, :]
     inside = (i < row_begin + row_count)[:, None] & (tl.full([BN], 1, tl.int1))[None, :]
     if (tl.max(tl.minimum(high, key0 + BN) - tl.maximum(low, key0), 0)) > 0:
-        attended = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])  # [BM, BN]
         if mask is not None:
             mask += o * mask_outer + m * mask_inner
-            bias, attended = masked_bias(mask, mask_row, mask_column, i, j, attended)
         # Rows and keys beyond the last repeat the last.
-        i = tl.minimum(i, rows - 1)
-        j = tl.minimum(j, keys - 1)
         ri = row0 + tl.arange(0, RM)[:, None] + RM * tl.arange(0, TM)[None, :]
         rj = key0 + tl.arange(0, RN)[:, None] + RN * tl.arange(0, TN)[None, :]
         ri = tl.minimum(ri, rows - 1).to(tl.int64)  # [RM, TM]
@@ -157,12 +190,17 @@ def score_kernel(
             any_direct = True
         else:
             # What rows and keys hold that attend to nothing here decides nothing.
+            _bias, attended = _attended(
+                lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
+            )
             at_query = o * query_exp_outer + m * query_exp_inner
             at_key = o * key_exp_outer + m * key_exp_inner
+            ci = tl.minimum(tl.arange(0, BM), rows - 1 - row0)
+            cj = tl.minimum(tl.arange(0, BN), keys - 1 - key0)
             row_counts = tl.max(attended.to(tl.int32), 1) != 0
             key_counts = tl.max(attended.to(tl.int32), 0) != 0
-            size_i = tl.where(row_counts, tl.load(query_rows.size + at_query + i), 0.0)
-            size_j = tl.where(key_counts, tl.load(key_rows.size + at_key + j), 0.0)
+            size_i = tl.where(row_counts, tl.load(query_rows.size + at_query + row0 + ci), 0.0)
+            size_j = tl.where(key_counts, tl.load(key_rows.size + at_key + key0 + cj), 0.0)
             near_i = tl.where(size_i > SAFE, 0.0, size_i)
             near_j = tl.where(size_j > SAFE, 0.0, size_j)
             any_direct = tl.maximum(tl.max(size_i, 0), tl.max(size_j, 0)) > SAFE
@@ -170,8 +208,8 @@ def score_kernel(
             key_counts = key_counts & (size_j <= SAFE)
             small = small_tanh(
                 tl.maximum(tl.max(near_i, 0), tl.max(near_j, 0)),
-                extremes(query_rows.projections + at_query * PROJECTIONS, i, row_counts),
-                extremes(key_rows.projections + at_key * PROJECTIONS, j, key_counts),
+                extremes(query_rows.projections + (at_query + row0) * PROJECTIONS, ci, row_counts),
+                extremes(key_rows.projections + (at_key + key0) * PROJECTIONS, cj, key_counts),
             )
 
             padded = tl.multiple_of(padded, 4)
@@ -198,27 +236,29 @@ def score_kernel(
                         RM, TM, RN, TN, False, False, TARGET,
                     )  # fmt: skip
                     total += 2.0 * (tl.load(centre + block) - part)
+            total += _rounding(
+                query_rows, key_rows, at_query + ri, at_key + rj, tl.where(small, SAFE, 1.0)
+            )
             energy = _square(total, RM, TM, RN, TN)  # [BM, BN]
-            rounding = tl.load(query_rows.correction + at_query + i)[:, None]
-            rounding += tl.load(key_rows.correction + at_key + j)[None, :]
-            limit = tl.where(small, SAFE, 1.0)
-            corrected = (size_i <= limit)[:, None] & (size_j <= limit)[None, :]
-            energy += tl.where(corrected, rounding, 0.0)
 
+        # Which pairs are attended is computed again, from an i that the compiler cannot know to
+        # be that of above: it would keep all pairs in registers through the loops.
+        i = tl.maximum(row0, -padded) + tl.arange(0, BM)
+        bias, attended = _attended(
+            lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
+        )
         if any_direct:
-            exact = tl.zeros([RM, RN, TM, TN], ACC)
-            q_place = query + o * query_outer + m * query_inner + ri * query_row
-            k_place = key + o * key_outer + m * key_inner + rj * key_row
-            for h in range(0, hidden):
-                q = tl.load(q_place).to(ACC)
-                k = tl.load(k_place).to(ACC)
-                exact += tl.load(weight + h) * tanh(_rows_of(q) + _keys_of(k), TARGET)
-                q_place += query_h
-                k_place += key_h
-            exact = _square(exact, RM, TM, RN, TN)
+            exact = _direct(
+                query + o * query_outer + m * query_inner + ri * query_row,
+                key + o * key_outer + m * key_inner + rj * key_row,
+                weight, hidden, query_h, key_h, tl.zeros([RM, RN, TM, TN], ACC),
+                RM, TM, RN, TN, TARGET,
+            )  # fmt: skip
             if query_rows is None:
                 energy = exact
             else:
+                size_i = tl.load(query_rows.size + at_query + tl.minimum(i, rows - 1))
+                size_j = tl.load(key_rows.size + at_key + tl.minimum(j, keys - 1))
                 direct_j = (size_j > SAFE)[None, :] & attended
                 direct_i = (size_i > SAFE) | (tl.max(direct_j.to(tl.int32), 1) != 0)
                 energy = tl.where(direct_i[:, None], exact, energy)
