@@ -117,8 +117,14 @@ def test_calls_compile_without_spills(label, target):
         assert code.registers <= (512 if target in AMD else 255), kernel.name
         assert code.shared <= 48 * 1024, kernel.name
         assert 0 < kernel.programs < 2**31, kernel.name
-        # A few registers may spill around the loops, where that costs a load per program.
-        assert code.spilled <= 128, kernel.name
+        # Earlier versions spill up to four registers outside all loops, where that lets more
+        # programs run at once.
+        most = 16 if VERSION < (3, 9) and label != "usual" else 0
+        if (label, kernel.name) == ("float64", "query_kernel"):
+            most = (
+                64  # the tile takes two registers per number, and the direct form is the only one
+            )
+        assert code.spilled <= most, kernel.name
         if label == "usual" and kernel.name in HOT and target not in AMD:
             loop = code.hot_loop(HOT[kernel.name][0])
             assert not [name for name in loop if name[:3] in ("LDL", "STL")], kernel.name

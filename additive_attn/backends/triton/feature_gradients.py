@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from additive_attn.backends.triton.batch import batch_entry
+from additive_attn.backends.triton.batch import feature_tile
 from additive_attn.backends.triton.launch import kernel
 from additive_attn.backends.triton.numerics import (
     exp_with_error,
@@ -100,12 +100,13 @@ def _kept(rows, h, hidden, stride, ACC: tl.constexpr, again=None):
     registers through its loop. The addresses depend on it, since the compiler keeps those that
     do not change in registers."""
     if again is not None:
-        hidden = tl.maximum(hidden, -again)  # hidden
+        hidden = tl.maximum(hidden, -again)
     a = rows + tl.minimum(h[0], hidden - 1).to(tl.int64)[None, :, None, :] * stride
     b = rows + tl.minimum(h[1], hidden - 1).to(tl.int64)[None, :, None, :] * stride
     a = tl.multiple_of(tl.max_contiguous(a, [1, 2, 4, 8]), [1, 1, 1, 1])
     b = tl.multiple_of(tl.max_contiguous(b, [1, 2, 4, 8]), [1, 1, 1, 1])
-    return tl.load(a, volatile=again is not None).to(ACC), tl.load(b, volatile=again is not None).to(ACC)
+    VOLATILE: tl.constexpr = again is not None
+    return tl.load(a, volatile=VOLATILE).to(ACC), tl.load(b, volatile=VOLATILE).to(ACC)
 
 
 @triton.jit
@@ -158,26 +159,28 @@ def _weighted(x, weight, h, hidden, stride, scale):
 
 
 @triton.jit
-def _tile(
-    length, begin, limit, padded, inner, splits, entry_begin,
-    RX: tl.constexpr, TX: tl.constexpr, RH: tl.constexpr, TH: tl.constexpr,
+def _difference(
+    q, direct_i, g_rows, K_first, key_begin, keys, begin, end, h, sums, weights,
+    padded: tl.constexpr, TILE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """What a program takes: (entry, split, tile) and the number of tiles; its rows (or keys)
-    within the piece, [RX, TX], and in the input, not beyond ``limit``; its features, twice
-    [RH, TH]; the indices of its entry into (outer, inner)."""
-    tile_count = tl.cdiv(length, RX * TX)
-    feature_tiles = tl.cdiv(padded, 2 * RH * TH)
-    program = tl.program_id(0)
-    tile = program % tile_count
-    program = program // tile_count
-    h0 = program % feature_tiles * (2 * RH * TH)
-    program = program // feature_tiles
-    split = program % splits
-    n, o, m = batch_entry(entry_begin + program // splits, inner)
-    h = h0 + tl.arange(0, RH)[:, None] + RH * tl.arange(0, TH)[None, :]
-    c = tile * (RX * TX) + tl.arange(0, RX)[:, None] + RX * tl.arange(0, TX)[None, :]
-    x = tl.minimum(begin + c, limit - 1).to(tl.int64)
-    return n - entry_begin, split, tile, tile_count, c, x, (h, h + RH * TH), o, m
+    """``sums`` and ``weights`` of ``query_kernel`` with keys [begin, end) by the difference form,
+    t = (K - 1/Q) / (K + 1/Q). 1/Q has its own rounding, which takes the place of that of Q."""
+    A, A_error = _exponentials(q, direct_i, -2.0)
+    _Q, Q_error = _exponentials(q, direct_i, 2.0)
+    half = (0.5 * (A_error[0] + Q_error[0]), 0.5 * (A_error[1] + Q_error[1]))
+    for c in range(begin, end):
+        j1 = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
+        g = tl.load(g_rows + c)[:, None, :, None]
+        K = _prepared(K_first + j1 * padded, h, padded, TILE)
+        ya = A[0] + K[0]
+        yb = A[1] + K[1]
+        both = reciprocal(ya * yb, TARGET)
+        t = ((K[0] - A[0]) * (both * yb), (K[1] - A[1]) * (both * ya))
+        d = (g * (1.0 - t[0] * t[0]), g * (1.0 - t[1] * t[1]))
+        sums = _add(sums, _scaled(0.25, d))
+        terms = (g * t[0] - d[0] * half[0], g * t[1] - d[1] * half[1])
+        weights = _add(weights, _over_rows(terms))
+    return sums, weights
 
 
 @kernel
@@ -197,7 +200,7 @@ def query_kernel(
     ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
     TILE: tl.constexpr = 2 * RH * TH
-    entry, split, tile, tile_count, r, i, h, o, m = _tile(
+    entry, split, tile, tile_count, r, i, h, o, m = feature_tile(
         row_count, row_begin, rows, padded, inner, splits, entry_begin, RX, TX, RH, TH
     )
     q_rows = query + o * query_outer + m * query_inner + i[:, None, :, None] * query_row
@@ -267,24 +270,11 @@ def query_kernel(
                 weights = _add(weights, _over_rows(terms))
             weights = _add(weights, _over_rows((total - 2.0 * parts[0], total - 2.0 * parts[1])))
         elif small:
-            # t = (K - 1/Q) / (K + 1/Q), whose difference is exact; 1/Q has its own rounding,
-            # which takes the place of that of Q.
             q = _kept(q_rows, h, hidden, query_h, ACC, k0)
-            A, A_error = _exponentials(q, direct_i, -2.0)
-            _error, Q_error = _exponentials(q, direct_i, 2.0)
-            half = (0.5 * (A_error[0] + Q_error[0]), 0.5 * (A_error[1] + Q_error[1]))
-            for c in range(k0, end):
-                j1 = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
-                g = tl.load(g_rows + c)[:, None, :, None]
-                K = _prepared(K_first + j1 * padded, h, padded, TILE)
-                ya = A[0] + K[0]
-                yb = A[1] + K[1]
-                both = reciprocal(ya * yb, TARGET)
-                t = ((K[0] - A[0]) * (both * yb), (K[1] - A[1]) * (both * ya))
-                d = (g * (1.0 - t[0] * t[0]), g * (1.0 - t[1] * t[1]))
-                sums = _add(sums, _scaled(0.25, d))
-                terms = (g * t[0] - d[0] * half[0], g * t[1] - d[1] * half[1])
-                weights = _add(weights, _over_rows(terms))
+            sums, weights = _difference(
+                q, direct_i, g_rows, K_first, key_begin, keys, k0, end, h, sums, weights,
+                padded, TILE, TARGET,
+            )  # fmt: skip
         else:
             parts = (zeros, zeros)
             total = tl.zeros([RX, TX], tl.float32)
@@ -335,7 +325,7 @@ def key_kernel(
     ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
     TILE: tl.constexpr = 2 * RH * TH
-    entry, split, tile, tile_count, c, j, h, o, m = _tile(
+    entry, split, tile, tile_count, c, j, h, o, m = feature_tile(
         key_count, key_begin, keys, padded, inner, splits, entry_begin, RX, TX, RH, TH
     )
     k_rows = key + o * key_outer + m * key_inner + j[:, None, :, None] * key_row

@@ -82,10 +82,8 @@ def tanh(x, TARGET: tl.constexpr):
         y = y * u + 2.5876964e-2
         y = y * u + 0.46714336
         y = y * u + 1.0
-        # A division that rounds right, where Triton's own is out by 2 ulp.
-        r = reciprocal(y, TARGET)
-        t = z * r
-        return tl.fma(tl.fma(-t, y, z), r, t)
+        # Triton's own division is out by 2 ulp.
+        return z * exact_reciprocal(y, TARGET)
 
 
 @triton.jit
