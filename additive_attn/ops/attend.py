@@ -54,10 +54,9 @@ def masked_attention(
     if lengths is not None:
         lengths = aligned_lengths(lengths, key, batch, query.shape[-2])
     left, right = (-1, -1) if window is None else checked_window(window)
-    if is_causal is not False or (need_weights is not True and need_weights is not False):
-        if not (isinstance(is_causal, bool) and isinstance(need_weights, bool)):
-            refuse_flags(is_causal=is_causal, need_weights=need_weights)
-        right = 0 if is_causal else right
+    if not (type(is_causal) is type(need_weights) is type(need_lse) is bool):
+        refuse_flags(is_causal=is_causal, need_weights=need_weights, need_lse=need_lse)
+    right = 0 if is_causal else right
     if type(scale) is not float or not -math.inf < scale < math.inf:
         scale = checked_scale(scale)
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:

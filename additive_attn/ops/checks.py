@@ -270,8 +270,9 @@ def refuse_layouts(**tensors: Tensor) -> NoReturn:
 
 
 def refuse_flags(**flags: Any) -> NoReturn:
-    found = ", ".join(f"{name} is {flag!r}" for name, flag in flags.items())
-    raise TypeError(f"{found}, but both must be True or False. Convert them with bool().")
+    wrong = {name: flag for name, flag in flags.items() if not isinstance(flag, bool)}
+    found = ", ".join(f"{name} is {flag!r}" for name, flag in wrong.items())
+    raise TypeError(f"{found}, but must be True or False. Convert it with bool().")
 
 
 def refuse_dtypes(**tensors: Tensor) -> NoReturn:

@@ -106,7 +106,8 @@ CASES = {
     "dropout bool": (dict(dropout_p=True), ValueError, r"dropout_p is True.*a float"),
     "dropout tensor": (dict(dropout_p=torch.tensor(0.1)), ValueError, r"dropout_p is tensor"),
     "flag text": (dict(need_weights="x"), TypeError, r"need_weights is 'x'.*True or False"),
-    "causal text": (dict(is_causal="no"), TypeError, r"is_causal is 'no'.*True or False"),
+    "causal text": (dict(is_causal="no"), TypeError, r"^is_causal is 'no', but must be True or"),
+    "lse text": (dict(need_lse="no"), TypeError, r"^need_lse is 'no', but must be True or False"),
     "uint16 mask": (dict(attn_mask=t(3, 5, dtype=torch.uint16)), TypeError, r"\.bool\(\)"),
     "sparse key": (dict(key=t(2, 5, 8).to_sparse()), TypeError, r"key is torch.sparse_coo"),
     "sparse mask": (dict(attn_mask=t(3, 5).to_sparse()), TypeError, r"attn_mask is torch.sparse"),
@@ -384,9 +385,7 @@ def test_operators_refuse_tensors_on_several_devices():
         dispatch.forward(*mixed, *options, False)
     with pytest.raises(RuntimeError, match=r"query is on cpu.*value is on meta"):
         dispatch.backward(t(2, 3, 6), None, None, *mixed, *options, saved, *[True] * 5)
-    assert dispatch.forward(
-        *(x.to("meta") for x in inputs.values()), None, None, *options, True
-    )
+    assert dispatch.forward(*(x.to("meta") for x in inputs.values()), None, None, *options, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
