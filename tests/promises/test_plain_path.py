@@ -146,3 +146,12 @@ def test_the_bias_of_the_energies_gets_zeros():
     layer(torch.randn(2, 3, 6), torch.randn(2, 5, 6))[0].sum().backward()
     bias = layer.energy_layer.bias.grad
     assert_same(bias.abs(), torch.zeros_like(bias))
+
+
+def test_results_may_be_written_to():
+    """Also those of a call whose values alone have the whole batch."""
+    query, key, value, weight = make((1,), 3, 5, 8, 6).values()
+    results = fused(dict(query=query, key=key, value=value.repeat(2, 1, 1), weight=weight))
+    for result in results.values():
+        expected = 2 * result
+        assert_same(result.mul_(2), expected)

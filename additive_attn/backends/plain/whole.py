@@ -70,8 +70,9 @@ def attend(
         out = torch.where(attended.any(-1, keepdim=True), out, 0.0)
     batch = out.shape[:-2]
     if weights.shape[:-2] != batch:
-        weights = weights.expand(*batch, *weights.shape[-2:])
-        lse = lse.expand(*batch, lse.shape[-1]) if need_lse else None
+        # Copies, for a caller may write to them.
+        weights = weights.expand(*batch, *weights.shape[-2:]).clone()
+        lse = lse.expand(*batch, lse.shape[-1]).clone() if need_lse else None
     return out, weights, lse
 
 
