@@ -95,7 +95,7 @@ def formula(
         query, key, value, weight = query.float(), key.float(), value.float(), weight.float()
     few = attended is None and query.numel() * key.shape[-2] <= _SHORT_SUM * query.shape[-1]
     if differentiable and few and score_bias is not None:
-        weight = weight + (0 * score_bias).to(weight.dtype)
+        weight = torch.add(weight, score_bias, alpha=0)
     if differentiable and not few:
         score = _Scores.apply(query, key, weight, shield, score_bias)[0]
     elif query.shape[-2] == weight.dim() == 1 and shield is None:
@@ -158,10 +158,18 @@ class _Scores(torch.autograd.Function):
         need_query, need_key, need_weight, _, need_bias = ctx.needs_input_grad
         grad_query = grad_key = grad_weight = None
         if grad_score is not None:
-            if need_weight:
-                grad_weight = _summed(weight_gradient(grad_score, energy), weight.shape)
-            feature = weight if weight.dim() == 1 else weight[..., None, None, :]
-            product = grad_score.unsqueeze(-1) * feature
+            if weight.numel() == energy.shape[-1] and weight.dim() <= energy.dim() - 2:
+                features = weight.flatten()  # the usual case, in fewer operations
+                if need_weight:
+                    rows = torch.bmm(
+                        grad_score.flatten(0, -2).unsqueeze(-2), energy.flatten(0, -3)
+                    )
+                    grad_weight = rows.sum((0, 1)).view(weight.shape)
+            else:
+                features = weight[..., None, None, :]
+                if need_weight:
+                    grad_weight = _summed(weight_gradient(grad_score, energy), weight.shape)
+            product = grad_score.unsqueeze(-1) * features
             grad_energy = product if grad_energy is None else product + grad_energy
         if grad_energy is not None and (need_query or need_key):
             slope = torch.ops.aten.tanh_backward(grad_energy, energy)
