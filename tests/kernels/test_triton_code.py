@@ -84,6 +84,7 @@ CALLS = {
     "single, half": call(2, 1, 5000, 128, 300, dtype=torch.float16, mask=torch.float16),
     "single, float64": call(2, 1, 500, 128, 300, dtype=torch.float64, **EVERYTHING),
 }
+OTHERS = ("sm_80", "sm_100", "gfx942")
 # Instructions per tanh at most, on sm_90.
 BARS = {"score_kernel": 4.5, "query_kernel": 6.6, "key_kernel": 5.6}
 
@@ -102,10 +103,11 @@ def instructions_per_tanh(name, target):
     "label,target",
     [
         *((label, "sm_90") for label in CALLS),
+        *(("usual", target) for target in OTHERS),
         *(
-            (label, target)
-            for label in ("usual", "everything", "single", "single, everything")
-            for target in ("sm_80", "sm_100", "gfx942")
+            pytest.param(label, target, marks=pytest.mark.sweep)
+            for label in ("everything", "single", "single, everything")
+            for target in OTHERS
         ),
     ],
 )
