@@ -69,7 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def paths_of(marks: set[str]) -> list[str]:
     if "triton" in marks:
         return [path for path in paths.available() if path == "triton"]
-    extra = {"pytorch", *paths.INSTRUCTION_SETS} if "core" in marks else set()
+    extra = {*paths.PLAIN, *paths.INSTRUCTION_SETS} if "core" in marks else set()
     if "kernel" in marks:
         extra = set(paths.INSTRUCTION_SETS)
     if "interpreter" in marks:
@@ -135,11 +135,11 @@ SWEEPS = pytest.StashKey[int]()
 
 
 def pytest_report_header() -> list[str]:
-    others = [path for path in (*paths.INSTRUCTION_SETS, "pytorch", "triton")
+    others = [path for path in (*paths.INSTRUCTION_SETS, *paths.PLAIN, "triton")
               if path not in paths.available()]  # fmt: skip
     lines = [f"additive_attn on {paths.DEVICE}: all tests on {paths.native()}"]
     if len(paths.available()) > 1:
-        names = ", ".join(paths.available()[1:]).replace("triton", "triton (interpreter)")
+        names = ", ".join(paths.available()[1:]).replace("triton", "triton (in its interpreter)")
         lines[0] += f"; core tests also on {names}"
     if others:
         lines.append(f"not here or not asked for: {', '.join(others)}")

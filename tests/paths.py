@@ -1,5 +1,6 @@
 """The paths that compute on the CPU, switched within one process: every instruction set of the
-kernel, plain PyTorch, and the GPU's kernels in Triton's interpreter."""
+kernel, plain PyTorch as users get it (small calls as a whole) and always in blocks, and the GPU's
+kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -11,13 +12,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 
-from additive_attn.backends.plain import blocks
+from additive_attn.backends.plain import blocks, whole
 from additive_attn.ops import dispatch
 
 DEVICE = os.environ.get("ADDITIVE_ATTN_TEST_DEVICE", "cpu")  # where everything runs
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+PLAIN = ("pytorch", "blocks")
 FORCED = os.environ.get("ADDITIVE_ATTN_CPU")
 
 
@@ -52,7 +55,7 @@ def available() -> tuple[str, ...]:
     others = [name for name in INSTRUCTION_SETS if name != first and _runs(name)]
     others and _select("")
     interpreter = ["triton"] if importlib.util.find_spec("triton") else []
-    return (first, *others, "pytorch", *interpreter)
+    return (first, *others, *PLAIN, *interpreter)
 
 
 class _Override:
@@ -64,9 +67,9 @@ class _Override:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="[^$]*only once for all operators")
             for name, function in (("forward", forward), ("backward", backward)):
-                self.library.impl(name, self._counted(function), "CPU", allow_override=True)
+                self.library.impl(name, self.counted(function), "CPU", allow_override=True)
 
-    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             self.calls += 1
             return function(*arguments)
@@ -164,5 +167,9 @@ def _switched(path: str) -> Iterator[None]:
         else:
             override = _Override(blocks.forward, blocks.backward)
         stack.callback(override.library._destroy)
+        if path == "pytorch":
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(dispatch, "cpu_is_plain", True)
+            patch.setattr(whole, "attend", override.counted(whole.attend))
         yield
         assert override.calls, f"nothing was computed by {path}"

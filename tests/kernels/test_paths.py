@@ -28,14 +28,17 @@ def test_each_path_computes_alone(name, monkeypatch):
     from additive_attn.backends.plain import whole
 
     called = []
-    energies = whole.energies
-    monkeypatch.setattr(whole, "energies", lambda *a: called.append(1) or energies(*a))
+    for function in ("energies", "attend"):
+        real = getattr(whole, function)
+        call = lambda *a, n=function, f=real: called.append(n) or f(*a)  # noqa: E731
+        monkeypatch.setattr(whole, function, call)
     with paths.running(name):
         fused(make())
         assert paths.current() == name
         if name in paths.INSTRUCTION_SETS:
             assert torch.ops.additive_attn.cpu_isa() in (name, "neon")
-    assert bool(called) == (name == "pytorch")
+    assert ("energies" in called) == (name in paths.PLAIN)
+    assert ("attend" in called) == (name == "pytorch")
     assert paths.current() == paths.native() and dispatch.cpu_path() in (paths.native(), "neon")
 
 
