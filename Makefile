@@ -85,6 +85,7 @@ gpu:
 lint: build
 	@echo "==> lint"
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 
 clean:
