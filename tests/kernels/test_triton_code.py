@@ -120,12 +120,12 @@ def test_calls_compile_without_spills(label, target):
         assert code.shared <= 48 * 1024, kernel.name
         assert 0 < kernel.programs < 2**31, kernel.name
         # Earlier versions spill up to four registers outside all loops, where that lets more
-        # programs run at once.
+        # programs run at once. 3.9 spills two in one kernel for sm_80.
         most = 16 if VERSION < (3, 9) and label != "usual" else 0
+        if (label, target, kernel.name) == ("single, everything", "sm_80", "gradient_kernel"):
+            most = max(most, 8)
         if (label, kernel.name) == ("float64", "query_kernel"):
-            most = (
-                64  # the tile takes two registers per number, and the direct form is the only one
-            )
+            most = 64  # two registers per number, and the direct form is the only one
         assert code.spilled <= most, kernel.name
         if label == "usual" and kernel.name in HOT and target not in AMD:
             loop = code.hot_loop(HOT[kernel.name][0])
