@@ -91,15 +91,9 @@ def _entries(x: Tensor, p: Problem, rank: int) -> Tensor:
 
 
 def _add_piece(
-    p: Problem,
-    piece: Piece,
-    lse: Tensor,
-    values: Tensor,
-    grad_out: Tensor | None,
-    grad_weights: Tensor | None,
-    grad_lse: Tensor | None,
-    sums: Gradients,
-) -> None:
+    p: Problem, piece: Piece, lse: Tensor, values: Tensor, grad_out: Tensor | None,
+    grad_weights: Tensor | None, grad_lse: Tensor | None, sums: Gradients,
+) -> None:  # fmt: skip
     """Adds the share of some rows of some entries in all gradients."""
     entry, entries, row, rows = piece
     key, end = p.key_range(row, row + rows)

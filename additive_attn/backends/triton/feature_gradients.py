@@ -188,15 +188,13 @@ def query_kernel(
     query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
     query_rows, key_rows, query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
     weight, weight_outer, weight_inner, weight_h, gradient, grad_query, grad_weight,
-    inner, entries, entry_begin, rows, row_begin, row_count, row_padded,
-    keys, key_begin, key_count, key_padded, hidden, left, right, scale_bits, splits,
-    keys_per_split,
+    inner, entries, entry_begin, rows, row_begin, row_count, row_padded, keys, key_begin,
+    key_count, key_padded, hidden, left, right, scale_bits, splits, keys_per_split,
     RX: tl.constexpr, TX: tl.constexpr, RH: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
     padded: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows and 2 RH TH features, a range of keys: dq to ``grad_query``
-    [split][entry][row] and, summed over the rows too, dw to ``grad_weight``
-    [split][entry][row tile]."""
+    """A tile of rows and 2 RH TH features, a range of keys: dq to [split][entry][row] and, summed
+    over the rows too, dw to [split][entry][row tile]."""
     ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
     TILE: tl.constexpr = 2 * RH * TH
