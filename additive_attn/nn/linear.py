@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.modules import module as nn_module
+from torch.nn.modules.dropout import _DropoutNd
 
 from additive_attn.ops.checks import has_values
 from additive_attn.ops.layer_checks import check_energy, refuse_backward_hooks, refuse_energy
@@ -73,6 +74,9 @@ def _called(layer: nn.Module, features: int, like: Tensor) -> Tensor:
     check_energy(layer, getattr(outputs, "shape", ()), (features + 1, 1))
     weight, bias = (outputs[:-1] - outputs[-1:]).transpose(0, 1), outputs[-1]
     if has_values(like) and _affine.get(layer) != (state := _state(layer)):
+        # By luck, few rows may lose nothing to dropout.
+        if any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in layer.modules()):
+            refuse_energy(layer)
         with torch.no_grad():
             # The energies with the largest scores, and two others.
             waves = torch.arange(2 * features, device=like.device).cos().reshape(2, -1)

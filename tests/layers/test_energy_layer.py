@@ -255,10 +255,16 @@ class Bottleneck(nn.Module):
         return self.base(x) + self.up(self.inner(x))
 
 
-@pytest.mark.parametrize("inner", [nn.ReLU(), nn.Dropout(0.3)], ids=["ReLU", "Dropout"])
-def test_what_training_makes_another_function_is_refused(inner):
+def test_dropout_that_has_no_effect_yet_is_refused():
     layer, x = AdditiveAttention(D, H), torch.randn(2, 5, D)
-    layer.energy_layer = Bottleneck(layer.energy_layer, inner)
+    layer.energy_layer = Bottleneck(layer.energy_layer, nn.Dropout(0.3))
+    with pytest.raises(ValueError, match="no affine function"):
+        layer(x, x)
+
+
+def test_what_training_makes_another_function_is_refused():
+    layer, x = AdditiveAttention(D, H), torch.randn(2, 5, D)
+    layer.energy_layer = Bottleneck(layer.energy_layer, nn.ReLU())
     optimizer = torch.optim.SGD(layer.energy_layer.up.parameters(), lr=10.0)
     layer(x, x)[0].square().sum().backward()
     optimizer.step()
