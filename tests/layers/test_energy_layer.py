@@ -142,11 +142,14 @@ def way_of(name, layer, inputs):
     return tuple(torch.stack(each, 1) for each in zip(*steps, strict=True))
 
 
-@pytest.mark.parametrize("way", ["forward", "step"])
-@pytest.mark.parametrize("tool", TOOLS)
+# Each call of spectral_norm in training takes another power iteration, and the plain layer, which
+# has no steps, is called once: only forward compares.
+TRAINED = [(tool, "forward") for tool in TOOLS]
+TRAINED += [(tool, "step") for tool in TOOLS if not tool.endswith("spectral_norm")]
+
+
+@pytest.mark.parametrize("tool,way", TRAINED)
 def test_trains_as_the_plain_layer(tool, way):
-    if way == "step" and tool.endswith("spectral_norm"):
-        pytest.skip("each call in training takes another power iteration")
     layer, plain = pair(TOOLS[tool])
     inputs = [torch.randn(2, n, D, dtype=torch.float64) for n in (3, 5, 5)]
     target = torch.randn(2, 3, D, dtype=torch.float64)
