@@ -12,10 +12,21 @@ from typing import Any
 import torch
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from additive_attn.backends.plain import blocks
+from additive_attn.backends.plain import blocks, scores, steps
 from additive_attn.ops.library import find_library, how_to_build
 from additive_attn.ops.schemas import registrations
 
+_PLAIN: dict[str, Any] = {
+    "forward": blocks.forward,
+    "backward": blocks.backward,
+    "scores": scores.scores,
+    "scores_backward": scores.scores_backward,
+    "prepare_keys": steps.prepare_keys,
+    "step": steps.step,
+    "step_backward": steps.step_backward,
+    "location_features": steps.location_features,
+    "location_features_backward": steps.location_features_backward,
+}
 _CPU_PATHS = ("avx512", "avx2", "baseline", "pytorch", "triton")
 _GPU_PATHS = ("triton", "pytorch")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -60,8 +71,8 @@ def _choose_cpu() -> tuple[str | None, str]:
 def _register_cpu() -> None:
     if os.environ.get("ADDITIVE_ATTN_CPU") == "triton":
         kernels = importlib.import_module("additive_attn.backends.triton")
-        registrations.impl("forward", kernels.forward, "CPU")
-        registrations.impl("backward", kernels.backward, "CPU")
+        for name in _PLAIN.keys() & vars(kernels).keys():
+            registrations.impl(name, getattr(kernels, name), "CPU")
     elif library_path is None and not os.environ.get("ADDITIVE_ATTN_CPU"):
         warnings.warn(
             "additive_attn computes on the CPU with plain PyTorch, several times slower than its "
@@ -124,7 +135,7 @@ def on_plain_path(device: torch.device) -> bool:
 def _on_gpu(name: str) -> Any:
     def run(*arguments: Any) -> Any:
         kernels, _ = gpu_path()
-        return getattr(blocks if kernels is None else kernels, name)(*arguments)
+        return getattr(kernels, name, _PLAIN[name])(*arguments)
 
     return run
 
@@ -142,8 +153,8 @@ def below_autograd(operator: Any, *arguments: Any) -> Any:
 # What may raise comes before what is registered, so that a failed import can be repeated.
 library_path, cpu_reason = _choose_cpu()
 cpu_is_plain = library_path is None and os.environ.get("ADDITIVE_ATTN_CPU") != "triton"
-for _name in ("forward", "backward"):
-    registrations.impl(_name, getattr(blocks, _name), "CompositeExplicitAutograd")
+for _name, _operator in _PLAIN.items():
+    registrations.impl(_name, _operator, "CompositeExplicitAutograd")
     registrations.impl(_name, _on_gpu(_name), "CUDA")
 _register_cpu()
 

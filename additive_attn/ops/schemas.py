@@ -51,6 +51,35 @@ registrations.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
+_SCORED = (
+    "Tensor query, Tensor key, Tensor weight, Tensor? attn_mask, Tensor? lengths, int left, "
+    "int right, float scale"
+)
+registrations.define(f"scores({_SCORED}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+registrations.define(
+    f"scores_backward(Tensor grad_scores, {_SCORED}, bool need_query, bool need_key, "
+    "bool need_weight, bool need_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# What follows is called by ops.decoding alone, which knows its derivative.
+_STEP = (
+    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? prepared, Tensor? location, "
+    "Tensor? location_weight, Tensor? attn_mask, Tensor? lengths, Tensor? seed, float dropout_p, "
+    "float scale"
+)
+registrations.define("prepare_keys(Tensor key) -> Tensor")
+registrations.define(f"step({_STEP}) -> (Tensor out, Tensor weights, Tensor lse)")
+registrations.define(
+    f"step_backward(Tensor? grad_out, Tensor? grad_weights, Tensor? grad_lse, {_STEP}, "
+    "Tensor weights, Tensor lse, Tensor(a!)? grad_key) -> (Tensor grad_query, Tensor grad_scores, "
+    "Tensor kept, Tensor grad_location, Tensor grad_location_weight)"
+)
+registrations.define("location_features(Tensor inputs, Tensor filters) -> Tensor")
+registrations.define(
+    "location_features_backward(Tensor grad, Tensor inputs, Tensor filters, bool need_inputs, "
+    "bool need_filters) -> (Tensor, Tensor)"
+)
+
 
 def _keep_mask(
     seed: Tensor, batch: Sequence[int], rows: int, keys: int, dropout_p: float

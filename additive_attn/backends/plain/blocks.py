@@ -48,7 +48,7 @@ _BLOCK_ELEMENTS = 2**19
 _MOST_THREADS = 32
 
 
-def _unnarrowed(operator: Callable[..., Any]) -> Callable[..., Any]:
+def unnarrowed(operator: Callable[..., Any]) -> Callable[..., Any]:
     """Without autocast, which compiled graphs and backward may run operators under."""
 
     def run(*arguments: Any) -> Any:
@@ -58,7 +58,7 @@ def _unnarrowed(operator: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@_unnarrowed
+@unnarrowed
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, need_weights = Call(*arguments[:11]), arguments[11]
     query, key, value, _ = call.inputs
@@ -66,7 +66,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     out = query.new_zeros(*batch, num_queries, value.shape[-1])
     weights = query.new_zeros((*batch, num_queries, num_keys) if need_weights else (0,))
     lse = query.new_full((*batch, num_queries), -torch.inf, dtype=lse_dtype(query.dtype))
-    for block in _blocks(call, batch):
+    for block in blocks_of(call, batch):
         out_block, weights_block, lse_block = formula(
             block.inputs(call.inputs),
             *block.masks(call.masking, query.device),
@@ -81,7 +81,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out, weights, lse
 
 
-class _Gradients(NamedTuple):
+class Gradients(NamedTuple):
     """Over the whole batch, in the dtype that is computed in; None where not needed."""
 
     query: Tensor | None
@@ -91,7 +91,7 @@ class _Gradients(NamedTuple):
     mask: Tensor | None
 
 
-@_unnarrowed
+@unnarrowed
 def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     upstream, call, lse, needs = backward_arguments(arguments)
     (query, key, value, weight), attn_mask = call.inputs, call.masking.attn_mask
@@ -102,14 +102,14 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def zeros(need: bool, *shape: int) -> Tensor | None:
         return query.new_zeros(shape, dtype=dtype) if need else None
 
-    gradients = _Gradients(
+    gradients = Gradients(
         query=zeros(needs.query, *batch, *query.shape[-2:]),
         key=zeros(needs.key, *batch, *key.shape[-2:]),
         value=zeros(needs.value, *batch, *value.shape[-2:]),
         weight=zeros(needs.weight, *batch, weight.shape[-1]),
         mask=None if attn_mask is None else zeros(needs.mask, *attn_mask.shape),
     )
-    for block in _blocks(call, batch):
+    for block in blocks_of(call, batch):
         _backward_block(block, call, batch, upstream, gradients)
     dtypes = [query.dtype] * 3 + [dtype, query.dtype if attn_mask is None else attn_mask.dtype]
     grad_query, grad_key, grad_value, grad_weight, grad_mask = (
@@ -120,7 +120,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _backward_block(
-    block: _Block, call: Call, batch: torch.Size, upstream: Upstream, gradients: _Gradients
+    block: Block, call: Call, batch: torch.Size, upstream: Upstream, gradients: Gradients
 ) -> None:
     """Adds what the pairs of a block contribute to the gradients."""
     query, key, value, weight = (widened(tensor) for tensor in block.inputs(call.inputs))
@@ -142,7 +142,7 @@ def _backward_block(
         _add_value_gradient(block.of_keys(gradients.value), kept, grad_out, attended)
     if all(gradient is None for gradient in gradients[:2] + gradients[3:]):
         return
-    grad_score = _score_gradient(
+    grad_score = score_gradient(
         weights, None if grad_out is None else (grad_out, value), factors, attended,
         None if upstream.weights is None else block.of_pairs(upstream.weights),
         None if upstream.lse is None else block.of_rows(upstream.lse.unsqueeze(-1)),
@@ -154,10 +154,10 @@ def _backward_block(
     if gradients.weight is not None:
         block.of_entries(gradients.weight, 1).add_(weight_gradient(grad_score, energy))
     if gradients.query is not None or gradients.key is not None:
-        _add_feature_gradients(block, gradients, energy, grad_score, weight, shield)
+        add_feature_gradients(block, gradients, energy, grad_score, weight, shield)
 
 
-def _score_gradient(
+def score_gradient(
     weights: Tensor,
     out_and_value: tuple[Tensor, Tensor] | None,
     factors: Tensor | None,
@@ -194,9 +194,9 @@ def _add_value_gradient(
         target += kept.mT @ grad_out
 
 
-def _add_feature_gradients(
-    block: _Block,
-    gradients: _Gradients,
+def add_feature_gradients(
+    block: Block,
+    gradients: Gradients,
     energy: Tensor,
     grad_score: Tensor,
     weight: Tensor,
@@ -214,7 +214,7 @@ def _add_feature_gradients(
         target += slope.squeeze(-3) if slope.shape[-3] == 1 else slope.sum(-3)
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """Rows and keys of some entries, computed at one time."""
 
     dim: int  # batch dim that is divided, counted from the last, which is 1
@@ -277,7 +277,7 @@ class _Block(NamedTuple):
         return keep_factors(keep, dropout_p, dtype)
 
 
-def _blocks(call: Call, batch: torch.Size) -> Iterator[_Block]:
+def blocks_of(call: Call, batch: torch.Size) -> Iterator[Block]:
     """Blocks of all rows of some entries, or of some rows of one entry."""
     query, key, value, _ = call.inputs
     attn_mask, lengths, left, right = call.masking
@@ -304,7 +304,7 @@ def _blocks(call: Call, batch: torch.Size) -> Iterator[_Block]:
             rows = row, min(row + rows_at_once, num_queries)
             keys = interval_bounds(left, right, rows, num_keys, last_key)
             if keys[0] < keys[1]:
-                yield _Block(dim, entries, rows, keys)
+                yield Block(dim, entries, rows, keys)
 
 
 def _longest(lengths: Tensor | None, dim: int, count: int, num_keys: int) -> list[int]:

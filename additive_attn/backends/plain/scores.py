@@ -1,0 +1,100 @@
+"""Scores alone, and the gradients of query, key and weight from theirs, in plain PyTorch, a block
+of rows at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from additive_attn.backends.plain.blocks import (
+    Block,
+    Gradients,
+    add_feature_gradients,
+    blocks_of,
+    unnarrowed,
+)
+from additive_attn.backends.plain.whole import is_finite, weight_gradient
+from additive_attn.spec.call import Call, lse_dtype
+from additive_attn.spec.formula import add_bias, energies, widened
+from additive_attn.spec.formula import scores as formula
+
+
+def _call(query: Tensor, key: Tensor, weight: Tensor, *rest: Any) -> Call:
+    """A call without values."""
+    attn_mask, lengths, left, right, scale = rest
+    return Call(query, key, key[..., :0], weight, attn_mask, lengths, left, right, scale=scale)
+
+
+@unnarrowed
+def scores(*arguments: Any) -> Tensor:
+    """Equation 1: -inf where a pair is masked."""
+    call = _call(*arguments)
+    query, key, batch = call.query, call.key, call.batch()
+    result = query.new_full((*batch, query.shape[-2], key.shape[-2]), -torch.inf)
+    for block in blocks_of(call, batch):
+        query, key, _, weight = (widened(tensor) for tensor in block.inputs(call.inputs))
+        attn_mask, attended = block.masks(call.masking, query.device)
+        score = add_bias(call.scale * formula(energies(query, key), weight), attn_mask)
+        if attended is not None:
+            score = torch.where(attended, score, -torch.inf)
+        block.of_pairs(result).copy_(score)
+    return result
+
+
+@unnarrowed
+def scores_backward(grad_scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Equations 10 and 11; the gradient of a mask is that of the scores."""
+    call, needs = _call(*arguments[:8]), arguments[8:]
+    (query, key, _, weight), attn_mask = call.inputs, call.attn_mask
+    if attn_mask is not None and not attn_mask.is_floating_point():
+        attn_mask = None
+    batch, dtype = grad_scores.shape[:-2], lse_dtype(query.dtype)
+
+    def zeros(need: bool, *shape: int) -> Tensor | None:
+        return query.new_zeros(shape, dtype=dtype) if need else None
+
+    gradients = Gradients(
+        query=zeros(needs[0], *batch, *query.shape[-2:]),
+        key=zeros(needs[1], *batch, *key.shape[-2:]),
+        value=None,
+        weight=zeros(needs[2], *batch, weight.shape[-1]),
+        mask=None if attn_mask is None else zeros(needs[3], *attn_mask.shape),
+    )
+    for block in blocks_of(call, batch):
+        _backward_block(block, call, batch, grad_scores, gradients)
+    dtypes = [
+        query.dtype,
+        query.dtype,
+        dtype,
+        query.dtype if attn_mask is None else attn_mask.dtype,
+    ]
+    grad_query, grad_key, grad_weight, grad_mask = (
+        query.new_empty(0, dtype=target) if gradient is None else gradient.to(target)
+        for gradient, target in zip(gradients[:2] + gradients[3:], dtypes, strict=True)
+    )
+    return grad_query, grad_key, grad_weight, grad_mask
+
+
+def _backward_block(
+    block: Block, call: Call, batch: torch.Size, grad_scores: Tensor, gradients: Gradients
+) -> None:
+    query, key, _, weight = (widened(tensor) for tensor in block.inputs(call.inputs))
+    attended = block.masks(call.masking, query.device)[1]
+    query = query.expand(*block.of_batch(batch), *query.shape[-2:])
+    grad_score = block.of_pairs(grad_scores).to(query.dtype)
+    if attended is not None:
+        grad_score = torch.where(attended, grad_score, 0.0)
+    if gradients.mask is not None:
+        target = block.of_mask(gradients.mask)
+        target += grad_score.sum_to_size(target.shape)
+    energy = energies(query, key)
+    shield = None if attended is None or is_finite(formula(energy, weight).sum()) else attended
+    if shield is not None:
+        energy = energies(query, key, shield)
+    grad_score = grad_score * call.scale
+    if gradients.weight is not None:
+        block.of_entries(gradients.weight, 1).add_(weight_gradient(grad_score, energy))
+    if gradients.query is not None or gradients.key is not None:
+        add_feature_gradients(block, gradients, energy, grad_score, weight, shield)

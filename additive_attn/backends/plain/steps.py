@@ -1,0 +1,137 @@
+"""A decoder's steps in plain PyTorch: one query, all keys at one time.
+
+Backward returns what only this step can know: the gradients of the query and of the scores. Those
+of the keys, values and weight come once, for all steps (math.md, eq. 16).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from additive_attn.backends.plain.blocks import forward, score_gradient, unnarrowed
+from additive_attn.backends.plain.whole import is_finite, shielded
+from additive_attn.spec.call import lse_dtype
+from additive_attn.spec.dropout import keep_mask
+from additive_attn.spec.formula import attended_pairs, energies, keep_factors, scores, widened
+from additive_attn.spec.masks import interval_mask
+
+
+def prepare_keys(key: Tensor) -> Tensor:
+    """Nothing: plain PyTorch reads the keys themselves."""
+    return key.new_empty(0)
+
+
+@unnarrowed
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    prepared: Tensor | None,
+    location: Tensor | None,
+    location_weight: Tensor | None,
+    attn_mask: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equations 1 and 2 of one query, with the location term beside the keys."""
+    if location is not None:
+        key = (widened(key) + _term(location, location_weight)).to(key.dtype)
+    outputs: tuple[Tensor, Tensor, Tensor] = forward(
+        query, key, value, weight, attn_mask, lengths, -1, -1, seed, dropout_p, scale, True
+    )
+    return outputs
+
+
+@unnarrowed
+def step_backward(
+    grad_out: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    prepared: Tensor | None,
+    location: Tensor | None,
+    location_weight: Tensor | None,
+    attn_mask: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    weights: Tensor,
+    lse: Tensor,
+    grad_key: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Equations 9 and 10. ``weights`` are those that the step returned; ``grad_key`` is added
+    to."""
+    batch, dtype = weights.shape[:-2], lse_dtype(query.dtype)
+    keys = (0, key.shape[-2])
+    attended = attended_pairs(
+        attn_mask, interval_mask(lengths, -1, -1, (0, 1), keys, query.device)
+    )
+    factors = None
+    if seed is not None:
+        factors = keep_factors(keep_mask(seed, batch, (0, 1), keys, dropout_p), dropout_p, dtype)
+    weights = weights.to(dtype)
+    grad_scores = score_gradient(
+        weights,
+        None if grad_out is None else (widened(grad_out), widened(value)),
+        factors, attended, grad_weights, None if grad_lse is None else grad_lse.unsqueeze(-1),
+    )  # fmt: skip
+    kept = query.new_empty(0, dtype=dtype) if factors is None else weights * factors
+
+    shifted = widened(key)
+    if location is not None:
+        shifted = shifted + _term(location, location_weight)
+    energy = energies(widened(query), shifted)
+    shield = None
+    if attended is not None and not is_finite(scores(energy, widened(weight)).sum()):
+        energy, shield = energies(widened(query), shifted, attended), attended
+    slope = torch.addcmul(energy.new_ones(()), energy, energy, value=-1)
+    slope = slope * widened(weight)[..., None, None, :] * (scale * grad_scores).unsqueeze(-1)
+    if shield is not None:
+        slope = shielded(slope, shield)
+    grad_query = slope.sum(-2)  # of one query: the dim of rows stays
+    grad_location = grad_location_weight = query.new_empty(0)
+    if location is not None and location_weight is not None:
+        grad_pairs = slope.squeeze(-3)
+        if grad_key is not None:
+            grad_key += grad_pairs.sum_to_size(grad_key.shape)
+        reached = location if shield is None else torch.where(shield, location, 0.0)
+        grad_location = widened(location_weight) @ grad_pairs.mT
+        grad_location_weight = widened(reached) @ grad_pairs
+    return grad_query.to(query.dtype), grad_scores, kept, grad_location, grad_location_weight
+
+
+def _term(location: Tensor, location_weight: Tensor | None) -> Tensor:
+    assert location_weight is not None
+    return widened(location).mT @ widened(location_weight)
+
+
+def _windows(inputs: Tensor, width: int) -> Tensor:
+    """What each key sees: (B, C * width, Lk), zeros beyond the ends."""
+    padded = torch.nn.functional.pad(inputs, (width // 2, width // 2))
+    return padded.unfold(-1, width, 1).transpose(-1, -2).flatten(-3, -2)
+
+
+def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
+    """Cross-correlation along the keys, ``(B, C, Lk)`` with ``(F, C, width)``. The convolutions of
+    libraries are slow where inputs have one channel."""
+    return filters.flatten(1) @ _windows(inputs, filters.shape[-1])
+
+
+def location_features_backward(
+    grad: Tensor, inputs: Tensor, filters: Tensor, need_inputs: bool, need_filters: bool
+) -> tuple[Tensor, Tensor]:
+    grad_inputs = grad_filters = grad.new_empty(0)
+    if need_inputs:
+        grad_inputs = location_features(grad, filters.transpose(0, 1).flip(-1))
+    if need_filters:
+        pairs = grad @ _windows(inputs, filters.shape[-1]).mT
+        grad_filters = pairs.sum(0).view(filters.shape)
+    return grad_inputs, grad_filters
