@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from additive_attn.backends.plain import blocks, whole
+from additive_attn.backends.plain import whole
 from additive_attn.ops import dispatch
 
 DEVICE = os.environ.get("ADDITIVE_ATTN_TEST_DEVICE", "cpu")  # where everything runs
@@ -61,12 +61,12 @@ def available() -> tuple[str, ...]:
 class _Override:
     """Other implementations of the CPU's operators, whose calls are counted."""
 
-    def __init__(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+    def __init__(self, operators: dict[str, Callable[..., Any]]) -> None:
         self.calls = 0
         self.library = torch.library.Library("additive_attn", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="[^$]*only once for all operators")
-            for name, function in (("forward", forward), ("backward", backward)):
+            for name, function in operators.items():
                 self.library.impl(name, self.counted(function), "CPU", allow_override=True)
 
     def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,9 +163,11 @@ def _switched(path: str) -> Iterator[None]:
             from additive_attn.backends import triton
 
             stack.enter_context(_interpreted())
-            override = _Override(triton.forward, triton.backward)
+            override = _Override(
+                {name: getattr(triton, name, plain) for name, plain in dispatch.PLAIN.items()}
+            )
         else:
-            override = _Override(blocks.forward, blocks.backward)
+            override = _Override(dispatch.PLAIN)
         stack.callback(override.library._destroy)
         if path == "pytorch":
             patch = stack.enter_context(pytest.MonkeyPatch.context())

@@ -16,7 +16,7 @@ from additive_attn.backends.plain import blocks, scores, steps
 from additive_attn.ops.library import find_library, how_to_build
 from additive_attn.ops.schemas import registrations
 
-_PLAIN: dict[str, Any] = {
+PLAIN: dict[str, Any] = {
     "forward": blocks.forward,
     "backward": blocks.backward,
     "scores": scores.scores,
@@ -71,7 +71,7 @@ def _choose_cpu() -> tuple[str | None, str]:
 def _register_cpu() -> None:
     if os.environ.get("ADDITIVE_ATTN_CPU") == "triton":
         kernels = importlib.import_module("additive_attn.backends.triton")
-        for name in _PLAIN.keys() & vars(kernels).keys():
+        for name in PLAIN.keys() & vars(kernels).keys():
             registrations.impl(name, getattr(kernels, name), "CPU")
     elif library_path is None and not os.environ.get("ADDITIVE_ATTN_CPU"):
         warnings.warn(
@@ -135,7 +135,7 @@ def on_plain_path(device: torch.device) -> bool:
 def _on_gpu(name: str) -> Any:
     def run(*arguments: Any) -> Any:
         kernels, _ = gpu_path()
-        return getattr(kernels, name, _PLAIN[name])(*arguments)
+        return getattr(kernels, name, PLAIN[name])(*arguments)
 
     return run
 
@@ -153,7 +153,7 @@ def below_autograd(operator: Any, *arguments: Any) -> Any:
 # What may raise comes before what is registered, so that a failed import can be repeated.
 library_path, cpu_reason = _choose_cpu()
 cpu_is_plain = library_path is None and os.environ.get("ADDITIVE_ATTN_CPU") != "triton"
-for _name, _operator in _PLAIN.items():
+for _name, _operator in PLAIN.items():
     registrations.impl(_name, _operator, "CompositeExplicitAutograd")
     registrations.impl(_name, _on_gpu(_name), "CUDA")
 _register_cpu()

@@ -18,7 +18,7 @@ from additive_attn.backends.triton.feature_gradients import key_kernel, query_ke
 from additive_attn.backends.triton.launch import launch, target
 from additive_attn.backends.triton.plan import Piece, splits
 from additive_attn.backends.triton.row_gradient import row_gradient_kernel
-from additive_attn.backends.triton.scores import tile_scores
+from additive_attn.backends.triton.score_tiles import tile_scores
 from additive_attn.spec.call import backward_arguments
 
 

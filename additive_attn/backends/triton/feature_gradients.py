@@ -25,7 +25,7 @@ from additive_attn.backends.triton.numerics import (
     tanh_slope,
 )
 from additive_attn.backends.triton.prepare import PROJECTIONS, SAFE
-from additive_attn.backends.triton.scores import extremes, small_tanh
+from additive_attn.backends.triton.score_tiles import extremes, small_tanh
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from additive_attn.backends.triton import decode_forward, tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.launch import launch, target
 from additive_attn.backends.triton.plan import splits
-from additive_attn.backends.triton.scores import tile_scores
+from additive_attn.backends.triton.score_tiles import tile_scores
 from additive_attn.backends.triton.softmax_values import lse_kernel, value_kernel
 from additive_attn.spec.call import Call
 
