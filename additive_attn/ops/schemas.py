@@ -72,7 +72,7 @@ registrations.define(f"step({_STEP}) -> (Tensor out, Tensor weights, Tensor lse)
 registrations.define(
     f"step_backward(Tensor? grad_out, Tensor? grad_weights, Tensor? grad_lse, {_STEP}, "
     "Tensor weights, Tensor lse, Tensor(a!)? grad_key) -> (Tensor grad_query, Tensor grad_scores, "
-    "Tensor kept, Tensor grad_location, Tensor grad_location_weight)"
+    "Tensor kept, Tensor grad_location, Tensor grad_location_weight, Tensor grad_weight)"
 )
 registrations.define("location_features(Tensor inputs, Tensor filters) -> Tensor")
 registrations.define(

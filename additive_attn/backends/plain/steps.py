@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from additive_attn.backends.plain.blocks import forward, score_gradient, unnarrowed
-from additive_attn.backends.plain.whole import is_finite, shielded
+from additive_attn.backends.plain.whole import is_finite, shielded, weight_gradient
 from additive_attn.spec.call import lse_dtype
 from additive_attn.spec.dropout import keep_mask
 from additive_attn.spec.formula import attended_pairs, energies, keep_factors, scores, widened
@@ -66,9 +66,9 @@ def step_backward(
     weights: Tensor,
     lse: Tensor,
     grad_key: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Equations 9 and 10. ``weights`` are those that the step returned; ``grad_key`` is added
-    to."""
+    to. With a location term no later pass can make the gradient of the weight, so it comes too."""
     batch, dtype = weights.shape[:-2], lse_dtype(query.dtype)
     keys = (0, key.shape[-2])
     attended = attended_pairs(
@@ -92,12 +92,13 @@ def step_backward(
     shield = None
     if attended is not None and not is_finite(scores(energy, widened(weight)).sum()):
         energy, shield = energies(widened(query), shifted, attended), attended
+    grad_scaled = scale * grad_scores
     slope = torch.addcmul(energy.new_ones(()), energy, energy, value=-1)
-    slope = slope * widened(weight)[..., None, None, :] * (scale * grad_scores).unsqueeze(-1)
+    slope = slope * widened(weight)[..., None, None, :] * grad_scaled.unsqueeze(-1)
     if shield is not None:
         slope = shielded(slope, shield)
     grad_query = slope.sum(-2)  # of one query: the dim of rows stays
-    grad_location = grad_location_weight = query.new_empty(0)
+    grad_location = grad_location_weight = grad_weight = query.new_empty(0)
     if location is not None and location_weight is not None:
         grad_pairs = slope.squeeze(-3)
         if grad_key is not None:
@@ -105,7 +106,11 @@ def step_backward(
         reached = location if shield is None else torch.where(shield, location, 0.0)
         grad_location = widened(location_weight) @ grad_pairs.mT
         grad_location_weight = widened(reached) @ grad_pairs
-    return grad_query.to(query.dtype), grad_scores, kept, grad_location, grad_location_weight
+        grad_weight = weight_gradient(grad_scaled, energy)
+    return (
+        grad_query.to(query.dtype), grad_scores, kept, grad_location, grad_location_weight,
+        grad_weight,
+    )  # fmt: skip
 
 
 def _term(location: Tensor, location_weight: Tensor | None) -> Tensor:
