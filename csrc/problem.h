@@ -1,4 +1,4 @@
-// What the kernels compute, on raw pointers: the boundary between the torch side (bindings.cpp) and the kernels.
+// What the kernels compute, on raw pointers: the boundary between the torch side (bindings/) and the kernels.
 #pragma once
 
 #include <atomic>
@@ -30,7 +30,7 @@ struct Mask {
 
 template <class T>
 struct Problem {
-  std::int64_t batch, queries, keys, hidden, values;  // B (flattened), Lq, Lk, H, Dv
+  std::int64_t batch, queries, keys, hidden, values;  // B (flattened), Lq, Lk, H, Dv; Dv = 0 without values
   int threads;                                        // a hint for the size of the pieces; no result depends on it
   Rows<const T> query, key, value, weight;            // weight has one row per entry
   Mask mask;
@@ -52,10 +52,16 @@ struct Forward : Problem<T> {
 };
 
 template <class T>
+struct Scores : Problem<T> {
+  T* scores;  // (B, Lq, Lk)
+};
+
+template <class T>
 struct Backward : Problem<T> {
   const T* lse;                                         // (B, Lq)
   Rows<const T> grad_out, grad_weights;                 // no data = zero
   Rows<const T> grad_lse;                               // element (n, i); no data = zero
+  Rows<const T> grad_scores;                            // G, in place of the gradients of the outputs and lse
   T *grad_query, *grad_key, *grad_value, *grad_weight;  // (B, Lq, H), (B, Lk, H), (B, Lk, Dv), (B, H) or null
   // Contiguous in the mask's own shape, zeroed by the caller, or null; double, since a mask may broadcast over
   // thousands of rows.
@@ -87,11 +93,15 @@ struct Kernels {
   void (*forward64)(const Forward<double>&, const ParallelFor&);
   void (*backward32)(const Backward<float>&, const ParallelFor&);
   void (*backward64)(const Backward<double>&, const ParallelFor&);
+  void (*scores32)(const Scores<float>&, const ParallelFor&);
+  void (*scores64)(const Scores<double>&, const ParallelFor&);
 
   void forward(const Forward<float>& p, const ParallelFor& f) const { forward32(p, f); }
   void forward(const Forward<double>& p, const ParallelFor& f) const { forward64(p, f); }
   void backward(const Backward<float>& p, const ParallelFor& f) const { backward32(p, f); }
   void backward(const Backward<double>& p, const ParallelFor& f) const { backward64(p, f); }
+  void scores(const Scores<float>& p, const ParallelFor& f) const { scores32(p, f); }
+  void scores(const Scores<double>& p, const ParallelFor& f) const { scores64(p, f); }
 };
 
 // Null where this build or this processor has no such instructions.

@@ -12,8 +12,8 @@ from urllib.request import url2pathname
 import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# The order of the operators' arguments; csrc/bindings.cpp has the same.
-_INTERFACE = b"additive_attn interface 2"
+# The order of the operators' arguments; csrc/bindings/library.cpp has the same.
+_INTERFACE = b"additive_attn interface 3"
 _REINSTALL = "pip install --force-reinstall --no-deps"
 
 

@@ -14,6 +14,7 @@
 // P and G are kept for a bounded number of query rows at a time. Three passes over them follow, each of which owns what
 // it writes, so that nothing is atomic and every sum has a fixed order:
 //     rows -> P, G        keys -> dV        features -> dq, dk, dw (lanes run over features)
+// Where the caller gives G, only the last one is left.
 
 constexpr std::int64_t workspace_elements = std::int64_t(1) << 21;  // of P, and as many of G
 
@@ -43,7 +44,7 @@ class BackwardPiece {
       : p(problem), ws(workspace), parallel_for(parallel) {}
 
   void run() {
-    rows_to_weights();
+    p.grad_scores ? given_to_gradients() : rows_to_weights();
     if (p.grad_value && p.grad_out && p.values > 0) keys_to_values();
     if ((p.grad_query || p.grad_key || p.grad_weight) && p.hidden > 0) features_to_gradients();
     if (p.grad_mask) to_mask();
@@ -60,6 +61,14 @@ class BackwardPiece {
         const std::int64_t row0 = task % blocks * rows;
         pass.run(ws.entry0 + task / blocks, ws.row0 + row0, std::min(rows, ws.rows - row0));
       }
+    });
+  }
+
+  void given_to_gradients() {
+    parallel_for(ws.entries * ws.rows, 2 * p.keys, [&](Tasks& tasks) {
+      Buffer<T> bias;
+      for (std::int64_t task; tasks.take(task);)
+        given_row(p, ws, ws.entry0 + task / ws.rows, ws.row0 + task % ws.rows, bias.get(p.keys));
     });
   }
 
@@ -128,7 +137,7 @@ void backward(const Backward<T>& p, const ParallelFor& parallel_for) {
   const std::int64_t rows = std::min(p.queries, most);
   Buffer<T> weights, gradient, largest_gradient;
   Buffer<unsigned char> attended;
-  ws.weights = weights.get(entries * rows * ws.keys);
+  ws.weights = p.grad_scores ? nullptr : weights.get(entries * rows * ws.keys);
   ws.gradient = gradient.get(entries * rows * ws.keys);
   ws.attended = attended.get(entries * rows * ws.blocks);
   ws.largest_gradient = largest_gradient.get(entries * rows);

@@ -146,7 +146,7 @@ class ScoreBlock {
     for (std::int64_t j = 0; j < count; ++j) {
       if (!attended[0][j / K]) continue;
       // Scores are compute-bound, the weighted sum is memory-bound: the values are prefetched here.
-      prefetch(p.value.at(entry, key0 + j), p.values);
+      if (p.values > 0) prefetch(p.value.at(entry, key0 + j), p.values);
       scores[j] = energy(p.query.at(entry, row0), p.key.at(entry, key0 + j), weight_.get(0), p.hidden);
     }
     finish_row(0, key0);

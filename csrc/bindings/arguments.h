@@ -1,0 +1,171 @@
+// The arguments that all operators share, in computing form. additive_attn/ops/checks.py has checked them; what could
+// harm the process is checked again here, since the operators are public.
+#pragma once
+
+#include "tensors.h"
+
+namespace additive_attn {
+
+struct Arguments {
+  const Tensor &query, &key;
+  const Tensor* value;  // null where only scores are asked for
+  const Tensor& weight;
+  const std::optional<Tensor>&attn_mask, &lengths, &seed;
+  int64_t left, right;
+  double dropout_p, scale;
+};
+
+// The arguments in computing form, which must outlive the Problem that points into them.
+struct Inputs {
+  ScalarType type;
+  Sizes batch;
+  int64_t entries = 1;
+  std::vector<Tensor> held;
+  std::vector<Offsets> offsets;
+
+  explicit Inputs(const Arguments& a) : type(a.query.scalar_type()) {
+    STD_TORCH_CHECK(is_half(type) || type == ScalarType::Float || type == ScalarType::Double,
+                    "query must be float64, float32, bfloat16 or float16.");
+    broadcast(batch, a.query, 2, "query");
+    broadcast(batch, a.key, 2, "key");
+    if (a.value) broadcast(batch, *a.value, 2, "value");
+    broadcast(batch, a.weight, 1, "weight");
+    if (a.attn_mask && a.attn_mask->dim() > 2) broadcast(batch, *a.attn_mask, 2, "attn_mask");
+    if (a.lengths && a.lengths->dim() > 1) broadcast(batch, *a.lengths, 1, "lengths");
+    if (a.seed) broadcast(batch, *a.seed, 0, "seed");
+    for (const int64_t n : batch) entries *= n;
+    held.reserve(16);
+    offsets.reserve(16);
+  }
+
+  template <class T>
+  Rows<const T> rows(const Tensor& t, int64_t own, const char* name) {
+    STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU, but query is.");
+    held.push_back(ready(t, type));
+    const Tensor& u = held.back();
+    STD_TORCH_CHECK(u.scalar_type() == compute_type(type), name, " has another dtype than query.");
+    offsets.push_back(batch_offsets(batch, u, own));
+    return {static_cast<const T*>(u.const_data_ptr()), offsets.back().data(), own == 2 ? row_stride(u) : 0};
+  }
+
+  static int64_t row_stride(const Tensor& t) { return t.size(-2) == 1 ? 0 : t.stride(-2); }
+
+  // A tensor of rank two or less is aligned at its end, as broadcasting does.
+  static int64_t stride_or_zero(const Tensor& t, int64_t from_end) {
+    return t.dim() < from_end || t.size(-from_end) == 1 ? 0 : t.stride(-from_end);
+  }
+
+  // A gradient or a saved output, which has all leading dims.
+  template <class T>
+  Rows<const T> whole(const Tensor& t, const Sizes& expected, int64_t own, const char* name) {
+    STD_TORCH_CHECK(sizes(t) == expected, name, " has another shape than the output that it belongs to.");
+    return rows<T>(t, own, name);
+  }
+
+  // Room for a result with all leading dims; empty where it is not needed.
+  template <class T>
+  Tensor output(bool needed, std::initializer_list<int64_t> own, T*& to) const {
+    const Tensor t = empty(needed ? with(batch, own) : Sizes{0}, compute_type(type));
+    to = needed ? data<T>(t) : nullptr;
+    return t;
+  }
+
+  // Room for the mask's gradient, zeroed. It is not needed where the mask has none.
+  template <class T>
+  Tensor mask_gradient(Backward<T>& p, const std::optional<Tensor>& attn_mask, bool& needed) {
+    needed = needed && attn_mask && attn_mask->scalar_type() != ScalarType::Bool;
+    Tensor mask = empty(needed ? sizes(*attn_mask) : Sizes{0}, ScalarType::Double);
+    p.grad_mask = nullptr;
+    if (!needed) return mask;
+    held.push_back(torch::stable::zero_(mask));
+    offsets.push_back(batch_offsets(batch, mask, std::min<int64_t>(mask.dim(), 2)));
+    p.grad_mask = data<double>(mask);
+    p.grad_mask_offset = offsets.back().data();
+    p.grad_mask_row = stride_or_zero(mask, 2);
+    p.grad_mask_column = stride_or_zero(mask, 1);
+    return mask;
+  }
+
+  template <class T>
+  void fill(Problem<T>& p, const Arguments& a) {
+    p.batch = entries;
+    p.queries = a.query.size(-2);
+    p.keys = a.key.size(-2);
+    p.hidden = a.query.size(-1);
+    p.values = a.value ? a.value->size(-1) : 0;
+    STD_TORCH_CHECK(a.key.size(-1) == p.hidden && a.weight.size(-1) == p.hidden,
+                    "The last dims of query, key and weight must agree; they are ", p.hidden, ", ", a.key.size(-1),
+                    " and ", a.weight.size(-1), ".");
+    p.threads = static_cast<int>(torch::stable::get_num_threads());
+    p.query = rows<T>(a.query, 2, "query");
+    p.key = rows<T>(a.key, 2, "key");
+    if (a.value) {
+      STD_TORCH_CHECK(a.value->size(-2) == p.keys, "value has ", a.value->size(-2), " rows for ", p.keys, " keys.");
+      p.value = rows<T>(*a.value, 2, "value");
+    }
+    p.weight = rows<T>(a.weight, 1, "weight");
+    if (a.attn_mask) p.mask = mask(*a.attn_mask, p.queries, p.keys);
+    p.lengths = {};
+    if (a.lengths) {
+      const Tensor& t = *a.lengths;
+      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_cpu(), "lengths must be int64 on the CPU.");
+      STD_TORCH_CHECK(t.dim() == 0 || t.size(-1) == 1 || t.size(-1) == p.queries, "The last dim of lengths is ",
+                      t.dim() ? t.size(-1) : 1, "; it must be 1 or the number of query rows, ", p.queries, ".");
+      held.push_back(t);
+      offsets.push_back(batch_offsets(batch, t, std::min<int64_t>(t.dim(), 1)));
+      p.lengths = {static_cast<const int64_t*>(t.const_data_ptr()), offsets.back().data(), stride_or_zero(t, 1)};
+    }
+    p.left = a.left;
+    p.right = a.right;
+    p.seed = nullptr;
+    p.seed_offset = nullptr;
+    STD_TORCH_CHECK(a.seed.has_value() || a.dropout_p == 0, "dropout_p is ", a.dropout_p, " but there is no seed.");
+    if (a.seed && a.dropout_p > 0) {
+      STD_TORCH_CHECK(a.seed->scalar_type() == ScalarType::Long && a.seed->is_cpu(), "seed must be int64 on the CPU.");
+      held.push_back(*a.seed);
+      offsets.push_back(batch_offsets(batch, *a.seed, 0));
+      p.seed = static_cast<const int64_t*>(a.seed->const_data_ptr());
+      p.seed_offset = offsets.back().data();
+    }
+    p.drop_below = static_cast<uint32_t>(std::min(std::floor(a.dropout_p * 4294967296.0), 4294967295.0));
+    p.keep_scale = a.dropout_p < 1 ? T(1 / (1 - a.dropout_p)) : T(0);
+    p.scale = T(a.scale);
+  }
+
+ private:
+  Mask mask(const Tensor& t, int64_t queries, int64_t keys) {
+    STD_TORCH_CHECK(t.is_cpu(), "attn_mask is not on the CPU, but query is.");
+    STD_TORCH_CHECK((t.dim() < 1 || t.size(-1) == 1 || t.size(-1) == keys) &&
+                        (t.dim() < 2 || t.size(-2) == 1 || t.size(-2) == queries),
+                    "attn_mask must broadcast to (..., ", queries, ", ", keys, ").");
+    Mask m;
+    switch (t.scalar_type()) {
+      case ScalarType::Bool:
+        m.type = MaskType::boolean;
+        break;
+      case ScalarType::Half:
+        m.type = MaskType::float16;
+        break;
+      case ScalarType::BFloat16:
+        m.type = MaskType::bfloat16;
+        break;
+      case ScalarType::Float:
+        m.type = MaskType::float32;
+        break;
+      case ScalarType::Double:
+        m.type = MaskType::float64;
+        break;
+      default:
+        STD_TORCH_CHECK(false, "attn_mask must be bool or floating point.");
+    }
+    held.push_back(t);
+    offsets.push_back(batch_offsets(batch, t, std::min<int64_t>(t.dim(), 2)));
+    m.data = t.const_data_ptr();
+    m.offset = offsets.back().data();
+    m.row = stride_or_zero(t, 2);
+    m.column = stride_or_zero(t, 1);
+    return m;
+  }
+};
+
+}  // namespace additive_attn
