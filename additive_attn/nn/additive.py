@@ -12,7 +12,9 @@ from additive_attn.nn.linear import energy_of, projected
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.checks import (
+    Integers,
     aligned_lengths,
+    as_integers,
     checked_probability,
     checked_scale,
     refuse_types,
@@ -26,8 +28,8 @@ from additive_attn.ops.layer_checks import (
     refuse_memory,
     refuse_ranks,
     warn_of_polarity,
-    with_padding,
 )
+from additive_attn.ops.masking import with_padding
 from additive_attn.spec.call import Inputs
 
 
@@ -142,8 +144,9 @@ class AdditiveAttention(nn.Module):
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        lengths: Tensor | None = None,
+        lengths: Integers | None = None,
         window: tuple[int, int] | None = None,
+        starts: Integers | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends with every query to the keys of its sequence.
 
@@ -158,8 +161,9 @@ class AdditiveAttention(nn.Module):
                 the scores.
             is_causal: key j is attended to iff j <= i.
             lengths: integers ``(B,)`` or ``(B, Lq)``, or unbatched ``()`` or ``(Lq,)``: number of
-                leading keys to attend to.
+                leading keys to attend to; a tensor, or a list.
             window: ``(left, right)``: keys i - left ... i + right; -1 = unbounded.
+            starts: integers like lengths: the first key to attend to.
 
         Returns:
             out ``(B, Lq, Dv)`` and weights ``(B, Lq, Lk)``, or None. Unbatched inputs give ``(Lq,
@@ -175,7 +179,7 @@ class AdditiveAttention(nn.Module):
         ):
             if not is_symbolic(query, key, value):
                 refuse_types(query=query, key=key, value=value)
-            masking = key_padding_mask, need_weights, attn_mask, is_causal, lengths, window
+            masking = key_padding_mask, need_weights, attn_mask, is_causal, lengths, window, starts
             return symbolic_call(self, "forward", query, key, value, *masking)
         rank = query.dim()
         if not (2 <= rank <= 3 and key.dim() == rank and value.dim() == rank):
@@ -188,12 +192,10 @@ class AdditiveAttention(nn.Module):
         if swap:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         try:
-            if key_padding_mask is not None:
-                batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
-                attn_mask = with_padding(attn_mask, key_padding_mask, k, batch)
             out, weights = self._attend(
-                q, k, v, attn_mask, lengths, is_causal, window, need_weights
-            )
+                q, k, v, attn_mask, lengths, is_causal, window, need_weights, key_padding_mask,
+                starts,
+            )  # fmt: skip
         except (RuntimeError, ValueError):
             explain_shapes("", self.batch_first, lengths, query=query, key=key, value=value)
             raise
@@ -203,7 +205,7 @@ class AdditiveAttention(nn.Module):
         self,
         key: Tensor,
         value: Tensor | None = None,
-        lengths: Tensor | None = None,
+        lengths: Integers | None = None,
         key_padding_mask: Tensor | None = None,
     ) -> ProjectedMemory:
         """Prepares what a decoder attends to, once per sequence, for :meth:`step`.
@@ -211,7 +213,8 @@ class AdditiveAttention(nn.Module):
         Args:
             key: ``(B, Lk, key_dim)``, or ``(Lk, key_dim)`` unbatched.
             value: ``(B, Lk, Dv)``, or ``(Lk, Dv)``; the key itself by default.
-            lengths: integers ``(B,)``, or ``()``: number of leading keys to attend to.
+            lengths: integers ``(B,)``, or ``()``: number of leading keys to attend to; a tensor,
+                or a list.
             key_padding_mask: bool ``(B, Lk)``, or ``(Lk,)``: **True = ignore**.
 
         Returns:
@@ -240,6 +243,7 @@ class AdditiveAttention(nn.Module):
             if k.shape[-2] != v.shape[-2]:
                 raise ValueError
             if lengths is not None:
+                lengths = as_integers("lengths", lengths, k.device)
                 lengths = aligned_lengths(lengths, k, _shared(batch, lengths), 1)
             if key_padding_mask is not None:
                 self._check_polarity(None, key_padding_mask, 4)
@@ -322,8 +326,9 @@ class AdditiveAttention(nn.Module):
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
-        lengths: Tensor | None, is_causal: bool, window: tuple[int, int] | None,
-        need_weights: bool,
+        lengths: Integers | None, is_causal: bool, window: tuple[int, int] | None,
+        need_weights: bool, key_padding_mask: Tensor | None = None,
+        starts: Integers | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Of projected queries and keys, batch first."""
         # Three lookups in _modules: nn.Module's __getattr__ would show in a decoder step.
@@ -336,7 +341,8 @@ class AdditiveAttention(nn.Module):
             weight = weight.squeeze(0)
         out, weights, _ = masked_attention(
             Inputs(query, key, value, weight), attn_mask, lengths, is_causal, window,
-            self.dropout if self.training else 0.0, self.scale, need_weights, bias,
+            self.dropout if self.training else 0.0, self.scale, need_weights, bias, False,
+            key_padding_mask, starts,
         )  # fmt: skip
         return out, weights if need_weights else None
 

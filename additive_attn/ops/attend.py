@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.checks import (
+    Integers,
     aligned_lengths,
     check_mask,
     checked_batch,
     checked_probability,
     checked_scale,
     checked_window,
+    explained_rows,
+    filled,
     refuse_flags,
-    refuse_types,
+    refuse_rank,
 )
+from additive_attn.ops.masking import checked_bias, with_bias, with_padding, with_starts
 from additive_attn.spec.call import Call, Inputs
 from additive_attn.spec.dropout import draw_seed
 
@@ -25,7 +30,7 @@ from additive_attn.spec.dropout import draw_seed
 def masked_attention(
     inputs: Inputs,
     attn_mask: Tensor | None,
-    lengths: Tensor | None,
+    lengths: Integers | None,
     is_causal: bool,
     window: tuple[int, int] | None,
     dropout_p: float,
@@ -33,8 +38,12 @@ def masked_attention(
     need_weights: bool,
     score_bias: Tensor | None = None,
     need_lse: bool = False,
+    key_padding_mask: Tensor | None = None,
+    starts: Integers | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks, casts under autocast, attends; returns out, weights (empty unless needed), lse."""
+    """Checks, casts under autocast, attends; returns out, weights (empty unless needed), lse.
+    ``score_bias`` is a ``bias`` that needs no check, where lse is not needed."""
     query, key, value, weight = inputs
     if not (
         isinstance(query, Tensor)
@@ -42,7 +51,7 @@ def masked_attention(
         and isinstance(value, Tensor)
         and isinstance(weight, Tensor)
     ):
-        refuse_types(**inputs._asdict())
+        inputs = query, key, value, weight = filled(inputs, dropout_p)
     # Five times cheaper than asking per device; autocast is usually off.
     autocasts = torch._C._is_any_autocast_enabled()
     if autocasts:
@@ -53,10 +62,18 @@ def masked_attention(
         check_mask(attn_mask, query, batch, (query.shape[-2], key.shape[-2]))
     if lengths is not None:
         lengths = aligned_lengths(lengths, key, batch, query.shape[-2])
+    if starts is not None:
+        attn_mask = with_starts(attn_mask, starts, key, batch, query.shape[-2])
+    if key_padding_mask is not None:
+        attn_mask = with_padding(attn_mask, key_padding_mask, key, batch)
     left, right = (-1, -1) if window is None else checked_window(window)
     if not (type(is_causal) is type(need_weights) is type(need_lse) is bool):
         refuse_flags(is_causal=is_causal, need_weights=need_weights, need_lse=need_lse)
     right = 0 if is_causal else right
+    if bias is not None:
+        score_bias = checked_bias(bias, query)
+        if need_lse:
+            attn_mask, score_bias = with_bias(attn_mask, bias, query.dtype), None
     if type(scale) is not float or not -math.inf < scale < math.inf:
         scale = checked_scale(scale)
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
@@ -67,6 +84,25 @@ def masked_attention(
         with torch.autocast(query.device.type, enabled=False):  # no backend narrows further
             return attend(call, need_weights, score_bias, need_lse)
     return attend(call, need_weights, score_bias, need_lse)
+
+
+def masked_step(
+    inputs: Inputs, attn_mask: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``masked_attention`` for one query per entry: query ``(..., H)``, mask ``(..., Lk)``."""
+    query, mask = inputs.query, attn_mask
+    if isinstance(query, Tensor):
+        if query.dim() == 0:
+            refuse_rank("query", query.shape, "(..., H)")
+        inputs = inputs._replace(query=query.unsqueeze(-2))
+    if isinstance(mask, Tensor) and mask.dim() > 0:
+        mask = mask.unsqueeze(-2)
+    try:
+        out, weights, lse = masked_attention(inputs, mask, *options)
+    except ValueError as error:
+        made = {"query": (query, inputs.query), "attn_mask": (attn_mask, mask)}
+        raise ValueError(f"{error} {explained_rows(made)}") from None
+    return out.squeeze(-2), weights.squeeze(-2) if weights.dim() > 1 else weights, lse.squeeze(-1)
 
 
 def _autocasted(inputs: Inputs, attn_mask: Tensor | None) -> tuple[Inputs, Tensor | None]:

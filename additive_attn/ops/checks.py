@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +17,7 @@ INTEGERS = (
     torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint64, torch.uint32, torch.uint16, torch.uint8,
 )  # fmt: skip
+Integers = Tensor | Sequence[int]
 
 
 def require_one_device(**tensors: Tensor | None) -> None:
@@ -62,10 +63,8 @@ def _broadcast_batch(
 ) -> torch.Size:
     for name, shape in (("query", query), ("key", key), ("value", value)):
         if len(shape) < 2:
-            raise ValueError(
-                f"{name} has shape {tuple(shape)}, but needs at least two dims: "
-                f"(..., {'Lq' if name == 'query' else 'Lk'}, {'Dv' if name == 'value' else 'H'})."
-            )
+            rows, size = "Lq" if name == "query" else "Lk", "Dv" if name == "value" else "H"
+            refuse_rank(name, shape, f"(..., {rows}, {size})")
     if query[-1] != key[-1]:
         raise ValueError(
             f"query has {query[-1]} features and key has {key[-1]}, but they are added to each "
@@ -93,6 +92,55 @@ def _broadcast_batch(
             "heads."
         )
     return batch
+
+
+def refuse_rank(name: str, shape: torch.Size, needed: str) -> NoReturn:
+    dims = "two dims" if needed.count(",") > 1 else "one dim"
+    raise ValueError(f"{name} has shape {tuple(shape)}, but needs at least {dims}: {needed}.")
+
+
+def filled(inputs: Inputs, dropout_p: float) -> Inputs:
+    """Zeros for a query that is left out, values of no features for values left out. Neither takes
+    memory."""
+    query, key, value, weight = inputs
+    if isinstance(key, Tensor) and (query is None or value is None):
+        if key.layout is not torch.strided or key.is_nested:
+            refuse_layouts(key=key)
+        if key.dim() < 2:
+            refuse_rank("key", key.shape, "(..., Lk, H)")
+        if value is None:
+            if dropout_p != 0.0:
+                raise ValueError(
+                    f"dropout_p is {dropout_p!r}, but the value is left out, and the returned "
+                    "weights are those before dropout. Apply F.dropout to them, or pass a value."
+                )
+            value = key.detach()[..., :0]
+        if query is None and isinstance(weight, Tensor):
+            *batch, _, hidden = key.shape
+            if weight.dim() == 2 and batch and batch[-1] == 1:
+                batch[-1] = weight.shape[0]
+            shape = weight.shape
+            if shape != (hidden,) and shape not in ((1, hidden), (*batch[-1:], hidden)):
+                raise ValueError(
+                    f"weight has shape {tuple(shape)}, but a key of shape {tuple(key.shape)}, "
+                    f"with the query left out, needs a weight of shape ({hidden},), or (heads, "
+                    f"{hidden}) where dim -3 of key is heads."
+                )
+            query = key.new_zeros(hidden).expand(*batch, 1, hidden)
+    inputs = Inputs(query, key, value, weight)
+    if not all(isinstance(x, Tensor) for x in inputs):
+        refuse_types(**inputs._asdict())
+    return inputs
+
+
+def explained_rows(made: dict[str, tuple[Any, Any]]) -> str:
+    """For the end of a sentence that names shapes which the user has not passed."""
+    found = [
+        f"{name} {tuple(given.shape)} as {tuple(rows.shape)}"
+        for name, (given, rows) in made.items()
+        if isinstance(given, Tensor) and given is not rows
+    ]
+    return f"(One query per sequence is one row of queries: {', '.join(found)}.)" if found else ""
 
 
 def check_mask(
@@ -124,27 +172,43 @@ def check_mask(
         )
 
 
-def aligned_lengths(lengths: Tensor, key: Tensor, batch: torch.Size, num_queries: int) -> Tensor:
+def as_integers(name: str, given: Any, device: torch.device) -> Tensor:
+    """A tensor of integers as it is; lists, tuples and NumPy arrays of integers as a tensor."""
+    if not isinstance(given, Tensor):
+        try:
+            if not isinstance(given, (Sequence, Integral)) and not hasattr(given, "__array__"):
+                raise TypeError
+            given = torch.tensor(given, device=device)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"{name} is {given!r:.60}, a {type(given).__name__}, but must be integers: a "
+                "tensor, or a list or NumPy array of them. Convert it with torch.tensor."
+            ) from None
+        if given.numel() == 0:
+            given = given.long()
+    if given.dtype not in INTEGERS:
+        raise TypeError(
+            f"{name} has dtype {given.dtype}, but must hold integers. Convert it with .long()."
+        )
+    return given
+
+
+def aligned_lengths(
+    lengths: Integers, key: Tensor, batch: torch.Size, num_queries: int, name: str = "lengths"
+) -> Tensor:
     """``lengths`` as int64, broadcastable to ``(*batch, Lq)``."""
-    if not isinstance(lengths, Tensor):
-        raise TypeError(
-            f"lengths is a {type(lengths).__name__}, but must be an integer tensor. Convert it "
-            "with torch.tensor(lengths)."
-        )
-    if lengths.dtype not in INTEGERS:
-        raise TypeError(
-            f"lengths has dtype {lengths.dtype}, but must hold integers. Convert it with .long()."
-        )
+    if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
+        lengths = as_integers(name, lengths, key.device)
     if lengths.layout is not torch.strided:
-        refuse_layouts(lengths=lengths)
+        refuse_layouts(**{name: lengths})
     if lengths.device != key.device:
-        require_one_device(key=key, lengths=lengths)
+        require_one_device(**{"key": key, name: lengths})
     shape, full = lengths.shape, (*batch[:1], num_queries)
     per_query = len(shape) == len(full)
     if not (len(shape) >= len(full) - 1 and broadcasts(shape, full if per_query else full[:-1])):
         raise ValueError(
-            f"lengths has shape {tuple(shape)}, but must be {tuple(full[:-1])}, one length per "
-            f"sequence, or {full}, one per query; each dim may also be 1."
+            f"{name} has shape {tuple(shape)}, but must be {tuple(full[:-1])}, one "
+            f"{name[:-1]} per sequence, or {full}, one per query; each dim may also be 1."
         )
     if lengths.dtype != torch.int64:
         lengths = lengths.to(torch.int64)
@@ -153,8 +217,8 @@ def aligned_lengths(lengths: Tensor, key: Tensor, batch: torch.Size, num_queries
         num_keys = key.shape[-2]
         if low < 0 or high > num_keys:
             raise ValueError(
-                f"lengths holds values from {low} to {high}, but key has {num_keys} positions: "
-                f"lengths must lie between 0 and {num_keys}."
+                f"{name} holds values from {low} to {high}, but key has {num_keys} positions: "
+                f"{name} must lie between 0 and {num_keys}."
             )
     if len(batch) > 1 or (batch and not per_query):
         rows = shape[-1] if per_query else 1

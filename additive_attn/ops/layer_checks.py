@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from additive_attn.ops.checks import (
     INTEGERS,
-    broadcasts,
     is_readable,
     refuse_layouts,
-    require_one_device,
 )
 
 
@@ -146,42 +144,6 @@ def warn_of_polarity(attn_mask: Any, key_padding_mask: Any, stacklevel: int) -> 
                     "keys to attend to, invert it with ~key_padding_mask.",
                     stacklevel=stacklevel,
                 )
-
-
-def with_padding(
-    attn_mask: Tensor | None, key_padding_mask: Tensor, key: Tensor, batch: Sequence[int]
-) -> Tensor:
-    """``attn_mask`` narrowed to the keys that are not padding."""
-    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-        found = getattr(key_padding_mask, "dtype", type(key_padding_mask).__name__)
-        raise TypeError(
-            f"key_padding_mask is {found}, but must be a bool tensor (True = ignore). Convert a "
-            "0/1 mask with .bool(); pass scores to be added as attn_mask."
-        )
-    shape, full = tuple(key_padding_mask.shape), (*batch, key.shape[-2])
-    if len(shape) != len(full) or shape[-1] != full[-1] or not broadcasts(shape, full):
-        hint = " Transpose it with .t()." if shape[::-1] == full else ""
-        raise ValueError(
-            f"key_padding_mask has shape {shape}, but must have one entry per key, {full}; its "
-            f"batch may also be 1.{hint}"
-        )
-    if key_padding_mask.device != key.device:
-        require_one_device(key=key, key_padding_mask=key_padding_mask)
-    if key_padding_mask.layout is not torch.strided:
-        refuse_layouts(key_padding_mask=key_padding_mask)
-    attended = key_padding_mask.logical_not().unsqueeze(-2)
-    if attn_mask is None:
-        return attended
-    # A mask that cannot be combined is passed on as it is: check_mask raises what is wrong.
-    if isinstance(attn_mask, Tensor):
-        try:
-            if attn_mask.dtype == torch.bool:
-                return attended & attn_mask
-            if attn_mask.is_floating_point():
-                return torch.where(attended, attn_mask, -torch.inf)
-        except RuntimeError:
-            pass
-    return attn_mask
 
 
 def check_energy(layer: nn.Module, shape: Sequence[int], wanted: tuple[int, int]) -> None:

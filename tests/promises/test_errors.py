@@ -13,7 +13,12 @@ import torch
 from oracle import PACKAGE_PARENT, make
 from torch import nn
 
-from additive_attn import AdditiveAttention, additive_attention, merge_attention
+from additive_attn import (
+    AdditiveAttention,
+    additive_attention,
+    additive_attention_step,
+    merge_attention,
+)
 from additive_attn.ops import dispatch
 
 
@@ -57,7 +62,30 @@ CASES = {
     "token ids": (dict(query=t(2, 3, 8).long()), TypeError, r"int64.*nn\.Embedding"),
     "mask per sequence": (dict(attn_mask=t(2, 5)), ValueError, r"\(2, 5\).*unsqueeze\(1\)"),
     "not a tensor": (dict(key=[[1.0]]), TypeError, r"key is a list"),
-    "None": (dict(value=None), TypeError, r"value is a NoneType"),
+    "None": (dict(key=None), TypeError, r"key is a NoneType"),
+    "nothing": (dict(key=None, query=None, value=None), TypeError, r"key is a NoneType"),
+    "no weight": (dict(query=None, weight=None), TypeError, r"weight is a NoneType"),
+    "no query, key 1-D": (dict(query=None, key=t(8)), ValueError, r"key has shape \(8,\)"),
+    "no value, key 1-D": (dict(value=None, key=t(8)), ValueError, r"key has shape \(8,\)"),
+    "no query, weight": (dict(query=None, weight=t(7)), ValueError, r"\(7,\), but a key"),
+    "no query, heads": (dict(query=None, weight=t(3, 8)), ValueError, r"\(3, 8\), but a key"),
+    "no value, sparse": (dict(value=None, key=t(5, 8).to_sparse()), TypeError, r"key is torch.sp"),
+    "no value, nested": (dict(value=None, key=nested()), TypeError, r"key is nested"),
+    "no value, dropout": (dict(value=None, dropout_p=0.1), ValueError, r"dropout_p is 0.1.*value"),
+    "bias number": (dict(bias=0.5), TypeError, r"bias is a float.*torch.tensor"),
+    "bias integer": (dict(bias=torch.tensor(1)), TypeError, r"bias has dtype torch.int64"),
+    "bias per key": (dict(bias=t(5)), ValueError, r"bias has shape \(5,\).*attn_mask"),
+    "bias 2-D": (dict(bias=t(1, 1)), ValueError, r"bias has shape \(1, 1\)"),
+    "bias device": (dict(bias=t(1, device="meta")), RuntimeError, r"bias is on meta"),
+    "padding float": (dict(key_padding_mask=t(2, 5)), TypeError, r"float32.*True = ignore"),
+    "padding list": (dict(key_padding_mask=[[True]]), TypeError, r"key_padding_mask is list"),
+    "padding size": (dict(key_padding_mask=t(2, 4).bool()), ValueError, r"\(2, 4\).*\(2, 5\)"),
+    "padding 1-D": (dict(key_padding_mask=t(5).bool()), ValueError, r"\(5,\).*\(2, 5\)"),
+    "padding per query": (dict(key_padding_mask=t(2, 3, 5).bool()), ValueError, r"\(2, 3, 5\)"),
+    "padding transposed": (dict(key_padding_mask=t(5, 2).bool()), ValueError, r"\.t\(\)"),
+    "starts negative": (dict(starts=[-1, 2]), ValueError, r"starts holds values from -1 to 2"),
+    "starts size": (dict(starts=[1, 2, 3]), ValueError, r"starts has shape \(3,\).*one start per"),
+    "starts float": (dict(starts=[1.0, 2.0]), TypeError, r"starts has dtype torch.float32"),
     "integers": (
         {name: t(*shape, dtype=torch.int64) for name, shape in dict(
             query=(2, 3, 8), key=(2, 5, 8), value=(2, 5, 6), weight=(8,)).items()},
@@ -83,7 +111,13 @@ CASES = {
     "lengths negative": (dict(lengths=torch.tensor([-1, 2])), ValueError, r"from -1 to 2"),
     "lengths float": (dict(lengths=torch.tensor([1.0, 2.0])), TypeError, r"float32.*\.long\(\)"),
     "lengths bool": (dict(lengths=torch.tensor([True, False])), TypeError, r"torch.bool"),
-    "lengths list": (dict(lengths=[1, 2]), TypeError, r"lengths is a list.*torch.tensor"),
+    "lengths text": (dict(lengths="12"), TypeError, r"lengths is '12', a str.*torch.tensor"),
+    "lengths set": (dict(lengths={1, 2}), TypeError, r"lengths is \{1, 2\}, a set.*torch.tensor"),
+    "lengths ragged": (dict(lengths=[[1], [1, 2]]), TypeError, r"lengths is \[\[1\].*a list"),
+    "lengths list": (dict(lengths=[1, 2, 3]), ValueError, r"lengths has shape \(3,\).*\(2,\)"),
+    "lengths number": (dict(lengths=3), ValueError, r"lengths has shape \(\)"),
+    "lengths floats": (dict(lengths=[1.0, 2.0]), TypeError, r"lengths has dtype torch.float32"),
+    "lengths None": (dict(lengths=[None, 2]), TypeError, r"lengths is \[None, 2\]"),
     "lengths size": (dict(lengths=torch.tensor([1, 2, 3])), ValueError, r"\(3,\).*\(2, 3\)"),
     "lengths 0-D": (dict(lengths=torch.tensor(1)), ValueError, r"lengths has shape \(\)"),
     "lengths rows": (dict(lengths=torch.ones(2, 4, dtype=torch.int64)), ValueError, r"\(2, 4\)"),
@@ -130,6 +164,27 @@ def test_sentences(changes, exception, sentence):
     text = str(caught.value)
     assert re.search(sentence, text), text
     assert_sentence(text)
+
+
+STEPS = {
+    "query 0-D": (dict(query=t()), ValueError, r"query has shape \(\).*one dim: \(\.\.\., H\)"),
+    "batches": (dict(query=t(3, 8)), ValueError, r"query \(3, 8\) as \(3, 1, 8\)"),
+    "rows": (dict(query=t(2, 4, 8)), ValueError, r"query \(2, 4, 8\) as \(2, 4, 1, 8\)"),
+    "mask": (dict(attn_mask=t(2, 4)), ValueError, r"attn_mask \(2, 4\) as \(2, 1, 4\)"),
+    "lengths": (dict(lengths=[1, 2, 3]), ValueError, r"lengths has shape \(3,\)"),
+    "list": (dict(query=[1.0]), TypeError, r"query is a list"),
+    "mask list": (dict(attn_mask=[True]), TypeError, r"attn_mask is a list"),
+}
+
+
+@pytest.mark.parametrize("changes,exception,sentence", STEPS.values(), ids=STEPS.keys())
+def test_sentences_of_a_step(changes, exception, sentence):
+    inputs = make((2,), 1, 5, 8, 6)
+    inputs["query"] = inputs["query"][:, 0]
+    with pytest.raises(exception) as caught:
+        additive_attention_step(**inputs | changes)
+    assert re.search(sentence, str(caught.value)), str(caught.value)
+    assert_sentence(str(caught.value).rstrip(")"))
 
 
 def assert_sentence(text):

@@ -1,0 +1,105 @@
+"""What narrows a mask or adds to it: padding, the first keys of moving windows, a bias on the
+scores. Each becomes part of ``attn_mask``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from additive_attn.ops.checks import (
+    Integers,
+    aligned_lengths,
+    broadcasts,
+    refuse_layouts,
+    require_one_device,
+)
+from additive_attn.spec.call import lse_dtype
+
+
+def with_padding(
+    attn_mask: Tensor | None, key_padding_mask: Tensor, key: Tensor, batch: Sequence[int]
+) -> Tensor:
+    """``attn_mask`` narrowed to the keys that are not padding."""
+    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+        found = getattr(key_padding_mask, "dtype", type(key_padding_mask).__name__)
+        raise TypeError(
+            f"key_padding_mask is {found}, but must be a bool tensor (True = ignore). Convert a "
+            "0/1 mask with .bool(); pass scores to be added as attn_mask."
+        )
+    shape, full = tuple(key_padding_mask.shape), (*batch[:1], key.shape[-2])
+    if len(shape) != len(full) or shape[-1] != full[-1] or not broadcasts(shape, full):
+        hint = " Transpose it with .t()." if shape[::-1] == full else ""
+        raise ValueError(
+            f"key_padding_mask has shape {shape}, but must have one entry per key, {full}; its "
+            f"batch may also be 1.{hint}"
+        )
+    if key_padding_mask.device != key.device:
+        require_one_device(key=key, key_padding_mask=key_padding_mask)
+    if key_padding_mask.layout is not torch.strided:
+        refuse_layouts(key_padding_mask=key_padding_mask)
+    attended = key_padding_mask.logical_not().unsqueeze(-2)  # (B, 1, Lk), or (1, Lk)
+    return _narrowed(attn_mask, _below_heads(attended, batch))
+
+
+def with_starts(
+    attn_mask: Tensor | None, starts: Integers, key: Tensor, batch: torch.Size, num_queries: int
+) -> Tensor:
+    """``attn_mask`` narrowed to the keys from ``starts`` on."""
+    starts = aligned_lengths(starts, key, batch, num_queries, "starts")
+    keys = torch.arange(key.shape[-2], device=key.device)
+    return _narrowed(attn_mask, keys >= torch.atleast_1d(starts)[..., None])
+
+
+def with_bias(attn_mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """``attn_mask`` with ``bias`` added where it lets attend. The gradient of a mask leaves out
+    masked pairs, as that of a bias must."""
+    added = bias.to(lse_dtype(dtype))
+    if added.dim():
+        added = added.reshape(-1, 1, 1) if added.numel() > 1 else added.reshape(1, 1)
+    if attn_mask is None:
+        return added
+    if attn_mask.dtype == torch.bool:
+        return torch.where(attn_mask, added, -torch.inf)
+    return attn_mask + added
+
+
+def checked_bias(bias: Tensor, query: Tensor) -> Tensor:
+    """A bias of one number as it is; one per head as ``(heads, 1)``, beside the weight."""
+    if not isinstance(bias, Tensor):
+        raise TypeError(
+            f"bias is a {type(bias).__name__}, but must be a tensor of one number, or one per "
+            "head, such as the bias of an nn.Linear. Convert it with torch.tensor."
+        )
+    if not bias.dtype.is_floating_point:
+        raise TypeError(
+            f"bias has dtype {bias.dtype}, but must be float. Convert it with .float()."
+        )
+    if bias.device != query.device:
+        require_one_device(query=query, bias=bias)
+    shape = bias.shape
+    if shape in ((), (1,)):
+        return bias
+    if shape != query.shape[-3:-2]:
+        raise ValueError(
+            f"bias has shape {tuple(shape)}, but must be one number, () or (1,), or (heads,) "
+            f"where dim -3 of query, of shape {tuple(query.shape)}, is heads. It shifts all "
+            "scores of an entry: pass what differs from key to key as attn_mask."
+        )
+    return bias.unsqueeze(-1)
+
+
+def _below_heads(mask: Tensor, batch: Sequence[int]) -> Tensor:
+    """``(B, rows, keys)`` with dims of 1 for the batch dims after the first."""
+    if len(batch) > 1:
+        mask = mask.reshape(mask.shape[0], *(1,) * (len(batch) - 1), *mask.shape[1:])
+    return mask
+
+
+def _narrowed(attn_mask: Tensor | None, attended: Tensor) -> Tensor:
+    if attn_mask is None:
+        return attended
+    if attn_mask.dtype == torch.bool:
+        return attended & attn_mask
+    return torch.where(attended, attn_mask, -torch.inf)
