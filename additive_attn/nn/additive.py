@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from additive_attn.nn.decoding import ProjectedMemory
+from additive_attn.nn.decoding import ProjectedMemory, prepare
 from additive_attn.nn.linear import energy_of, projected
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.attend import masked_attention
@@ -20,6 +20,7 @@ from additive_attn.ops.checks import (
     refuse_types,
     require_one_device,
 )
+from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.layer_checks import (
     checked_features,
     explain_memory,
@@ -30,7 +31,10 @@ from additive_attn.ops.layer_checks import (
     warn_of_polarity,
 )
 from additive_attn.ops.masking import with_padding
+from additive_attn.ops.memory import Lent
 from additive_attn.spec.call import Inputs
+
+_is_compiling = torch.compiler.is_compiling
 
 
 class AdditiveAttention(nn.Module):
@@ -252,7 +256,10 @@ class AdditiveAttention(nn.Module):
         except (RuntimeError, ValueError):
             explain_shapes(".project", self.batch_first, given, key=key, value=value)
             raise
-        return ProjectedMemory(k, v, lengths, attn_mask)
+        memory = ProjectedMemory(k, v, lengths, attn_mask)
+        if k.shape[-1] == self.hidden_dim and not _is_compiling():
+            memory.prepared = prepare(self, memory)
+        return memory
 
     def step(
         self, query: Tensor, memory: ProjectedMemory, need_weights: bool = True
@@ -260,14 +267,20 @@ class AdditiveAttention(nn.Module):
         """Attends with one query per sequence: a decoder step.
 
         Args:
-            query: ``(B, query_dim)``, or ``(query_dim,)`` with an unbatched memory.
+            query: ``(B, query_dim)``, or ``(query_dim,)`` with an unbatched memory; or several
+                queries per sequence, ``(B, n, query_dim)``, or ``(n, query_dim)`` unbatched; or
+                ``(B * beams, query_dim)`` with a memory that was expanded for beams.
             memory: from :meth:`project`, of this layer; what ``_replace`` puts there is checked
                 as :meth:`forward` checks its arguments.
             need_weights: whether to return the weights.
 
         Returns:
-            context ``(B, Dv)`` and weights ``(B, Lk)``, or None. Unbatched: ``(Dv,)`` and
-            ``(Lk,)``.
+            context ``(B, Dv)`` and weights ``(B, Lk)``, or None, with the leading dims of query.
+
+        The gradients of keys, values and parameters are made once for all steps of a memory, when
+        backward has passed the last of them (math.md, eq. 16). Under ``create_graph``,
+        ``torch.func``, autocast and tracing, and where hooks or tools have changed the layers or
+        ``_replace`` the memory, every step makes its own.
 
         Raises:
             TypeError, ValueError, RuntimeError: query and memory do not fit, or as
@@ -278,15 +291,25 @@ class AdditiveAttention(nn.Module):
                 refuse_memory(memory)
             return symbolic_call(self, "step", query, memory, need_weights)
         key, value, lengths, attn_mask = memory
+        prepared, beams, rank = memory.prepared, memory.beams, key.dim()
+        if (
+            prepared is not None and beams == 1 and isinstance(query, Tensor)
+            and query.dim() == rank - 1 and prepared.is_of(self)
+        ):  # fmt: skip
+            return self._prepared_step(query, memory, prepared.lent, need_weights)
         if not (
             isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
         ):
             refuse_types(query=query, key=key, value=value)
-        rank = key.dim()
-        if not (2 <= rank <= 3 and value.dim() == rank == query.dim() + 1):
+        several = query.dim() == rank  # queries per sequence, side by side
+        if not (2 <= rank <= 3 and value.dim() == rank and rank - 1 <= query.dim() <= rank):
             refuse_ranks(".step", query=query, key=key, value=value)
-        # One row of queries per sequence: (B, 1, hidden_dim).
-        q = self._project("query", query).unsqueeze(-2)
+        q = self._project("query", query)
+        if beams > 1 and rank == 3 and not several:
+            q = q.unflatten(0, (-1, beams))
+        elif not several:
+            # One row of queries per sequence: (B, 1, hidden_dim).
+            q = q.unsqueeze(-2)
         try:
             out, weights = self._attend(
                 q, key, value, attn_mask, lengths, False, None, need_weights
@@ -294,7 +317,26 @@ class AdditiveAttention(nn.Module):
         except (RuntimeError, ValueError):
             explain_memory(query, key, value, self.hidden_dim)
             raise
+        if beams > 1 and rank == 3 and not several:
+            return out.flatten(0, 1), None if weights is None else weights.flatten(0, 1)
+        if several:
+            return out, weights
         return out.squeeze(-2), None if weights is None else weights.squeeze(-2)
+
+    def _prepared_step(
+        self, query: Tensor, memory: ProjectedMemory, lent: Lent, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        dropout_p = self.dropout if self.training else 0.0
+        if lent.source.query_weight is None:
+            query = self._project("query", query)
+        try:
+            out, weights, _ = attend_step(lent, query, dropout_p=dropout_p)
+        except (RuntimeError, ValueError):
+            if lent.source.query_weight is not None:
+                explain_projection(self.query_layer, "query", query, self.query_dim)
+            explain_memory(query, memory.key, memory.value, self.hidden_dim)
+            raise
+        return out, weights if need_weights else None
 
     def extra_repr(self) -> str:
         options = {

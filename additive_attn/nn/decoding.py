@@ -2,22 +2,190 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from additive_attn.nn.linear import bare_parameters
+from additive_attn.ops.memory import Lent, lend
 
 
-class ProjectedMemory(NamedTuple):
-    """Keys and values that are attended to again and again, prepared by
-    :meth:`AdditiveAttention.project`."""
-
+class _Memory(NamedTuple):
     key: Tensor
-    """Projected keys ``(B, Lk, hidden_dim)``, or ``(Lk, hidden_dim)`` unbatched."""
     value: Tensor
-    """Values ``(B, Lk, Dv)``, or ``(Lk, Dv)`` unbatched."""
     lengths: Tensor | None = None
-    """Number of leading keys to attend to, int64 ``(B, 1)``, or ``()`` unbatched. Made by hand,
-    also ``(B,)`` and of any integer dtype."""
     attn_mask: Tensor | None = None
-    """Keys to attend to, bool ``(B, 1, Lk)``, or ``(1, Lk)`` unbatched; True = attend. Made by
-    hand, also float, added to the scores."""
+
+
+class ProjectedMemory(_Memory):
+    """Keys and values that are attended to again and again, prepared by
+    :meth:`AdditiveAttention.project`: a named tuple.
+
+    Attributes:
+        key: projected keys ``(B, Lk, hidden_dim)``, or ``(Lk, hidden_dim)`` unbatched.
+        value: values ``(B, Lk, Dv)``, or ``(Lk, Dv)`` unbatched.
+        lengths: number of leading keys to attend to, int64 ``(B, 1)``, or ``()`` unbatched. Made
+            by hand, also ``(B,)`` and of any integer dtype.
+        attn_mask: keys to attend to, bool ``(B, 1, Lk)``, or ``(1, Lk)`` unbatched; True =
+            attend. Made by hand, also float, added to the scores.
+        beams: queries per sequence, 1 unless :meth:`expand` says more.
+    """
+
+    beams: int = 1
+    prepared: Prepared | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not a node of this graph.
+        return {"beams": self.beams}
+
+    def _replace(self, **fields: Any) -> ProjectedMemory:
+        """A copy with other fields, whose steps are ordinary calls."""
+        memory: ProjectedMemory = super()._replace(**fields)
+        if self.beams != 1:
+            memory.beams = self.beams
+        return memory
+
+    def expand(self, beams: int) -> ProjectedMemory:
+        """The memory of a beam search: a step takes ``(B * beams, query_dim)``, the queries of a
+        sequence side by side, and reads the keys of a sequence once for all of them.
+
+        Raises:
+            TypeError: beams is no integer.
+            ValueError: beams is below 1, or the memory has been expanded already.
+        """
+        if type(beams) is not int:
+            raise TypeError(f"beams is {beams!r}; it must be an integer, the beams per sequence.")
+        if beams < 1 or self.beams != 1:
+            raise ValueError(
+                f"A memory of {self.beams} beams per sequence is expanded to {beams}. Expand the "
+                "memory that project() returned, to 1 or more beams."
+            )
+        memory = ProjectedMemory(*self)
+        memory.beams, memory.prepared = beams, self.prepared
+        return memory
+
+    def reorder(self, index: Tensor) -> ProjectedMemory:
+        """The memory after beams were chosen.
+
+        Args:
+            index: integers ``(N,)``: for each query to come, the number of the query before it
+                among the ``B * beams``. Beams of one sequence that stay in its place change
+                nothing, and no key is copied.
+
+        Returns:
+            This memory, or one of the chosen sequences.
+
+        Raises:
+            TypeError: index is no tensor of integers.
+            ValueError: index is not of rank 1, is out of range, or holds no whole number of beams
+                for each sequence.
+        """
+        sequences = 1 if self.key.dim() == 2 else self.key.shape[0]
+        _check_index(index, sequences * self.beams)
+        chosen = index // self.beams
+        if index.numel() % self.beams:
+            raise ValueError(
+                f"index has {index.numel()} entries, and a sequence has {self.beams} beams: give "
+                "an index for every beam."
+            )
+        chosen = chosen.reshape(-1, self.beams)
+        if (chosen != chosen[:, :1]).any():
+            raise ValueError(
+                f"index puts beams of different sequences side by side; keep the {self.beams} "
+                "beams of a sequence together, since they share its keys."
+            )
+        chosen = chosen[:, 0]
+        if chosen.numel() == sequences and bool(
+            (chosen == torch.arange(sequences, device=chosen.device)).all()
+        ):
+            return self
+        if self.key.dim() == 2:
+            raise ValueError("index repeats the only sequence of an unbatched memory; expand it.")
+        rows: Any = (
+            x if x is None or x.shape[0] == 1 < sequences else x.index_select(0, chosen)
+            for x in self
+        )
+        memory = ProjectedMemory(*rows)
+        memory.beams = self.beams
+        return memory
+
+
+def _check_index(index: Any, queries: int) -> None:
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
+        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index is {kind}; it must be a tensor of integers, one for each query.")
+    if index.dim() != 1:
+        raise ValueError(f"index has shape {tuple(index.shape)}; it must have one dim, (N,).")
+    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < queries):
+        raise ValueError(
+            f"index holds {int(index.min())} to {int(index.max())}; the memory has {queries} "
+            f"queries, numbered from 0 to {queries - 1}."
+        )
+
+
+class Prepared(NamedTuple):
+    """A memory's lent form, and the parameters that it was made with in the state of then."""
+
+    lent: Lent
+    parameters: tuple[nn.Parameter | None, ...]
+    state: tuple[int, ...]
+
+    def is_of(self, layer: Any) -> bool:
+        """Whether ``layer`` still has these parameters, unchanged."""
+        parameters = _parameters(layer)
+        return (
+            parameters is not None
+            and len(parameters) == len(self.parameters)
+            and all(map(operator.is_, parameters, self.parameters))
+            and self.lent.scale == layer.scale
+            and self.state == _state(parameters)
+        )
+
+
+def prepare(layer: Any, memory: ProjectedMemory) -> Prepared | None:
+    """Lends a memory with the layer's parameters, so that the gradients of all steps are made at
+    once; None where tools have made other modules of them, which every step must call."""
+    parameters = _parameters(layer)
+    if parameters is None or hasattr(layer, "unshard"):  # FSDP2 frees parameters between calls
+        return None
+    energy: Any = parameters[0]
+    weight: Tensor = energy.squeeze(0)
+    if layer.normalize:
+        weight = layer.energy_gain * weight / weight.norm()
+    elif parameters[1] is not None:
+        # A zero gradient, as the plain layer gives.
+        weight = torch.add(weight, parameters[1], alpha=0)
+    query_weight, query_bias = parameters[2], parameters[3]
+    if query_weight is not None and layer.normalize:
+        offset = layer.energy_offset
+        query_bias = offset if query_bias is None else query_bias + offset
+    lent = lend(
+        memory.key, memory.value, weight, lengths=memory.lengths, attn_mask=memory.attn_mask,
+        scale=layer.scale, query_weight=query_weight, query_bias=query_bias,
+    )  # fmt: skip
+    return None if lent.prepared is None else Prepared(lent, parameters, _state(parameters))
+
+
+def _parameters(layer: Any) -> tuple[nn.Parameter | None, ...] | None:
+    """Weight and bias of energy and query, and those of normalize; None unless the energy is that
+    of a bare Linear. A query layer that is none projects at every step."""
+    modules = layer._modules
+    energy = bare_parameters(modules["energy_layer"])
+    if energy is None:
+        return None
+    query = bare_parameters(modules["query_layer"]) or (None, None)
+    if not layer.normalize:
+        return (*energy, *query)
+    return (*energy, *query, layer.energy_gain, layer.energy_offset)
+
+
+def _state(parameters: tuple[nn.Parameter | None, ...]) -> tuple[int, ...]:
+    """Changes where a parameter is written to or gets other memory."""
+    return tuple(
+        number
+        for x in parameters
+        if x is not None
+        for number in (0 if x.is_inference() else x._version, x.data_ptr())
+    )

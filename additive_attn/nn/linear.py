@@ -45,6 +45,16 @@ def projected(layer: Any, tensor: Tensor) -> Tensor:
     return output
 
 
+def bare_parameters(layer: Any) -> tuple[nn.Parameter, nn.Parameter | None] | None:
+    """Weight and bias of a Linear into which nothing hooks; None for any other module."""
+    if type(layer) is not nn.Linear or not _bare(layer):
+        return None
+    parameters = layer._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    plain = type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+    return (weight, bias) if plain and weight is not None else None
+
+
 def energy_of(layer: nn.Module, features: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """Weight ``(1, features)`` of an affine module, and the bias that is to get a zero gradient.
 

@@ -202,7 +202,7 @@ def layer_cases():
         "ranks": (lambda: layer(t(3, 8), x), ValueError, "3 dims .*2"),
         "1-D": (lambda: layer(t(8), t(8)), ValueError, "3 dims"),
         "4-D": (lambda: layer(t(1, 2, 3, 8), t(1, 2, 3, 8)), ValueError, "3 dims"),
-        "step": (lambda: layer.step(x, memory), ValueError, "one query per sequence"),
+        "step": (lambda: layer.step(x[None], memory), ValueError, "one query per sequence"),
         "step batch": (lambda: layer.step(t(3, 8), memory), ValueError, r"\(3, 8\).*\(2, 5, 4\)"),
         "step features": (lambda: layer.step(t(2, 7), memory), ValueError, "7 features"),
         "project": (lambda: layer.project(t(8)), ValueError, "3 dims"),
@@ -401,7 +401,7 @@ def step_cases():
         "mask device": (
             memory._replace(attn_mask=mask.to("meta").bool()), RuntimeError, "mask is on meta",
         ),
-        "unbatched": (single, ValueError, "one query per sequence"),
+        "unbatched": (single._replace(value=t(1, 5, 8)), ValueError, "one query per sequence"),
         "tuple": (tuple(memory), TypeError, "memory that is a tuple.*project"),
     }  # fmt: skip
 

@@ -1,0 +1,208 @@
+"""One step of a decoder: forward, and the gradients that its backward makes at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from additive_attn.ops.attend import masked_attention
+from additive_attn.ops.autograd import attend
+from additive_attn.ops.checks import checked_probability
+from additive_attn.ops.memory import Lent, Record, Shared, eager, running_pass, summed
+from additive_attn.ops.second_order import reduced
+from additive_attn.spec.call import Call, Inputs
+from additive_attn.spec.dropout import draw_seed
+
+_operators = torch.ops.additive_attn
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_will_run = torch._C._will_engine_execute_node
+
+
+def attend_step(
+    lent: Lent,
+    query: Tensor,
+    *,
+    location: Tensor | None = None,
+    location_weight: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attends with one query per entry.
+
+    Args:
+        query: ``(..., H)``, or ``(..., query_dim)`` where :func:`lend` got query_weight.
+        location: ``(..., F, Lk)``, with location_weight ``(F, H)`` or ``(..., F, H)``: the sum
+            over F of their products is added inside the tanh.
+        dropout_p: probability of dropping a weight.
+
+    Returns:
+        out ``(..., Dv)``, weights ``(..., Lk)`` before dropout, lse ``(...)``.
+    """
+    given = (query, location, location_weight)
+    if lent.prepared is None or not eager(given, lent.source.key):
+        return _ordinary(lent, query, location, location_weight, dropout_p)
+    if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
+        dropout_p = checked_probability("dropout_p", dropout_p)
+    seed = draw_seed(query.device) if dropout_p > 0.0 else None
+    if torch.is_grad_enabled() and (
+        lent.node is not None or any(x is not None and x.requires_grad for x in given)
+    ):
+        outputs: tuple[Tensor, Tensor, Tensor] = _Step.apply(
+            lent, seed, dropout_p, *given, *lent.shared
+        )
+        return outputs
+    projected = _projected(query, lent.shared)
+    with _below_autograd():
+        out, weights, lse = _operators.step(
+            *_arguments(lent, projected, lent.shared, location, location_weight, seed, dropout_p)
+        )
+    return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
+
+
+def _projected(query: Tensor, shared: Shared) -> Tensor:
+    if shared.query_weight is None:
+        return query
+    return linear(query, shared.query_weight, shared.query_bias)
+
+
+def _arguments(
+    lent: Lent, query: Tensor, shared: Shared, location: Tensor | None,
+    location_weight: Tensor | None, seed: Tensor | None, dropout_p: float,
+) -> tuple[Any, ...]:  # fmt: skip
+    return (
+        query.unsqueeze(-2), shared.key, shared.value, shared.weight, lent.prepared, location,
+        location_weight, lent.attn_mask, lent.lengths, seed, dropout_p, lent.scale,
+    )  # fmt: skip
+
+
+def _ordinary(
+    lent: Lent, query: Tensor, location: Tensor | None, location_weight: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same as one differentiable call."""
+    inputs = _inputs(lent.source, query, location, location_weight)
+    out, weights, lse = masked_attention(
+        inputs, lent.attn_mask, lent.lengths, False, None, dropout_p, lent.scale, True,
+        need_lse=True,
+    )  # fmt: skip
+    return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
+
+
+def _inputs(
+    shared: Shared, query: Tensor, location: Tensor | None, location_weight: Tensor | None
+) -> Inputs:
+    key = shared.key
+    if location is not None and location_weight is not None:
+        key = key + location.mT @ location_weight
+    return Inputs(_projected(query, shared).unsqueeze(-2), key, shared.value, shared.weight)
+
+
+class _Step(torch.autograd.Function):
+    """One step. Its backward gives the gradients that the decoder needs at once, and notes what
+    makes the others."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, lent: Lent, seed: Tensor | None, dropout_p: float, query: Tensor,
+        location: Tensor | None, location_weight: Tensor | None, *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        shared = Shared(*tensors)  # type: ignore[arg-type]
+        projected = _projected(query, shared)
+        out, weights, lse = _operators.step(
+            *_arguments(lent, projected, shared, location, location_weight, seed, dropout_p)
+        )
+        ctx.lent, ctx.dropout_p = lent, dropout_p
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            seed, query, location, location_weight, *shared, projected, weights, lse
+        )
+        return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        if grad_out is None and grad_weights is None and grad_lse is None:
+            return (None,) * len(needs)
+        seed, query, location, location_weight, *tensors = ctx.saved_tensors
+        shared, (projected, weights, lse) = Shared(*tensors[:5]), tensors[5:]
+        if torch.is_grad_enabled():
+            return _differentiable(ctx, (grad_out, grad_weights, grad_lse))
+        lent, batch = ctx.lent, weights.shape[:-2]
+        running = None
+        if lent.node is not None and _will_run(lent.node):
+            running = running_pass(lent.node)
+        grad_key = None
+        if running is not None and location is not None and needs[6]:
+            if running.grad_key is None:
+                shape = (*batch, *shared.key.shape[-2:])
+                running.grad_key = shared.key.new_zeros(shape, dtype=lse.dtype)
+            grad_key = running.grad_key
+        grad_out = None if grad_out is None else grad_out.unsqueeze(-2)
+        grad_query, grad_scores, kept, grad_location, grad_location_weight, grad_weight = (
+            _operators.step_backward(
+                grad_out,
+                None if grad_weights is None else grad_weights.unsqueeze(-2),
+                None if grad_lse is None else grad_lse.unsqueeze(-1),
+                *_arguments(
+                    lent, projected, shared, location, location_weight, seed, ctx.dropout_p
+                ),
+                weights, lse, grad_key,
+            )
+        )  # fmt: skip
+        grad_query = reduced(grad_query.squeeze(-2), projected)
+        if running is not None:
+            content, weighs = location is None, needs[7] and grad_out is not None
+            running.records.append(
+                Record(
+                    query=projected.expand(*batch, -1).unsqueeze(-2),
+                    grad_scores=grad_scores if content and (needs[6] or needs[8]) else None,
+                    kept=None if not weighs else weights if seed is None else kept,
+                    grad_out=grad_out if weighs else None,
+                    raw_query=query if needs[9] or needs[10] else None,
+                    grad_query=grad_query if needs[9] or needs[10] else None,
+                )
+            )
+            if not content and needs[8]:
+                running.grad_weight = summed(
+                    running.grad_weight, grad_weight.sum_to_size(shared.weight.shape)
+                )
+        if needs[3] and shared.query_weight is not None:
+            grad_query = grad_query @ shared.query_weight
+        return (
+            None, None, None,
+            grad_query if needs[3] else None,
+            reduced(grad_location, location) if needs[4] else None,
+            reduced(grad_location_weight, location_weight) if needs[5] else None,
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _differentiable(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """All gradients at once, as those of an ordinary call, to be differentiated again."""
+    seed, *tensors = ctx.saved_tensors
+    # Views, since a query depends on what is shared through the steps before this one.
+    views: list[Any] = [None if x is None else x.view_as(x) for x in tensors[:8]]
+    query, location, location_weight = views[:3]
+    lent, shared = ctx.lent, Shared(*views[3:])
+    call = Call(
+        *_inputs(shared, query, location, location_weight), lent.attn_mask, lent.lengths,
+        seed=seed, dropout_p=ctx.dropout_p, scale=lent.scale,
+    )  # fmt: skip
+    out, weights, lse = attend(call, need_weights=True)
+    outputs = (out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1))
+    given = [i for i, grad in enumerate(upstream) if grad is not None]
+    sources = (None, None, None, query, location, location_weight, *shared)
+    wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+    inputs: Any = [sources[i] for i in wanted]
+    found = torch.autograd.grad(
+        [outputs[i] for i in given], inputs, [upstream[i] for i in given],
+        create_graph=True, allow_unused=True,
+    )  # fmt: skip
+    grads: list[Tensor | None] = [None] * len(sources)
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    return tuple(grads)

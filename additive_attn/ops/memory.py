@@ -1,0 +1,271 @@
+"""A decoder's memory as a node of autograd: the gradients of what its steps share are made once.
+
+A recurrent decoder attends T times to the same keys and values. Before the next step's backward
+only the query's gradient is needed, so a step's backward leaves a record of what the others take,
+and one pass over all records makes them at the end (math.md, eq. 16).
+
+The engine runs the node of what is shared after all steps, once, even where none of them passed a
+gradient to it. It finds the records under the number of the running backward pass. Memory is
+O(T B (Lk + H + Dv)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable, forward_ad
+
+from additive_attn.ops import dispatch  # noqa: F401  registers the operators
+from additive_attn.ops.second_order import reduced
+
+_operators = torch.ops.additive_attn
+_functorch_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_autocasts = torch._C._is_any_autocast_enabled
+_pass_number = torch._C._current_graph_task_id
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+class Shared(NamedTuple):
+    """What all steps use. The last two are None where queries come projected."""
+
+    key: Tensor  # (..., Lk, H)
+    value: Tensor  # (..., Lk, Dv)
+    weight: Tensor  # (..., H)
+    query_weight: Tensor | None = None  # (H, query_dim)
+    query_bias: Tensor | None = None  # (H,)
+
+
+class Lent:
+    """What :func:`lend` returns: the shared tensors, as they came and as a step takes them."""
+
+    __slots__ = ("attn_mask", "lengths", "node", "prepared", "scale", "shared", "source")
+
+    source: Shared
+    shared: Shared
+    lengths: Tensor | None  # (..., 1), int64
+    attn_mask: Tensor | None  # (..., 1, Lk)
+    scale: float
+    prepared: Tensor | None  # None: every step is an ordinary call
+    node: Any  # None: nothing shared needs a gradient
+
+
+def lend(
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    scale: float = 1.0,
+    query_weight: Tensor | None = None,
+    query_bias: Tensor | None = None,
+) -> Lent:
+    """Prepares a memory for :func:`attend_step`.
+
+    Args:
+        key: projected, ``(..., Lk, H)``.
+        value: ``(..., Lk, Dv)``.
+        weight: ``(H,)``, or ``(..., H)``.
+        lengths, attn_mask: int64 ``(..., 1)``; bool or float ``(..., 1, Lk)``, True = attend.
+        scale: factor on the scores.
+        query_weight, query_bias: of the Linear that projects the queries, ``(H, query_dim)`` and
+            ``(H,)``: their gradients come once for all steps too.
+    """
+    lent = Lent()
+    lent.source = lent.shared = Shared(key, value, weight, query_weight, query_bias)
+    lent.lengths, lent.attn_mask, lent.scale = lengths, attn_mask, scale
+    lent.prepared = lent.node = None
+    if not eager(lent.source, key) or (attn_mask is not None and attn_mask.requires_grad):
+        return lent
+    if torch.is_grad_enabled():
+        lent.shared, lent.node = _through_node(lent)
+    with torch.no_grad():
+        lent.prepared = _operators.prepare_keys(key.detach())
+    return lent
+
+
+def eager(tensors: Sequence[Tensor | None], like: Tensor) -> bool:
+    """Whether a step may leave a record: where no graph is made and no transform runs, with plain
+    tensors of the dtype and device of ``like``."""
+    dtype, device = like.dtype, like.device
+    return not (
+        torch.compiler.is_compiling()
+        or _functorch_active()
+        or _tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or _dispatch_modes() > 0
+        or _autocasts()
+    ) and all(
+        x is None or (type(x) in _PLAIN_TYPES and x.dtype == dtype and x.device == device)
+        for x in tensors
+    )
+
+
+def _through_node(lent: Lent) -> tuple[Shared, Any]:
+    needed = [x is not None and x.requires_grad for x in lent.source]
+    if not any(needed):
+        return lent.source, None
+    outputs = _Memory.apply(lent, *lent.source)
+    shared: Any = [
+        x if need else y for x, y, need in zip(outputs, lent.source, needed, strict=True)
+    ]
+    return Shared(*shared), outputs[needed.index(True)].grad_fn
+
+
+class Record(NamedTuple):
+    """What one step leaves for the shared gradients; of one row, the dims (..., 1, n)."""
+
+    query: Tensor  # projected
+    grad_scores: Tensor | None  # G of equation 9; None where the keys' gradient is made already
+    kept: Tensor | None  # P o D; None where no gradient of out came
+    grad_out: Tensor | None
+    raw_query: Tensor | None  # before its projection, and the projected one's gradient
+    grad_query: Tensor | None
+
+
+class _Pass:
+    """The records of one backward pass over a memory."""
+
+    __slots__ = ("__weakref__", "grad_key", "grad_weight", "records")
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.grad_key: Tensor | None = None  # of steps with a location term
+        self.grad_weight: Tensor | None = None
+
+    def end(self) -> None:
+        """Called when the pass is over. That the engine holds this method, and nothing else holds
+        the pass, frees it after an exception too."""
+        self.records.clear()
+
+
+def running_pass(node: Any) -> _Pass:
+    number = _pass_number()
+    running: _Pass | None = node.passes.get(number)
+    if running is None:
+        running = _Pass()
+        node.passes[number] = running
+        Variable._execution_engine.queue_callback(running.end)
+    return running
+
+
+class _Memory(torch.autograd.Function):
+    """The identity of what is shared. Its backward makes the gradients from the steps' records."""
+
+    @staticmethod
+    def forward(ctx: Any, lent: Lent, *shared: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.passes = WeakValueDictionary()
+        ctx.masking = lent.attn_mask, lent.lengths, lent.scale
+        ctx.save_for_backward(*shared)
+        return shared
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        running = ctx.passes.get(_pass_number())
+        if running is None or not (running.records or running.grad_key is not None):
+            return (None, *incoming)
+        shared, needs = Shared(*ctx.saved_tensors), ctx.needs_input_grad[1:]
+        made = _shared_gradients(shared, needs, running, *ctx.masking)
+        running.records.clear()
+        gradients = (
+            a if b is None else b if a is None else a + b
+            for a, b in zip(made, incoming, strict=True)
+        )
+        return (None, *gradients)
+
+
+def _shared_gradients(
+    shared: Shared,
+    needs: tuple[bool, ...],
+    running: _Pass,
+    attn_mask: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    key, value, weight = shared[:3]
+    grad_key, grad_weight = running.grad_key, running.grad_weight
+    grad_value = grad_query_weight = grad_query_bias = None
+    records = running.records
+    scored = [record for record in records if record.grad_scores is not None]
+    if scored and (needs[0] or needs[2]):
+        query = _rows([record.query for record in scored], key)
+        grad_scores = _rows([record.grad_scores for record in scored], key)
+        _, from_scores, weight_rows, _ = _operators.scores_backward(
+            grad_scores, query, key, weight, *_masks(attn_mask, lengths, key, scored), -1, -1,
+            scale, False, needs[0], needs[2], False,
+        )  # fmt: skip
+        if needs[0]:
+            grad_key = summed(grad_key, reduced(from_scores, key))
+        if needs[2]:
+            grad_weight = summed(grad_weight, weight_rows.sum_to_size(weight.shape))
+    weighed = [record for record in records if record.kept is not None]
+    if weighed and needs[1]:
+        kept = _rows([record.kept for record in weighed], value)
+        grad_out = _rows([record.grad_out for record in weighed], value)
+        grad_value = reduced(kept.mT @ grad_out.to(kept.dtype), value)
+        if lengths is not None:
+            attended = torch.arange(key.shape[-2], device=key.device) < lengths
+            grad_value = _cleared(grad_value, attended)
+        if attn_mask is not None:
+            attended = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
+            grad_value = _cleared(grad_value, attended.squeeze(-2))
+    if records and (needs[3] or needs[4]):
+        grad_query = torch.cat([_flat(record.grad_query) for record in records])
+        if needs[3]:
+            raw_query = torch.cat([_flat(record.raw_query) for record in records])
+            grad_query_weight = grad_query.mT @ raw_query
+        if needs[4]:
+            grad_query_bias = grad_query.sum(0)
+    made = grad_key, grad_value, grad_weight, grad_query_weight, grad_query_bias
+    return tuple(
+        None if x is None or y is None else x.to(y.dtype)
+        for x, y in zip(made, shared, strict=True)
+    )
+
+
+def _flat(rows: Any) -> Tensor:
+    flat: Tensor = rows.reshape(-1, rows.shape[-1])
+    return flat
+
+
+def _rows(steps: list[Any], memory: Tensor) -> Tensor:
+    """The steps' rows (..., 1, n) as rows (..., T, n) of the memory's entries. Where one memory
+    serves a batch of queries, the batch counts as rows: no gradient per query is made."""
+    rows = steps[0] if len(steps) == 1 else torch.cat(steps, dim=-2)
+    if memory.shape[:-2].numel() == 1 and rows.shape[:-2].numel() != 1:
+        rows = rows.movedim(-2, 0).reshape(*memory.shape[:-2], -1, rows.shape[-1])
+    return rows
+
+
+def _masks(
+    attn_mask: Tensor | None, lengths: Tensor | None, key: Tensor, records: list[Record]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Masks of the memory, for the rows that :func:`_rows` makes."""
+    batch = records[0].query.shape[:-2]
+    if key.shape[:-2].numel() == 1 and batch.numel() != 1:
+        ones, times = key.shape[:-2], len(records)
+        if lengths is not None and lengths.numel() != 1:
+            lengths = lengths.expand(*batch, 1).reshape(*ones, -1).repeat(*ones, times)
+        if attn_mask is not None and attn_mask.shape[:-2].numel() != 1:
+            rows = attn_mask.expand(*batch, *attn_mask.shape[-2:])
+            attn_mask = rows.reshape(*ones, -1, rows.shape[-1]).repeat(*ones, times, 1)
+    return attn_mask, lengths
+
+
+def _cleared(grad_value: Tensor, attended: Tensor) -> Tensor:
+    """0 at keys that no query may attend to: what comes from upstream ends there, NaN too."""
+    shape = grad_value.shape[:-1]
+    attended = attended.expand(torch.broadcast_shapes(attended.shape, shape))
+    reached = attended.to(grad_value.dtype).sum_to_size(shape) > 0
+    return torch.where(reached.unsqueeze(-1), grad_value, 0.0)
+
+
+def summed(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
