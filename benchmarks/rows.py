@@ -78,14 +78,14 @@ def folder_name(about: Row) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
+def write(path: Path, rows: Iterable[Row], columns: list[str] = COLUMNS) -> None:
     """Writes rows as they come to a file beside the path, and moves it there at the end: a run
     that is stopped replaces nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.csv")
     try:
         with part.open("w", newline="") as output:
-            writer = csv.DictWriter(output, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(output, columns, lineterminator="\n")
             writer.writeheader()
             for row in rows:
                 writer.writerow(row)

@@ -1,0 +1,83 @@
+"""Measures decoders, writes csv rows and prints them as a table.
+
+    python -m benchmarks.decoders                         everything (12 minutes)
+    python -m benchmarks.decoders --case attloc joeynmt
+    python -m benchmarks.decoders --group decoders
+
+All providers of a case run in this process and take turns. What they compute is compared before
+anything is timed. Times are CPU times of all threads together; the csv has those of the clock
+too. Rows go to a new file in benchmarks/results/local/, which git ignores; --save writes the file
+that git tracks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from benchmarks import rows
+from benchmarks.decoders import table
+from benchmarks.decoders.cases import CASES, Case
+from benchmarks.decoders.problem import measured
+from benchmarks.rows import Row
+from benchmarks.run import require_kernel
+
+
+def measure_case(case: Case, budget: float, rounds: int) -> Iterator[Row]:
+    torch.compiler.reset()
+    about = rows.machine(torch.device("cpu"))
+    about |= {"case": case.name, "what": case.what, "part": case.part, "mode": case.mode}
+    about |= dict(zip(table.SIZES, case.sizes, strict=True))
+    try:
+        found = measured(case.build(), budget, rounds)
+    except (AttributeError, TypeError, ValueError) as error:
+        yield about | {"provider": "fused", "note": f"cannot run: {error}"[:80]}
+        return
+    for provider, columns in found.items():
+        yield about | {"provider": provider} | columns
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.decoders",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--group", choices=sorted({case.group for case in CASES.values()}))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9, help="samples of each provider")
+    parser.add_argument("--budget", type=float, default=12.0, help="seconds per case")
+    parser.add_argument("--save", action="store_true", help="write the results that git tracks")
+    parser.add_argument("--output", type=Path, help="csv file to write instead")
+    args = parser.parse_args()
+    if args.threads < 1 or args.rounds < 2 or not args.budget > 0:
+        parser.error("--threads and --budget are positive, --rounds at least 2")
+    require_kernel(torch.device("cpu"), None)
+    torch.set_num_threads(args.threads)
+
+    folder = rows.folder_name(rows.machine(torch.device("cpu")))
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    kept = rows.RESULTS / folder / "decoders.csv"
+    local = rows.LOCAL / "decoders" / f"{folder}-{stamp}.csv"
+    path = args.output or (kept if args.save else local)
+    chosen = [CASES[name] for name in args.case]
+    if args.group:
+        chosen = [case for case in chosen if case.group == args.group]
+
+    def all_rows() -> Iterator[Row]:
+        for case in chosen:
+            found = list(measure_case(case, args.budget, args.rounds))
+            print(table.line(case, found), flush=True)
+            yield from found
+
+    rows.write(path, all_rows(), table.COLUMNS)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

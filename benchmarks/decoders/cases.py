@@ -1,0 +1,197 @@
+"""What is measured of decoders, and what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from benchmarks.decoders import calls
+from benchmarks.decoders.loops import Loop, loop_problem
+from benchmarks.decoders.originals import Layer, Location
+from benchmarks.decoders.problem import Problem
+
+COMPILED = "torch.compile"
+ONCE = "fused"  # keys projected once
+EACH = "fused, keys at each step"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """``ours`` takes at most 1 / ``ratio`` of the time of ``other``."""
+
+    other: str
+    ratio: float
+    ours: str = "fused"
+
+
+@dataclass(frozen=True)
+class Case:
+    """``sizes`` are B, Lk, H, Dv and T, or what the shape of a single call is. ``part`` says
+    what of a decoder is measured."""
+
+    name: str
+    what: str
+    part: str
+    sizes: tuple[int, ...]
+    build: Callable[[], Problem]
+    bars: tuple[Bar, ...] = ()
+    mode: str = "full"
+    group: str = "layers"
+
+
+def bars(plain: float, compiled: float, ours: str = "fused") -> tuple[Bar, ...]:
+    return Bar("plain", plain, ours), Bar(COMPILED, compiled, ours)
+
+
+def loop_case(name: str, what: str, loop: Loop, *asked: Bar, group: str = "layers") -> Case:
+    layer = loop.layer
+    hidden = layer.hidden_dim if layer else loop.pointer
+    values = (layer.value_dim or layer.memory_dim) if layer else loop.pointer
+    part = "decoder" if loop.cell_dim else "attention"
+    sizes = loop.batch, loop.keys, hidden, values, loop.steps
+    return Case(name, what, part, sizes, partial(loop_problem, loop), asked, group=group)
+
+
+# Facts of published code: sizes, which layers have a bias, which weights feed the location term.
+ESPNET = Layer(320, 320, 320, key_bias=True, energy_bias=True, scale=2.0, weighted_sum="sum")
+ESPNET_LOCATION = Location(("previous",), 10, 201, uniform=True)
+ESPNET_HEADS = replace(ESPNET, query_bias=True, key_bias=False, scale=320**-0.5, value_dim=320)
+SPEECHBRAIN = Layer(1024, 512, 1024, query_bias=True, key_bias=True, output_dim=512)
+SPEECHBRAIN_LOCATION = Location(("previous",), 10, 201, bias=True, uniform=True, detached=True)
+TACOTRON = Layer(
+    1024, 512, 128, location=Location(("previous", "cumulative"), filters=32, kernel_size=31)
+)
+POINTER_GENERATOR = Layer(512, 512, 512, query_bias=True, location=Location(("cumulative",)))
+JOEYNMT = Layer(512, 1024, 512)
+GNMT = Layer(1024, 1024, 1024, normalize=True)
+
+ESPNET_LOOP = Loop(16, 400, 40, ESPNET)
+ESPNET_ATTLOC = replace(ESPNET, location=ESPNET_LOCATION)
+SPEECHBRAIN_LOOP = Loop(8, 300, 40, SPEECHBRAIN)
+HEADS_LOOP = Loop(16, 400, 40, ESPNET_HEADS, heads=4)
+HEADS_ATTLOC = replace(ESPNET_HEADS, location=ESPNET_LOCATION, scale=2.0)
+
+# The four decoders of the documentation: as a whole, and their attention alone.
+WHOLE = {
+    "tacotron2": (
+        "speech synthesis (Tacotron 2), location",
+        Loop(32, 150, 200, TACOTRON, input_dim=256, cell_dim=1024),
+    ),
+    "espnet": (
+        "speech recognition (ESPnet), location",
+        Loop(16, 400, 40, ESPNET_ATTLOC, input_dim=320, cell_dim=320),
+    ),
+    "pointer-generator": (
+        "summarisation (pointer-generator), coverage",
+        Loop(
+            16, 400, 100, POINTER_GENERATOR, input_dim=128, feeds=128, cell_dim=256,
+            cell_state=True, coverage=True,
+        ),
+    ),
+    "gnmt": (
+        "translation (GNMT), content",
+        Loop(64, 50, 50, GNMT, input_dim=1024, cell_dim=1024),
+    ),
+}  # fmt: skip
+
+
+def alone(loop: Loop) -> Loop:
+    return replace(loop, input_dim=0, cell_dim=0, feeds=0, cell_state=False, coverage=False)
+
+
+DECODERS = [
+    loop_case(f"{name}-{part}", what, made, group="decoders")
+    for name, (what, loop) in WHOLE.items()
+    for part, made in (("decoder", loop), ("attention", alone(loop)))
+]
+LOOPS = [
+    loop_case("attadd", "ESPnet AttAdd", ESPNET_LOOP, *bars(3.5, 2.3)),
+    loop_case(
+        "attloc", "ESPnet AttLoc", replace(ESPNET_LOOP, layer=ESPNET_ATTLOC), *bars(4, 3)
+    ),
+    loop_case("attmultiheadadd", "ESPnet AttMultiHeadAdd", HEADS_LOOP, *bars(3.5, 3.5)),
+    loop_case(
+        "attmultiheadloc", "ESPnet AttMultiHeadLoc", replace(HEADS_LOOP, layer=HEADS_ATTLOC),
+        *bars(3, 3),
+    ),
+    loop_case(
+        "speechbrain-content", "SpeechBrain content", SPEECHBRAIN_LOOP, *bars(2.5, 2)
+    ),
+    loop_case(
+        "speechbrain-location", "SpeechBrain location",
+        replace(SPEECHBRAIN_LOOP, layer=replace(SPEECHBRAIN, location=SPEECHBRAIN_LOCATION)),
+        *bars(3.5, 2.8),
+    ),
+    loop_case(
+        "pointer-generator", "pointer-generator, coverage",
+        replace(WHOLE["pointer-generator"][1], batch=8, steps=50), *bars(3.5, 2),
+    ),
+    loop_case("joeynmt", "JoeyNMT", Loop(64, 40, 40, JOEYNMT), *bars(2, 1.6)),
+    loop_case(
+        "tacotron2", "Tacotron 2", Loop(32, 150, 50, TACOTRON), *bars(2, 1.8)
+    ),
+    loop_case(
+        "pointer-network", "pointer network, glimpse and pointer",
+        Loop(128, 50, 50, None, pointer=128), *bars(1.2, 1, EACH), *bars(2, 1.6, ONCE),
+    ),
+]  # fmt: skip
+
+SIZES = {
+    "tacotron": (32, 150, 128, 512, 50),
+    "espnet": (16, 400, 320, 320, 40),
+    "joeynmt": (64, 40, 512, 1024, 40),
+    "speechbrain": (8, 300, 1024, 512, 40),
+}
+CALLS = [
+    *(
+        Case(
+            f"pooling-{b}", "pooling with a learned query", "call", (b, keys, hidden, values, 1),
+            partial(calls.pooling, b, keys, hidden, values), bars(vs_plain, vs_compiled),
+        )
+        for b, keys, hidden, values, vs_plain, vs_compiled in (
+            (3520, 20, 200, 300, 1.2, 1.1), (1, 15000, 256, 1024, 1.1, 1.05),
+        )
+    ),
+    *(
+        Case(
+            f"operators-{name}", f"operators of a content loop ({name})", "operators", sizes,
+            partial(calls.operators, *sizes), (Bar("gradients at each step", 2.5),),
+        )
+        for name, sizes in SIZES.items()
+    ),
+    *(
+        Case(
+            f"step-{sizes[0]}", "step, forward", "call", (*sizes, 1),
+            partial(calls.step, *sizes), (Bar("function", 1.0),), "forward",
+        )
+        for sizes in ((32, 270, 128, 512), (64, 400, 512, 512))
+    ),
+    Case(
+        "step-bf16", "step with a memory in bfloat16, forward", "call", (64, 400, 512, 512, 1),
+        partial(calls.half_step, 64, 400, 512, 512), (Bar("fused, float32", 1.6),), "forward",
+    ),
+    *(
+        Case(
+            f"half-{mode}", f"self-attention in 16 bits, {mode}", "call",
+            (1, 1024, 128, 128, 1024), partial(calls.half, 1, 1024, 128, 128, mode),
+            tuple(Bar("fused, float32", 0.95, f"fused, {x}") for x in ("bfloat16", "float16")),
+            mode,
+        )
+        for mode in ("forward", "full")
+    ),
+    Case(
+        "beams", "5 beams of one memory, step, forward", "call", (16, 400, 512, 512, 5),
+        partial(calls.beams, 16, 5, 400, 512, 512), (Bar("fused, copied memory", 2.5),), "forward",
+    ),
+    *(
+        Case(
+            f"scores-{b}-{rows}-{mode}", f"raw scores, {mode}", "call", (b, keys, hidden, 0, rows),
+            partial(calls.scores, b, rows, keys, hidden, mode),
+            (Bar("plain", 2), Bar("fused attention", 1.0)), mode,
+        )
+        for b, rows, keys, hidden in ((128, 1, 50, 128), (16, 1, 400, 320), (64, 50, 50, 1024))
+        for mode in ("forward", "full")
+    ),
+]  # fmt: skip
+CASES = {case.name: case for case in [*LOOPS, *CALLS, *DECODERS]}
