@@ -70,6 +70,21 @@ struct Backward : Problem<T> {
   std::int64_t grad_mask_row, grad_mask_column;
 };
 
+// The features of a location: (B, F, Lk) from inputs (B, C, Lk) and filters (F, C, width), contiguous, width odd.
+template <class T>
+struct LocationFeatures {
+  std::int64_t batch, channels, keys, filters, width;
+  Rows<const T> inputs;  // element (n, c): Lk numbers
+  const T* filter;
+  T* out = nullptr;
+};
+
+template <class T>
+struct LocationFeaturesBackward : LocationFeatures<T> {
+  Rows<const T> grad;             // element (n, f): Lk numbers
+  T *grad_inputs, *grad_filters;  // (B, C, Lk), (F, C, width), or null
+};
+
 // The items [0, count) of one parallel pass, handed out one by one to whichever thread is free: items differ in cost
 // where masks skip work. Results never depend on who takes which.
 class Tasks {
@@ -95,6 +110,10 @@ struct Kernels {
   void (*backward64)(const Backward<double>&, const ParallelFor&);
   void (*scores32)(const Scores<float>&, const ParallelFor&);
   void (*scores64)(const Scores<double>&, const ParallelFor&);
+  void (*features32)(const LocationFeatures<float>&, const ParallelFor&);
+  void (*features64)(const LocationFeatures<double>&, const ParallelFor&);
+  void (*features_backward32)(const LocationFeaturesBackward<float>&, const ParallelFor&);
+  void (*features_backward64)(const LocationFeaturesBackward<double>&, const ParallelFor&);
 
   void forward(const Forward<float>& p, const ParallelFor& f) const { forward32(p, f); }
   void forward(const Forward<double>& p, const ParallelFor& f) const { forward64(p, f); }
@@ -102,6 +121,14 @@ struct Kernels {
   void backward(const Backward<double>& p, const ParallelFor& f) const { backward64(p, f); }
   void scores(const Scores<float>& p, const ParallelFor& f) const { scores32(p, f); }
   void scores(const Scores<double>& p, const ParallelFor& f) const { scores64(p, f); }
+  void location_features(const LocationFeatures<float>& p, const ParallelFor& f) const { features32(p, f); }
+  void location_features(const LocationFeatures<double>& p, const ParallelFor& f) const { features64(p, f); }
+  void location_features_backward(const LocationFeaturesBackward<float>& p, const ParallelFor& f) const {
+    features_backward32(p, f);
+  }
+  void location_features_backward(const LocationFeaturesBackward<double>& p, const ParallelFor& f) const {
+    features_backward64(p, f);
+  }
 };
 
 // Null where this build or this processor has no such instructions.

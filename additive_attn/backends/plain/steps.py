@@ -120,6 +120,8 @@ def _term(location: Tensor, location_weight: Tensor | None) -> Tensor:
 
 def _windows(inputs: Tensor, width: int) -> Tensor:
     """What each key sees: (B, C * width, Lk), zeros beyond the ends."""
+    if inputs.shape[-1] == 0:
+        return inputs.repeat(1, width, 1)
     padded = torch.nn.functional.pad(inputs, (width // 2, width // 2))
     return padded.unfold(-1, width, 1).transpose(-1, -2).flatten(-3, -2)
 

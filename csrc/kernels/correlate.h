@@ -1,0 +1,203 @@
+// The features of a location, x_fj = sum_cd filter_fcd input_c(j + d - K/2), and their gradients (math.md, eq. 19, 20).
+// All three are correlations, out_r(j) += sum_m taps_r(m) in(j + m): of the inputs with the filters, of the gradient
+// with the filters turned round, and of the inputs with the gradient.
+
+constexpr int correlate_rows = 4;  // outputs side by side in registers
+constexpr int correlate_vectors = VECTOR_BYTES == 64 ? 4 : 2;
+constexpr std::int64_t taps_summed = 256;  // of a partial sum
+constexpr std::int64_t filter_parts = 16;  // partial sums over entries of the filters' gradient
+
+// Rows of outputs are whole blocks of vectors; so much may be read beyond what they need.
+template <class T>
+constexpr std::int64_t correlate_columns = correlate_vectors * lanes<T>;
+
+template <class T>
+struct Taps {
+  const T* data;  // tap m of row r lies at data[r * row + m * step]
+  std::int64_t row, step;
+};
+
+template <class T, int R, int V>
+inline void correlate_block(const T* in, std::int64_t in_step, Taps<T> taps, std::int64_t count, T* out,
+                            std::int64_t out_row) {
+  constexpr int L = lanes<T>;
+  Vec<T> sum[R][V] = {};
+  const T* tap = taps.data;
+  for (std::int64_t m = 0; m < count; ++m, in += in_step, tap += taps.step) {
+    Vec<T> x[V];
+    for (int v = 0; v < V; ++v) x[v] = load(in + v * L);
+    for (int r = 0; r < R; ++r) {
+      const T factor = tap[r * taps.row];
+      for (int v = 0; v < V; ++v) sum[r][v] += x[v] * factor;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store(out + r * out_row + v * L, load(out + r * out_row + v * L) + sum[r][v]);
+}
+
+template <class T, int R>
+void correlate_rows_of(const T* in, std::int64_t in_step, Taps<T> taps, std::int64_t count, T* out,
+                       std::int64_t out_row, std::int64_t length) {
+  constexpr int L = lanes<T>, V = correlate_vectors;
+  for (std::int64_t m = 0; m < count; m += taps_summed) {
+    const std::int64_t some = std::min(taps_summed, count - m);
+    const Taps<T> from = {taps.data + m * taps.step, taps.row, taps.step};
+    std::int64_t j = 0;
+    for (; j + V / 2 * L < length; j += V * L)
+      correlate_block<T, R, V>(in + m * in_step + j, in_step, from, some, out + j, out_row);
+    if (j < length) correlate_block<T, R, V / 2>(in + m * in_step + j, in_step, from, some, out + j, out_row);
+  }
+}
+
+// Up to correlate_rows rows of outputs.
+template <class T>
+void correlate(const T* in, std::int64_t in_step, Taps<T> taps, std::int64_t rows, std::int64_t count, T* out,
+               std::int64_t out_row, std::int64_t length) {
+  if (rows == 4) correlate_rows_of<T, 4>(in, in_step, taps, count, out, out_row, length);
+  if (rows == 3) correlate_rows_of<T, 3>(in, in_step, taps, count, out, out_row, length);
+  if (rows == 2) correlate_rows_of<T, 2>(in, in_step, taps, count, out, out_row, length);
+  if (rows == 1) correlate_rows_of<T, 1>(in, in_step, taps, count, out, out_row, length);
+}
+
+// One row alone would load a vector for every multiply-add. Here every fourth tap makes a row of its own, `phases`, and
+// row s counts from output s on. add_phases adds them up.
+template <class T>
+void correlate_phases(const T* in, Taps<T> taps, std::int64_t count, T* phases, std::int64_t row, std::int64_t length) {
+  constexpr int S = correlate_rows;
+  const std::int64_t whole = count / S * S;
+  correlate(in, S, Taps<T>{taps.data, taps.step, S * taps.step}, S, whole / S, phases, row, length + S - 1);
+  // Taps beyond the last are not zeros: NaN times zero would reach outputs that do not see it.
+  correlate(in + whole, S, Taps<T>{taps.data + whole * taps.step, taps.step, S * taps.step}, count - whole, 1, phases,
+            row, length + S - 1);
+}
+
+template <class T>
+void add_phases(const T* phases, std::int64_t row, T* out, std::int64_t length) {
+  for (std::int64_t j = 0; j < length; j += lanes<T>) {
+    Vec<T> total = load(phases + j);
+    for (int s = 1; s < correlate_rows; ++s) total += load(phases + s * row + j + s);
+    store_part<T>(out + j, total, length - j);
+  }
+}
+
+// Room for a row between zeros: `before` of them, and what correlate may read behind it.
+template <class T>
+class PaddedRow {
+ public:
+  const T* fill(const T* x, std::int64_t count, std::int64_t before) {
+    const std::int64_t behind = before + 2 * correlate_columns<T> + correlate_rows;
+    T* to = memory_.get(before + count + behind);
+    std::fill(to, to + before, T(0));
+    std::copy(x, x + count, to + before);
+    std::fill(to + before + count, to + before + count + behind, T(0));
+    return to;
+  }
+
+ private:
+  Buffer<T> memory_;
+};
+
+template <class T>
+std::int64_t output_row(std::int64_t length) {
+  return round_up(length + correlate_rows, correlate_columns<T>) + lanes<T>;
+}
+
+template <class T>
+void location_features(const LocationFeatures<T>& p, const ParallelFor& parallel_for) {
+  const std::int64_t blocks = (p.filters + correlate_rows - 1) / correlate_rows, row = output_row<T>(p.keys);
+  const std::int64_t taps = p.channels * p.width;
+  parallel_for(p.batch * blocks, correlate_rows * taps * p.keys, [&](Tasks& tasks) {
+    PaddedRow<T> padded;
+    Buffer<T> memory;
+    T* sums = memory.get(correlate_rows * row);
+    for (std::int64_t task; tasks.take(task);) {
+      const std::int64_t n = task / blocks, f0 = task % blocks * correlate_rows;
+      const std::int64_t some = std::min<std::int64_t>(correlate_rows, p.filters - f0);
+      std::fill(sums, sums + correlate_rows * row, T(0));
+      for (std::int64_t c = 0; c < p.channels; ++c) {
+        const T* in = padded.fill(p.inputs.at(n, c), p.keys, p.width / 2);
+        const Taps<T> filter = {p.filter + f0 * taps + c * p.width, taps, 1};
+        if (some == 1)
+          correlate_phases(in, filter, p.width, sums, row, p.keys);
+        else
+          correlate(in, 1, filter, some, p.width, sums, row, p.keys);
+      }
+      T* out = p.out + (n * p.filters + f0) * p.keys;
+      if (some == 1) add_phases(sums, row, out, p.keys);
+      for (std::int64_t r = 0; r < some && some > 1; ++r)
+        std::copy(sums + r * row, sums + r * row + p.keys, out + r * p.keys);
+    }
+  });
+}
+
+// The gradient of channels [c0, c0 + some) of entry n.
+template <class T>
+void inputs_gradient(const LocationFeaturesBackward<T>& p, std::int64_t n, std::int64_t c0, std::int64_t some,
+                     PaddedRow<T>& padded, T* sums, std::int64_t row) {
+  std::fill(sums, sums + correlate_rows * row, T(0));
+  for (std::int64_t f = 0; f < p.filters; ++f) {
+    const T* in = padded.fill(p.grad.at(n, f), p.keys, p.width / 2);
+    const Taps<T> turned = {p.filter + (f * p.channels + c0 + 1) * p.width - 1, p.width, -1};
+    if (some == 1)
+      correlate_phases(in, turned, p.width, sums, row, p.keys);
+    else
+      correlate(in, 1, turned, some, p.width, sums, row, p.keys);
+  }
+  T* out = p.grad_inputs + (n * p.channels + c0) * p.keys;
+  if (some == 1) return add_phases(sums, row, out, p.keys);
+  for (std::int64_t r = 0; r < some; ++r) std::copy(sums + r * row, sums + r * row + p.keys, out + r * p.keys);
+}
+
+// Entries [first, last)'s share of the gradient of filters [f0, f0 + some), channel c, into `sums`.
+template <class T>
+void filters_gradient(const LocationFeaturesBackward<T>& p, std::int64_t first, std::int64_t last, std::int64_t f0,
+                      std::int64_t some, std::int64_t c, PaddedRow<T>& padded, T* sums, std::int64_t row) {
+  std::fill(sums, sums + correlate_rows * row, T(0));
+  for (std::int64_t n = first; n < last; ++n) {
+    const T* in = padded.fill(p.inputs.at(n, c), p.keys, p.width / 2);
+    const Taps<T> grad = {p.grad.at(n, f0), p.grad.row, 1};
+    if (some == 1)
+      correlate_phases(in, grad, p.keys, sums, row, p.width);
+    else
+      correlate(in, 1, grad, some, p.keys, sums, row, p.width);
+  }
+}
+
+template <class T>
+void location_features_backward(const LocationFeaturesBackward<T>& p, const ParallelFor& parallel_for) {
+  constexpr std::int64_t R = correlate_rows;
+  const std::int64_t taps = p.channels * p.width, all_taps = p.filters * taps;
+  if (p.grad_inputs) {
+    const std::int64_t blocks = (p.channels + R - 1) / R, row = output_row<T>(p.keys);
+    parallel_for(p.batch * blocks, p.filters * p.width * p.keys, [&](Tasks& tasks) {
+      PaddedRow<T> padded;
+      Buffer<T> memory;
+      for (std::int64_t task; tasks.take(task);) {
+        const std::int64_t c0 = task % blocks * R;
+        inputs_gradient(p, task / blocks, c0, std::min(R, p.channels - c0), padded, memory.get(R * row), row);
+      }
+    });
+  }
+  if (!p.grad_filters) return;
+  const std::int64_t parts = std::min(p.batch, filter_parts), part = parts ? (p.batch + parts - 1) / parts : 0;
+  const std::int64_t blocks = (p.filters + R - 1) / R, row = output_row<T>(p.width);
+  Buffer<T> parts_memory;
+  T* sum = parts_memory.get(parts * all_taps);
+  parallel_for(parts * blocks * p.channels, part * R * p.width * p.keys, [&](Tasks& tasks) {
+    PaddedRow<T> padded;
+    Buffer<T> memory;
+    T* sums = memory.get(R * row);
+    for (std::int64_t task; tasks.take(task);) {
+      const std::int64_t c = task % p.channels, f0 = task / p.channels % blocks * R, k = task / p.channels / blocks;
+      const std::int64_t some = std::min(R, p.filters - f0);
+      filters_gradient(p, k * part, std::min((k + 1) * part, p.batch), f0, some, c, padded, sums, row);
+      T* out = sum + k * all_taps + f0 * taps + c * p.width;
+      if (some == 1) add_phases(sums, row, out, p.width);
+      for (std::int64_t r = 0; r < some && some > 1; ++r)
+        std::copy(sums + r * row, sums + r * row + p.width, out + r * taps);
+    }
+  });
+  std::fill(p.grad_filters, p.grad_filters + all_taps, T(0));
+  for (std::int64_t k = 0; k < parts; ++k)
+    for (std::int64_t at = 0; at < all_taps; ++at) p.grad_filters[at] += sum[k * all_taps + at];
+}
