@@ -154,9 +154,6 @@ def prepare(layer: Any, memory: ProjectedMemory) -> Prepared | None:
     weight: Tensor = energy.squeeze(0)
     if layer.normalize:
         weight = layer.energy_gain * weight / weight.norm()
-    elif parameters[1] is not None:
-        # A zero gradient, as the plain layer gives.
-        weight = torch.add(weight, parameters[1], alpha=0)
     query_weight, query_bias = parameters[2], parameters[3]
     if query_weight is not None and layer.normalize:
         offset = layer.energy_offset
@@ -164,6 +161,7 @@ def prepare(layer: Any, memory: ProjectedMemory) -> Prepared | None:
     lent = lend(
         memory.key, memory.value, weight, lengths=memory.lengths, attn_mask=memory.attn_mask,
         scale=layer.scale, query_weight=query_weight, query_bias=query_bias,
+        score_bias=parameters[1],
     )  # fmt: skip
     return None if lent.prepared is None else Prepared(lent, parameters, _state(parameters))
 

@@ -85,7 +85,7 @@ def _ordinary(
     inputs = _inputs(lent.source, query, location, location_weight)
     out, weights, lse = masked_attention(
         inputs, lent.attn_mask, lent.lengths, False, None, dropout_p, lent.scale, True,
-        need_lse=True,
+        lent.source.score_bias, need_lse=True,
     )  # fmt: skip
     return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
 
@@ -128,7 +128,7 @@ class _Step(torch.autograd.Function):
         if grad_out is None and grad_weights is None and grad_lse is None:
             return (None,) * len(needs)
         seed, query, location, location_weight, *tensors = ctx.saved_tensors
-        shared, (projected, weights, lse) = Shared(*tensors[:5]), tensors[5:]
+        shared, (projected, weights, lse) = Shared(*tensors[:6]), tensors[6:]
         if torch.is_grad_enabled():
             return _differentiable(ctx, (grad_out, grad_weights, grad_lse))
         lent, batch = ctx.lent, weights.shape[:-2]
@@ -177,7 +177,7 @@ class _Step(torch.autograd.Function):
             grad_query if needs[3] else None,
             reduced(grad_location, location) if needs[4] else None,
             reduced(grad_location_weight, location_weight) if needs[5] else None,
-            None, None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -185,14 +185,14 @@ def _differentiable(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tens
     """All gradients at once, as those of an ordinary call, to be differentiated again."""
     seed, *tensors = ctx.saved_tensors
     # Views, since a query depends on what is shared through the steps before this one.
-    views: list[Any] = [None if x is None else x.view_as(x) for x in tensors[:8]]
+    views: list[Any] = [None if x is None else x.view_as(x) for x in tensors[:9]]
     query, location, location_weight = views[:3]
     lent, shared = ctx.lent, Shared(*views[3:])
     call = Call(
         *_inputs(shared, query, location, location_weight), lent.attn_mask, lent.lengths,
         seed=seed, dropout_p=ctx.dropout_p, scale=lent.scale,
     )  # fmt: skip
-    out, weights, lse = attend(call, need_weights=True)
+    out, weights, lse = attend(call, need_weights=True, score_bias=shared.score_bias)
     outputs = (out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1))
     given = [i for i, grad in enumerate(upstream) if grad is not None]
     sources = (None, None, None, query, location, location_weight, *shared)

@@ -32,13 +32,15 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 class Shared(NamedTuple):
-    """What all steps use. The last two are None where queries come projected."""
+    """What all steps use. ``query_weight`` is None where queries come projected; ``score_bias``
+    cancels in the softmax, and gets a zero gradient."""
 
     key: Tensor  # (..., Lk, H)
     value: Tensor  # (..., Lk, Dv)
     weight: Tensor  # (..., H)
     query_weight: Tensor | None = None  # (H, query_dim)
     query_bias: Tensor | None = None  # (H,)
+    score_bias: Tensor | None = None
 
 
 class Lent:
@@ -65,6 +67,7 @@ def lend(
     scale: float = 1.0,
     query_weight: Tensor | None = None,
     query_bias: Tensor | None = None,
+    score_bias: Tensor | None = None,
 ) -> Lent:
     """Prepares a memory for :func:`attend_step`.
 
@@ -76,9 +79,10 @@ def lend(
         scale: factor on the scores.
         query_weight, query_bias: of the Linear that projects the queries, ``(H, query_dim)`` and
             ``(H,)``: their gradients come once for all steps too.
+        score_bias: takes part only to receive a zero gradient.
     """
     lent = Lent()
-    lent.source = lent.shared = Shared(key, value, weight, query_weight, query_bias)
+    lent.source = lent.shared = Shared(key, value, weight, query_weight, query_bias, score_bias)
     lent.lengths, lent.attn_mask, lent.scale = lengths, attn_mask, scale
     lent.prepared = lent.node = None
     if not eager(lent.source, key) or (attn_mask is not None and attn_mask.requires_grad):
@@ -164,7 +168,8 @@ class _Memory(torch.autograd.Function):
         ctx.passes = WeakValueDictionary()
         ctx.masking = lent.attn_mask, lent.lengths, lent.scale
         ctx.save_for_backward(*shared)
-        return shared
+        # No views, whose errors after a change in place would name this function.
+        return tuple(None if x is None else x.detach() for x in shared)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -223,7 +228,10 @@ def _shared_gradients(
             grad_query_weight = grad_query.mT @ raw_query
         if needs[4]:
             grad_query_bias = grad_query.sum(0)
-    made = grad_key, grad_value, grad_weight, grad_query_weight, grad_query_bias
+    grad_bias = (
+        torch.zeros_like(shared.score_bias) if needs[5] and shared.score_bias is not None else None
+    )
+    made = grad_key, grad_value, grad_weight, grad_query_weight, grad_query_bias, grad_bias
     return tuple(
         None if x is None or y is None else x.to(y.dtype)
         for x, y in zip(made, shared, strict=True)
