@@ -1,7 +1,7 @@
 """Additive (Bahdanau) attention for PyTorch as a fused layer."""
 
 from additive_attn.config import show_config
-from additive_attn.functional import additive_attention, additive_attention_step
+from additive_attn.functional import additive_attention, additive_attention_step, additive_scores
 from additive_attn.merge import merge_attention
 from additive_attn.nn.additive import AdditiveAttention
 from additive_attn.nn.decoding import ProjectedMemory
@@ -17,6 +17,7 @@ __all__ = [
     "__version__",
     "additive_attention",
     "additive_attention_step",
+    "additive_scores",
     "merge_attention",
     "plot_attention",
     "show_config",

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from additive_attn.ops.attend import masked_attention, masked_step
+from additive_attn.ops.attend import masked_attention, masked_scores, masked_step
 from additive_attn.ops.checks import Integers
 from additive_attn.spec.call import Inputs
 
 # Under torch.fx.symbolic_trace a call becomes a node.
 fx.wrap("masked_attention")
+fx.wrap("masked_scores")
 fx.wrap("masked_step")
 
 
@@ -143,3 +144,40 @@ def additive_attention_step(
     if need_weights:
         return (out, weights, lse) if need_lse else (out, weights)
     return (out, lse) if need_lse else out
+
+
+def additive_scores(
+    query: Tensor | None,
+    key: Tensor,
+    weight: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    lengths: Integers | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] | None = None,
+    scale: float = 1.0,
+    key_padding_mask: Tensor | None = None,
+    starts: Integers | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    r"""The scores of :func:`additive_attention` before the softmax: for pointer networks, losses
+    on log-probabilities, or another normalisation.
+
+    .. math::
+        s_{ij} = \mathrm{scale} \sum_h w_h \tanh(q_{ih} + k_{jh}) + \mathrm{mask}_{ij} + b
+
+    Never builds the tensor (..., Lq, Lk, H). Differentiable twice in query, key, weight, a float
+    mask and the bias. All arguments are those of :func:`additive_attention`.
+
+    Returns:
+        scores ``(..., Lq, Lk)``, ``-inf`` where a query may not attend. Upstream gradients of
+        these, whatever they are, count as 0. A row without a key to attend to is all ``-inf``, of
+        which torch.softmax makes NaN.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`additive_attention`.
+    """
+    return masked_scores(
+        query, key, weight, attn_mask, lengths, is_causal, window, scale, key_padding_mask,  # type: ignore[arg-type]
+        starts, bias,
+    )  # fmt: skip

@@ -17,12 +17,13 @@ from paths import DEVICE
 from torch import Tensor
 
 import additive_attn
-from additive_attn import additive_attention
+from additive_attn import additive_attention, additive_scores
 
 ON_KERNEL = paths.native() != "pytorch"
 PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(additive_attn.__file__)))
 INPUTS = ("query", "key", "value", "weight")
 OUTPUTS = ("out", "weights", "lse")
+SCORED = ("query", "key", "weight")  # what scores alone are made of
 
 Tensors = dict[str, Tensor]
 
@@ -144,6 +145,26 @@ def plain_masked(inputs: Mapping[str, Tensor], *, scale: float = 1.0, **masking:
     return plain(*tensors, bias=bias, allowed=dense_mask(inputs, **masking), scale=scale)
 
 
+def fused_scores(inputs: Mapping[str, Tensor], **options: Any) -> Tensors:
+    """The scores before the softmax; a mask as ``fused`` takes it."""
+    if "attn_mask" in inputs:
+        options["attn_mask"] = inputs["attn_mask"]
+    return {"scores": additive_scores(*(inputs[n] for n in SCORED), **options)}
+
+
+def plain_scores(inputs: Mapping[str, Tensor], *, scale: float = 1.0, **masking: Any) -> Tensors:
+    """The formula of the same; builds the tensor (..., Lq, Lk, H)."""
+    query, key, weight = (inputs[name] for name in SCORED)
+    if "attn_mask" in inputs:
+        masking["attn_mask"] = inputs["attn_mask"]
+    energy = torch.tanh(query[..., :, None, :] + key[..., None, :, :])
+    score = scale * (energy @ weight[..., None, :, None]).squeeze(-1)
+    if (mask := masking.get("attn_mask")) is not None and mask.dtype != torch.bool:
+        score = score + mask
+    allowed = dense_mask({"value": key, **inputs}, **masking)
+    return {"scores": score if allowed is None else score.masked_fill(~allowed, -torch.inf)}
+
+
 def random_upstream(outputs: Mapping[str, Tensor], names: Sequence[str] = OUTPUTS) -> Tensors:
     """Random upstream gradients: constant ones, as of sum(), cancel in a softmax."""
     g = generator(1)
@@ -191,23 +212,28 @@ Truth = tuple[Tensors, tuple[Tensors, Tensors], tuple[Tensors, Tensors]]
 _truths: dict[bytes, Truth] = {}  # of the last few cases: the paths of a test follow each other
 
 
-def truth(inputs: Tensors, upstream_of: Sequence[str], **options: Any) -> Truth:
+def truth(
+    inputs: Tensors,
+    upstream_of: Sequence[str],
+    formula: Callable[..., Tensors] = plain_masked,
+    **options: Any,
+) -> Truth:
     """Random upstream gradients, then outputs and gradients of the plain formula in float64, and
     in the dtype of the inputs. Computed once for all paths."""
     digest = hashlib.blake2b()
     for name, x in [*inputs.items(), *options.items()]:
-        digest.update(f"{name} {upstream_of} ".encode())
+        digest.update(f"{formula.__name__} {name} {upstream_of} ".encode())
         if isinstance(x, Tensor):
             digest.update(f"{x.dtype} {x.shape} {x.device} ".encode())
             x = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         digest.update(x if isinstance(x, bytes) else repr(x).encode())
     if (key := digest.digest()) not in _truths:
         doubled = {name: x.double() for name, x in inputs.items()}
-        upstream = random_upstream(plain_masked(doubled, **options), upstream_of)
+        upstream = random_upstream(formula(doubled, **options), upstream_of)
         if (dtype := inputs["query"].dtype) != torch.float64:
             upstream = {name: x.to(dtype).double() for name, x in upstream.items()}
         exact, same = (
-            gradients(lambda x: plain_masked(x, **options), case, upstream)
+            gradients(lambda x: formula(x, **options), case, upstream)
             for case in (doubled, inputs)
         )
         if len(_truths) >= 8:
@@ -222,6 +248,8 @@ def check_against_plain(
     upstream_of: Sequence[str] = OUTPUTS,
     magnitude: float = 1.0,
     scale: float = 1.0,
+    function: Callable[..., Tensors] = fused,
+    formula: Callable[..., Tensors] = plain_masked,
     **masking: Any,
 ) -> None:
     """The accuracy rule, for outputs and gradients; errors are the maxima over all cases (seeds).
@@ -241,12 +269,12 @@ def check_against_plain(
 
     for case in cases:
         inputs = {**case, **float_mask}
-        upstream, exact, same = truth(inputs, upstream_of, **options)
-        ours = gradients(lambda x: fused(x, **options), inputs, upstream)
+        upstream, exact, same = truth(inputs, upstream_of, formula, **options)
+        ours = gradients(lambda x: function(x, **options), inputs, upstream)
         assert all(grad.dtype == inputs[name].dtype for name, grad in ours[1].items())
 
         for which, factor in ((0, 2), (1, 3)):
-            for name in exact[which] if which else OUTPUTS:
+            for name in exact[which]:
                 label = f"gradient of {name}" if which else name
                 mine, theirs, best = (results[which][name] for results in (ours, same, exact))
                 finite = best[best.isfinite()].abs()

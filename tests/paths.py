@@ -172,6 +172,7 @@ def _switched(path: str) -> Iterator[None]:
         if path == "pytorch":
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setattr(dispatch, "cpu_is_plain", True)
-            patch.setattr(whole, "attend", override.counted(whole.attend))
+            for name in ("attend", "score"):
+                patch.setattr(whole, name, override.counted(getattr(whole, name)))
         yield
         assert override.calls, f"nothing was computed by {path}"

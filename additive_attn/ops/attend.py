@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from additive_attn.ops.checks import (
     refuse_rank,
 )
 from additive_attn.ops.masking import checked_bias, with_bias, with_padding, with_starts
+from additive_attn.ops.scores import score
 from additive_attn.spec.call import Call, Inputs
 from additive_attn.spec.dropout import draw_seed
 
@@ -41,9 +43,11 @@ def masked_attention(
     key_padding_mask: Tensor | None = None,
     starts: Integers | None = None,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    compute: Callable[..., Any] = attend,
+) -> Any:
     """Checks, casts under autocast, attends; returns out, weights (empty unless needed), lse.
-    ``score_bias`` is a ``bias`` that needs no check, where lse is not needed."""
+    ``score_bias`` is a ``bias`` that needs no check, where lse is not needed. ``compute`` takes
+    the place of ``attend``."""
     query, key, value, weight = inputs
     if not (
         isinstance(query, Tensor)
@@ -82,8 +86,21 @@ def masked_attention(
     call = Call(*inputs, attn_mask, lengths, left, right, seed, dropout_p, scale)
     if autocasts and not torch.compiler.is_compiling():
         with torch.autocast(query.device.type, enabled=False):  # no backend narrows further
-            return attend(call, need_weights, score_bias, need_lse)
-    return attend(call, need_weights, score_bias, need_lse)
+            return compute(call, need_weights, score_bias, need_lse)
+    return compute(call, need_weights, score_bias, need_lse)
+
+
+def masked_scores(
+    query: Tensor, key: Tensor, weight: Tensor, attn_mask: Tensor | None,
+    lengths: Integers | None, is_causal: bool, window: tuple[int, int] | None, scale: float,
+    key_padding_mask: Tensor | None, starts: Integers | None, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    inputs: Any = Inputs(query, key, None, weight)  # type: ignore[arg-type]
+    result: Tensor = masked_attention(
+        inputs, attn_mask, lengths, is_causal, window, 0.0, scale, False, None, True,
+        key_padding_mask, starts, bias, score,
+    )[0]  # fmt: skip
+    return result
 
 
 def masked_step(

@@ -9,6 +9,7 @@ that transform's tensors. Forward mode takes the plain formula.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from additive_attn.ops import dispatch, vmap  # noqa: F401
 from additive_attn.ops.schemas import registrations
 from additive_attn.ops.second_order import (
     AttentionBackward,
-    Gradients,
     SingleLevelFunction,
     plain_form,
     reduced,
@@ -61,7 +61,7 @@ def attend(
     if forward_ad._current_level >= 0:
         return _formula(call)
     # Asked first, since most calls are on a CPU with a kernel.
-    if (dispatch.cpu_is_plain or not call.query.is_cpu) and _serves_whole(call):
+    if (dispatch.cpu_is_plain or not call.query.is_cpu) and serves_whole(call):
         return whole.attend(call, need_lse, score_bias)
     # Bypasses the kernels at the key Autograd, whose cost shows in small decoder steps.
     if torch.is_grad_enabled() and (
@@ -74,7 +74,12 @@ def attend(
     return outputs
 
 
-def _serves_whole(call: Call) -> bool:
+def in_graph() -> bool:
+    """Whether a graph is made, or a transform runs, which is to see the operator."""
+    return torch.compiler.is_compiling() or _functorch_active() or _tracing_state() is not None
+
+
+def serves_whole(call: Call) -> bool:
     """Whether plain PyTorch computes a small call, for which the operator costs more than the
     arithmetic. Modes and subclasses of Tensor expect the operator."""
     query, key, value, weight = call[:4]
@@ -98,7 +103,8 @@ def _requires_grad(call: Call) -> bool:
 
 def _formula(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     formula, primals = plain_form(call, call.batch())
-    return formula(*primals)
+    out, weights, lse = formula(*primals)
+    return out, weights, lse
 
 
 class Attention(SingleLevelFunction):
@@ -143,28 +149,23 @@ class Attention(SingleLevelFunction):
         )  # fmt: skip
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(*arguments[:11])
-    if forward_ad._current_level >= 0:
-        return _formula(call)
-    outputs: tuple[Tensor, Tensor, Tensor]
-    if torch.is_grad_enabled() and _requires_grad(call):
-        with enable_single_level_autograd_function():
-            outputs = Attention.apply(*arguments, None)
-    else:
-        outputs = dispatch.below_autograd(dispatch.forward, *arguments)
-    return outputs
+def register(name: str, function: Any, formula: Callable[..., Any] | None = None) -> None:
+    """Registers the derivative of an operator: ``function`` in reverse mode, and in forward mode
+    the plain formula. Whatever reaches ``backward`` in forward mode has passed one already."""
+    operator = getattr(dispatch, name)
+
+    def run(*arguments: Any) -> Any:
+        if formula is not None and forward_ad._current_level >= 0:
+            return formula(*arguments)
+        if torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in arguments
+        ):
+            with enable_single_level_autograd_function():
+                return function(*arguments)
+        return dispatch.below_autograd(operator, *arguments)
+
+    registrations.impl(name, run, "Autograd")
 
 
-def _backward(*arguments: Any) -> Gradients:
-    if torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in arguments
-    ):
-        with enable_single_level_autograd_function():
-            return AttentionBackward.apply(*arguments)
-    gradients: Gradients = dispatch.below_autograd(dispatch.backward, *arguments)
-    return gradients
-
-
-registrations.impl("forward", _forward, "Autograd")
-registrations.impl("backward", _backward, "Autograd")
+register("forward", lambda *x: Attention.apply(*x, None), lambda *x: _formula(Call(*x[:11])))
+register("backward", AttentionBackward.apply)

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from additive_attn.backends.plain import blocks, scores, steps
+from additive_attn.backends.plain import blocks, steps
+from additive_attn.backends.plain import scores as plain_scores
 from additive_attn.ops.library import find_library, how_to_build
 from additive_attn.ops.schemas import registrations
 
 PLAIN: dict[str, Any] = {
     "forward": blocks.forward,
     "backward": blocks.backward,
-    "scores": scores.scores,
-    "scores_backward": scores.scores_backward,
+    "scores": plain_scores.scores,
+    "scores_backward": plain_scores.scores_backward,
     "prepare_keys": steps.prepare_keys,
     "step": steps.step,
     "step_backward": steps.step_backward,
@@ -162,3 +163,5 @@ forward = torch.ops.additive_attn.forward.default
 backward = torch.ops.additive_attn.backward.default
 # Without the call through Python, whose cost shows in small calls.
 forward_directly, backward_directly = forward._op, backward._op
+scores = torch.ops.additive_attn.scores.default
+scores_backward = torch.ops.additive_attn.scores_backward.default

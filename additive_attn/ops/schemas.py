@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from additive_attn.ops.checks import require_one_device
-from additive_attn.spec.call import Call, backward_arguments, lse_dtype
+from additive_attn.spec.call import Call, backward_arguments, call_of_scores, lse_dtype
 from additive_attn.spec.dropout import keep_mask
 
 _CALL = (
@@ -109,21 +109,55 @@ def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.register_fake("additive_attn::backward", lib=registrations)
 def _backward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     upstream, call, lse, needs = backward_arguments(arguments)
-    query, key, value, weight = call.inputs
-    attn_mask = call.masking.attn_mask
+    query, _, value, _ = call.inputs
     grads = {f"grad_{name}": grad for name, grad in upstream._asdict().items()}
     require_one_device(**grads, **_tensors(call), lse=lse)
     batch = call.batch()
-    grad_mask = query.new_empty(0)
-    if needs.mask and attn_mask is not None and attn_mask.is_floating_point():
-        grad_mask = torch.empty_like(attn_mask, memory_format=torch.contiguous_format)
     return (
-        query.new_empty((*batch, *query.shape[-2:]) if needs.query else (0,)),
-        query.new_empty((*batch, *key.shape[-2:]) if needs.key else (0,)),
+        *_gradient_shapes(call, batch, needs.query, needs.key),
         query.new_empty((*batch, *value.shape[-2:]) if needs.value else (0,)),
-        query.new_empty((*batch, weight.shape[-1]) if needs.weight else (0,), dtype=lse.dtype),
-        grad_mask,
+        *_other_gradient_shapes(call, batch, needs.weight, needs.mask),
     )
+
+
+@torch.library.register_fake("additive_attn::scores", lib=registrations)
+def _scores_shape(*arguments: Any) -> Tensor:
+    call = call_of_scores(*arguments)
+    require_one_device(**_tensors(call))
+    return call.query.new_empty((*call.batch(), call.query.shape[-2], call.key.shape[-2]))
+
+
+@torch.library.register_fake("additive_attn::scores_backward", lib=registrations)
+def _scores_backward_shapes(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    call, needs = call_of_scores(*arguments[:8]), arguments[8:]
+    require_one_device(grad_scores=grad, **_tensors(call))
+    batch = grad.shape[:-2]
+    return (
+        *_gradient_shapes(call, batch, *needs[:2]),
+        *_other_gradient_shapes(call, batch, *needs[2:]),
+    )
+
+
+def _gradient_shapes(
+    call: Call, batch: torch.Size, need_query: bool, need_key: bool
+) -> tuple[Tensor, Tensor]:
+    query, key = call.query, call.key
+    return (
+        query.new_empty((*batch, *query.shape[-2:]) if need_query else (0,)),
+        query.new_empty((*batch, *key.shape[-2:]) if need_key else (0,)),
+    )
+
+
+def _other_gradient_shapes(
+    call: Call, batch: torch.Size, need_weight: bool, need_mask: bool
+) -> tuple[Tensor, Tensor]:
+    """Of the weight, and of a mask."""
+    query, weight, attn_mask = call.query, call.weight, call.attn_mask
+    shape = (*batch, weight.shape[-1]) if need_weight else (0,)
+    grad_mask = query.new_empty(0)
+    if need_mask and attn_mask is not None and attn_mask.is_floating_point():
+        grad_mask = torch.empty_like(attn_mask, memory_format=torch.contiguous_format)
+    return query.new_empty(shape, dtype=lse_dtype(query.dtype)), grad_mask
 
 
 def _tensors(call: Call) -> dict[str, Tensor | None]:
@@ -149,3 +183,13 @@ def _backward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
     query, key, value = shapes[3:6]
     batch = torch.broadcast_shapes(query[:-2], key[:-2], value[:-2])
     return 4 * math.prod(batch) * query[-2] * key[-2] * (query[-1] + value[-1])
+
+
+@register_flop_formula(torch.ops.additive_attn.scores)
+def _scores_flops(query: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * math.prod(out_shape) * query[-1]
+
+
+@register_flop_formula(torch.ops.additive_attn.scores_backward)
+def _scores_backward_flops(grad: Any, query: Any, *_: Any, **__: Any) -> int:
+    return 4 * math.prod(grad) * query[-1]

@@ -7,6 +7,7 @@ Registered when the first DTensor arrives, so that importing the package does no
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from torch.distributed.tensor import Partial, Replicate, Shard
@@ -21,6 +22,7 @@ _RANKS = {"query": 2, "key": 2, "value": 2, "weight": 1, "attn_mask": 2, "length
 _ORDER = (
     "query", "key", "value", "weight", "attn_mask", "lengths", None, None, "seed", None, None,
 )  # fmt: skip
+_SCORES = ("query", "key", "weight", "attn_mask", "lengths", None, None, None)
 
 
 @functools.cache
@@ -28,18 +30,22 @@ def register() -> None:
     """Registers the rules, once."""
     register_sharding(dispatch.forward)(_forward)
     register_sharding(dispatch.backward)(_backward)
+    register_sharding(dispatch.scores)(_scores)
+    register_sharding(dispatch.scores_backward)(_scores_backward)
 
 
-def _batch_dims(arguments: Any) -> int:
+def _batch_dims(arguments: Any, order: Sequence[str | None] = _ORDER) -> int:
     """The number of batch dims that the arguments of a call broadcast to."""
-    given = zip(arguments, _ORDER, strict=True)
+    given = zip(arguments, order, strict=True)
     return max(len(x.shape) - _RANKS[name] for x, name in given if name and x is not None)
 
 
-def _on_batch_dim(arguments: Any, dims: int, d: int) -> Placements:
+def _on_batch_dim(
+    arguments: Any, dims: int, d: int, order: Sequence[str | None] = _ORDER
+) -> Placements:
     """Shards every argument that has batch dim ``d`` and does not broadcast along it."""
     placements: Placements = []
-    for x, name in zip(arguments, _ORDER, strict=True):
+    for x, name in zip(arguments, order, strict=True):
         own = -1 if name is None or x is None else d - (dims - (len(x.shape) - _RANKS[name]))
         shards = own >= 0 and x.shape[own] != 1
         placements.append(
@@ -79,9 +85,34 @@ def _backward(*arguments: Any) -> list[Strategy]:
     for d in range(dims):
         of_call = _on_batch_dim(call, dims, d)
         grads: Placements = [Shard(d) if need else Replicate() for need in needs[:4]]
-        # A mask's gradient has the shape of the mask: summed along dims that it broadcasts along.
-        of_mask = of_call[4] if of_call[4] != Replicate() else Partial()
-        grads.append(of_mask if needs[4] and mask is not None else Replicate())
+        grads.append(_of_mask(of_call[4], needs[4], mask))
         sharded = [None if x is None else Shard(d) for x in upstream]
         strategies.append((grads, [*sharded, *of_call, Shard(d), *nothing]))
+    return strategies
+
+
+def _of_mask(placement: Any, need: bool, attn_mask: Any) -> Any:
+    """Its gradient has the shape of the mask: summed along dims that it broadcasts along."""
+    if not need or attn_mask is None:
+        return Replicate()
+    return placement if placement != Replicate() else Partial()
+
+
+def _scores(*arguments: Any) -> list[Strategy]:
+    dims = _batch_dims(arguments, _SCORES)
+    return [
+        ([Replicate()], _replicated(arguments)),
+        *(([Shard(d)], _on_batch_dim(arguments, dims, d, _SCORES)) for d in range(dims)),
+    ]
+
+
+def _scores_backward(grad: Any, *arguments: Any) -> list[Strategy]:
+    call, needs, nothing = arguments[:8], arguments[8:], [None] * 4
+    strategies: list[Strategy] = [([Replicate()] * 4, [Replicate(), *_replicated(call), *nothing])]
+    dims = _batch_dims(call, _SCORES)
+    for d in range(dims):
+        of_call = _on_batch_dim(call, dims, d, _SCORES)
+        grads: Placements = [Shard(d) if need else Replicate() for need in needs[:3]]
+        grads.append(_of_mask(of_call[3], needs[3], call[3]))
+        strategies.append((grads, [Shard(d), *of_call, *nothing]))
     return strategies

@@ -15,6 +15,8 @@ from additive_attn.ops.schemas import registrations
 _CALL_RANKS = (2, 2, 2, 1, 2, 1, None, None, 0, None, None)
 _BACKWARD_RANKS = (2, 2, 1, *_CALL_RANKS, 1)
 _SEED = 8
+_SCORES_RANKS = (2, 2, 1, 2, 1, None, None, None)
+_SCORES_BACKWARD_RANKS = (2, *_SCORES_RANKS)
 
 
 def _forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -42,20 +44,46 @@ def _backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tu
             entries.append(dispatch.backward(*entry, *needs))
         stacked = zip(zip(*entries, strict=True), needs, strict=True)
         return tuple(torch.stack(g) if need else g[0] for g, need in stacked), out_dims
-    mask, mask_dim = call[7], dims[7]
-    # Upstream gradients, query and lse carry the whole batch; a mask's gradient comes in the
-    # shape of the mask.
-    for i in [0, 1, 2, 3, 14] + ([7] if needs[4] else []):
+    # Upstream gradients, query and lse carry the whole batch.
+    whole = (0, 1, 2, 3, 14)
+    grads = _folded_backward(
+        info, dispatch.backward, call, dims, needs, _BACKWARD_RANKS, whole, mask=7
+    )
+    return grads, out_dims
+
+
+def _scores(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    return dispatch.scores(*_fold(arguments, in_dims, _SCORES_RANKS)), 0
+
+
+def _scores_backward(
+    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[Any, Any]:
+    call, dims, needs = list(arguments[:9]), list(in_dims[:9]), arguments[9:]
+    grads = _folded_backward(
+        info, dispatch.scores_backward, call, dims, needs, _SCORES_BACKWARD_RANKS, (0, 1), mask=4
+    )
+    return grads, tuple(0 if need else None for need in needs)
+
+
+def _folded_backward(
+    info: Any, operator: Any, call: list[Any], dims: list[int | None], needs: Sequence[bool],
+    ranks: Sequence[int | None], whole: Sequence[int], mask: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``whole`` are the arguments that carry the whole batch; the gradient of the mask comes in
+    the shape of the mask."""
+    attn_mask, mask_dim = call[mask], dims[mask]
+    for i in [*whole, *([mask] if needs[-1] else [])]:
         if call[i] is not None and dims[i] is None:
             call[i] = call[i].expand(info.batch_size, *call[i].shape)
             dims[i] = 0
-    grads = list(dispatch.backward(*_fold(call, dims, _BACKWARD_RANKS), *needs))
-    if needs[4] and mask is not None:
-        shape = list(mask.shape)
+    *grads, grad_mask = operator(*_fold(call, dims, ranks), *needs)
+    if needs[-1] and attn_mask is not None:
+        shape = list(attn_mask.shape)
         if mask_dim is not None:
             del shape[mask_dim]
-        grads[4] = grads[4].reshape(info.batch_size, *shape)
-    return tuple(grads), out_dims
+        grad_mask = grad_mask.reshape(info.batch_size, *shape)
+    return (*grads, grad_mask)
 
 
 def _keep_mask(
@@ -86,5 +114,6 @@ def _fold(
     return folded
 
 
-for _name, _rule in (("forward", _forward), ("backward", _backward), ("keep_mask", _keep_mask)):
+for _rule in (_forward, _backward, _scores, _scores_backward, _keep_mask):
+    _name = _rule.__name__.removeprefix("_")
     torch.library.register_vmap(f"additive_attn::{_name}", _rule, lib=registrations)

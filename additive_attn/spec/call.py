@@ -98,6 +98,13 @@ def backward_arguments(arguments: tuple[Any, ...]) -> tuple[Upstream, Call, Tens
     return Upstream(*arguments[:3]), call, arguments[14], Needs(*arguments[15:])
 
 
+def call_of_scores(query: Tensor, key: Tensor, weight: Tensor, *rest: Any) -> Call:
+    """The call whose scores they are, from the flat arguments of ``scores``. Its values have no
+    features."""
+    attn_mask, lengths, left, right, scale = rest
+    return Call(query, key, key[..., :0], weight, attn_mask, lengths, left, right, scale=scale)
+
+
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """Scores are accumulated, and the log-sum-exp is returned, in this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32

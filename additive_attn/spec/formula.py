@@ -38,6 +38,27 @@ def plain_additive_attention(
     return out.to(dtype), weights.to(dtype), log_sum_exp(score, attended)
 
 
+def plain_additive_scores(
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    attended: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The scores of ``plain_additive_attention``, ``-inf`` where a pair is masked."""
+    dtype = query.dtype
+    query, key, weight = (widened(x) for x in (query, key, weight))
+    attended = attended_pairs(attn_mask, attended)
+    score = add_bias(scale * scores(energies(query, key, attended), weight), attn_mask)
+    return mask_scores(score, attended).to(dtype)
+
+
+def mask_scores(score: Tensor, attended: Tensor | None) -> Tensor:
+    return score if attended is None else torch.where(attended, score, -torch.inf)
+
+
 def widened(tensor: Tensor) -> Tensor:
     """``tensor`` in the dtype that is computed in: float32 for 16 bits."""
     return tensor.float() if tensor.itemsize == 2 else tensor

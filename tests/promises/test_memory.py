@@ -14,15 +14,19 @@ from oracle import ON_KERNEL, PACKAGE_PARENT
 
 MEASURE = """
 import sys, torch
-from additive_attn import additive_attention
+from additive_attn import additive_attention, additive_scores
 torch.set_num_threads(2)
-length, hidden, need_weights, queries = (int(x) for x in sys.argv[1:])
+length, hidden, need_weights, queries = (int(x) for x in sys.argv[1:5])
+only_scores = sys.argv[5] == "True"
 
 def inputs(rows, length):
     shapes = (rows, hidden), (length, hidden), (length, hidden), (hidden,)
     return [torch.randn(s).requires_grad_() for s in shapes]
 
 def run(tensors, upstream):
+    if only_scores:
+        query, key, _, weight = tensors
+        return additive_scores(query, key, weight).backward(upstream[-1])
     outputs = additive_attention(*tensors, need_weights=bool(need_weights))
     if need_weights:
         torch.autograd.backward(outputs, upstream)
@@ -31,7 +35,7 @@ def run(tensors, upstream):
 
 def upstream(rows, length):
     grads = [torch.randn(rows, hidden)]
-    return grads + [torch.randn(rows, length)] if need_weights else grads
+    return grads + [torch.randn(rows, length)] if need_weights or only_scores else grads
 
 def resident(which):
     # Not getrusage: its maximum is inherited from the process that started this one.
@@ -43,7 +47,7 @@ tensors, grads = inputs(queries, length), upstream(queries, length)
 before = resident("VmRSS")
 run(tensors, grads)
 peak = resident("VmHWM")
-assert all(torch.isfinite(t.grad).all() for t in tensors)
+assert all(torch.isfinite(t.grad).all() for t in tensors if t.grad is not None)
 print(peak - before)
 """
 
@@ -52,11 +56,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def extra_megabytes(length: int, *, need_weights: bool = False, queries: int | None = None):
+def extra_megabytes(
+    length: int,
+    *,
+    need_weights: bool = False,
+    queries: int | None = None,
+    scores: bool = False,
+):
     """Peak growth of resident memory through one forward and backward, H = Dv = 128."""
-    arguments = (length, 128, need_weights, queries or length)
+    arguments = (length, 128, int(need_weights), queries or length, scores)
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, *(str(int(a)) for a in arguments)],
+        [sys.executable, "-c", MEASURE, *map(str, arguments)],
         capture_output=True, text=True, check=False, cwd=PACKAGE_PARENT,
         env={**os.environ, "PYTHONPATH": PACKAGE_PARENT},
     )  # fmt: skip
@@ -85,6 +95,13 @@ def test_returned_weights_cost_one_matrix_each():
     matrix = 2048 * 2048 * 4 / 1e6
     extra = extra_megabytes(2048, need_weights=True)
     assert extra < 8 * matrix + 40, f"{extra:.0f} MB"
+
+
+def test_scores_cost_one_matrix_each():
+    """The scores; their gradient is there before."""
+    matrix = 2048 * 2048 * 4 / 1e6
+    extra = extra_megabytes(2048, scores=True)
+    assert extra < 4 * matrix + 40, f"{extra:.0f} MB"
 
 
 def test_one_query_over_many_keys():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from additive_attn import AdditiveAttention
+from additive_attn import AdditiveAttention, additive_scores
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -27,6 +27,16 @@ class Step(Whole):
         return self.attention.step(query, self.attention.project(key, lengths=lengths))
 
 
+class Scores(Whole):
+    """With finite numbers in place of -inf, which compare."""
+
+    def forward(self, query, key, lengths):
+        layer = self.attention
+        query, key = layer.query_layer(query), layer.key_layer(key)
+        scores = additive_scores(query, key, layer.energy_layer.weight[0], lengths=lengths)
+        return (scores.exp(),)
+
+
 def export(model, arguments, path, dynamo):
     dims = [{d: f"{name}{d}" for d in range(x.dim() - (x.dim() > 1))}
             for name, x in zip("qkl", arguments, strict=True)]  # fmt: skip
@@ -42,10 +52,10 @@ def export(model, arguments, path, dynamo):
 
 
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
-@pytest.mark.parametrize("kind", [Whole, Step])
+@pytest.mark.parametrize("kind", [Whole, Step, Scores])
 def test_exported_layers_compute_the_same(kind, dynamo, tmp_path):
     def random(batch, queries, keys):
-        query = torch.randn(batch, *([queries] if kind is Whole else []), 8)
+        query = torch.randn(batch, *([] if kind is Step else [queries]), 8)
         return query, torch.randn(batch, keys, 8), torch.randint(0, keys + 1, (batch,))
 
     model, path = kind().eval(), str(tmp_path / "model.onnx")

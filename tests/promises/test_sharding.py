@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from additive_attn import AdditiveAttention, additive_attention
+from additive_attn import AdditiveAttention, additive_attention, additive_scores
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed")
 
@@ -40,6 +40,7 @@ def inputs_of(name):
 def results(inputs, differentiate=torch.autograd.grad):
     leaves = {n: x.requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
     outputs = additive_attention(**leaves, need_weights=True, need_lse=True)
+    outputs += (additive_scores(**{n: x for n, x in leaves.items() if n != "value"}),)
     total = sum((x.nan_to_num(neginf=0) ** 2).sum() for x in outputs)
     return [*outputs, *differentiate(total, [x for x in leaves.values() if x.requires_grad])]
 
@@ -66,7 +67,8 @@ def work(rank, world, store):
         }
         ours = results(sharded)
         if name in ("batch", "heads"):
-            assert ours[0].placements[0] == Shard(placements["query"]), "computed in one piece"
+            for n in (0, 3):
+                assert ours[n].placements[0] == Shard(placements["query"]), "in one piece"
         for mine, theirs in zip(ours, expected, strict=True):
             torch.testing.assert_close(full(mine), theirs)
 

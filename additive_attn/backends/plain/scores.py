@@ -16,37 +16,29 @@ from additive_attn.backends.plain.blocks import (
     unnarrowed,
 )
 from additive_attn.backends.plain.whole import is_finite, weight_gradient
-from additive_attn.spec.call import Call, lse_dtype
-from additive_attn.spec.formula import add_bias, energies, widened
+from additive_attn.spec.call import Call, call_of_scores, lse_dtype
+from additive_attn.spec.formula import add_bias, energies, mask_scores, widened
 from additive_attn.spec.formula import scores as formula
-
-
-def _call(query: Tensor, key: Tensor, weight: Tensor, *rest: Any) -> Call:
-    """A call without values."""
-    attn_mask, lengths, left, right, scale = rest
-    return Call(query, key, key[..., :0], weight, attn_mask, lengths, left, right, scale=scale)
 
 
 @unnarrowed
 def scores(*arguments: Any) -> Tensor:
     """Equation 1: -inf where a pair is masked."""
-    call = _call(*arguments)
+    call = call_of_scores(*arguments)
     query, key, batch = call.query, call.key, call.batch()
     result = query.new_full((*batch, query.shape[-2], key.shape[-2]), -torch.inf)
     for block in blocks_of(call, batch):
         query, key, _, weight = (widened(tensor) for tensor in block.inputs(call.inputs))
         attn_mask, attended = block.masks(call.masking, query.device)
         score = add_bias(call.scale * formula(energies(query, key), weight), attn_mask)
-        if attended is not None:
-            score = torch.where(attended, score, -torch.inf)
-        block.of_pairs(result).copy_(score)
+        block.of_pairs(result).copy_(mask_scores(score, attended))
     return result
 
 
 @unnarrowed
 def scores_backward(grad_scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Equations 10 and 11; the gradient of a mask is that of the scores."""
-    call, needs = _call(*arguments[:8]), arguments[8:]
+    call, needs = call_of_scores(*arguments[:8]), arguments[8:]
     (query, key, _, weight), attn_mask = call.inputs, call.attn_mask
     if attn_mask is not None and not attn_mask.is_floating_point():
         attn_mask = None

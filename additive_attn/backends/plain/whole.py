@@ -19,6 +19,7 @@ from additive_attn.spec.formula import (
     energies,
     keep_factors,
     log_sum_exp,
+    mask_scores,
     scores,
     softmax,
     weighted_sum,
@@ -45,12 +46,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, Any]:
     """Out, weights, and lse if needed, differentiable by autograd to any order. ``score_bias``
     gets a gradient of zeros."""
-    query, key, _, weight, attn_mask, lengths, left, right, seed, dropout_p, scale = call
-    attended = factors = None
-    if attn_mask is not None or lengths is not None or left >= 0 or right >= 0:
-        rows, keys = (0, query.shape[-2]), (0, key.shape[-2])
-        intervals = interval_mask(lengths, left, right, rows, keys, query.device)
-        attended = attended_pairs(attn_mask, intervals)
+    query, key, _, weight, attn_mask, _, _, _, seed, dropout_p, scale = call
+    attended, factors = _attended(call), None
     if seed is not None:
         keep = torch.ops.additive_attn.keep_mask(
             seed, call.batch(), query.shape[-2], key.shape[-2], dropout_p
@@ -76,6 +73,48 @@ def attend(
     return out, weights, lse
 
 
+def score(call: Call) -> Tensor:
+    """The scores, ``-inf`` where a pair is masked, differentiable by autograd to any order."""
+    query, key, _, weight = call.inputs
+    dtype, attended = query.dtype, _attended(call)
+    if dtype.itemsize == 2:
+        query, key, weight = query.float(), key.float(), weight.float()
+    differentiable = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or weight.requires_grad
+    )
+    result = _scored(query, key, weight, attended, None, differentiable)
+    if attended is not None and not is_finite(result.sum()):
+        result = _scored(query, key, weight, attended, attended, differentiable)
+    if call.scale != 1.0:
+        result = result * call.scale
+    return mask_scores(add_bias(result, call.attn_mask), attended).to(dtype)
+
+
+def _attended(call: Call) -> Tensor | None:
+    attn_mask, lengths, left, right = call[4:8]
+    if attn_mask is None and lengths is None and left < 0 and right < 0:
+        return None
+    rows, keys = (0, call.query.shape[-2]), (0, call.key.shape[-2])
+    intervals = interval_mask(lengths, left, right, rows, keys, call.query.device)
+    return attended_pairs(attn_mask, intervals)
+
+
+def _scored(
+    query: Tensor, key: Tensor, weight: Tensor, attended: Tensor | None, shield: Tensor | None,
+    differentiable: bool, score_bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``w . tanh(q + k)``, of 0 where ``shield`` masks a pair."""
+    few = attended is None and query.numel() * key.shape[-2] <= _SHORT_SUM * query.shape[-1]
+    if differentiable and few and score_bias is not None:
+        weight = torch.add(weight, score_bias, alpha=0)
+    if differentiable and not few:
+        result: Tensor = _Scores.apply(query, key, weight, shield, score_bias)[0]
+        return result
+    if query.shape[-2] == weight.dim() == 1 and shield is None:
+        return ((query + key).tanh_() @ weight).unsqueeze(-2)
+    return scores(energies(query, key, shield), weight)
+
+
 def formula(
     inputs: Inputs,
     attn_mask: Tensor | None,
@@ -93,15 +132,7 @@ def formula(
     dtype = query.dtype
     if dtype.itemsize == 2:
         query, key, value, weight = query.float(), key.float(), value.float(), weight.float()
-    few = attended is None and query.numel() * key.shape[-2] <= _SHORT_SUM * query.shape[-1]
-    if differentiable and few and score_bias is not None:
-        weight = torch.add(weight, score_bias, alpha=0)
-    if differentiable and not few:
-        score = _Scores.apply(query, key, weight, shield, score_bias)[0]
-    elif query.shape[-2] == weight.dim() == 1 and shield is None:
-        score = ((query + key).tanh_() @ weight).unsqueeze(-2)
-    else:
-        score = scores(energies(query, key, shield), weight)
+    score = _scored(query, key, weight, attended, shield, differentiable, score_bias)
     if scale != 1.0:
         score = score * scale
     biased = score if attn_mask is None else add_bias(score, attn_mask)

@@ -1,0 +1,85 @@
+"""The derivative of ``additive_attn::scores``, registered on it as that of ``forward`` is."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from additive_attn.backends.plain import whole
+from additive_attn.ops import dispatch
+from additive_attn.ops.autograd import in_graph, register, serves_whole
+from additive_attn.ops.second_order import (
+    ScoresBackward,
+    SingleLevelFunction,
+    plain_scores_form,
+    reduced,
+)
+from additive_attn.spec.call import Call, call_of_scores
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_functorch_active = torch._C._are_functorch_transforms_active
+
+
+def score(call: Call, *_: Any) -> tuple[Tensor, ...]:
+    """``additive_attn::scores`` as the only output, differentiable in query, key, weight and a
+    float mask. Takes the place of ``attend``, whose other arguments say nothing here."""
+    query, key, _value, weight, attn_mask = call[:5]
+    arguments = query, key, weight, *call[4:8], call.scale
+    if type(query) is not Tensor and hasattr(query, "device_mesh"):
+        importlib.import_module("additive_attn.ops.sharding").register()
+    if forward_ad._current_level >= 0 or torch.onnx.is_in_onnx_export():
+        return (_formula(*arguments),)
+    if in_graph():
+        return (dispatch.scores(*arguments),)
+    if (dispatch.cpu_is_plain or not query.is_cpu) and serves_whole(call):
+        return (whole.score(call),)
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, key, weight, attn_mask)
+    ):
+        return (Scores.apply(*arguments),)
+    with _below_autograd():
+        return (dispatch.scores(*arguments),)
+
+
+def _formula(*arguments: Any) -> Tensor:
+    call = call_of_scores(*arguments)
+    formula, primals = plain_scores_form(call, call.batch())
+    return formula(*primals)[0]
+
+
+class Scores(SingleLevelFunction):
+    """``additive_attn::scores``."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        scores: Tensor = dispatch.below_autograd(dispatch.scores, *arguments)
+        ctx.save_for_backward(*arguments[:5])
+        ctx.numbers = arguments[5:]
+        ctx.set_materialize_grads(False)
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        if grad is None:
+            return (None,) * len(needs)
+        tensors = ctx.saved_tensors
+        arguments = (grad, *tensors, *ctx.numbers, *needs[:4])
+        if torch.is_grad_enabled() or _functorch_active():
+            grads = dispatch.scores_backward(*arguments)
+        else:
+            with _below_autograd():
+                grads = dispatch.scores_backward(*arguments)
+        return (
+            *(reduced(grads[i], tensors[i]) if needs[i] else None for i in range(3)),
+            grads[3] if needs[3] else None,
+            None, None, None, None,
+        )  # fmt: skip
+
+
+register("scores", Scores.apply, _formula)
+register("scores_backward", ScoresBackward.apply)
