@@ -33,6 +33,7 @@ struct Problem {
   std::int64_t batch, queries, keys, hidden, values;  // B (flattened), Lq, Lk, H, Dv; Dv = 0 without values
   int threads;                                        // a hint for the size of the pieces; no result depends on it
   Rows<const T> query, key, value, weight;            // weight has one row per entry
+  Rows<const T> prepared;                             // of a single row's keys (prepared.h); no data = none
   Mask mask;
   Rows<const std::int64_t> lengths;  // element (n, i): leading keys that row i may attend to; no data = all
   std::int64_t left, right;          // keys i - left .. i + right; -1 = unbounded
@@ -85,6 +86,23 @@ struct LocationFeaturesBackward : LocationFeatures<T> {
   T *grad_inputs, *grad_filters;  // (B, C, Lk), (F, C, width), or null
 };
 
+// The keys as steps read them.
+template <class T>
+struct PreparedKeys {
+  std::int64_t batch, keys, hidden;
+  Rows<const T> key;
+  T* prepared;  // (B, Lk, H)
+};
+
+// A step's query and scores alone: what is shared by all steps is left to Backward with grad_scores. Lq = 1.
+template <class T>
+struct StepBackward : Problem<T> {
+  Rows<const T> weights;                           // element (n, 0, j): what the step returned
+  Rows<const T> grad_out, grad_weights, grad_lse;  // no data = zero
+  T *grad_query, *grad_scores;                     // (B, H), (B, Lk)
+  T* kept;                                         // (B, Lk): the weights after dropout, or null
+};
+
 // The items [0, count) of one parallel pass, handed out one by one to whichever thread is free: items differ in cost
 // where masks skip work. Results never depend on who takes which.
 class Tasks {
@@ -114,6 +132,10 @@ struct Kernels {
   void (*features64)(const LocationFeatures<double>&, const ParallelFor&);
   void (*features_backward32)(const LocationFeaturesBackward<float>&, const ParallelFor&);
   void (*features_backward64)(const LocationFeaturesBackward<double>&, const ParallelFor&);
+  void (*prepare32)(const PreparedKeys<float>&, const ParallelFor&);
+  void (*prepare64)(const PreparedKeys<double>&, const ParallelFor&);
+  void (*step_backward32)(const StepBackward<float>&, const ParallelFor&);
+  void (*step_backward64)(const StepBackward<double>&, const ParallelFor&);
 
   void forward(const Forward<float>& p, const ParallelFor& f) const { forward32(p, f); }
   void forward(const Forward<double>& p, const ParallelFor& f) const { forward64(p, f); }
@@ -129,6 +151,10 @@ struct Kernels {
   void location_features_backward(const LocationFeaturesBackward<double>& p, const ParallelFor& f) const {
     features_backward64(p, f);
   }
+  void prepare(const PreparedKeys<float>& p, const ParallelFor& f) const { prepare32(p, f); }
+  void prepare(const PreparedKeys<double>& p, const ParallelFor& f) const { prepare64(p, f); }
+  void step_backward(const StepBackward<float>& p, const ParallelFor& f) const { step_backward32(p, f); }
+  void step_backward(const StepBackward<double>& p, const ParallelFor& f) const { step_backward64(p, f); }
 };
 
 // Null where this build or this processor has no such instructions.

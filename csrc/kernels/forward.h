@@ -5,6 +5,22 @@
 constexpr std::int64_t tasks_wanted = 64;  // split the keys when there are fewer blocks of rows than this...
 constexpr std::int64_t split_keys = 2048;  // ...but into no shorter pieces than this
 
+// The ranges of keys that blocks of rows are split into. Their number decides the order of the additions, so it is a
+// function of the shape alone.
+template <class T>
+struct KeySplits {
+  std::int64_t keys, splits = 1, split;
+
+  KeySplits(std::int64_t row_blocks, std::int64_t keys) : keys(keys), split(std::max<std::int64_t>(keys, 1)) {
+    if (row_blocks <= 0 || row_blocks >= tasks_wanted) return;
+    splits = std::max<std::int64_t>(1, std::min(tasks_wanted / row_blocks, keys / split_keys));
+    split = round_up((split + splits - 1) / splits, tile_keys<T>);
+    splits = std::max<std::int64_t>(1, (keys + split - 1) / split);
+  }
+  std::int64_t begin(std::int64_t k) const { return k * split; }
+  std::int64_t end(std::int64_t k) const { return std::min((k + 1) * split, keys); }
+};
+
 // The values are summed with weights below 2^-k, 2^k >= Lk: so no sum overflows that the normalised weights would not.
 template <class T>
 T value_scale(std::int64_t keys) {
@@ -171,14 +187,8 @@ template <class T>
 void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
   const std::int64_t rows = rows_per_block(p.batch, p.queries, p.threads), width = round_up(p.values, panel_columns<T>);
   const std::int64_t blocks = (p.queries + rows - 1) / rows;
-  // The number of splits decides the order of the additions, so it is a function of the shape alone.
-  const std::int64_t row_blocks = p.batch * ((p.queries + most_rows - 1) / most_rows);
-  std::int64_t splits = 1, split = std::max<std::int64_t>(p.keys, 1);
-  if (row_blocks > 0 && row_blocks < tasks_wanted) {
-    splits = std::max<std::int64_t>(1, std::min(tasks_wanted / row_blocks, p.keys / split_keys));
-    split = round_up((split + splits - 1) / splits, tile_keys<T>);
-    splits = std::max<std::int64_t>(1, (p.keys + split - 1) / split);
-  }
+  const KeySplits<T> keys(p.batch * ((p.queries + most_rows - 1) / most_rows), p.keys);
+  const std::int64_t splits = keys.splits;
   if (p.weights)
     for (std::int64_t x = 0; x < p.batch * p.queries * p.keys; ++x) p.weights[x] = T(-INFINITY);
 
@@ -191,7 +201,7 @@ void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
     part_maximum.get(splits * all_rows);
     part_sum.get(splits * all_rows);
   }
-  const std::int64_t work = rows * split * (p.hidden + p.values + 16);
+  const std::int64_t work = rows * keys.split * (p.hidden + p.values + 16);
   parallel_for(p.batch * blocks * splits, work, [&](Tasks& tasks) {
     ForwardBlock<T> block(p);
     Buffer<T> own_out;
@@ -204,7 +214,7 @@ void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
       T* out = splits > 1 ? part_out.get(0) + at * width : own_out.get(rows * width);
       T* maximum = splits > 1 ? part_maximum.get(0) + at : own_maximum;
       double* sum = splits > 1 ? part_sum.get(0) + at : own_sum;
-      block.run(n, row0, count, k * split, std::min((k + 1) * split, p.keys), out, maximum, sum);
+      block.run(n, row0, count, keys.begin(k), keys.end(k), out, maximum, sum);
       if (splits == 1)
         for (std::int64_t r = 0; r < count; ++r) write_row(p, n, row0 + r, out + r * width, maximum[r], sum[r]);
     }

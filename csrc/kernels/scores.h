@@ -35,6 +35,9 @@ class ScoreBlock {
       query_largest_[r] = largest(p.query.at(n, row0 + r), p.hidden);
     }
     prepare_weight();
+    if (p.queries == 1)
+      query_constants_.begin(p.query.at(n, row0), normalised_, as_number<T>(weight_largest_) * normaliser_, p.hidden,
+                             bool(p.prepared));
     for (bool& packed : query_packed_) packed = false;
     scores = scores_.get(rows * TK);
   }
@@ -142,12 +145,19 @@ class ScoreBlock {
   }
 
   void single_row(std::int64_t key0) {
+    constexpr int joined = PreparedQuery<T>::joined;
+    const T* query = p.query.at(entry, row0);
     form_[0] = direct;
-    for (std::int64_t j = 0; j < count; ++j) {
+    for (std::int64_t j = 0; j < count; j += joined) {
       if (!attended[0][j / K]) continue;
+      unsigned wanted = 0;
+      for (std::int64_t i = j; i < std::min(j + joined, count); ++i)
+        if (complete || !masked(0, key0 + i, key0)) wanted |= 1u << (i - j);
       // Scores are compute-bound, the weighted sum is memory-bound: the values are prefetched here.
-      if (p.values > 0) prefetch(p.value.at(entry, key0 + j), p.values);
-      scores[j] = energy(p.query.at(entry, row0), p.key.at(entry, key0 + j), weight_.get(0), p.hidden);
+      for (std::int64_t i = j; i < std::min(j + joined, count) && p.values > 0; ++i)
+        prefetch(p.value.at(entry, key0 + i), p.values);
+      query_constants_.scores(p.prepared ? p.prepared.at(entry, key0 + j) : nullptr, p.prepared.row, query,
+                              p.key.at(entry, key0 + j), p.key.row, wanted, scores + j);
     }
     finish_row(0, key0);
   }
@@ -249,8 +259,9 @@ class ScoreBlock {
   Form form_[most_rows];
   typename Simd<T>::Bits query_largest_[most_rows], weight_largest_ = 0;
   T normaliser_ = 1, energy_limit_ = 0;
-  const T* normalised_ = nullptr;  // the weights
-  T* bias_rows_ = nullptr;         // the mask's terms of the tile, [row][key]
+  const T* normalised_ = nullptr;     // the weights
+  PreparedQuery<T> query_constants_;  // of a single row
+  T* bias_rows_ = nullptr;            // the mask's terms of the tile, [row][key]
   bool query_packed_[forms] = {};
   Buffer<T> query_[forms], key_[forms], weight_, centre_, bias_, scores_;
 };
