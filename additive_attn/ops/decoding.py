@@ -12,7 +12,7 @@ from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.checks import checked_probability
 from additive_attn.ops.memory import Lent, Record, Shared, eager, running_pass, summed
-from additive_attn.ops.second_order import reduced
+from additive_attn.ops.second_order import SingleLevelFunction, reduced
 from additive_attn.spec.call import Call, Inputs
 from additive_attn.spec.dropout import draw_seed
 
@@ -99,7 +99,7 @@ def _inputs(
     return Inputs(_projected(query, shared).unsqueeze(-2), key, shared.value, shared.weight)
 
 
-class _Step(torch.autograd.Function):
+class _Step(SingleLevelFunction):
     """One step. Its backward gives the gradients that the decoder needs at once, and notes what
     makes the others."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Variable, forward_ad
 
 from additive_attn.ops import dispatch  # noqa: F401  registers the operators
-from additive_attn.ops.second_order import reduced
+from additive_attn.ops.second_order import SingleLevelFunction, reduced
 
 _operators = torch.ops.additive_attn
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -159,7 +159,7 @@ def running_pass(node: Any) -> _Pass:
     return running
 
 
-class _Memory(torch.autograd.Function):
+class _Memory(SingleLevelFunction):
     """The identity of what is shared. Its backward makes the gradients from the steps' records."""
 
     @staticmethod
