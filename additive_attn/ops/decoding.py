@@ -41,7 +41,7 @@ def attend_step(
         out ``(..., Dv)``, weights ``(..., Lk)`` before dropout, lse ``(...)``.
     """
     given = (query, location, location_weight)
-    if lent.prepared is None or not eager(given, lent.source.key):
+    if lent.prepared is None or not eager(given, lent.shared.weight):
         return _ordinary(lent, query, location, location_weight, dropout_p)
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
         dropout_p = checked_probability("dropout_p", dropout_p)
@@ -93,10 +93,13 @@ def _ordinary(
 def _inputs(
     shared: Shared, query: Tensor, location: Tensor | None, location_weight: Tensor | None
 ) -> Inputs:
-    key = shared.key
+    key, value = shared.key, shared.value
+    query = _projected(query, shared).unsqueeze(-2)
+    if key.dtype != query.dtype and key.dtype.itemsize == 2:
+        key, value = key.to(query.dtype), value.to(query.dtype)
     if location is not None and location_weight is not None:
         key = key + location.mT @ location_weight
-    return Inputs(_projected(query, shared).unsqueeze(-2), key, shared.value, shared.weight)
+    return Inputs(query, key, value, shared.weight)
 
 
 class _Step(SingleLevelFunction):
