@@ -48,7 +48,9 @@ class Shared(NamedTuple):
 class Lent:
     """What :func:`lend` returns: the shared tensors, as they came and as a step takes them."""
 
-    __slots__ = ("attn_mask", "lengths", "node", "prepared", "scale", "shared", "source")
+    __slots__ = (
+        "__weakref__", "attn_mask", "lengths", "node", "prepared", "scale", "shared", "source",
+    )  # fmt: skip
 
     source: Shared
     shared: Shared
@@ -188,6 +190,7 @@ class _Memory(SingleLevelFunction):
     def forward(ctx: Any, lent: Lent, *shared: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.passes = WeakValueDictionary()
+        ctx.spent = False  # True after a backward pass, which may have freed the graph
         ctx.masking = lent.attn_mask, lent.lengths, lent.scale
         ctx.save_for_backward(*shared)
         # No views, whose errors after a change in place would name this function.
@@ -195,6 +198,7 @@ class _Memory(SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.spent = True
         running = ctx.passes.get(_pass_number())
         if running is None or not (running.records or running.grad_key is not None):
             return (None, *incoming)

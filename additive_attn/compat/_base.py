@@ -1,0 +1,291 @@
+"""What the classes of this package share: a memory that is lent once for the steps of a sequence.
+
+The layers that they replace hand over keys and values at every step. A memory is found again by
+the identity of those tensors, which are not held: their owner alone decides how long they live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from additive_attn.nn.linear import bare_parameters, energy_of
+from additive_attn.ops.decoding import attend_step
+from additive_attn.ops.location import location_features
+from additive_attn.ops.memory import Lent, Shared, eager, lend
+
+Key = Tensor | Callable[[], Tensor]
+_saving = torch._C._autograd._top_saved_tensors_default_hooks
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Linear(nn.Module):
+    """A Linear under the name ``linear_layer``, initialised as speech synthesis does it."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, gain: str = "linear"
+    ) -> None:
+        super().__init__()
+        self.linear_layer = nn.Linear(in_features, out_features, bias)
+        nn.init.xavier_uniform_(self.linear_layer.weight, nn.init.calculate_gain(gain))  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.linear_layer(x)
+        return output
+
+
+class Modules(NamedTuple):
+    """Parts of a layer with one head. ``filters`` and ``dense`` make the location term; without
+    filters its inputs are the features."""
+
+    energy: nn.Module
+    query: nn.Module
+    dense: nn.Module | None = None
+    filters: nn.Module | None = None
+
+
+class Lease(NamedTuple):
+    """A lent memory, and what its steps take with it."""
+
+    lent: Lent
+    location_weight: Tensor | None = None  # (F, H)
+    filters: Tensor | None = None  # (F, C, K)
+
+
+class Leases:
+    """The last lease of a layer. A copy of the layer has none."""
+
+    __slots__ = ("_entry",)
+
+    def __init__(self) -> None:
+        self._entry: Any = None
+
+    def __reduce__(self) -> tuple[type[Leases], tuple[()]]:
+        return Leases, ()
+
+    def get(
+        self,
+        sources: tuple[Tensor, ...],
+        parameters: Sequence[Tensor | None],
+        scale: float,
+        build: Callable[[], Lease],
+    ) -> Lease:
+        """The lease of these tensors, unchanged since it was built, or a new one."""
+        floats = [x for x in (*sources, *parameters) if x is not None and x.is_floating_point()]
+        # Under checkpointing a step is to do the same each time it runs.
+        if not eager(floats, floats[0]) or _saving(True) is not None:
+            return build()
+        state = tuple(map(_state, (*sources, *parameters)))
+        entry = self._entry
+        if entry is not None:
+            held, known, graded, factor, lease = entry
+            if (
+                known == state
+                and factor == scale
+                and graded >= torch.is_grad_enabled()
+                and all(a() is b for a, b in zip(held, sources, strict=True))
+                and (lease := _revived(lease)) is not None
+            ):
+                return lease
+        lease = build()
+        self._keep(sources, state, scale, lease)
+        return lease
+
+    def _keep(
+        self, sources: tuple[Tensor, ...], state: tuple[Any, ...], scale: float, lease: Lease
+    ) -> None:
+        lent = lease.lent
+        kept: Any = None
+        if lent.node is not None:
+            # The graph of the steps holds it, as long as there is one.
+            kept = lease._replace(lent=ref(lent))  # type: ignore[arg-type]
+        elif lent.prepared is not None:
+            # No step needs gradients for these; without their graph they hold no source.
+            plain: Any = (None if x is None else x.detach() for x in lent.shared)
+            lent.source = lent.shared = Shared(*plain)
+            kept = lease
+        entry: Any = None
+
+        def end(_: Any) -> None:
+            if self._entry is entry:
+                self._entry = None
+
+        held = tuple(ref(x, end) for x in sources)
+        entry = None if kept is None else (held, state, torch.is_grad_enabled(), scale, kept)
+        self._entry = entry
+
+
+def _state(x: Tensor | None) -> tuple[int, ...] | None:
+    """Changes where a tensor is written to, gets other memory, or is another one."""
+    if x is None:
+        return None
+    return id(x), 0 if x.is_inference() else x._version, x.requires_grad, x.data_ptr()
+
+
+def _revived(lease: Any) -> Lease | None:
+    """None where the lent memory is gone, or has had its backward pass."""
+    lent = lease.lent
+    if isinstance(lent, Lent):
+        found: Lease = lease
+        return found
+    lent = lent()
+    return None if lent is None or lent.node.spent else lease._replace(lent=lent)
+
+
+def leases(layer: nn.Module) -> Leases:
+    own: Leases | None = layer.__dict__.get("_leases")
+    if own is None:
+        own = layer.__dict__["_leases"] = Leases()
+    return own
+
+
+def step(
+    layer: nn.Module,
+    modules: Modules,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    padding: Tensor | None = None,
+    lengths: Tensor | None = None,
+    inputs: Tensor | None = None,
+    window: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """One step of a layer with one head.
+
+    Args:
+        query: ``(B, query_dim)``, not projected.
+        key: ``(B, Lk, H)``, projected; with value ``(B, Lk, Dv)`` the memory.
+        padding: bool ``(B, Lk)``, True = ignore.
+        lengths: int64 ``(B, 1)``, known to say the same as padding.
+        inputs: ``(B, C, Lk)``, of the location term.
+        window: bool, broadcastable to ``(B, 1, Lk)``: what this step attends to, at most.
+
+    Returns:
+        context ``(B, Dv)`` and weights ``(B, Lk)``.
+    """
+    energy, projection = affine(modules.energy), affine(modules.query)
+    dense = None if modules.dense is None else affine(modules.dense)
+    filters = None if modules.filters is None else filters_of(modules.filters)
+    owner: Leases | None = leases(layer) if energy is not None else None
+    if inputs is not None and (dense is None or (modules.filters is not None and filters is None)):
+        # Tools have changed these modules: they are called.
+        features = inputs if modules.filters is None else _called(modules.filters, inputs)
+        assert modules.dense is not None
+        key, inputs, owner = key + modules.dense(features.mT), None, None
+    if inputs is None:
+        dense = filters = None
+
+    def build() -> Lease:
+        weight, bias = energy or energy_of(modules.energy, key.shape[-1], key)
+        query_weight, query_bias = projection or (None, None)
+        if dense is not None and dense[1] is not None and query_weight is not None:
+            # The same for all keys: as well added to the query.
+            query_bias = dense[1] if query_bias is None else query_bias + dense[1]
+        known, attn_mask = (lengths, None) if lengths is not None else masks(padding)
+        lent = lend(
+            key, value, vector(weight, bias), lengths=known, attn_mask=attn_mask, scale=scale,
+            query_weight=query_weight, query_bias=query_bias,
+        )  # fmt: skip
+        kernels = (
+            None if filters is None else filters.flatten(2) if filters.dim() == 4 else filters
+        )
+        return Lease(lent, None if dense is None else dense[0].t(), kernels)
+
+    if owner is None:
+        lease = build()
+    else:
+        sources = tuple(x for x in (key, value, padding, lengths) if x is not None)
+        parameters = [*(energy or ()), *(projection or ()), *(dense or ()), filters]
+        lease = owner.get(sources, parameters, scale, build)
+    lent = lease.lent if window is None else narrowed(lease.lent, window)
+    if projection is None:
+        query = modules.query(query)
+        if dense is not None and dense[1] is not None:
+            query = query + dense[1]
+    if inputs is not None and lease.filters is not None:
+        inputs = location_features(inputs, lease.filters)
+    out, weights, _ = attend_step(
+        lent, query, location=inputs, location_weight=lease.location_weight
+    )
+    return out, weights
+
+
+def vector(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The energy's ``(H,)``; its bias gets a zero gradient, as the plain layer gives."""
+    weight = weight.squeeze(0)
+    return weight if bias is None else torch.add(weight, bias, alpha=0)
+
+
+def narrowed(lent: Lent, window: Tensor) -> Lent:
+    """The same memory for one step that attends to fewer keys."""
+    one = Lent()
+    for name in ("source", "shared", "lengths", "scale", "prepared", "node"):
+        setattr(one, name, getattr(lent, name))
+    one.attn_mask = window if lent.attn_mask is None else lent.attn_mask & window
+    return one
+
+
+def masks(padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """lengths ``(B, 1)`` or attn_mask ``(B, 1, Lk)``. The kernel skips keys beyond a length; on
+    a GPU it would wait to know whether there is one."""
+    if padding is None:
+        return None, None
+    attended = padding.logical_not()
+    if padding.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths = attended.sum(-1, keepdim=True)
+        if torch.equal(attended, torch.arange(padding.shape[-1]) < lengths):
+            return lengths, None
+    return None, attended.unsqueeze(-2)
+
+
+def unhooked(module: nn.Module) -> bool:
+    own = module.__dict__
+    return "forward" not in own and not any(own[name] for name in _HOOKS)
+
+
+def affine(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a Linear, or of a module that passes on to one, if nothing hooks in."""
+    inner = module._modules.get("linear_layer")
+    if inner is not None and unhooked(module):
+        module = inner
+    return bare_parameters(module)
+
+
+def filters_of(module: nn.Module) -> Tensor | None:
+    """Weight of a convolution along the keys that keeps their number, if nothing hooks in."""
+    inner = module._modules.get("conv")
+    if inner is not None and unhooked(module):
+        module = inner
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or not unhooked(module):
+        return None
+    if type(module) not in (nn.Conv1d, nn.Conv2d) or module.bias is not None:
+        return None
+    weight = module._parameters.get("weight")
+    ones = (1,) * (weight.dim() - 2) if weight is not None else ()
+    same = (
+        module.stride == ones
+        and module.dilation == ones
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+        and weight is not None
+        and module.padding == tuple(size // 2 for size in weight.shape[2:])
+        and weight.shape[-1] % 2 == 1
+        and weight.shape[2:-1].numel() == 1
+    )
+    return weight if same else None
+
+
+def _called(filters: nn.Module, inputs: Tensor) -> Tensor:
+    """``(B, C, Lk)`` -> ``(B, F, Lk)``, by a module for one dim or two."""
+    weight: Any = getattr(filters, "weight", None)
+    if getattr(weight, "ndim", 3) == 4:
+        called: Tensor = filters(inputs.unsqueeze(2)).squeeze(2)
+        return called
+    called = filters(inputs)
+    return called
