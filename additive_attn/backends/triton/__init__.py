@@ -7,12 +7,20 @@ from typing import Any
 
 import torch
 
-from additive_attn.backends.triton.backward import backward
-from additive_attn.backends.triton.forward import forward
+from additive_attn.backends.triton.backward import backward, scores_backward
+from additive_attn.backends.triton.forward import forward, scores
 from additive_attn.backends.triton.launch import interpreted
+from additive_attn.backends.triton.location_features import (
+    location_features,
+    location_features_backward,
+)
+from additive_attn.backends.triton.steps import prepare_keys, step, step_backward
 from additive_attn.spec.call import Call, Inputs
 
-__all__ = ["backward", "forward", "interpreted", "probe"]
+__all__ = [
+    "backward", "forward", "interpreted", "location_features", "location_features_backward",
+    "prepare_keys", "probe", "scores", "scores_backward", "step", "step_backward",
+]  # fmt: skip
 
 _NAMES = ("out", "weights", "lse", "grad query", "grad key", "grad value", "grad weight")
 

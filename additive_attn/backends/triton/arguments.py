@@ -24,9 +24,12 @@ from additive_attn.spec.dropout import keep_threshold
 
 
 class Problem:
-    """One call. What a kernel needs comes in the order of its parameters."""
+    """One call, perhaps with a location term. What a kernel needs comes in the order of its
+    parameters."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(
+        self, call: Call, location: Tensor | None = None, location_weight: Tensor | None = None
+    ) -> None:
         query, key, value, weight = call.inputs
         attn_mask, lengths, left, right = call.masking
         seed, dropout_p, scale = call.options
@@ -38,6 +41,9 @@ class Problem:
             or not (attn_mask is lengths is seed is None)
         ):
             shape = call.batch()
+        if location is not None and location_weight is not None:
+            batches = location.shape[:-2], location_weight.shape[:-2]
+            shape = torch.broadcast_shapes(shape, *batches)
         self.batch = BatchShape(shape)
         self.device = query.device
         self.dtype = query.dtype
@@ -52,12 +58,19 @@ class Problem:
         self.value, self.value_strides = self.batch.strided(value, 2)
         self.weight, self.weight_strides = self.batch.strided(weight, 1)
         self.mask = None if attn_mask is None else _mask_view(attn_mask, self)
+        # A mask of booleans has no gradient.
+        self.float_mask = None
+        if attn_mask is not None and attn_mask.is_floating_point():
+            self.float_mask = attn_mask
         self.lengths = None if lengths is None else _lengths_view(lengths, self)
         self.seed = None if seed is None else self.batch.view(seed, 0)
         self.left = self.rows if left < 0 else min(left, self.rows)
         self.right = self.keys if right < 0 else min(right, self.keys)
         self.dropout_p = dropout_p
         self.scale = scale
+        self.location = location
+        self.location_weight = location_weight
+        self.filters = 0 if location is None else location.shape[-2]
 
     @property
     def scale_bits(self) -> int:
@@ -125,8 +138,13 @@ class Problem:
         keep_scale = 0.0 if self.dropout_p == 1 else 1 / (1 - self.dropout_p)
         return (self.seed, *self.seed.stride(), keep_threshold(self.dropout_p), bits(keep_scale))
 
-    def upstream_arguments(self, x: Tensor | None, rank: int) -> tuple[object, ...]:
-        """An upstream gradient, its strides over the batch and over its last ``rank`` dims."""
+    def location_arguments(self) -> tuple[object, ...]:
+        """Parameters ``location`` to ``filters``."""
+        both = self.batched(self.location, 2), self.batched(self.location_weight, 2)
+        return (*both[0], *both[1], self.filters)
+
+    def batched(self, x: Tensor | None, rank: int) -> tuple[object, ...]:
+        """A tensor, its strides over the batch and over its last ``rank`` dims."""
         if x is None:
             return (None, *(0,) * (rank + 2))
         x, strides = self.batch.strided(x, rank)
@@ -139,8 +157,9 @@ class Problem:
             "TARGET": target(),
         }
 
-    def key_range(self, row_begin: int, row_end: int) -> tuple[int, int]:
-        return key_range(row_begin, row_end, self.keys, self.left, self.right)
+    def key_range(self, piece: Piece) -> tuple[int, int]:
+        rows = piece.row, piece.row + piece.rows
+        return key_range(*rows, self.keys, self.left, self.right)
 
     def pieces(self, row_block: int = 1) -> list[Piece]:
         return workspace_pieces(

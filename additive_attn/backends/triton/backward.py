@@ -1,29 +1,30 @@
-"""The operator ``additive_attn::backward`` on a GPU, in the notation of math.md, eq. 9 to 12.
+"""The operators ``additive_attn::backward`` and ``scores_backward`` on a GPU, in the notation of
+math.md, eq. 9 to 12.
 
-G of a bounded number of rows is kept at a time: scores again, G of each row, and from G the
-gradients of query, key and weight; those of the values and the mask are sums of torch."""
+G of a bounded number of rows is kept at a time: either scores again, and from them G of each row,
+or G as it is given. From G come the gradients of query, key and weight; those of the values and
+the mask are sums of torch."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from additive_attn.backends.triton import decode_backward, tiles
+from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
+from additive_attn.backends.triton.decode_backward import Rows, decode_gradients, decode_rows
 from additive_attn.backends.triton.feature_gradients import key_kernel, query_kernel
 from additive_attn.backends.triton.launch import launch, target
 from additive_attn.backends.triton.plan import Piece, splits
-from additive_attn.backends.triton.row_gradient import row_gradient_kernel
+from additive_attn.backends.triton.row_gradient import given_kernel, row_gradient_kernel
 from additive_attn.backends.triton.score_tiles import tile_scores
-from additive_attn.spec.call import backward_arguments
+from additive_attn.spec.call import Needs, Upstream, backward_arguments, call_of_scores
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """What is added up over the pieces, of all entries; None where it is not wanted."""
 
     query: Tensor | None
@@ -33,55 +34,86 @@ class Gradients:
     mask: Tensor | None
 
 
-def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (grad_out, grad_weights, grad_lse), call, lse, needs = backward_arguments(arguments)
-    query, value = call.inputs.query, call.inputs.value
-    attn_mask = call.masking.attn_mask
-    need_query, need_key, need_value, need_weight, need_mask = needs
-    p = Problem(call)
-    need_mask = need_mask and attn_mask is not None
-    mask_dtype = p.dtype if attn_mask is None else attn_mask.dtype
-    lse = lse.contiguous()
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
+
+def _zeros(p: Problem, needs: Needs) -> Gradients:
     def zeros(needed: bool, *shape: int) -> Tensor | None:
         if not needed:
             return None
         return torch.zeros(shape, dtype=p.accumulator, device=p.device)
 
-    mask = zeros(need_mask, *(() if attn_mask is None else attn_mask.shape))
-    some = p.entries > 0 and p.rows > 0 and p.keys > 0
-    if some and p.rows == 1:
-        gradients, gradient = decode_backward.decode_backward(
-            p, lse, grad_out, grad_weights, grad_lse,
-            need_query, need_key, need_value, need_weight, need_mask,
-        )  # fmt: skip
-        if mask is not None and gradient is not None:
-            _add_mask(p, gradient, 0, 0, 0, mask)
-        return (*gradients, query.new_empty(0) if mask is None else mask.to(mask_dtype))
-    sums = Gradients(
-        query=zeros(need_query, p.entries, p.rows, p.hidden),
-        key=zeros(need_key, p.entries, p.keys, p.hidden),
-        value=zeros(need_value, p.entries, p.keys, p.values),
-        weight=zeros(need_weight, p.entries, p.hidden),
-        mask=mask,
+    return Gradients(
+        query=zeros(needs.query, p.entries, p.rows, p.hidden),
+        key=zeros(needs.key, p.entries, p.keys, p.hidden),
+        value=zeros(needs.value, p.entries, p.keys, p.values),
+        weight=zeros(needs.weight, p.entries, p.hidden),
+        mask=zeros(needs.mask, *(() if p.float_mask is None else p.float_mask.shape)),
     )
-    if some:
-        upstream = None if grad_out is None else _entries(grad_out, p, 2)
-        values = _entries(value, p, 2)
+
+
+def _results(p: Problem, sums: Gradients) -> Results:
+    def result(x: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if x is None:
+            return torch.empty(0, dtype=dtype, device=p.device)
+        return x.to(dtype).view(*p.batch.shape, *x.shape[1:])
+
+    query, key, value = (result(x, p.dtype) for x in sums[:3])
+    return query, key, value, result(sums.weight, p.accumulator), _mask_result(p, sums.mask)
+
+
+def _mask_result(p: Problem, mask: Tensor | None) -> Tensor:
+    dtype = p.dtype if p.float_mask is None else p.float_mask.dtype
+    return torch.empty(0, dtype=dtype, device=p.device) if mask is None else mask.to(dtype)
+
+
+def backward(*arguments: Any) -> Results:
+    upstream, call, lse, needs = backward_arguments(arguments)
+    p, lse = Problem(call), lse.contiguous()
+    needs = needs._replace(mask=needs.mask and p.float_mask is not None)
+    if p.entries and p.rows == 1 and p.keys:
+        rows = decode_rows(p, lse, upstream)
+        gradient = torch.empty_like(rows.probabilities) if needs.mask else None
+        return _decode_results(p, rows, needs, gradient, upstream)
+    sums = _zeros(p, needs)
+    if p.entries and p.rows and p.keys:
+        grad_out = None if upstream.out is None else _entries(upstream.out, p, 2)
+        upstream, values = upstream._replace(out=grad_out), _entries(call.value, p, 2)
         for piece in p.pieces(tiles.gradient_block(p.rows)):
-            _add_piece(p, piece, lse, values, upstream, grad_weights, grad_lse, sums)
+            _add_piece(p, piece, lse, values, upstream, sums)
+    return _results(p, sums)
 
-    def result(x: Tensor | None, like: Tensor, *shape: int) -> Tensor:
-        return like.new_empty(0) if x is None else x.to(like.dtype).view(shape)
 
-    batch = p.batch.shape
-    return (
-        result(sums.query, query, *batch, p.rows, p.hidden),
-        result(sums.key, query, *batch, p.keys, p.hidden),
-        result(sums.value, query, *batch, p.keys, p.values),
-        result(sums.weight, lse, *batch, p.hidden),
-        query.new_empty(0) if mask is None else mask.to(mask_dtype),
-    )
+def scores_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_scores, p = arguments[0], Problem(call_of_scores(*arguments[1:9]))
+    need_query, need_key, need_weight, need_mask = arguments[9:]
+    need_mask = need_mask and p.float_mask is not None
+    needs = Needs(need_query, need_key, False, need_weight, need_mask)
+    if p.entries and p.rows == 1 and p.keys:
+        gradient = _given(p, Piece(0, p.entries, 0, 1), grad_scores, (1, p.keys))
+        results = _decode_results(p, Rows(gradient), needs, gradient, Upstream())
+    else:
+        sums = _zeros(p, needs)
+        for piece in p.pieces(tiles.gradient_block(p.rows)) if p.keys and p.rows else ():
+            key, end = p.key_range(piece)
+            if key < end:
+                gradient = _given(p, piece, grad_scores, _padded(piece, end - key))
+                _add_from_scores(p, piece, gradient, sums)
+        results = _results(p, sums)
+    return (*results[:2], *results[3:])
+
+
+def _decode_results(
+    p: Problem, rows: Rows, needs: Needs, gradient: Tensor | None, upstream: Upstream
+) -> Results:
+    """Of one query per entry. G is the mask's gradient before it is summed."""
+    written = None if rows.products is None else gradient
+    gradients = decode_gradients(p, rows, needs, upstream, written)
+    mask = None
+    if needs.mask and gradient is not None and p.float_mask is not None:
+        mask = torch.zeros(p.float_mask.shape, dtype=p.accumulator, device=p.device)
+        _add_mask(p, gradient, 0, 0, 0, mask)
+    return (*gradients, _mask_result(p, mask))
 
 
 def _entries(x: Tensor, p: Problem, rank: int) -> Tensor:
@@ -90,37 +122,62 @@ def _entries(x: Tensor, p: Problem, rank: int) -> Tensor:
     return x.to(p.accumulator).reshape(p.entries, *x.shape[2:]).contiguous()
 
 
+def _padded(piece: Piece, keys: int) -> tuple[int, int]:
+    """Rows and keys of a piece in whole blocks, without which the passes read no G."""
+    row_block, key_block = tiles.gradient_block(piece.rows), tiles.gradient_block(keys)
+    return -(-piece.rows // row_block) * row_block, -(-keys // key_block) * key_block
+
+
+def _given(p: Problem, piece: Piece, grad_scores: Tensor, padded: tuple[int, int]) -> Tensor:
+    """G of a piece, (entries, *padded), from the gradient of the scores."""
+    entry, entries, row, rows = piece
+    key, end = p.key_range(piece)
+    gradient = torch.empty(entries, *padded, dtype=p.accumulator, device=p.device)
+    launch(
+        given_kernel, entries * padded[0], gradient,
+        *p.batched(grad_scores, 2), *p.mask_arguments(), *p.length_arguments(), gradient,
+        p.batch.inner, entry, p.rows, row, rows, padded[0], p.keys, key, padded[1],
+        p.left, p.right, **tiles.row_block(end - key),
+    )  # fmt: skip
+    return gradient
+
+
 def _add_piece(
-    p: Problem, piece: Piece, lse: Tensor, values: Tensor, grad_out: Tensor | None,
-    grad_weights: Tensor | None, grad_lse: Tensor | None, sums: Gradients,
-) -> None:  # fmt: skip
+    p: Problem, piece: Piece, lse: Tensor, values: Tensor, upstream: Upstream, sums: Gradients
+) -> None:
     """Adds the share of some rows of some entries in all gradients."""
     entry, entries, row, rows = piece
-    key, end = p.key_range(row, row + rows)
+    key, end = p.key_range(piece)
     count = end - key
     if count <= 0:
         return
-    of_entries, of_rows = slice(entry, entry + entries), slice(row, row + rows)
-    of_keys = slice(key, end)
-    scores = tile_scores(p, entry, entries, row, rows, key, count)
-    upstream = None if grad_out is None else grad_out[of_entries, of_rows]
-    if upstream is None:
+    of_entries, of_keys = slice(entry, entry + entries), slice(key, end)
+    scores = tile_scores(p, piece, key, count)
+    if upstream.out is None:
         products = scores.new_zeros(entries, rows, count)
     else:
-        products = upstream @ values[of_entries, of_keys].mT
-    row_block, key_block = tiles.gradient_block(rows), tiles.gradient_block(count)
-    row_padded = -(-rows // row_block) * row_block
-    key_padded = -(-count // key_block) * key_block
-    gradient = scores.new_empty(entries, row_padded, key_padded)
+        grad_out = upstream.out[of_entries, row : row + rows]
+        products = grad_out @ values[of_entries, of_keys].mT
+    padded = _padded(piece, count)
+    gradient = scores.new_empty(entries, *padded)
     launch(
-        row_gradient_kernel, entries * row_padded, scores,
-        scores, products, gradient, lse, *p.upstream_arguments(grad_weights, 2),
-        *p.upstream_arguments(grad_lse, 1), *p.dropout_arguments(),
-        p.batch.inner, entry, p.rows, row, rows, row_padded, key, count, key_padded,
+        row_gradient_kernel, entries * padded[0], scores,
+        scores, products, gradient, lse, *p.batched(upstream.weights, 2),
+        *p.batched(upstream.lse, 1), *p.dropout_arguments(),
+        p.batch.inner, entry, p.rows, row, rows, padded[0], key, count, padded[1],
         scores.shape[-1], **tiles.row_block(count),
     )  # fmt: skip
-    if sums.value is not None and upstream is not None:
-        sums.value[of_entries, of_keys] += scores[..., :count].mT @ upstream
+    if sums.value is not None and upstream.out is not None:
+        sums.value[of_entries, of_keys] += scores[..., :count].mT @ grad_out
+    _add_from_scores(p, piece, gradient, sums)
+
+
+def _add_from_scores(p: Problem, piece: Piece, gradient: Tensor, sums: Gradients) -> None:
+    """Adds what comes from G of a piece, padded: the gradients of mask, query, key and weight."""
+    entry, entries, row, rows = piece
+    key, end = p.key_range(piece)
+    count = end - key
+    of_entries = slice(entry, entry + entries)
     if sums.mask is not None:
         _add_mask(p, gradient[:, :rows, :count], entry, row, key, sums.mask)
     if p.hidden == 0:
@@ -128,14 +185,15 @@ def _add_piece(
     inputs = (
         *p.inputs(), *p.prepared_rows_arguments(), p.weight, *p.weight_strides, gradient,
     )  # fmt: skip
+    row_padded, key_padded = gradient.shape[1:]
     sizes = (
         p.batch.inner, entries, entry, p.rows, row, rows, row_padded, p.keys, key, count,
         key_padded, p.hidden, p.left, p.right, p.scale_bits,
     )  # fmt: skip
 
-    def features(kernel: object, length: int, reduced: int, block: int, total: Tensor) -> Tensor:
-        """Runs a pass over the features: its sums to ``total``; returns its share of dw."""
-        tile = tiles.gradient_tile(length)
+    def features(kernel: object, length: int, reduced: int, total: Tensor) -> None:
+        """Runs a pass over the features: its sums to ``total``, and its share of dw."""
+        tile, block = tiles.gradient_tile(length), tiles.gradient_block(reduced)
         tile_count = -(-length // (tile["RX"] * tile["TX"]))
         programs = entries * tile_count * -(-p.padded // (2 * tile["RH"] * tile["TH"]))
         ranges, per_range = splits(programs, reduced, block, p.processors)
@@ -148,23 +206,20 @@ def _add_piece(
         )  # fmt: skip
         if ranges > 1:
             torch.sum(parts, 0, out=total)
-        return of_weight.sum((0, 2))
+        if sums.weight is not None and not (p.wide and kernel is key_kernel):
+            sums.weight[of_entries] += of_weight.sum((0, 2))
 
     if sums.query is not None or sums.weight is not None:
         if sums.query is None:
             total = gradient.new_empty(entries, rows, p.hidden)
         else:
-            total = sums.query[of_entries, of_rows]
-        of_weight = features(query_kernel, rows, count, key_block, total)
-        if sums.weight is not None:
-            sums.weight[of_entries] += of_weight
+            total = sums.query[of_entries, row : row + rows]
+        features(query_kernel, rows, count, total)
     if sums.key is not None or (sums.weight is not None and not p.wide):
         total = gradient.new_empty(entries, count, p.hidden)
-        of_weight = features(key_kernel, count, rows, row_block, total)
+        features(key_kernel, count, rows, total)
         if sums.key is not None:
-            sums.key[of_entries, of_keys] += total
-        if sums.weight is not None and not p.wide:
-            sums.weight[of_entries] += of_weight
+            sums.key[of_entries, key:end] += total
 
 
 def _add_mask(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,16 +13,18 @@ from torch import Tensor
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.decode_forward import (
+    block_attended,
     block_factors,
     block_scores,
     decode_inputs,
     entry_interval,
     program_entry,
 )
-from additive_attn.backends.triton.launch import kernel, launch, target
+from additive_attn.backends.triton.launch import kernel, launch, registers, target
 from additive_attn.backends.triton.numerics import number, tanh
 from additive_attn.backends.triton.plan import decode_splits
 from additive_attn.backends.triton.tiles import power_of_two
+from additive_attn.spec.call import Needs, Upstream
 
 MASKED = tl.constexpr(-1.0)  # stands for the weight of a masked key
 
@@ -31,12 +35,14 @@ def probability_kernel(
     key_outer, key_inner, key_row, key_h, value_outer, value_inner, value_row, value_column,
     weight_outer, weight_inner, weight_h, mask, mask_outer, mask_inner, mask_column,
     lengths, length_outer, length_inner, seed, seed_outer, seed_inner, threshold, keep_bits,
-    lse, grad_out, go_outer, go_inner, go_column, grad_weights, gw_outer, gw_inner, gw_column,
-    probabilities, products, totals, deltas,
+    weights, lse, grad_out, go_outer, go_inner, go_column,
+    grad_weights, gw_outer, gw_inner, gw_column,
+    probabilities, products, totals, deltas, kept,
     inner, entries, keys, hidden, values, left, right, scale_bits, splits, keys_per_split,
     BLOCK: tl.constexpr, FEATURES: tl.constexpr, VALUES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """P, or MASKED, and dP of a range of keys of an entry, and the sums of P and of P dP."""
+    """P, or MASKED, and dP of a range of keys of an entry, and the sums of P and of P dP. P comes
+    from ``weights``, or where they are None from the scores again. P o D to ``kept``, if given."""
     ACC: tl.constexpr = lse.dtype.element_ty
     n, split, _tile, o, m, begin, last = program_entry(1, splits, inner, keys, keys_per_split)
     low, high = entry_interval(lengths, length_outer, length_inner, o, m, keys, left, right)
@@ -55,6 +61,10 @@ def probability_kernel(
         grad_weights += o * gw_outer + m * gw_inner
     probabilities += n * keys
     products += n * keys
+    if weights is not None:
+        weights += n * keys
+    if kept is not None:
+        kept += n * keys
     scale = number(scale_bits).to(ACC)
     # An attended key of an entry whose lse is infinite is NaN, as in a softmax.
     base = tl.load(lse + n)
@@ -63,11 +73,19 @@ def probability_kernel(
     delta = tl.zeros([BLOCK], ACC)
     for k0 in range(begin, end, BLOCK):
         j = k0 + tl.arange(0, BLOCK)
-        score, attended = block_scores(
-            query, key, weight, mask, query_h, key_row, key_h, weight_h, mask_column,
-            j, low, high, hidden, scale, ACC, FEATURES, TARGET,
-        )  # fmt: skip
-        p = tl.where(attended, tl.exp(score - base), 0.0)
+        if weights is not None:
+            _bias, attended = block_attended(mask, mask_column, j, low, high)
+            p = tl.load(weights + j, mask=attended, other=0.0).to(ACC)
+        else:
+            score, attended = block_scores(
+                query, key, weight, query_h, key_row, key_h, weight_h, mask, mask_column,
+                None, 0, 0, None, 0, 0, 0,
+                j, low, high, hidden, scale, ACC, FEATURES, TARGET,
+            )  # fmt: skip
+            p = tl.where(attended, tl.exp(score - base), 0.0)
+        if kept is not None:
+            factors = block_factors(seed, n, k0, threshold, keep_bits, ACC, BLOCK)
+            tl.store(kept + j, p * factors, mask=j < last)
         g = tl.zeros([BLOCK], ACC)
         if grad_out is not None:
             for d0 in range(0, values, VALUES):
@@ -95,18 +113,49 @@ def probability_kernel(
         j = k0 + tl.arange(0, BLOCK)
         tl.store(probabilities + j, tl.full([BLOCK], MASKED, ACC), mask=j < last)
         tl.store(products + j, tl.zeros([BLOCK], ACC), mask=j < last)
-    tl.store(totals + n * splits + split, tl.sum(total, 0))
+        if kept is not None:
+            tl.store(kept + j, tl.zeros([BLOCK], ACC), mask=j < last)
+    if totals is not None:
+        tl.store(totals + n * splits + split, tl.sum(total, 0))
     tl.store(deltas + n * splits + split, tl.sum(delta, 0))
 
 
 @triton.jit
-def _block_gradient(probabilities, products, j, last, inverse, delta):
-    """P and G of the keys j, and which are attended."""
-    p = tl.load(probabilities + j, mask=j < last, other=MASKED)
-    attended = p != MASKED
-    p = tl.where(attended, p * inverse, 0.0)
-    g = tl.load(products + j, mask=j < last, other=0.0)
-    return p, tl.where(attended, p * (g - delta), 0.0), attended
+def row_sums(
+    totals, deltas, grad_lse, gl_outer, gl_inner, n, o, m, splits,
+    ACC: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """1 / the sum of P, 1 without ``totals``, and delta - dlse of an entry."""
+    s = n * splits + tl.arange(0, SPLITS)
+    inside = tl.arange(0, SPLITS) < splits
+    inverse = 1.0
+    delta = 0.0
+    if deltas is not None:
+        delta = tl.sum(tl.load(deltas + s, mask=inside, other=0.0), 0)
+    if totals is not None:
+        total = tl.sum(tl.load(totals + s, mask=inside, other=0.0), 0)
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+        delta *= inverse
+    if grad_lse is not None:
+        delta -= tl.load(grad_lse + o * gl_outer + m * gl_inner).to(ACC)
+    return inverse, delta
+
+
+@triton.jit
+def block_gradient(probabilities, products, j, last, inverse, delta):
+    """P and G of the keys j, and which are attended. Without ``products``, ``probabilities`` are
+    G."""
+    if products is None:
+        p = tl.load(probabilities + j, mask=j < last, other=0.0)
+        g = p
+        attended = g != 0.0
+    else:
+        p = tl.load(probabilities + j, mask=j < last, other=MASKED)
+        attended = p != MASKED
+        p = tl.where(attended, p * inverse, 0.0)
+        g = tl.load(products + j, mask=j < last, other=0.0)
+        g = tl.where(attended, p * (g - delta), 0.0)
+    return p, g, attended
 
 
 @kernel
@@ -122,21 +171,20 @@ def gradient_kernel(
     TARGET: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a range of keys of an entry, where they are not None: G; those of key and
-    value; those of query and weight, both or none, to [split][entry]."""
+    value; those of query and weight to [split][entry]. Without ``products``, ``probabilities`` are
+    G."""
     ACC: tl.constexpr = probabilities.dtype.element_ty
     n, split, _tile, o, m, begin, last = program_entry(1, splits, inner, keys, keys_per_split)
     probabilities += n * keys
-    products += n * keys
-    s = tl.arange(0, SPLITS)
-    total = tl.sum(tl.load(totals + n * splits + s, mask=s < splits, other=0.0), 0)
-    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    delta = tl.sum(tl.load(deltas + n * splits + s, mask=s < splits, other=0.0), 0) * inverse
-    if grad_lse is not None:
-        delta -= tl.load(grad_lse + o * gl_outer + m * gl_inner).to(ACC)
+    if products is not None:
+        products += n * keys
+    inverse, delta = row_sums(
+        totals, deltas, grad_lse, gl_outer, gl_inner, n, o, m, splits, ACC, SPLITS
+    )
     if gradient is not None:
         for k0 in range(begin, last, BLOCK):
             j = k0 + tl.arange(0, BLOCK)
-            _p, g, _any = _block_gradient(probabilities, products, j, last, inverse, delta)
+            _p, g, _any = block_gradient(probabilities, products, j, last, inverse, delta)
             tl.store(gradient + n * keys + j, g, mask=j < last)
     if grad_value is not None:
         grad_out += o * go_outer + m * go_inner
@@ -144,7 +192,7 @@ def gradient_kernel(
             seed += o * seed_outer + m * seed_inner
         for k0 in range(begin, last, BLOCK):
             j = k0 + tl.arange(0, BLOCK)
-            p, _g, attended = _block_gradient(probabilities, products, j, last, inverse, delta)
+            p, _g, attended = block_gradient(probabilities, products, j, last, inverse, delta)
             if seed is not None:
                 p *= block_factors(seed, n, k0, threshold, keep_bits, ACC, BLOCK)
             for d0 in range(0, values, VALUES):
@@ -159,7 +207,7 @@ def gradient_kernel(
                     share.to(grad_value.dtype.element_ty),
                     mask=(j < last)[:, None] & inside[None, :],
                 )
-    if grad_key is not None or grad_query is not None:
+    if grad_key is not None or grad_query is not None or grad_weight is not None:
         query += o * query_outer + m * query_inner
         key += o * key_outer + m * key_inner
         weight += o * weight_outer + m * weight_inner
@@ -174,7 +222,7 @@ def gradient_kernel(
             sum_w = tl.zeros([FEATURES], ACC)
             for k0 in range(begin, last, BLOCK):
                 j = k0 + tl.arange(0, BLOCK)
-                _p, g, _any = _block_gradient(probabilities, products, j, last, inverse, delta)
+                _p, g, _any = block_gradient(probabilities, products, j, last, inverse, delta)
                 g = (g * scale)[:, None]  # [BLOCK, 1]
                 counts = g != 0.0
                 k = tl.load(  # [BLOCK, FEATURES]
@@ -185,6 +233,7 @@ def gradient_kernel(
                 slope = tl.where(counts, g * (1.0 - t * t), 0.0)
                 if grad_query is not None:
                     sum_q += tl.sum(slope, 0)
+                if grad_weight is not None:
                     sum_w += tl.sum(tl.where(counts, g * t, 0.0), 0)
                 if grad_key is not None:
                     share = tl.where(counts, slope * w[None, :], 0.0)
@@ -193,76 +242,88 @@ def gradient_kernel(
                         share.to(grad_key.dtype.element_ty),
                         mask=(j < last)[:, None] & inside[None, :],
                     )
+            place = (split * entries + n) * hidden + h
             if grad_query is not None:
-                place = (split * entries + n) * hidden + h
                 tl.store(grad_query + place, tl.where(sum_q == 0.0, 0.0, sum_q * w), mask=inside)
+            if grad_weight is not None:
                 tl.store(grad_weight + place, sum_w, mask=inside)
 
 
-def decode_backward(
-    p: Problem,
-    lse: Tensor,
-    grad_out: Tensor | None,
-    grad_weights: Tensor | None,
-    grad_lse: Tensor | None,
-    need_query: bool,
-    need_key: bool,
-    need_value: bool,
-    need_weight: bool,
-    need_mask: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]:
-    """Gradients of query, key, value and weight; and G (entries, 1, keys), from which that of the
-    mask is summed."""
-    tile = tiles.decode_tile(p.hidden, p.values, p.wide, most_values=256)
+class Rows(NamedTuple):
+    """What ``probability_kernel`` leaves to the kernels that take G from it."""
+
+    probabilities: Tensor  # (entries, 1, keys): P or MASKED; G where ``products`` is None
+    products: Tensor | None = None  # the same shape: dP
+    totals: Tensor | None = None  # (entries, splits): None where P adds up to 1
+    deltas: Tensor | None = None  # (entries, splits)
+
+
+def decode_tile(p: Problem) -> dict[str, int]:
+    return tiles.decode_tile(p.hidden, p.values, p.wide, most_values=256)
+
+
+def upstream_arguments(p: Problem, x: Tensor | None, rank: int) -> tuple[object, ...]:
+    """An upstream gradient and its strides without that of the row."""
+    given, outer, inner, _, *columns = p.batched(x, rank)
+    return (given, outer, inner, *columns)
+
+
+def decode_rows(
+    p: Problem, lse: Tensor, upstream: Upstream, weights: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Rows:  # fmt: skip
     splits, keys_per_split = decode_splits(p.entries, p.keys, p.processors)
-    batch, dtype, device = p.batch.shape, p.dtype, p.device
-    need_row = need_query or need_weight
-
-    def empty(needed: bool, *shape: int) -> Tensor:
-        return torch.empty(shape if needed else (0,), dtype=dtype, device=device)
-
-    grad_key = empty(need_key, *batch, p.keys, p.hidden)
-    grad_value = empty(need_value, *batch, p.keys, p.values)
-    if grad_out is None:
-        grad_value.zero_()
     probabilities = lse.new_empty(p.entries, 1, p.keys)
     products = torch.empty_like(probabilities)
-    gradient = torch.empty_like(probabilities) if need_mask else None
     totals, deltas = lse.new_empty(2, p.entries, splits)
-    of_query = lse.new_empty(splits, p.entries, p.hidden if need_row else 0)
-    of_weight = torch.empty_like(of_query)
-
-    def upstream(x: Tensor | None, rank: int) -> tuple[object, ...]:
-        """Without the stride of the row."""
-        given, outer, inner, _, *columns = p.upstream_arguments(x, rank)
-        return (given, outer, inner, *columns)
-
+    rows = Rows(probabilities, products, totals if weights is None else None, deltas)
     launch(
-        probability_kernel, p.entries * splits, lse, *decode_inputs(p), lse,
-        *upstream(grad_out, 2), *upstream(grad_weights, 2),
-        probabilities, products, totals, deltas,
+        probability_kernel, p.entries * splits, lse, *decode_inputs(p), weights, lse,
+        *upstream_arguments(p, upstream.out, 2), *upstream_arguments(p, upstream.weights, 2),
+        *rows, kept if kept is not None and kept.numel() else None,
         p.batch.inner, p.entries, p.keys, p.hidden, p.values, p.left, p.right, p.scale_bits,
-        splits, keys_per_split, **tile, TARGET=target(),
+        splits, keys_per_split, **decode_tile(p), TARGET=target(),
     )  # fmt: skip
+    return rows
+
+
+def decode_gradients(
+    p: Problem, rows: Rows, needs: Needs, upstream: Upstream, gradient: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and weight; G to ``gradient``, if given."""
+    splits, keys_per_split = decode_splits(p.entries, p.keys, p.processors)
+    like, batch = rows.probabilities, p.batch.shape
+
+    def empty(needed: bool, *shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
+        return like.new_empty(shape if needed else (0,), dtype=dtype)
+
+    grad_key = empty(needs.key, *batch, p.keys, p.hidden)
+    grad_value = empty(needs.value, *batch, p.keys, p.values)
+    if upstream.out is None:
+        grad_value.zero_()
+    of_query, of_weight = (
+        empty(needed, splits, p.entries, p.hidden, dtype=p.accumulator)
+        for needed in (needs.query, needs.weight)
+    )
     query = p.query_strides
     launch(
-        gradient_kernel, p.entries * splits, lse,
+        gradient_kernel, p.entries * splits, like,
         p.query, p.key, p.weight, query[0], query[1], query[3], *p.key_strides,
-        *p.weight_strides, *p.dropout_arguments(), *upstream(grad_out, 2), *upstream(grad_lse, 1),
-        probabilities, products, totals, deltas, gradient,
-        of_query if need_row else None, grad_key if need_key else None,
-        grad_value if need_value and grad_out is not None else None,
-        of_weight if need_row else None,
+        *p.weight_strides, *p.dropout_arguments(), *upstream_arguments(p, upstream.out, 2),
+        *upstream_arguments(p, upstream.lse, 1), *rows, gradient,
+        of_query if needs.query else None, grad_key if needs.key else None,
+        grad_value if needs.value and upstream.out is not None else None,
+        of_weight if needs.weight else None,
         p.batch.inner, p.entries, p.keys, p.hidden, p.values, p.scale_bits, splits, keys_per_split,
-        **tile, SPLITS=power_of_two(splits), TARGET=target(),
+        **decode_tile(p), **registers(255 if p.wide else 96), SPLITS=power_of_two(splits),
+        TARGET=target(),
     )  # fmt: skip
+    if needs.query:
+        of_query = over_parts(of_query).view(*batch, 1, p.hidden)
+    if needs.weight:
+        of_weight = over_parts(of_weight).view(*batch, p.hidden)
+    return of_query.to(p.dtype), grad_key, grad_value, of_weight
 
-    def summed(parts: Tensor) -> Tensor:
-        return parts[0] if splits == 1 else parts.sum(0)
 
-    grad_query, grad_weight = empty(False), lse.new_empty(0)
-    if need_query:
-        grad_query = summed(of_query).to(dtype).view(*batch, 1, p.hidden)
-    if need_weight:
-        grad_weight = summed(of_weight).view(*batch, p.hidden)
-    return (grad_query, grad_key, grad_value, grad_weight), gradient
+def over_parts(parts: Tensor) -> Tensor:
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)

@@ -1,4 +1,5 @@
-"""One query per entry: a decoder step, or pooling over a whole sequence.
+"""One query per entry: a decoder step, with or without a location term, or pooling over a whole
+sequence.
 
 Every key is used once, so nothing is prepared: scores take the direct form, and what counts is
 how few kernels run. Forward is one kernel. Where entries alone would not fill the machine the keys
@@ -17,7 +18,7 @@ from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.dropout import keep_factors
-from additive_attn.backends.triton.launch import kernel, launch, target
+from additive_attn.backends.triton.launch import kernel, launch, registers, target
 from additive_attn.backends.triton.masks import interval, masked_bias, overflowed, stored
 from additive_attn.backends.triton.numerics import number, tanh
 from additive_attn.backends.triton.plan import decode_splits
@@ -46,18 +47,45 @@ def entry_interval(lengths, outer, inner, o, m, keys, left, right):
 
 
 @triton.jit
+def block_attended(mask, mask_column, j, low, high):
+    """The mask's bias of the keys j of an entry, 0 without one, and which are attended."""
+    attended = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])  # [1, BLOCK]
+    bias = 0.0
+    if mask is not None:
+        zero = tl.zeros([1], tl.int32)
+        bias, attended = masked_bias(mask, 0, mask_column, zero, j, attended)
+        bias = tl.reshape(bias, j.shape)
+    return bias, tl.reshape(attended, j.shape)
+
+
+@triton.jit
+def location_term(
+    location, location_row, location_column, location_weight, lw_row, lw_h, filters,
+    j, attended, h, inside, ACC: tl.constexpr,
+):  # fmt: skip
+    """sum_f location_fj location_weight_fh of keys j and features h: [BLOCK, FEATURES]."""
+    location += j.to(tl.int64) * location_column
+    location_weight += h * lw_h
+    term = tl.zeros([j.shape[0], h.shape[0]], ACC)
+    for _ in range(0, filters):
+        x = tl.load(location, mask=attended, other=0.0).to(ACC)
+        w = tl.load(location_weight, mask=inside, other=0.0).to(ACC)
+        term += x[:, None] * w[None, :]
+        location += location_row
+        location_weight += lw_row
+    return term
+
+
+@triton.jit
 def block_scores(
-    query, key, weight, mask, query_h, key_row, key_h, weight_h, mask_column,
+    query, key, weight, query_h, key_row, key_h, weight_h, mask, mask_column,
+    location, location_row, location_column, location_weight, lw_row, lw_h, filters,
     j, low, high, hidden, scale,
     ACC: tl.constexpr, FEATURES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Scores of the keys j of an entry, as ``masks.stored`` keeps them, and which are attended.
     Pointers are the entry's."""
-    attended = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])  # [1, BLOCK]
-    if mask is not None:
-        zero = tl.zeros([1], tl.int32)
-        bias, attended = masked_bias(mask, 0, mask_column, zero, j, attended)
-    attended = tl.reshape(attended, j.shape)
+    bias, attended = block_attended(mask, mask_column, j, low, high)
     energy = tl.zeros(j.shape, ACC)
     for h0 in range(0, hidden, FEATURES):
         h = h0 + tl.arange(0, FEATURES)
@@ -69,12 +97,17 @@ def block_scores(
             key + j[:, None].to(tl.int64) * key_row + h[None, :] * key_h,
             mask=attended[:, None] & inside[None, :], other=0.0,
         ).to(ACC)  # fmt: skip
+        if location is not None:
+            k += location_term(
+                location, location_row, location_column, location_weight, lw_row, lw_h, filters,
+                j, attended, h, inside, ACC,
+            )  # fmt: skip
         # An infinite weight makes every score NaN, as a softmax of infinite scores is.
         energy += tl.sum(w[None, :] * tanh(q[None, :] + k, TARGET) + (w * 0.0)[None, :], 1)
     score = energy * scale
     if mask is not None:
         if mask.dtype.element_ty != tl.uint8:
-            score += tl.reshape(bias, j.shape).to(ACC)
+            score += bias.to(ACC)
     return stored(score, attended), attended
 
 
@@ -104,13 +137,15 @@ def forward_kernel(
     key_outer, key_inner, key_row, key_h, value_outer, value_inner, value_row, value_column,
     weight_outer, weight_inner, weight_h, mask, mask_outer, mask_inner, mask_column,
     lengths, length_outer, length_inner, seed, seed_outer, seed_inner, threshold, keep_bits,
+    location, location_outer, location_inner, location_row, location_column,
+    location_weight, lw_outer, lw_inner, lw_row, lw_h, filters,
     out, weights, lse, scores, tops, totals,
     inner, entries, keys, hidden, values, left, right, scale_bits, splits, keys_per_split,
     BLOCK: tl.constexpr, FEATURES: tl.constexpr, VALUES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """A range of keys of an entry, and a tile of features of the value. Without ``tops`` the range
     is all keys, and the results are final. ``weights`` and ``scores`` are None where no weights
-    are wanted."""
+    are wanted, ``location`` where the energies have no such term."""
     ACC: tl.constexpr = lse.dtype.element_ty
     value_tiles = tl.maximum(tl.cdiv(values, VALUES), 1)
     n, split, tile, o, m, begin, last = program_entry(
@@ -127,6 +162,9 @@ def forward_kernel(
         mask += o * mask_outer + m * mask_inner
     if seed is not None:
         seed += o * seed_outer + m * seed_inner
+    if location is not None:
+        location += o * location_outer + m * location_inner
+        location_weight += o * lw_outer + m * lw_inner
     if scores is not None:
         scores += n * keys
     # Only tile 0 stores results that every tile computes.
@@ -138,7 +176,8 @@ def forward_kernel(
     for k0 in range(begin, end, BLOCK):
         j = k0 + tl.arange(0, BLOCK)
         score, attended = block_scores(
-            query, key, weight, mask, query_h, key_row, key_h, weight_h, mask_column,
+            query, key, weight, query_h, key_row, key_h, weight_h, mask, mask_column,
+            location, location_row, location_column, location_weight, lw_row, lw_h, filters,
             j, low, high, hidden, scale, ACC, FEATURES, TARGET,
         )  # fmt: skip
         if scores is not None:
@@ -230,6 +269,10 @@ def decode_inputs(p: Problem) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+def _registers(p: Problem) -> dict[str, int]:
+    return registers(128 if p.location is None and not p.wide else 255)
+
+
 def decode_forward(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
     tile = tiles.decode_tile(p.hidden, p.values, p.wide, most_values=1024)
     value_tiles = max(1, -(-p.values // tile["VALUES"]))
@@ -246,9 +289,9 @@ def decode_forward(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tens
         tops, totals = lse.new_empty(2, splits, p.entries)
     launch(
         forward_kernel, p.entries * splits * value_tiles, lse, *decode_inputs(p),
-        parts, given, lse, scores, tops, totals,
+        *p.location_arguments(), parts, given, lse, scores, tops, totals,
         p.batch.inner, p.entries, p.keys, p.hidden, p.values, p.left, p.right, p.scale_bits,
-        splits, keys_per_split, **tile, TARGET=target(),
+        splits, keys_per_split, **tile, **_registers(p), TARGET=target(),
     )  # fmt: skip
     if splits > 1:
         values, keys = 256, 1024
@@ -259,3 +302,18 @@ def decode_forward(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tens
             VALUES=values, KEYS=keys, SPLITS=power_of_two(splits), num_warps=4,
         )  # fmt: skip
     return out, weights, lse
+
+
+def decode_scores(p: Problem) -> Tensor:
+    """(*batch, 1, keys): scores as ``masks.stored`` keeps them; ``p`` has no values."""
+    tile = tiles.decode_tile(p.hidden, 0, p.wide, most_values=1024)
+    splits, keys_per_split = decode_splits(p.entries, p.keys, p.processors)
+    scores = torch.empty(*p.batch.shape, 1, p.keys, dtype=p.accumulator, device=p.device)
+    tops, totals = scores.new_empty(2, splits, p.entries)
+    launch(
+        forward_kernel, p.entries * splits, scores, *decode_inputs(p), *p.location_arguments(),
+        scores, None, totals, scores, tops, totals,
+        p.batch.inner, p.entries, p.keys, p.hidden, 0, p.left, p.right, p.scale_bits,
+        splits, keys_per_split, **tile, **_registers(p), TARGET=target(),
+    )  # fmt: skip
+    return scores

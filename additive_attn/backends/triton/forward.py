@@ -1,4 +1,4 @@
-"""The operator ``additive_attn::forward`` on a GPU.
+"""The operators ``additive_attn::forward`` and ``scores`` on a GPU.
 
 A bounded number of scores at a time, so few that they stay in the second-level cache: the scores
 of all pairs, a tile per program; the log-sum-exp of each row; the weighted sum of the values, the
@@ -20,18 +20,15 @@ from additive_attn.backends.triton.launch import launch, target
 from additive_attn.backends.triton.plan import splits
 from additive_attn.backends.triton.score_tiles import tile_scores
 from additive_attn.backends.triton.softmax_values import lse_kernel, value_kernel
-from additive_attn.spec.call import Call
+from additive_attn.spec.call import Call, call_of_scores
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, need_weights = Call(*arguments[:11]), arguments[11]
-    query = call.inputs.query
-    p = Problem(call)
+    query, p = call.query, Problem(call)
     shape = (*p.batch.shape, p.rows)
     if p.entries == 0 or p.rows == 0 or p.keys == 0:
-        weights = query.new_zeros((*shape, p.keys) if need_weights else (0,))
-        lse = query.new_full(shape, -torch.inf, dtype=p.accumulator)
-        return query.new_zeros((*shape, p.values)), weights, lse
+        return empty_rows(p, need_weights)
     if p.rows == 1:
         return decode_forward.decode_forward(p, need_weights)
     weights = query.new_zeros((*shape, p.keys) if need_weights else (0,))
@@ -39,10 +36,11 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     tile = tiles.value_tile(p.rows, p.wide)
     out = query.new_empty((*shape, p.values))
     flat = out.view(p.entries, p.rows, p.values)
-    for entry, entries, row, rows in p.pieces():
-        begin, end = p.key_range(row, row + rows)
+    for piece in p.pieces():
+        entry, entries, row, rows = piece
+        begin, end = p.key_range(piece)
         count = end - begin
-        scores = tile_scores(p, entry, entries, row, rows, begin, count)
+        scores = tile_scores(p, piece, begin, count)
         tops, inverses = lse.new_empty(2, entries * rows)
         launch(
             lse_kernel, entries * rows, scores,
@@ -65,6 +63,38 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             part.copy_(parts.sum(0))
         del scores  # before the next ones are allocated
     return out, weights, lse
+
+
+def empty_rows(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a call without keys, or without rows."""
+    shape = (*p.batch.shape, p.rows)
+    weights = torch.zeros(
+        (*shape, p.keys) if need_weights else (0,), dtype=p.dtype, device=p.device
+    )
+    lse = torch.full(shape, -torch.inf, dtype=p.accumulator, device=p.device)
+    return weights.new_zeros((*shape, p.values)), weights, lse
+
+
+def scores(*arguments: Any) -> Tensor:
+    p = Problem(call_of_scores(*arguments))
+    shape = (*p.batch.shape, p.rows, p.keys)
+    if p.rows == 1 and p.keys and p.entries:
+        return unstored(decode_forward.decode_scores(p), p)
+    result = torch.full(shape, -torch.inf, dtype=p.dtype, device=p.device)
+    flat = result.view(p.entries, p.rows, p.keys)
+    for piece in p.pieces() if p.rows and p.keys else ():
+        entry, entries, row, rows = piece
+        begin, end = p.key_range(piece)
+        if begin < end:
+            part = tile_scores(p, piece, begin, end - begin)[..., : end - begin]
+            flat[entry : entry + entries, row : row + rows, begin:end] = unstored(part, p)
+    return result
+
+
+def unstored(scores: Tensor, p: Problem) -> Tensor:
+    """Scores as users know them: -inf too where an attended one overflowed (``masks.stored``)."""
+    lowest = torch.finfo(scores.dtype).min
+    return torch.threshold(scores, lowest, -torch.inf).to(p.dtype)
 
 
 def precision(p: Problem) -> str:

@@ -19,10 +19,11 @@ kernel = triton.jit(
         *(
             f"{name}_{dim}"
             for name in ("query", "key", "value", "weight", "mask", "length", "seed", "query_exp",
-                         "key_exp", "gw", "gl", "go", "stride")
+                         "key_exp", "gw", "gl", "go", "gs", "location", "lw", "x", "y", "stride")
             for dim in ("outer", "inner")
         ),
-        "mask_row", "length_row", "gw_row", "gl_row",
+        "mask_row", "length_row", "gw_row", "gl_row", "gs_row", "location_row", "x_channel",
+        "y_channel", "y_output", "outputs", "channels", "terms", "shift", "width",
     )
 )  # fmt: skip
 
@@ -37,6 +38,12 @@ def target() -> str:
     if interpreted():
         return "none"
     return "hip" if torch.version.hip is not None else "cuda"
+
+
+def registers(most: int) -> dict[str, int]:
+    """How many a thread may take. Without a bound the compiler may spill some, to let more
+    programs run at once."""
+    return {"maxnreg": most} if target() == "cuda" else {}
 
 
 def bits(x: float) -> int:

@@ -44,6 +44,19 @@ def masked_bias(mask, mask_row, mask_column, i, j, attended):
 
 
 @triton.jit
+def attended_pairs(
+    lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
+):  # fmt: skip
+    """The mask's bias, 0 without one, and which pairs (i, j) are attended: [BM, BN]."""
+    low, high = interval(lengths, length_row, i, rows, keys, left, right)
+    attended = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+    bias = 0.0
+    if mask is not None:
+        bias, attended = masked_bias(mask, mask_row, mask_column, i, j, attended)
+    return bias, attended
+
+
+@triton.jit
 def stored(score, attended):
     """Scores as kernels keep them: see the head of this file. NaN stays NaN."""
     if score.dtype == tl.float64:

@@ -1,4 +1,4 @@
-"""G of a row: the gradient of its scores before the scale (math.md, eq. 9)."""
+"""G of a row: the gradient of its scores (math.md, eq. 9)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton.language as tl
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.dropout import keep_factors
 from additive_attn.backends.triton.launch import kernel
+from additive_attn.backends.triton.masks import attended_pairs
 from additive_attn.backends.triton.numerics import number
 
 
@@ -82,3 +83,35 @@ def row_gradient_kernel(
     for key0 in range(tl.cdiv(count, BLOCK) * BLOCK, key_padded, BLOCK):
         j = key0 + b
         tl.store(gradient + j, tl.zeros([BLOCK], ACC), mask=j < key_padded)
+
+
+@kernel
+def given_kernel(
+    grad_scores, gs_outer, gs_inner, gs_row, gs_column,
+    mask, mask_outer, mask_inner, mask_row, mask_column,
+    lengths, length_outer, length_inner, length_row, gradient,
+    inner, entry_begin, rows, row_begin, row_count, row_padded, keys, key_begin, key_padded,
+    left, right, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``gradient`` becomes G as it is given, with zeros where a pair is masked, whatever lies
+    there, and up to its padded size."""
+    program = tl.program_id(0)
+    r = program % row_padded
+    n, o, m = batch_entry(entry_begin + program // row_padded, inner)
+    gradient += ((n - entry_begin) * row_padded + r) * key_padded
+    if mask is not None:
+        mask += o * mask_outer + m * mask_inner
+    if lengths is not None:
+        lengths += o * length_outer + m * length_inner
+    # Rows beyond those of the piece attend to nothing.
+    i = tl.where(r < row_count, row_begin + r, rows) + tl.zeros([1], tl.int32)
+    grad_scores += o * gs_outer + m * gs_inner + i.to(tl.int64) * gs_row
+    for key0 in range(0, key_padded, BLOCK):
+        c = key0 + tl.arange(0, BLOCK)
+        j = key_begin + c
+        _bias, attended = attended_pairs(
+            lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
+        )
+        place = grad_scores[:, None] + j[None, :].to(tl.int64) * gs_column
+        g = tl.load(place, mask=attended, other=0.0).to(gradient.dtype.element_ty)  # [1, BLOCK]
+        tl.store(gradient + c[None, :], g, mask=(c < key_padded)[None, :])

@@ -24,8 +24,9 @@ from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.launch import kernel, launch
-from additive_attn.backends.triton.masks import interval, masked_bias, stored
+from additive_attn.backends.triton.masks import attended_pairs, interval, stored
 from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, split4, tanh
+from additive_attn.backends.triton.plan import Piece
 from additive_attn.backends.triton.prepare import PROJECTIONS, SAFE
 
 
@@ -114,19 +115,6 @@ def _rounding(rows, keys, ri, rj, limit):
 
 
 @triton.jit
-def _attended(
-    lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
-):  # fmt: skip
-    """The mask's bias, 0 without one, and which pairs (i, j) are attended: [BM, BN]."""
-    low, high = interval(lengths, length_row, i, rows, keys, left, right)
-    attended = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
-    bias = 0.0
-    if mask is not None:
-        bias, attended = masked_bias(mask, mask_row, mask_column, i, j, attended)
-    return bias, attended
-
-
-@triton.jit
 def _direct(
     q_place, k_place, weight, hidden, query_h, key_h, acc,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, TARGET: tl.constexpr,
@@ -190,7 +178,7 @@ def score_kernel(
             any_direct = True
         else:
             # What rows and keys hold that attend to nothing here decides nothing.
-            _bias, attended = _attended(
+            _bias, attended = attended_pairs(
                 lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
             )
             at_query = o * query_exp_outer + m * query_exp_inner
@@ -244,7 +232,7 @@ def score_kernel(
         # Which pairs are attended is computed again, from an i that the compiler cannot know to
         # be that of above: it would keep all pairs in registers through the loops.
         i = tl.maximum(row0, -padded) + tl.arange(0, BM)
-        bias, attended = _attended(
+        bias, attended = attended_pairs(
             lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
         )
         if any_direct:
@@ -273,10 +261,9 @@ def score_kernel(
         tl.store(scores + place, float("-inf"), mask=inside)
 
 
-def tile_scores(
-    p: Problem, entry: int, entries: int, row: int, rows: int, key: int, keys: int
-) -> Tensor:
+def tile_scores(p: Problem, piece: Piece, key: int, keys: int) -> Tensor:
     """(entries, rows, keys and padding): scale * score + mask, -inf where the pair is masked."""
+    entry, entries, row, rows = piece
     tile = tiles.score_tile(rows, p.wide)
     padded = -(-keys // tile.keys) * tile.keys
     scores = torch.empty(entries, rows, padded, dtype=p.accumulator, device=p.device)

@@ -91,3 +91,22 @@ def decode_tile(hidden: int, values: int, wide: bool, most_values: int) -> dict[
         "VALUES": VALUES,
         "num_warps": 8 if VALUES > (128 if wide else 256) else 4,
     }
+
+
+def location_tile(hidden: int, filters: int) -> dict[str, int]:
+    """The gradient of a location weight, FILTERS x FEATURES, is kept in registers; products of
+    more features would take too many for their operands."""
+    FILTERS = power_of_two(max(filters, 16))
+    FEATURES = 32 if FILTERS <= 32 and hidden > 16 else 16
+    return {
+        "BLOCK": DECODE_KEYS,
+        "FEATURES": FEATURES,
+        "FILTERS": FILTERS,
+        "num_warps": 4 if FILTERS <= 32 else 8,
+    }
+
+
+def correlation_tile(outputs: int, width: int) -> dict[str, int]:
+    """BF outputs by BX places of a correlation, TERMS added up at a time."""
+    BF = min(power_of_two(outputs), 32)
+    return {"BF": BF, "BX": min(power_of_two(max(width, 32)), 64), "TERMS": 64, "num_warps": 4}

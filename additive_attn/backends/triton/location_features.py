@@ -1,0 +1,89 @@
+"""Features of earlier weights: their correlation with filters. Its gradients are correlations too,
+so that one kernel computes all. The convolutions of libraries are slow with one input channel."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from additive_attn.backends.triton import tiles
+from additive_attn.backends.triton.batch import batch_entry
+from additive_attn.backends.triton.launch import kernel, launch
+from additive_attn.spec.call import lse_dtype
+
+
+@kernel
+def correlation_kernel(
+    x, x_outer, x_inner, x_channel, x_column, y, y_outer, y_output, y_channel, y_term, out,
+    inner, outputs, channels, length, terms, shift, width,
+    BF: tl.constexpr, BX: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """out [outer][inner][output][column] = the sum over channels and terms of
+    y [outer][output][channel][term] x [outer][inner][channel][column + term - shift], where x is 0
+    beyond its ``length``. TERMS are summed at a time, which keeps sums accurate."""
+    ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    column_tiles = tl.cdiv(width, BX)
+    output_tiles = tl.cdiv(outputs, BF)
+    program = tl.program_id(0)
+    column = program % column_tiles * BX + tl.arange(0, BX)
+    program = program // column_tiles
+    f = program % output_tiles * BF + tl.arange(0, BF)
+    n, o, m = batch_entry(program // output_tiles, inner)
+    x += o * x_outer + m * x_inner
+    y += o * y_outer + f.to(tl.int64) * y_output
+    acc = tl.zeros([BF, BX], ACC)
+    for _ in range(0, channels):
+        for term0 in range(0, terms, TERMS):
+            part = tl.zeros([BF, BX], ACC)
+            for term in range(term0, tl.minimum(term0 + TERMS, terms)):
+                j = column + term - shift
+                inside = (column < width) & (j >= 0) & (j < length)
+                a = tl.load(y + tl.cast(term, tl.int64) * y_term, mask=f < outputs, other=0.0)
+                b = tl.load(x + j.to(tl.int64) * x_column, mask=inside, other=0.0)
+                part += a.to(ACC)[:, None] * b.to(ACC)[None, :]
+            acc += part
+        x += x_channel
+        y += y_channel
+    tl.store(
+        out + (n * outputs + f[:, None]) * width + column[None, :], acc.to(out.dtype.element_ty),
+        mask=(f < outputs)[:, None] & (column < width)[None, :],
+    )  # fmt: skip
+
+
+def _correlate(x: Tensor, y: Tensor, out: Tensor, shift: int) -> Tensor:
+    """``x`` (outer, inner, channels, length), ``y`` (outer, outputs, channels, terms)."""
+    outer, inner, channels, length = x.shape
+    outputs, width = out.shape[-2:]
+    tile = tiles.correlation_tile(outputs, width)
+    launch(
+        correlation_kernel,
+        outer * inner * -(-outputs // tile["BF"]) * -(-width // tile["BX"]), out,
+        x, *x.stride(), y, *y.stride(), out,
+        inner, outputs, channels, length, y.shape[-1], shift, width, **tile,
+    )  # fmt: skip
+    return out
+
+
+def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
+    """``inputs`` (B, C, Lk) with ``filters`` (F, C, width): (B, F, Lk)."""
+    batch, _, length = inputs.shape
+    outputs, width = filters.shape[0], filters.shape[-1]
+    out = inputs.new_empty(batch, outputs, length)
+    return _correlate(inputs[:, None], filters.expand(batch, *filters.shape), out, width // 2)
+
+
+def location_features_backward(
+    grad: Tensor, inputs: Tensor, filters: Tensor, need_inputs: bool, need_filters: bool
+) -> tuple[Tensor, Tensor]:
+    grad_inputs = grad_filters = grad.new_empty(0)
+    if need_inputs:
+        grad_inputs = location_features(grad, filters.transpose(0, 1).flip(-1))
+    if need_filters:
+        (batch, channels, _), (outputs, _, width) = inputs.shape, filters.shape
+        parts = torch.empty(
+            batch, channels, outputs, width, dtype=lse_dtype(grad.dtype), device=grad.device
+        )
+        _correlate(inputs[:, :, None], grad[:, :, None], parts, width // 2)
+        grad_filters = parts.sum(0).transpose(0, 1).to(filters.dtype).contiguous()
+    return grad_inputs, grad_filters

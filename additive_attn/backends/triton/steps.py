@@ -1,0 +1,205 @@
+"""A decoder's steps: the operators ``additive_attn::step`` and ``step_backward`` on a GPU.
+
+A step is one query per entry (``decode_forward.py``), perhaps with a location term in its
+energies. Its backward returns what only this step can know: the gradients of the query, the scores
+and the location term; the keys', values' and weight's come once for all steps (math.md, eq. 16).
+With a location term the keys' gradient is added to the caller's sum as it arises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from additive_attn.backends.triton import tiles
+from additive_attn.backends.triton.arguments import Problem
+from additive_attn.backends.triton.decode_backward import (
+    Rows,
+    block_gradient,
+    decode_gradients,
+    decode_rows,
+    over_parts,
+    row_sums,
+    upstream_arguments,
+)
+from additive_attn.backends.triton.decode_forward import (
+    decode_forward,
+    location_term,
+    program_entry,
+)
+from additive_attn.backends.triton.forward import empty_rows, precision
+from additive_attn.backends.triton.launch import kernel, launch, registers, target
+from additive_attn.backends.triton.numerics import number, tanh
+from additive_attn.backends.triton.plan import decode_splits
+from additive_attn.backends.triton.tiles import power_of_two
+from additive_attn.spec.call import Call, Needs, Upstream
+
+
+@kernel
+def location_kernel(
+    query, key, weight, query_outer, query_inner, query_h, key_outer, key_inner, key_row, key_h,
+    weight_outer, weight_inner, weight_h,
+    location, location_outer, location_inner, location_row, location_column,
+    location_weight, lw_outer, lw_inner, lw_row, lw_h, filters,
+    grad_lse, gl_outer, gl_inner, probabilities, products, totals, deltas,
+    gradient, grad_query, grad_key, grad_location, grad_location_weight, grad_weight,
+    inner, entries, keys, hidden, scale_bits, splits, keys_per_split,
+    BLOCK: tl.constexpr, FEATURES: tl.constexpr, FILTERS: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a range of keys of an entry, and a tile of features: G; those of query, weight
+    and location weight to [split][entry]; that of the location to [tile][entry]; the key's is
+    added to ``grad_key`` unless that is None."""
+    ACC: tl.constexpr = probabilities.dtype.element_ty
+    tile_count = tl.maximum(tl.cdiv(hidden, FEATURES), 1)
+    n, split, tile, o, m, begin, last = program_entry(
+        tile_count, splits, inner, keys, keys_per_split
+    )
+    query += o * query_outer + m * query_inner
+    key += o * key_outer + m * key_inner
+    weight += o * weight_outer + m * weight_inner
+    location += o * location_outer + m * location_inner
+    location_weight += o * lw_outer + m * lw_inner
+    if grad_key is not None:
+        grad_key += n * keys * hidden
+    probabilities += n * keys
+    products += n * keys
+    grad_location += (tile.to(tl.int64) * entries + n) * filters * keys
+    grad_location_weight += (split * entries + n) * filters * hidden
+    inverse, delta = row_sums(
+        totals, deltas, grad_lse, gl_outer, gl_inner, n, o, m, splits, ACC, SPLITS
+    )
+    scale = number(scale_bits).to(ACC)
+    h = tile * FEATURES + tl.arange(0, FEATURES)
+    f = tl.arange(0, FILTERS).to(tl.int64)
+    inside = h < hidden
+    both = (f < filters)[:, None] & inside[None, :]  # [FILTERS, FEATURES]
+    h = h.to(tl.int64)
+    q = tl.load(query + h * query_h, mask=inside, other=0.0).to(ACC)
+    w = tl.load(weight + h * weight_h, mask=inside, other=0.0).to(ACC)
+    weights = tl.load(
+        location_weight + f[:, None] * lw_row + h[None, :] * lw_h, mask=both, other=0.0
+    ).to(ACC)
+    sum_q = tl.zeros([FEATURES], ACC)
+    sum_w = tl.zeros([FEATURES], ACC)
+    sum_weights = tl.zeros([FILTERS, FEATURES], ACC)
+    for k0 in range(begin, last, BLOCK):
+        j = k0 + tl.arange(0, BLOCK)
+        _p, g, _any = block_gradient(probabilities, products, j, last, inverse, delta)
+        tl.store(gradient + n * keys + j, g, mask=j < tl.where(tile == 0, last, 0))
+        g *= scale
+        counts = g != 0.0
+        k = tl.load(  # [BLOCK, FEATURES]
+            key + j[:, None].to(tl.int64) * key_row + h[None, :] * key_h,
+            mask=counts[:, None] & inside[None, :], other=0.0,
+        ).to(ACC)  # fmt: skip
+        k += location_term(
+            location, location_row, location_column, location_weight, lw_row, lw_h, filters,
+            j, counts, h, inside, ACC,
+        )  # fmt: skip
+        t = tanh(q[None, :] + k, TARGET)
+        slope = tl.where(counts[:, None], g[:, None] * (1.0 - t * t), 0.0)
+        sum_q += tl.sum(slope, 0)
+        sum_w += tl.sum(tl.where(counts[:, None], g[:, None] * t, 0.0), 0)
+        share = tl.where(counts[:, None], slope * w[None, :], 0.0)
+        if grad_key is not None:
+            to = grad_key + j[:, None].to(tl.int64) * hidden + h[None, :]
+            stored = (j < last)[:, None] & inside[None, :]
+            tl.store(to, tl.load(to, mask=stored, other=0.0) + share, mask=stored)
+        x = tl.load(  # [BLOCK, FILTERS]
+            location + j[:, None].to(tl.int64) * location_column + f[None, :] * location_row,
+            mask=counts[:, None] & (f < filters)[None, :], other=0.0,
+        ).to(ACC)  # fmt: skip
+        sum_weights = tl.dot(tl.trans(x), share, sum_weights, input_precision=PRECISION)
+        of_location = tl.dot(share, tl.trans(weights), input_precision=PRECISION)
+        tl.store(
+            grad_location + f[None, :] * keys + j[:, None],
+            tl.where(counts[:, None], of_location, 0.0),
+            mask=(j < last)[:, None] & (f < filters)[None, :],
+        )
+    sum_q = tl.where(sum_q == 0.0, 0.0, sum_q * w)
+    tl.store(grad_query + (split * entries + n) * hidden + h, sum_q, mask=inside)
+    tl.store(grad_weight + (split * entries + n) * hidden + h, sum_w, mask=inside)
+    tl.store(grad_location_weight + f[:, None] * hidden + h[None, :], sum_weights, mask=both)
+
+
+def prepare_keys(key: Tensor) -> Tensor:
+    """Nothing: an exponential per pair costs a GPU less than to read twice as much."""
+    return key.new_empty(0)
+
+
+def _problem(*arguments: Any) -> Problem:
+    query, key, value, weight, _, location, location_weight, attn_mask, lengths, *rest = arguments
+    call = Call(query, key, value, weight, attn_mask, lengths, -1, -1, *rest)
+    return Problem(call, location, location_weight)
+
+
+def step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    p = _problem(*arguments)
+    return decode_forward(p, True) if p.entries and p.keys else empty_rows(p, True)
+
+
+def step_backward(
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    upstream, p = Upstream(*arguments[:3]), _problem(*arguments[3:15])
+    weights, _, grad_key = arguments[15:]
+    batch = p.batch.shape
+    some = p.entries > 0 and p.keys > 0
+
+    def result(wanted: bool, *shape: int) -> Tensor:
+        make = torch.empty if some else torch.zeros
+        return make(shape if wanted else (0,), dtype=p.accumulator, device=p.device)
+
+    located = p.location is not None
+    gradient = result(True, *batch, 1, p.keys)
+    kept = result(p.seed is not None, *batch, 1, p.keys)
+    results = (
+        result(True, *batch, 1, p.hidden), result(located, *batch, p.filters, p.keys),
+        result(located, *batch, p.filters, p.hidden), result(located, *batch, p.hidden),
+    )  # fmt: skip
+    if some:
+        rows = decode_rows(p, gradient, upstream, weights.contiguous(), kept)
+        if located:
+            results = _location_gradients(p, rows, upstream, gradient, grad_key)
+        else:
+            needs = Needs(True, False, False, False, False)
+            query = decode_gradients(p, rows, needs, upstream, gradient)[0]
+            results = (query, *results[1:])
+    return results[0].to(p.dtype), gradient, kept, *results[1:]
+
+
+def _location_gradients(
+    p: Problem, rows: Rows, upstream: Upstream, gradient: Tensor, grad_key: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of query, location, location weight and weight; G to ``gradient``."""
+    batch, n = p.batch.shape, p.entries
+    own = grad_key
+    if grad_key is not None and (grad_key.shape[:-2] != batch or not grad_key.is_contiguous()):
+        own = gradient.new_zeros(*batch, p.keys, p.hidden)  # entries may share keys
+    splits, keys_per_split = decode_splits(n, p.keys, p.processors)
+    tile = tiles.location_tile(p.hidden, p.filters)
+    tile_count = max(1, -(-p.hidden // tile["FEATURES"]))
+    of_query = gradient.new_empty(splits, *batch, p.hidden)
+    of_weight = torch.empty_like(of_query)
+    of_location = gradient.new_empty(tile_count, *batch, p.filters, p.keys)
+    of_location_weight = gradient.new_empty(splits, *batch, p.filters, p.hidden)
+    query = p.query_strides
+    launch(
+        location_kernel, n * splits * tile_count, gradient,
+        p.query, p.key, p.weight, query[0], query[1], query[3], *p.key_strides,
+        *p.weight_strides, *p.location_arguments(), *upstream_arguments(p, upstream.lse, 1),
+        *rows, gradient, of_query, own, of_location, of_location_weight, of_weight,
+        p.batch.inner, n, p.keys, p.hidden, p.scale_bits, splits, keys_per_split,
+        **tile, SPLITS=power_of_two(splits), PRECISION=precision(p), TARGET=target(),
+        **registers(255),
+    )  # fmt: skip
+    if grad_key is not None and own is not None and own is not grad_key:
+        grad_key += own.sum_to_size(grad_key.shape)
+    return (
+        over_parts(of_query).unsqueeze(-2), over_parts(of_location),
+        over_parts(of_location_weight), over_parts(of_weight),
+    )  # fmt: skip
