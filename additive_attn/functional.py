@@ -136,8 +136,8 @@ def additive_attention_step(
     """
     out, weights, lse = masked_step(
         Inputs(query, key, value, weight),  # type: ignore[arg-type]
-        attn_mask, lengths, False, None, dropout_p, scale,
-        True if value is None else need_weights, None, need_lse, key_padding_mask, starts, bias,
+        attn_mask, lengths, dropout_p, scale, True if value is None else need_weights, need_lse,
+        key_padding_mask, starts, bias,
     )  # fmt: skip
     if value is None:
         return (weights, lse) if need_lse else weights

@@ -19,9 +19,10 @@ from additive_attn.ops.checks import (
     checked_scale,
     checked_window,
     explained_rows,
-    filled,
     refuse_flags,
+    refuse_layouts,
     refuse_rank,
+    refuse_types,
 )
 from additive_attn.ops.masking import checked_bias, with_bias, with_padding, with_starts
 from additive_attn.ops.scores import score
@@ -90,12 +91,48 @@ def masked_attention(
     return compute(call, need_weights, score_bias, need_lse)
 
 
+def filled(inputs: Inputs, dropout_p: float) -> Inputs:
+    """Zeros for a query that is left out, values of no features for values left out. Neither takes
+    memory."""
+    query, key, value, weight = inputs
+    if isinstance(key, Tensor) and (query is None or value is None):
+        if key.layout is not torch.strided or key.is_nested:
+            refuse_layouts(key=key)
+        if key.dim() < 2:
+            refuse_rank("key", key.shape, "(..., Lk, H)")
+        if value is None:
+            if dropout_p != 0.0:
+                raise ValueError(
+                    f"dropout_p is {dropout_p!r}, but the value is left out, and the returned "
+                    "weights are those before dropout. Apply F.dropout to them, or pass a value."
+                )
+            value = key.detach().narrow(-1, 0, 0)
+        if query is None and isinstance(weight, Tensor):
+            *batch, _, hidden = key.shape
+            if weight.dim() == 2 and batch and batch[-1] == 1:
+                batch[-1] = weight.shape[0]
+            shape = weight.shape
+            if shape != (hidden,) and shape not in ((1, hidden), (*batch[-1:], hidden)):
+                raise ValueError(
+                    f"weight has shape {tuple(shape)}, but a key of shape {tuple(key.shape)}, "
+                    f"with the query left out, needs a weight of shape ({hidden},), or (heads, "
+                    f"{hidden}) where dim -3 of key is heads."
+                )
+            query = key.new_zeros(hidden).expand(*batch, 1, hidden)
+    given = Inputs(query, key, value, weight)
+    if not all(isinstance(x, Tensor) for x in given):
+        refuse_types(**{n: x for n, x in given._asdict().items() if n != "value" or x is not None})
+    return given
+
+
 def masked_scores(
     query: Tensor, key: Tensor, weight: Tensor, attn_mask: Tensor | None,
     lengths: Integers | None, is_causal: bool, window: tuple[int, int] | None, scale: float,
     key_padding_mask: Tensor | None, starts: Integers | None, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    inputs: Any = Inputs(query, key, None, weight)  # type: ignore[arg-type]
+    # The keys stand for values, which nothing reads; a key that is no tensor is refused alone.
+    value: Any = key if isinstance(key, Tensor) else None
+    inputs = Inputs(query, key, value, weight)
     result: Tensor = masked_attention(
         inputs, attn_mask, lengths, is_causal, window, 0.0, scale, False, None, True,
         key_padding_mask, starts, bias, score,
@@ -104,22 +141,28 @@ def masked_scores(
 
 
 def masked_step(
-    inputs: Inputs, attn_mask: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    inputs: Inputs, attn_mask: Tensor | None, lengths: Integers | None, dropout_p: float,
+    scale: float, need_weights: bool, need_lse: bool, *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``masked_attention`` for one query per entry: query ``(..., H)``, mask ``(..., Lk)``."""
     query, mask = inputs.query, attn_mask
     if isinstance(query, Tensor):
         if query.dim() == 0:
             refuse_rank("query", query.shape, "(..., H)")
-        inputs = inputs._replace(query=query.unsqueeze(-2))
+        inputs = Inputs(query.unsqueeze(-2), *inputs[1:])
     if isinstance(mask, Tensor) and mask.dim() > 0:
         mask = mask.unsqueeze(-2)
     try:
-        out, weights, lse = masked_attention(inputs, mask, *options)
+        out, weights, lse = masked_attention(
+            inputs, mask, lengths, False, None, dropout_p, scale, need_weights, None, need_lse,
+            *options,
+        )  # fmt: skip
     except ValueError as error:
         made = {"query": (query, inputs.query), "attn_mask": (attn_mask, mask)}
         raise ValueError(f"{error} {explained_rows(made)}") from None
-    return out.squeeze(-2), weights.squeeze(-2) if weights.dim() > 1 else weights, lse.squeeze(-1)
+    # What is not needed may be anything.
+    weights = weights.squeeze(-2) if need_weights else weights
+    return out.squeeze(-2), weights, lse.squeeze(-1) if need_lse else lse
 
 
 def _autocasted(inputs: Inputs, attn_mask: Tensor | None) -> tuple[Inputs, Tensor | None]:
@@ -132,6 +175,12 @@ def _autocasted(inputs: Inputs, attn_mask: Tensor | None) -> tuple[Inputs, Tenso
         # bfloat16 beside float16: float32 holds both.
         narrow = attn_mask.dtype.itemsize == 2 and attn_mask.dtype != dtype
         attn_mask = attn_mask.float() if narrow else attn_mask
-    keeps = (x.dtype == torch.float64 or not x.is_floating_point() for x in inputs)
-    cast = (x if keep else x.to(dtype) for x, keep in zip(inputs, keeps, strict=True))
-    return Inputs(*cast), attn_mask
+
+    def cast(x: Tensor) -> Tensor:
+        keep = x.dtype == torch.float64 or not x.is_floating_point()
+        return x if keep else x.to(dtype)
+
+    query, key, value, weight = inputs
+    cast_key = cast(key)
+    cast_value = cast_key if value is key else cast(value)
+    return Inputs(cast(query), cast_key, cast_value, cast(weight)), attn_mask

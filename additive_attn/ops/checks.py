@@ -35,11 +35,11 @@ def checked_batch(inputs: Inputs) -> torch.Size:
     """The leading dims that dense tensors of one dtype and device broadcast to."""
     query, key, value, weight = inputs
     if not (query.layout is key.layout is value.layout is weight.layout is torch.strided):
-        refuse_layouts(**inputs._asdict())
+        refuse_layouts(**_named(inputs))
     try:
         q, k, v, w = query.shape, key.shape, value.shape, weight.shape
     except RuntimeError:  # a nested tensor may call itself strided, and has no shape
-        refuse_layouts(**inputs._asdict())
+        refuse_layouts(**_named(inputs))
     batch = q[:-2]
     # Fast path: the usual batch, along which nothing but a weight (1, H) is broadcast.
     if not (
@@ -52,10 +52,18 @@ def checked_batch(inputs: Inputs) -> torch.Size:
         batch = _broadcast_batch(q, k, v, w)
     dtype = query.dtype
     if not (dtype == key.dtype == value.dtype == weight.dtype and dtype in DTYPES):
-        refuse_dtypes(**inputs._asdict())
+        refuse_dtypes(**_named(inputs))
     if not (query.device == key.device == value.device == weight.device):
-        require_one_device(**inputs._asdict())
+        require_one_device(**_named(inputs))
     return batch
+
+
+def _named(inputs: Inputs) -> dict[str, Tensor]:
+    """By the names that the user passed them under; without a value made of the key."""
+    named: dict[str, Tensor] = inputs._asdict()
+    if inputs.value is inputs.key:
+        del named["value"]
+    return named
 
 
 def _broadcast_batch(
@@ -80,9 +88,12 @@ def _broadcast_batch(
         if not batch == key[:-2] == value[:-2]:
             batch = torch.broadcast_shapes(batch, key[:-2], value[:-2])
     except RuntimeError:
+        found = f"query {tuple(query)}, key {tuple(key)} and value {tuple(value)}"
+        if key[:-2] == value[:-2]:
+            found = f"query {tuple(query)} and key {tuple(key)}"
         raise ValueError(
-            f"The leading dims of query {tuple(query)}, key {tuple(key)} and value "
-            f"{tuple(value)} do not broadcast to each other. Each must be equal, or 1."
+            f"The leading dims of {found} do not broadcast to each other. Each must be equal, or "
+            "1."
         ) from None
     heads = query[-3:-2]
     if weight != query[-1:] and not (heads and weight in (heads + query[-1:], (1, query[-1]))):
@@ -97,40 +108,6 @@ def _broadcast_batch(
 def refuse_rank(name: str, shape: torch.Size, needed: str) -> NoReturn:
     dims = "two dims" if needed.count(",") > 1 else "one dim"
     raise ValueError(f"{name} has shape {tuple(shape)}, but needs at least {dims}: {needed}.")
-
-
-def filled(inputs: Inputs, dropout_p: float) -> Inputs:
-    """Zeros for a query that is left out, values of no features for values left out. Neither takes
-    memory."""
-    query, key, value, weight = inputs
-    if isinstance(key, Tensor) and (query is None or value is None):
-        if key.layout is not torch.strided or key.is_nested:
-            refuse_layouts(key=key)
-        if key.dim() < 2:
-            refuse_rank("key", key.shape, "(..., Lk, H)")
-        if value is None:
-            if dropout_p != 0.0:
-                raise ValueError(
-                    f"dropout_p is {dropout_p!r}, but the value is left out, and the returned "
-                    "weights are those before dropout. Apply F.dropout to them, or pass a value."
-                )
-            value = key.detach()[..., :0]
-        if query is None and isinstance(weight, Tensor):
-            *batch, _, hidden = key.shape
-            if weight.dim() == 2 and batch and batch[-1] == 1:
-                batch[-1] = weight.shape[0]
-            shape = weight.shape
-            if shape != (hidden,) and shape not in ((1, hidden), (*batch[-1:], hidden)):
-                raise ValueError(
-                    f"weight has shape {tuple(shape)}, but a key of shape {tuple(key.shape)}, "
-                    f"with the query left out, needs a weight of shape ({hidden},), or (heads, "
-                    f"{hidden}) where dim -3 of key is heads."
-                )
-            query = key.new_zeros(hidden).expand(*batch, 1, hidden)
-    inputs = Inputs(query, key, value, weight)
-    if not all(isinstance(x, Tensor) for x in inputs):
-        refuse_types(**inputs._asdict())
-    return inputs
 
 
 def explained_rows(made: dict[str, tuple[Any, Any]]) -> str:
@@ -343,7 +320,7 @@ def refuse_dtypes(**tensors: Tensor) -> NoReturn:
     found = ", ".join(f"{name} is {tensor.dtype}" for name, tensor in tensors.items())
     ids = any(tensor.dtype in INTEGERS for tensor in tensors.values())
     raise TypeError(
-        "Additive attention needs query, key, value and weight of one dtype among float64, "
+        "Additive attention needs tensors of one dtype among float64, "
         f"float32, bfloat16 and float16, but {found}. Convert them with .to(dtype), or call "
         f"under torch.autocast.{' Embed token ids with nn.Embedding first.' if ids else ''}"
     )

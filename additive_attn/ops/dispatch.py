@@ -165,3 +165,4 @@ backward = torch.ops.additive_attn.backward.default
 forward_directly, backward_directly = forward._op, backward._op
 scores = torch.ops.additive_attn.scores.default
 scores_backward = torch.ops.additive_attn.scores_backward.default
+scores_directly, scores_backward_directly = scores._op, scores_backward._op

@@ -42,7 +42,7 @@ def score(call: Call, *_: Any) -> tuple[Tensor, ...]:
     ):
         return (Scores.apply(*arguments),)
     with _below_autograd():
-        return (dispatch.scores(*arguments),)
+        return (dispatch.scores_directly(*arguments),)
 
 
 def _formula(*arguments: Any) -> Tensor:
@@ -56,7 +56,7 @@ class Scores(SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        scores: Tensor = dispatch.below_autograd(dispatch.scores, *arguments)
+        scores: Tensor = dispatch.below_autograd(dispatch.scores_directly, *arguments)
         ctx.save_for_backward(*arguments[:5])
         ctx.numbers = arguments[5:]
         ctx.set_materialize_grads(False)
@@ -73,7 +73,7 @@ class Scores(SingleLevelFunction):
             grads = dispatch.scores_backward(*arguments)
         else:
             with _below_autograd():
-                grads = dispatch.scores_backward(*arguments)
+                grads = dispatch.scores_backward_directly(*arguments)
         return (
             *(reduced(grads[i], tensors[i]) if needs[i] else None for i in range(3)),
             grads[3] if needs[3] else None,

@@ -11,7 +11,7 @@ from oracle import DEVICE, assert_same, generator, make
 from torch import nn
 
 from additive_attn import AdditiveAttention, additive_attention, additive_attention_step
-from additive_attn.ops.checks import filled
+from additive_attn.ops.attend import filled
 from additive_attn.spec.call import Inputs
 
 BATCHES = [(), (3,), (3, 2)]

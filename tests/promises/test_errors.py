@@ -17,6 +17,7 @@ from additive_attn import (
     AdditiveAttention,
     additive_attention,
     additive_attention_step,
+    additive_scores,
     merge_attention,
 )
 from additive_attn.ops import dispatch
@@ -185,6 +186,34 @@ def test_sentences_of_a_step(changes, exception, sentence):
         additive_attention_step(**inputs | changes)
     assert re.search(sentence, str(caught.value)), str(caught.value)
     assert_sentence(str(caught.value).rstrip(")"))
+
+
+SCORES = {
+    "query": (dict(query=[1.0]), TypeError, r"query is a list"),
+    "key": (dict(key=[1.0]), TypeError, r"key is a list"),
+    "key None": (dict(key=None), TypeError, r"key is a NoneType"),
+    "key 1-D": (dict(key=t(8)), ValueError, r"key has shape \(8,\)"),
+    "features": (dict(key=t(2, 5, 7)), ValueError, r"query has 8 features and key has 7"),
+    "batches": (dict(key=t(3, 5, 8)), ValueError, r"query \(2, 3, 8\) and key \(3, 5, 8\) do"),
+    "dtype": (dict(key=t(2, 5, 8, dtype=F64)), TypeError, r"key is torch.float64"),
+    "sparse": (dict(key=t(2, 5, 8).to_sparse()), TypeError, r"key is torch.sparse_coo"),
+    "nested": (dict(key=nested()), TypeError, r"key is nested"),
+    "device": (dict(key=t(2, 5, 8, device="meta")), RuntimeError, r"key is on meta"),
+    "mask": (dict(attn_mask=t(2, 5)), ValueError, r"\(2, 5\).*unsqueeze\(1\)"),
+    "causal": (dict(is_causal="no"), TypeError, r"^is_causal is 'no'"),
+    "bias": (dict(bias=t(5)), ValueError, r"bias has shape \(5,\)"),
+}
+
+
+@pytest.mark.parametrize("changes,exception,sentence", SCORES.values(), ids=SCORES.keys())
+def test_sentences_of_scores(changes, exception, sentence):
+    inputs = make((2,), 3, 5, 8, 6)
+    del inputs["value"]
+    with pytest.raises(exception) as caught:
+        additive_scores(**inputs | changes)
+    assert re.search(sentence, str(caught.value)), str(caught.value)
+    assert "value" not in str(caught.value)
+    assert_sentence(str(caught.value))
 
 
 def assert_sentence(text):
