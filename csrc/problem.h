@@ -28,12 +28,22 @@ struct Mask {
   std::int64_t row = 0, column = 0;
 };
 
+// What a decoder's step adds to key j inside the tanh: sum_f x_fj M_fh (math.md, eq. 17).
+template <class T>
+struct Location {
+  std::int64_t features = -1;  // F; below 0 = no location
+  Rows<const T> x, weight;     // element (n, f): Lk numbers; H numbers
+
+  explicit operator bool() const { return features >= 0; }
+};
+
 template <class T>
 struct Problem {
   std::int64_t batch, queries, keys, hidden, values;  // B (flattened), Lq, Lk, H, Dv; Dv = 0 without values
   int threads;                                        // a hint for the size of the pieces; no result depends on it
   Rows<const T> query, key, value, weight;            // weight has one row per entry
   Rows<const T> prepared;                             // of a single row's keys (prepared.h); no data = none
+  Location<T> location;                               // of a single row
   Mask mask;
   Rows<const std::int64_t> lengths;  // element (n, i): leading keys that row i may attend to; no data = all
   std::int64_t left, right;          // keys i - left .. i + right; -1 = unbounded
@@ -101,6 +111,9 @@ struct StepBackward : Problem<T> {
   Rows<const T> grad_out, grad_weights, grad_lse;  // no data = zero
   T *grad_query, *grad_scores;                     // (B, H), (B, Lk)
   T* kept;                                         // (B, Lk): the weights after dropout, or null
+  // With a location: added to, or null; (B, Lk, H).
+  T* grad_key;
+  T *grad_weight, *grad_location, *grad_location_weight;  // (B, H), (B, F, Lk), (B, F, H)
 };
 
 // The items [0, count) of one parallel pass, handed out one by one to whichever thread is free: items differ in cost

@@ -13,6 +13,7 @@ struct Arguments {
   const std::optional<Tensor>&attn_mask, &lengths, &seed;
   int64_t left, right;
   double dropout_p, scale;
+  const Tensor *location = nullptr, *location_weight = nullptr;  // of a step
 };
 
 // The arguments in computing form, which must outlive the Problem that points into them.
@@ -33,6 +34,8 @@ struct Inputs {
     if (a.attn_mask && a.attn_mask->dim() > 2) broadcast(batch, *a.attn_mask, 2, "attn_mask");
     if (a.lengths && a.lengths->dim() > 1) broadcast(batch, *a.lengths, 1, "lengths");
     if (a.seed) broadcast(batch, *a.seed, 0, "seed");
+    if (a.location) broadcast(batch, *a.location, 2, "location");
+    if (a.location_weight) broadcast(batch, *a.location_weight, 2, "location_weight");
     for (const int64_t n : batch) entries *= n;
     held.reserve(16);
     offsets.reserve(16);

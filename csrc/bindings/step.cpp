@@ -28,13 +28,26 @@ Tensor prepare_keys(const Tensor& key) {
   return type == ScalarType::Double ? prepare_as<double>(key) : prepare_as<float>(key);
 }
 
+const Tensor* given(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
+
+template <class T>
+void fill_location(Problem<T>& p, const Arguments& a, Inputs& inputs) {
+  const Tensor &x = *a.location, &weight = *a.location_weight;
+  STD_TORCH_CHECK(x.size(-1) == p.keys && weight.size(-1) == p.hidden && x.size(-2) == weight.size(-2),
+                  "location must be (..., F, ", p.keys, ") and location_weight (..., F, ", p.hidden,
+                  "), with the same F.");
+  p.location.features = x.size(-2);
+  p.location.x = inputs.rows<T>(x, 2, "location");
+  p.location.weight = inputs.rows<T>(weight, 2, "location_weight");
+}
+
 // What both operators check, and the keys' other form.
 template <class T>
-void fill_step(Problem<T>& p, const Arguments& a, Inputs& inputs, const std::optional<Tensor>& prepared,
-               const std::optional<Tensor>& location) {
+void fill_step(Problem<T>& p, const Arguments& a, Inputs& inputs, const std::optional<Tensor>& prepared) {
   STD_TORCH_CHECK(a.query.dim() >= 2 && a.query.size(-2) == 1, "query must be (..., 1, H): a step has one query.");
-  STD_TORCH_CHECK(!location, "This build computes no location term; pass None.");
+  STD_TORCH_CHECK(!a.location == !a.location_weight, "location and location_weight go together; one is missing.");
   inputs.fill(p, a);
+  if (a.location) return fill_location(p, a, inputs);
   // Plain PyTorch prepares nothing, and says so by an empty tensor.
   if (!prepared || (prepared->dim() == 1 && prepared->size(0) == 0) || p.hidden == 0) return;
   STD_TORCH_CHECK(sizes(*prepared) == sizes(a.key), "prepared must have the shape of key: prepare_keys(key).");
@@ -44,10 +57,9 @@ void fill_step(Problem<T>& p, const Arguments& a, Inputs& inputs, const std::opt
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> step_as(const Arguments& a, Inputs& inputs, const std::optional<Tensor>& prepared,
-                                           const std::optional<Tensor>& location) {
+std::tuple<Tensor, Tensor, Tensor> step_as(const Arguments& a, Inputs& inputs, const std::optional<Tensor>& prepared) {
   Forward<T> p{};
-  fill_step(p, a, inputs, prepared, location);
+  fill_step(p, a, inputs, prepared);
   const Tensor out = inputs.output(true, {1, p.values}, p.out);
   const Tensor weights = inputs.output(true, {1, p.keys}, p.weights);
   const Tensor lse = inputs.output(true, {1}, p.lse);
@@ -61,10 +73,29 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& query, const Tensor& key, 
                                         const std::optional<Tensor>& location_weight,
                                         const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& lengths,
                                         const std::optional<Tensor>& seed, double dropout_p, double scale) {
-  const Arguments a{query, key, &value, weight, attn_mask, lengths, seed, -1, -1, dropout_p, scale};
+  const Arguments a{query,
+                    key,
+                    &value,
+                    weight,
+                    attn_mask,
+                    lengths,
+                    seed,
+                    -1,
+                    -1,
+                    dropout_p,
+                    scale,
+                    given(location),
+                    given(location_weight)};
   Inputs inputs(a);
-  return inputs.type == ScalarType::Double ? step_as<double>(a, inputs, prepared, location)
-                                           : step_as<float>(a, inputs, prepared, location);
+  return inputs.type == ScalarType::Double ? step_as<double>(a, inputs, prepared) : step_as<float>(a, inputs, prepared);
+}
+
+// What is added to in place.
+template <class T>
+T* buffer(const Tensor& t, const Sizes& expected, ScalarType type) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == compute_type(type) && sizes(t) == expected && t.is_contiguous(),
+                  "grad_key must be contiguous, with all leading dims, in the dtype of lse.");
+  return data<T>(t);
 }
 
 template <class T>
@@ -73,10 +104,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step_backward_as(cons
                                                                             const std::optional<Tensor>& grad_weights,
                                                                             const std::optional<Tensor>& grad_lse,
                                                                             const std::optional<Tensor>& prepared,
-                                                                            const std::optional<Tensor>& location,
-                                                                            const Tensor& weights, const Tensor& lse) {
+                                                                            const Tensor& weights, const Tensor& lse,
+                                                                            const std::optional<Tensor>& grad_key) {
   StepBackward<T> p{};
-  fill_step(p, a, inputs, prepared, location);
+  fill_step(p, a, inputs, prepared);
   const Sizes out_size = with(inputs.batch, {1, p.values}), pairs = with(inputs.batch, {1, p.keys});
   const Sizes rows = with(inputs.batch, {1});
   p.weights = inputs.whole<T>(weights, pairs, 2, "weights");
@@ -87,9 +118,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step_backward_as(cons
   const Tensor query = inputs.output(true, {1, p.hidden}, p.grad_query);
   const Tensor scores = inputs.output(true, {1, p.keys}, p.grad_scores);
   const Tensor kept = inputs.output(p.seed != nullptr, {1, p.keys}, p.kept);
+  const int64_t features = std::max<int64_t>(p.location.features, 0);
+  const Tensor x = inputs.output(bool(p.location), {features, p.keys}, p.grad_location);
+  const Tensor weight_x = inputs.output(bool(p.location), {features, p.hidden}, p.grad_location_weight);
+  const Tensor weight = inputs.output(bool(p.location), {p.hidden}, p.grad_weight);
+  if (grad_key && p.location) p.grad_key = buffer<T>(*grad_key, with(inputs.batch, {p.keys, p.hidden}), inputs.type);
   kernels().step_backward(p, parallel_for);
-  const Tensor none = empty({0}, compute_type(inputs.type));
-  return {cast(query, inputs.type), scores, kept, none, none, none};
+  return {cast(query, inputs.type), scores, kept, x, weight_x, weight};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step_backward(
@@ -99,10 +134,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step_backward(
     const std::optional<Tensor>& location_weight, const std::optional<Tensor>& attn_mask,
     const std::optional<Tensor>& lengths, const std::optional<Tensor>& seed, double dropout_p, double scale,
     const Tensor& weights, const Tensor& lse, const std::optional<Tensor>& grad_key) {
-  const Arguments a{query, key, &value, weight, attn_mask, lengths, seed, -1, -1, dropout_p, scale};
+  const Arguments a{query,
+                    key,
+                    &value,
+                    weight,
+                    attn_mask,
+                    lengths,
+                    seed,
+                    -1,
+                    -1,
+                    dropout_p,
+                    scale,
+                    given(location),
+                    given(location_weight)};
   Inputs inputs(a);
   const auto run = inputs.type == ScalarType::Double ? step_backward_as<double> : step_backward_as<float>;
-  return run(a, inputs, grad_out, grad_weights, grad_lse, prepared, location, weights, lse);
+  return run(a, inputs, grad_out, grad_weights, grad_lse, prepared, weights, lse, grad_key);
 }
 
 }  // namespace

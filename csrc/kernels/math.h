@@ -103,3 +103,36 @@ inline void tanh_fractions(const Vec<float>* x, Vec<float>* z, Vec<float>* y) {
     }
   for (int i = 0; i < n; ++i) z[i] *= limited[i];
 }
+
+// e^{2x} - 1 for 0 <= x <= flat or NaN, 3 | 3 ulp. fp32: r P(r) with 2x = n ln 2 + 2r; P as the polynomials above.
+inline Vec<double> expm1_twice(Vec<double> x) { return expm1<double>(x * 2.0); }
+inline Vec<float> expm1_twice(Vec<float> x) {
+  using S = Simd<float>;
+  constexpr float series[] = {0.08888879f, 0.26781133f, 0.6666742f, 1.3333205f, 1.9999999f, 2.f};
+  constexpr float magic = 3 * 0x1p22f + S::bias;
+  const Vec<float> shifted = x * 2.8853901f + magic, r = x - (shifted - magic) * 0.34657359f;
+  Vec<float> p = splat<float>(series[0]);
+#pragma GCC unroll 5
+  for (int c = 1; c < 6; ++c) p = p * r + series[c];
+  const Vec<float> power = (Vec<float>)(as_bits<float>(shifted) << S::mantissa);
+  return power * (p * r) + (power - 1.f);
+}
+
+// t = tanh(x) and s = (1 - t^2) / 4 = m - m^2 with m = 1 / (e^{2|x|} + 1), for any x; NaN stays NaN. Of two vectors,
+// which share a reciprocal.
+template <class T>
+inline void tanh_slopes(const Vec<T>* x, Vec<T>* t, Vec<T>* s) {
+  constexpr auto sign = typename Simd<T>::Bits(1) << (8 * sizeof(T) - 1);
+  Vec<T> e[2], y[2];
+  for (int v = 0; v < 2; ++v) {
+    const Vec<T> size = (Vec<T>)magnitude<T>(x[v]), most = variable<T>(Range<T>::flat);
+    e[v] = expm1_twice(most < size ? most : size);
+    y[v] = e[v] + T(2);
+  }
+  const Vec<T> both = reciprocal(y[0] * y[1]);
+  for (int v = 0; v < 2; ++v) {
+    const Vec<T> m = both * y[1 - v];
+    s[v] = m - m * m;
+    t[v] = (Vec<T>)(as_bits<T>(e[v] * m) | (as_bits<T>(x[v]) & ((UVec<T>){} + sign)));
+  }
+}

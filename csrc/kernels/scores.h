@@ -17,7 +17,8 @@ class ScoreBlock {
   explicit ScoreBlock(const Problem<T>& problem)
       : p(problem),
         features(round_up(problem.hidden, group)),
-        slab(std::min<std::int64_t>(features, features_cached)) {}
+        slab(std::min<std::int64_t>(features, features_cached)),
+        located_(problem.key, problem.location, problem.hidden) {}
 
   // Begins with rows [first_row, first_row + count) of entry n.
   void begin(std::int64_t n, std::int64_t first_row, std::int64_t count) {
@@ -35,7 +36,9 @@ class ScoreBlock {
       query_largest_[r] = largest(p.query.at(n, row0 + r), p.hidden);
     }
     prepare_weight();
-    if (p.queries == 1)
+    if (p.location)
+      located_.begin(n);
+    else if (p.queries == 1)
       query_constants_.begin(p.query.at(n, row0), normalised_, as_number<T>(weight_largest_) * normaliser_, p.hidden,
                              bool(p.prepared));
     for (bool& packed : query_packed_) packed = false;
@@ -145,6 +148,7 @@ class ScoreBlock {
   }
 
   void single_row(std::int64_t key0) {
+    if (p.location) return located_row(key0);
     constexpr int joined = PreparedQuery<T>::joined;
     const T* query = p.query.at(entry, row0);
     form_[0] = direct;
@@ -158,6 +162,22 @@ class ScoreBlock {
         prefetch(p.value.at(entry, key0 + i), p.values);
       query_constants_.scores(p.prepared ? p.prepared.at(entry, key0 + j) : nullptr, p.prepared.row, query,
                               p.key.at(entry, key0 + j), p.key.row, wanted, scores + j);
+    }
+    finish_row(0, key0);
+  }
+
+  // The same where keys have a location term.
+  void located_row(std::int64_t key0) {
+    form_[0] = direct;
+    for (std::int64_t j = 0; j < count; j += location_keys) {
+      const std::int64_t end = std::min<std::int64_t>(j + location_keys, count);
+      bool any = false;
+      for (std::int64_t b = j / K; b * K < end; ++b) any = any || attended[0][b];
+      if (!any) continue;
+      for (std::int64_t i = j; i < end && p.values > 0; ++i) prefetch(p.value.at(entry, key0 + i), p.values);
+      const T* rows = located_.rows(key0 + j, end - j);
+      for (std::int64_t i = j; i < end; ++i, rows += located_.row)
+        scores[i] = energy(p.query.at(entry, row0), rows, weight_.get(0), p.hidden);
     }
     finish_row(0, key0);
   }
@@ -261,7 +281,8 @@ class ScoreBlock {
   T normaliser_ = 1, energy_limit_ = 0;
   const T* normalised_ = nullptr;     // the weights
   PreparedQuery<T> query_constants_;  // of a single row
-  T* bias_rows_ = nullptr;            // the mask's terms of the tile, [row][key]
+  LocatedKeys<T> located_;
+  T* bias_rows_ = nullptr;  // the mask's terms of the tile, [row][key]
   bool query_packed_[forms] = {};
   Buffer<T> query_[forms], key_[forms], weight_, centre_, bias_, scores_;
 };

@@ -57,7 +57,7 @@ class StepPass {
     typename Simd<T>::Bits most = 0;
     for (std::int64_t key0 = key_begin; key0 < key_end; key0 += TK)
       most = std::max(most, scores_gradient(n, key0, std::min(TK, key_end - key0), T(delta)));
-    if (most == 0 || p.hidden == 0) return;
+    if (most == 0 || p.hidden == 0 || p.location) return;
     // Powers of two keep the products with 1 - t^2 in range, however small or large G is.
     const T size = as_number<T>(most);
     const bool usual = !(size < factored_least<T> || size > factored_most<T>) || std::isinf(size);
@@ -155,7 +155,7 @@ void finish_query(const StepBackward<T>& p, std::int64_t n, const T* sums, std::
 }
 
 template <class T>
-void step_backward(const StepBackward<T>& p, const ParallelFor& parallel_for) {
+void query_and_scores(const StepBackward<T>& p, const ParallelFor& parallel_for) {
   if (p.keys == 0) return void(std::fill(p.grad_query, p.grad_query + p.batch * p.hidden, T(0)));
   const KeySplits<T> keys(p.batch, p.keys);
   const std::int64_t work = keys.split * (p.hidden + p.values + 16), parts = p.batch * keys.splits;
@@ -191,4 +191,10 @@ void step_backward(const StepBackward<T>& p, const ParallelFor& parallel_for) {
   });
   for (std::int64_t n = 0; n < p.batch; ++n)
     finish_query(p, n, sum_query + n * keys.splits * width, width, keys.splits);
+}
+
+template <class T>
+void step_backward(const StepBackward<T>& p, const ParallelFor& parallel_for) {
+  query_and_scores(p, parallel_for);
+  if (p.location) location_backward(p, parallel_for);  // the query's gradient too
 }
