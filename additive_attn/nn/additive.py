@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from additive_attn.nn.decoding import ProjectedMemory, prepare
+from additive_attn.nn.decoding import ProjectedMemory, prepare, step
 from additive_attn.nn.linear import energy_of, projected
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.attend import masked_attention
@@ -20,10 +20,9 @@ from additive_attn.ops.checks import (
     refuse_types,
     require_one_device,
 )
-from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.layer_checks import (
+    check_memory_dtype,
     checked_features,
-    explain_memory,
     explain_projection,
     explain_shapes,
     refuse_memory,
@@ -31,7 +30,6 @@ from additive_attn.ops.layer_checks import (
     warn_of_polarity,
 )
 from additive_attn.ops.masking import with_padding
-from additive_attn.ops.memory import Lent
 from additive_attn.spec.call import Inputs
 
 _is_compiling = torch.compiler.is_compiling
@@ -211,6 +209,7 @@ class AdditiveAttention(nn.Module):
         value: Tensor | None = None,
         lengths: Integers | None = None,
         key_padding_mask: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> ProjectedMemory:
         """Prepares what a decoder attends to, once per sequence, for :meth:`step`.
 
@@ -220,6 +219,8 @@ class AdditiveAttention(nn.Module):
             lengths: integers ``(B,)``, or ``()``: number of leading keys to attend to; a tensor,
                 or a list.
             key_padding_mask: bool ``(B, Lk)``, or ``(Lk,)``: **True = ignore**.
+            dtype: of the memory, bfloat16 or float16 beside a float32 layer: a step then reads
+                half as many bytes, and computes in float32 as before.
 
         Returns:
             The projected keys, the values, and lengths and mask in the form that :meth:`step`
@@ -233,7 +234,7 @@ class AdditiveAttention(nn.Module):
         if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
             if not is_symbolic(key, value):
                 refuse_types(key=key, value=value)
-            return symbolic_call(self, "project", key, value, lengths, key_padding_mask)
+            return symbolic_call(self, "project", key, value, lengths, key_padding_mask, dtype)
         rank = key.dim()
         if not (2 <= rank <= 3 and value.dim() == rank):
             refuse_ranks(".project", key=key, value=value)
@@ -256,6 +257,9 @@ class AdditiveAttention(nn.Module):
         except (RuntimeError, ValueError):
             explain_shapes(".project", self.batch_first, given, key=key, value=value)
             raise
+        if dtype is not None:
+            check_memory_dtype(dtype, k)
+            k, v = k.to(dtype), v.to(dtype)
         memory = ProjectedMemory(k, v, lengths, attn_mask)
         if k.shape[-1] == self.hidden_dim and not _is_compiling():
             memory.prepared = prepare(self, memory)
@@ -290,53 +294,7 @@ class AdditiveAttention(nn.Module):
             if not is_symbolic(memory):
                 refuse_memory(memory)
             return symbolic_call(self, "step", query, memory, need_weights)
-        key, value, lengths, attn_mask = memory
-        prepared, beams, rank = memory.prepared, memory.beams, key.dim()
-        if (
-            prepared is not None and beams == 1 and isinstance(query, Tensor)
-            and query.dim() == rank - 1 and prepared.is_of(self)
-        ):  # fmt: skip
-            return self._prepared_step(query, memory, prepared.lent, need_weights)
-        if not (
-            isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
-        ):
-            refuse_types(query=query, key=key, value=value)
-        several = query.dim() == rank  # queries per sequence, side by side
-        if not (2 <= rank <= 3 and value.dim() == rank and rank - 1 <= query.dim() <= rank):
-            refuse_ranks(".step", query=query, key=key, value=value)
-        q = self._project("query", query)
-        if beams > 1 and rank == 3 and not several:
-            q = q.unflatten(0, (-1, beams))
-        elif not several:
-            # One row of queries per sequence: (B, 1, hidden_dim).
-            q = q.unsqueeze(-2)
-        try:
-            out, weights = self._attend(
-                q, key, value, attn_mask, lengths, False, None, need_weights
-            )
-        except (RuntimeError, ValueError):
-            explain_memory(query, key, value, self.hidden_dim)
-            raise
-        if beams > 1 and rank == 3 and not several:
-            return out.flatten(0, 1), None if weights is None else weights.flatten(0, 1)
-        if several:
-            return out, weights
-        return out.squeeze(-2), None if weights is None else weights.squeeze(-2)
-
-    def _prepared_step(
-        self, query: Tensor, memory: ProjectedMemory, lent: Lent, need_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        dropout_p = self.dropout if self.training else 0.0
-        if lent.source.query_weight is None:
-            query = self._project("query", query)
-        try:
-            out, weights, _ = attend_step(lent, query, dropout_p=dropout_p)
-        except (RuntimeError, ValueError):
-            if lent.source.query_weight is not None:
-                explain_projection(self.query_layer, "query", query, self.query_dim)
-            explain_memory(query, memory.key, memory.value, self.hidden_dim)
-            raise
-        return out, weights if need_weights else None
+        return step(self, query, memory, need_weights)
 
     def extra_repr(self) -> str:
         options = {

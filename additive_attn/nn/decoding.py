@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from additive_attn.nn.linear import bare_parameters
-from additive_attn.ops.memory import Lent, lend
+from additive_attn.ops.checks import refuse_types
+from additive_attn.ops.decoding import attend_step
+from additive_attn.ops.layer_checks import explain_memory, explain_projection, refuse_ranks
+from additive_attn.ops.memory import NARROW_MEMORY, Lent, lend
 
 
 class _Memory(NamedTuple):
@@ -155,6 +158,8 @@ def prepare(layer: Any, memory: ProjectedMemory) -> Prepared | None:
     if layer.normalize:
         weight = layer.energy_gain * weight / weight.norm()
     query_weight, query_bias = parameters[2], parameters[3]
+    if torch.is_autocast_enabled(memory.key.device.type):
+        query_weight = query_bias = None  # each query is projected under autocast
     if query_weight is not None and layer.normalize:
         offset = layer.energy_offset
         query_bias = offset if query_bias is None else query_bias + offset
@@ -164,6 +169,53 @@ def prepare(layer: Any, memory: ProjectedMemory) -> Prepared | None:
         score_bias=parameters[1],
     )  # fmt: skip
     return None if lent.prepared is None else Prepared(lent, parameters, _state(parameters))
+
+
+def step(
+    layer: Any, query: Tensor, memory: ProjectedMemory, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """:meth:`AdditiveAttention.step`."""
+    key, value, lengths, attn_mask = memory
+    prepared, beams, rank = memory.prepared, memory.beams, key.dim()
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        refuse_types(query=query, key=key, value=value)
+    if prepared is not None and query.dim() == rank - 1 and beams == 1 and prepared.is_of(layer):
+        return _prepared_step(layer, query, memory, prepared.lent, need_weights)
+    if not (2 <= rank <= 3 and value.dim() == rank and rank - 1 <= query.dim() <= rank):
+        refuse_ranks(".step", query=query, key=key, value=value)
+    # Rows of queries per sequence, (B, n, hidden_dim): several were given, or are beams, or one.
+    q = layer._project("query", query)
+    several, flat = query.dim() == rank, beams > 1 and query.dim() < rank == 3
+    if not several:
+        q = q.unflatten(0, (-1, beams)) if flat else q.unsqueeze(-2)
+    if key.dtype != q.dtype and (key.dtype, q.dtype) in NARROW_MEMORY:
+        key, value = key.to(q.dtype), value.to(q.dtype)
+    try:
+        out, weights = layer._attend(q, key, value, attn_mask, lengths, False, None, need_weights)
+    except (RuntimeError, ValueError):
+        explain_memory(query, key, value, layer.hidden_dim)
+        raise
+    if several:
+        return out, weights
+    if flat:
+        return out.flatten(0, 1), None if weights is None else weights.flatten(0, 1)
+    return out.squeeze(-2), None if weights is None else weights.squeeze(-2)
+
+
+def _prepared_step(
+    layer: Any, query: Tensor, memory: ProjectedMemory, lent: Lent, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    try:
+        if lent.source.query_weight is None:
+            query = layer._project("query", query)
+        dropout_p = layer.dropout if layer.training else 0.0
+        out, weights, _ = attend_step(lent, query, dropout_p=dropout_p)
+    except (RuntimeError, ValueError):
+        if lent.source.query_weight is not None:
+            explain_projection(layer.query_layer, "query", query, layer.query_dim)
+        explain_memory(query, memory.key, memory.value, layer.hidden_dim)
+        raise
+    return out, weights if need_weights else None
 
 
 def _parameters(layer: Any) -> tuple[nn.Parameter | None, ...] | None:

@@ -12,7 +12,7 @@ from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.checks import checked_probability
 from additive_attn.ops.memory import Lent, Record, Shared, eager, running_pass, summed
-from additive_attn.ops.second_order import reduced
+from additive_attn.ops.second_order import SingleLevelFunction, reduced
 from additive_attn.spec.call import Call, Inputs
 from additive_attn.spec.dropout import draw_seed
 
@@ -41,7 +41,7 @@ def attend_step(
         out ``(..., Dv)``, weights ``(..., Lk)`` before dropout, lse ``(...)``.
     """
     given = (query, location, location_weight)
-    if lent.prepared is None or not eager(given, lent.source.key):
+    if lent.prepared is None or not eager(given, lent.shared.weight):
         return _ordinary(lent, query, location, location_weight, dropout_p)
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
         dropout_p = checked_probability("dropout_p", dropout_p)
@@ -93,13 +93,16 @@ def _ordinary(
 def _inputs(
     shared: Shared, query: Tensor, location: Tensor | None, location_weight: Tensor | None
 ) -> Inputs:
-    key = shared.key
+    key, value = shared.key, shared.value
+    query = _projected(query, shared).unsqueeze(-2)
+    if key.dtype != query.dtype and key.dtype.itemsize == 2:
+        key, value = key.to(query.dtype), value.to(query.dtype)
     if location is not None and location_weight is not None:
         key = key + location.mT @ location_weight
-    return Inputs(_projected(query, shared).unsqueeze(-2), key, shared.value, shared.weight)
+    return Inputs(query, key, value, shared.weight)
 
 
-class _Step(torch.autograd.Function):
+class _Step(SingleLevelFunction):
     """One step. Its backward gives the gradients that the decoder needs at once, and notes what
     makes the others."""
 

@@ -60,6 +60,17 @@ def explain_memory(query: Tensor, key: Tensor, value: Tensor, hidden_dim: int) -
         ) from None
 
 
+def check_memory_dtype(dtype: Any, key: Tensor) -> None:
+    if dtype != key.dtype and (dtype, key.dtype) not in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ):
+        raise TypeError(
+            f"dtype is {dtype}, and the projected keys are {key.dtype}. A memory is kept in their "
+            "dtype, or beside float32 in torch.bfloat16 or torch.float16."
+        )
+
+
 def explain_projection(layer: nn.Module, name: str, tensor: Tensor, features: int) -> None:
     """Raises the sentence that tells why ``layer`` could not project it, if there is one."""
     # Asked only now: autocast, and layers that users put in, take more than their own dtype.

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Variable, forward_ad
 
 from additive_attn.ops import dispatch  # noqa: F401  registers the operators
-from additive_attn.ops.second_order import reduced
+from additive_attn.ops.second_order import SingleLevelFunction, reduced
 
 _operators = torch.ops.additive_attn
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -28,6 +28,8 @@ _tracing_state = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _autocasts = torch._C._is_any_autocast_enabled
 _pass_number = torch._C._current_graph_task_id
+# Keys and values may be narrower than the queries.
+NARROW_MEMORY = {(x, torch.float32) for x in (torch.bfloat16, torch.float16)}
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -74,8 +76,8 @@ def lend(
     """Prepares a memory for :func:`attend_step`.
 
     Args:
-        key: projected, ``(..., Lk, H)``.
-        value: ``(..., Lk, Dv)``.
+        key: projected, ``(..., Lk, H)``; also in 16 bits beside a float32 weight.
+        value: ``(..., Lk, Dv)``, of key's dtype.
         weight: ``(H,)``, or ``(..., H)``.
         lengths, attn_mask: int64 ``(..., 1)``; bool or float ``(..., 1, Lk)``, True = attend.
         scale: factor on the scores.
@@ -84,16 +86,37 @@ def lend(
         score_bias: takes part only to receive a zero gradient.
     """
     lent = Lent()
-    lent.source = lent.shared = Shared(key, value, weight, query_weight, query_bias, score_bias)
+    lent.source = Shared(key, value, weight, query_weight, query_bias, score_bias)
     lent.lengths, lent.attn_mask, lent.scale = lengths, attn_mask, scale
     lent.prepared = lent.node = None
-    if not eager(lent.source, key) or (attn_mask is not None and attn_mask.requires_grad):
+    lent.shared = shared = _autocasted(lent.source)
+    kinds = shared.key.dtype, shared.weight.dtype
+    fits = kinds[0] == kinds[1] or kinds in NARROW_MEMORY
+    if not (
+        fits and eager(shared[:2], shared.key) and eager(shared[2:5], shared.weight)
+        and shared.key.device == shared.weight.device
+        and (attn_mask is None or not attn_mask.requires_grad)
+    ):  # fmt: skip
         return lent
     if torch.is_grad_enabled():
         lent.shared, lent.node = _through_node(lent)
     with torch.no_grad():
-        lent.prepared = _operators.prepare_keys(key.detach())
+        lent.prepared = _operators.prepare_keys(shared.key.detach())
     return lent
+
+
+def _autocasted(shared: Shared) -> Shared:
+    """Keys, values and weight in autocast's dtype, once for all steps; queries come projected
+    under it."""
+    device = shared.key.device.type
+    if not (_autocasts() and torch.is_autocast_enabled(device)) or torch.compiler.is_compiling():
+        return shared
+    dtype = torch.get_autocast_dtype(device)
+    cast: list[Any] = [
+        x if not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
+        for x in shared[:3]
+    ]
+    return shared._replace(key=cast[0], value=cast[1], weight=cast[2])
 
 
 def eager(tensors: Sequence[Tensor | None], like: Tensor) -> bool:
@@ -106,7 +129,6 @@ def eager(tensors: Sequence[Tensor | None], like: Tensor) -> bool:
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
         or _dispatch_modes() > 0
-        or _autocasts()
     ) and all(
         x is None or (type(x) in _PLAIN_TYPES and x.dtype == dtype and x.device == device)
         for x in tensors
@@ -114,12 +136,12 @@ def eager(tensors: Sequence[Tensor | None], like: Tensor) -> bool:
 
 
 def _through_node(lent: Lent) -> tuple[Shared, Any]:
-    needed = [x is not None and x.requires_grad for x in lent.source]
+    needed = [x is not None and x.requires_grad for x in lent.shared]
     if not any(needed):
-        return lent.source, None
-    outputs = _Memory.apply(lent, *lent.source)
+        return lent.shared, None
+    outputs = _Memory.apply(lent, *lent.shared)
     shared: Any = [
-        x if need else y for x, y, need in zip(outputs, lent.source, needed, strict=True)
+        x if need else y for x, y, need in zip(outputs, lent.shared, needed, strict=True)
     ]
     return Shared(*shared), outputs[needed.index(True)].grad_fn
 
@@ -161,7 +183,7 @@ def running_pass(node: Any) -> _Pass:
     return running
 
 
-class _Memory(torch.autograd.Function):
+class _Memory(SingleLevelFunction):
     """The identity of what is shared. Its backward makes the gradients from the steps' records."""
 
     @staticmethod

@@ -155,7 +155,7 @@ def half_step(batch: int, keys: int, hidden: int, values: int) -> Problem:
         randn(batch, keys, values),
     )
     memory = layer.project(key, value)
-    small = layer.project(key, value, dtype=torch.bfloat16)  # type: ignore[call-arg]
+    small = layer.project(key, value, dtype=torch.bfloat16)
     runs = {
         "fused, float32": lambda: layer.step(query, memory),
         "fused": lambda: layer.step(query, small),
@@ -187,7 +187,7 @@ def beams(batch: int, beam: int, keys: int, hidden: int, values: int) -> Problem
     key, value = randn(batch, keys, hidden), randn(batch, keys, values)
     query = randn(batch, beam, hidden)
     copies = [each.repeat_interleave(beam, dim=0) for each in (key, value)]
-    memory, copied = layer.project(key, value), layer.project(*copies)
+    memory, copied = layer.project(key, value), layer.project(copies[0], copies[1])
 
     def copying() -> Any:
         out, weights = layer.step(query.flatten(0, 1), copied)

@@ -589,3 +589,62 @@ def test_distributed_data_parallel(tmp_path):
         )
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_memory_in_sixteen_bits(dtype):
+    """Computes with the rounded keys and values in float32; gradients of the layer are float32."""
+    layer = AdditiveAttention(D, H)
+    query, key, value, lengths = (x.detach().to(torch.float32) for x in inputs())
+    lengths = lengths.long()
+    results = []
+    for narrow in (True, False):
+        if narrow:
+            memory = layer.project(key, value, lengths, dtype=dtype)
+            assert memory.key.dtype == memory.value.dtype == dtype
+        else:
+            memory = layer.project(key, value, lengths)
+            memory = memory._replace(
+                key=memory.key.to(dtype).float(), value=memory.value.to(dtype).float()
+            )
+        state, total = query, 0.0
+        for _ in range(T):
+            context, weights = layer.step(state, memory)
+            assert context.dtype == torch.float32
+            state = state + context.sum(-1, keepdim=True)
+            total = total + state.square().sum() + weights.pow(2).sum()
+        grads = torch.autograd.grad(total, list(layer.parameters()))
+        several, _ = layer.step(query[:, None].expand(-1, 2, -1), memory)
+        results.append([*grads, context, several])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(
+            ours, expected, rtol=2e-2, atol=2e-3 * float(expected.abs().max())
+        )
+    with pytest.raises(TypeError, match="kept in their"):
+        layer.project(key, dtype=torch.float64)
+
+
+def test_autocast(passes):
+    """Keys and values are cast once for all steps."""
+    layer = AdditiveAttention(D, H)
+    query, key, value, lengths = (x.detach().to(torch.float32) for x in inputs())
+    lengths = lengths.long()
+    results = []
+    for shared in (True, False):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            memory = layer.project(key, value, lengths)
+            if not shared:
+                memory = memory._replace(key=memory.key)
+            state, total = query, 0.0
+            for _ in range(T):
+                context, weights = layer.step(state, memory)
+                assert context.dtype == torch.bfloat16
+                state = state + context.sum(-1, keepdim=True)
+                total = total + state.square().sum() + weights.pow(2).sum()
+        results.append(torch.autograd.grad(total, list(layer.parameters())))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(
+            ours, expected, rtol=5e-2, atol=2e-2 * float(expected.abs().max())
+        )
+    assert passes == [T]

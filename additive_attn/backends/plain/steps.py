@@ -38,6 +38,7 @@ def step(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Equations 1 and 2 of one query, with the location term beside the keys."""
+    key, value = key.to(query.dtype), value.to(query.dtype)  # a memory may be narrower
     if location is not None:
         key = (widened(key) + _term(location, location_weight)).to(key.dtype)
     outputs: tuple[Tensor, Tensor, Tensor] = forward(
