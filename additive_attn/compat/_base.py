@@ -18,7 +18,6 @@ from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.location import location_features
 from additive_attn.ops.memory import Lent, Shared, eager, lend
 
-Key = Tensor | Callable[[], Tensor]
 _saving = torch._C._autograd._top_saved_tensors_default_hooks
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -43,7 +42,7 @@ class Modules(NamedTuple):
     filters its inputs are the features."""
 
     energy: nn.Module
-    query: nn.Module
+    query: nn.Module | None  # None: queries come projected
     dense: nn.Module | None = None
     filters: nn.Module | None = None
 
@@ -151,7 +150,6 @@ def step(
     value: Tensor,
     *,
     padding: Tensor | None = None,
-    lengths: Tensor | None = None,
     inputs: Tensor | None = None,
     window: Tensor | None = None,
     scale: float = 1.0,
@@ -162,7 +160,6 @@ def step(
         query: ``(B, query_dim)``, not projected.
         key: ``(B, Lk, H)``, projected; with value ``(B, Lk, Dv)`` the memory.
         padding: bool ``(B, Lk)``, True = ignore.
-        lengths: int64 ``(B, 1)``, known to say the same as padding.
         inputs: ``(B, C, Lk)``, of the location term.
         window: bool, broadcastable to ``(B, 1, Lk)``: what this step attends to, at most.
 
@@ -170,14 +167,13 @@ def step(
         context ``(B, Dv)`` and weights ``(B, Lk)``.
     """
     energy, projection = affine(modules.energy), affine(modules.query)
-    dense = None if modules.dense is None else affine(modules.dense)
-    filters = None if modules.filters is None else filters_of(modules.filters)
+    dense, filters = affine(modules.dense), filters_of(modules.filters)
     owner: Leases | None = leases(layer) if energy is not None else None
     if inputs is not None and (dense is None or (modules.filters is not None and filters is None)):
         # Tools have changed these modules: they are called.
-        features = inputs if modules.filters is None else _called(modules.filters, inputs)
+        made = inputs if modules.filters is None else features(modules.filters, inputs)
         assert modules.dense is not None
-        key, inputs, owner = key + modules.dense(features.mT), None, None
+        key, inputs, owner = key + modules.dense(made.mT), None, None
     if inputs is None:
         dense = filters = None
 
@@ -187,25 +183,22 @@ def step(
         if dense is not None and dense[1] is not None and query_weight is not None:
             # The same for all keys: as well added to the query.
             query_bias = dense[1] if query_bias is None else query_bias + dense[1]
-        known, attn_mask = (lengths, None) if lengths is not None else masks(padding)
+        lengths, attn_mask = masks(padding)
         lent = lend(
-            key, value, vector(weight, bias), lengths=known, attn_mask=attn_mask, scale=scale,
+            key, value, vector(weight, bias), lengths=lengths, attn_mask=attn_mask, scale=scale,
             query_weight=query_weight, query_bias=query_bias,
         )  # fmt: skip
-        kernels = (
-            None if filters is None else filters.flatten(2) if filters.dim() == 4 else filters
-        )
-        return Lease(lent, None if dense is None else dense[0].t(), kernels)
+        return Lease(lent, None if dense is None else dense[0].t(), kernels(filters))
 
     if owner is None:
         lease = build()
     else:
-        sources = tuple(x for x in (key, value, padding, lengths) if x is not None)
+        sources = tuple(x for x in (key, value, padding) if x is not None)
         parameters = [*(energy or ()), *(projection or ()), *(dense or ()), filters]
         lease = owner.get(sources, parameters, scale, build)
     lent = lease.lent if window is None else narrowed(lease.lent, window)
     if projection is None:
-        query = modules.query(query)
+        query = query if modules.query is None else modules.query(query)
         if dense is not None and dense[1] is not None:
             query = query + dense[1]
     if inputs is not None and lease.filters is not None:
@@ -249,16 +242,20 @@ def unhooked(module: nn.Module) -> bool:
     return "forward" not in own and not any(own[name] for name in _HOOKS)
 
 
-def affine(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+def affine(module: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a Linear, or of a module that passes on to one, if nothing hooks in."""
+    if module is None:
+        return None
     inner = module._modules.get("linear_layer")
     if inner is not None and unhooked(module):
         module = inner
     return bare_parameters(module)
 
 
-def filters_of(module: nn.Module) -> Tensor | None:
+def filters_of(module: nn.Module | None) -> Tensor | None:
     """Weight of a convolution along the keys that keeps their number, if nothing hooks in."""
+    if module is None:
+        return None
     inner = module._modules.get("conv")
     if inner is not None and unhooked(module):
         module = inner
@@ -281,11 +278,16 @@ def filters_of(module: nn.Module) -> Tensor | None:
     return weight if same else None
 
 
-def _called(filters: nn.Module, inputs: Tensor) -> Tensor:
-    """``(B, C, Lk)`` -> ``(B, F, Lk)``, by a module for one dim or two."""
-    weight: Any = getattr(filters, "weight", None)
-    if getattr(weight, "ndim", 3) == 4:
-        called: Tensor = filters(inputs.unsqueeze(2)).squeeze(2)
-        return called
-    called = filters(inputs)
-    return called
+def kernels(weight: Tensor | None) -> Tensor | None:
+    """``(F, C, K)``, of a convolution for one dim or two."""
+    return weight.squeeze(2) if weight is not None and weight.dim() == 4 else weight
+
+
+def features(filters: nn.Module, inputs: Tensor) -> Tensor:
+    """``(B, C, Lk)`` -> ``(B, F, Lk)``."""
+    weight = kernels(filters_of(filters))
+    if weight is not None:
+        return location_features(inputs, weight)
+    wide = isinstance(filters, nn.Conv2d)
+    output: Tensor = filters(inputs.unsqueeze(2)).squeeze(2) if wide else filters(inputs)
+    return output
