@@ -156,7 +156,10 @@ def read(path: Path) -> list[Measurement]:
 
 def measured_on(measurements: list[Measurement]) -> str:
     """One line on where and with what the rows were measured."""
-    row = next(iter(measurements[0].rows.values()))
+    return machine_line(next(iter(measurements[0].rows.values())))
+
+
+def machine_line(row: Row) -> str:
     threads = f"{row['threads']} threads, " if row["device"] == "cpu" else ""
     commit = f" ({row['commit']})" if row.get("commit") else ""
     return (

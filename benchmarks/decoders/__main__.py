@@ -2,7 +2,7 @@
 
     python -m benchmarks.decoders                         everything (12 minutes)
     python -m benchmarks.decoders --case attloc joeynmt
-    python -m benchmarks.decoders --group decoders
+    python -m benchmarks.decoders --group decoders --split
 
 All providers of a case run in this process and take turns. What they compute is compared before
 anything is timed. Times are CPU times of all threads together; the csv has those of the clock
@@ -23,22 +23,36 @@ from benchmarks import rows
 from benchmarks.decoders import table
 from benchmarks.decoders.cases import CASES, Case
 from benchmarks.decoders.problem import measured
+from benchmarks.decoders.split import split
 from benchmarks.rows import Row
 from benchmarks.run import require_kernel
 
 
-def measure_case(case: Case, budget: float, rounds: int) -> Iterator[Row]:
+def measure_case(
+    case: Case, budget: float, rounds: int, profile: bool, quick: bool
+) -> Iterator[Row]:
     torch.compiler.reset()
     about = rows.machine(torch.device("cpu"))
-    about |= {"case": case.name, "what": case.what, "part": case.part, "mode": case.mode}
+    about |= {
+        "case": case.name,
+        "what": f"tiny: {case.what}" if quick else case.what,
+        "part": case.part,
+        "mode": case.mode,
+    }
     about |= dict(zip(table.SIZES, case.sizes, strict=True))
     try:
-        found = measured(case.build(), budget, rounds)
+        problem = case.build(quick)
+        found = measured(problem, budget, rounds)
     except (AttributeError, TypeError, ValueError) as error:
         yield about | {"provider": "fused", "note": f"cannot run: {error}"[:80]}
         return
     for provider, columns in found.items():
         yield about | {"provider": provider} | columns
+    if profile and case.group != "calls":
+        for provider, run in problem.runs.items():
+            for group, spent in split(run, by_operator=provider != "plain").items():
+                row = about | {"provider": provider, "group": group}
+                yield row | {"self_ms": float(f"{spent:.5g}")}
 
 
 def main() -> None:
@@ -52,9 +66,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9, help="samples of each provider")
     parser.add_argument("--budget", type=float, default=12.0, help="seconds per case")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs")
+    parser.add_argument("--split", action="store_true", help="also profile where the time goes")
     parser.add_argument("--save", action="store_true", help="write the results that git tracks")
     parser.add_argument("--output", type=Path, help="csv file to write instead")
     args = parser.parse_args()
+    if args.quick and args.save:
+        parser.error("--quick measures other sizes than the files that git tracks")
     if args.threads < 1 or args.rounds < 2 or not args.budget > 0:
         parser.error("--threads and --budget are positive, --rounds at least 2")
     require_kernel(torch.device("cpu"), None)
@@ -63,7 +81,7 @@ def main() -> None:
     folder = rows.folder_name(rows.machine(torch.device("cpu")))
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     kept = rows.RESULTS / folder / "decoders.csv"
-    local = rows.LOCAL / "decoders" / f"{folder}-{stamp}.csv"
+    local = table.LOCAL_DECODERS / f"{folder}-{stamp}.csv"
     path = args.output or (kept if args.save else local)
     chosen = [CASES[name] for name in args.case]
     if args.group:
@@ -71,12 +89,14 @@ def main() -> None:
 
     def all_rows() -> Iterator[Row]:
         for case in chosen:
-            found = list(measure_case(case, args.budget, args.rounds))
+            found = list(measure_case(case, args.budget, args.rounds, args.split, args.quick))
             print(table.line(case, found), flush=True)
             yield from found
 
     rows.write(path, all_rows(), table.COLUMNS)
-    print(path)
+    table.show(path, None, with_bars=True, split=False)
+    if args.split:
+        table.show(path, None, with_bars=False, split=True)
 
 
 if __name__ == "__main__":

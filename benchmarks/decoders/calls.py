@@ -55,10 +55,7 @@ def pooling(batch: int, keys: int, hidden: int, dim: int) -> Problem:
     leaves = [x, *layer.parameters()]
 
     def fused(x: Tensor) -> Tensor:
-        # The bias is the query.
-        project = layer.project
-        query, key = project.bias.expand(batch, 1, hidden), x @ project.weight.T
-        return additive_attention(query, key, x, layer.energy.weight.squeeze(0)).squeeze(1)
+        return additive_attention(None, layer.project(x), x, layer.energy.weight).squeeze(1)
 
     def run(function: Callable[[Tensor], Tensor]) -> Any:
         return full(lambda x, *_: function(x), leaves, upstream)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 from benchmarks.decoders import calls
 from benchmarks.decoders.loops import Loop, loop_problem
@@ -34,10 +34,23 @@ class Case:
     what: str
     part: str
     sizes: tuple[int, ...]
-    build: Callable[[], Problem]
+    make: Callable[..., Problem]
+    arguments: tuple[Any, ...]
     bars: tuple[Bar, ...] = ()
     mode: str = "full"
     group: str = "layers"
+
+    def build(self, quick: bool = False) -> Problem:
+        """``quick``: sizes that show that it runs, and nothing more."""
+        if not quick:
+            return self.make(*self.arguments)
+        return self.make(*map(quick_size, self.arguments))
+
+
+def quick_size(argument: Any) -> Any:
+    if isinstance(argument, Loop):
+        return replace(argument, batch=2, keys=9, steps=3)
+    return min(argument, 8) if isinstance(argument, int) else argument
 
 
 def bars(plain: float, compiled: float, ours: str = "fused") -> tuple[Bar, ...]:
@@ -50,7 +63,7 @@ def loop_case(name: str, what: str, loop: Loop, *asked: Bar, group: str = "layer
     values = (layer.value_dim or layer.memory_dim) if layer else loop.pointer
     part = "decoder" if loop.cell_dim else "attention"
     sizes = loop.batch, loop.keys, hidden, values, loop.steps
-    return Case(name, what, part, sizes, partial(loop_problem, loop), asked, group=group)
+    return Case(name, what, part, sizes, loop_problem, (loop,), asked, group=group)
 
 
 # Facts of published code: sizes, which layers have a bias, which weights feed the location term.
@@ -147,7 +160,7 @@ CALLS = [
     *(
         Case(
             f"pooling-{b}", "pooling with a learned query", "call", (b, keys, hidden, values, 1),
-            partial(calls.pooling, b, keys, hidden, values), bars(vs_plain, vs_compiled),
+            calls.pooling, (b, keys, hidden, values), bars(vs_plain, vs_compiled),
         )
         for b, keys, hidden, values, vs_plain, vs_compiled in (
             (3520, 20, 200, 300, 1.2, 1.1), (1, 15000, 256, 1024, 1.1, 1.05),
@@ -156,25 +169,25 @@ CALLS = [
     *(
         Case(
             f"operators-{name}", f"operators of a content loop ({name})", "operators", sizes,
-            partial(calls.operators, *sizes), (Bar("gradients at each step", 2.5),),
+            calls.operators, sizes, (Bar("gradients at each step", 2.5),),
         )
         for name, sizes in SIZES.items()
     ),
     *(
         Case(
             f"step-{sizes[0]}", "step, forward", "call", (*sizes, 1),
-            partial(calls.step, *sizes), (Bar("function", 1.0),), "forward",
+            calls.step, sizes, (Bar("function", 1.0),), "forward",
         )
         for sizes in ((32, 270, 128, 512), (64, 400, 512, 512))
     ),
     Case(
         "step-bf16", "step with a memory in bfloat16, forward", "call", (64, 400, 512, 512, 1),
-        partial(calls.half_step, 64, 400, 512, 512), (Bar("fused, float32", 1.6),), "forward",
+        calls.half_step, (64, 400, 512, 512), (Bar("fused, float32", 1.6),), "forward",
     ),
     *(
         Case(
             f"half-{mode}", f"self-attention in 16 bits, {mode}", "call",
-            (1, 1024, 128, 128, 1024), partial(calls.half, 1, 1024, 128, 128, mode),
+            (1, 1024, 128, 128, 1024), calls.half, (1, 1024, 128, 128, mode),
             tuple(Bar("fused, float32", 0.95, f"fused, {x}") for x in ("bfloat16", "float16")),
             mode,
         )
@@ -182,16 +195,17 @@ CALLS = [
     ),
     Case(
         "beams", "5 beams of one memory, step, forward", "call", (16, 400, 512, 512, 5),
-        partial(calls.beams, 16, 5, 400, 512, 512), (Bar("fused, copied memory", 2.5),), "forward",
+        calls.beams, (16, 5, 400, 512, 512), (Bar("fused, copied memory", 2.5),), "forward",
     ),
     *(
         Case(
             f"scores-{b}-{rows}-{mode}", f"raw scores, {mode}", "call", (b, keys, hidden, 0, rows),
-            partial(calls.scores, b, rows, keys, hidden, mode),
+            calls.scores, (b, rows, keys, hidden, mode),
             (Bar("plain", 2), Bar("fused attention", 1.0)), mode,
         )
         for b, rows, keys, hidden in ((128, 1, 50, 128), (16, 1, 400, 320), (64, 50, 50, 1024))
         for mode in ("forward", "full")
     ),
 ]  # fmt: skip
+CALLS = [replace(case, group="calls") for case in CALLS]
 CASES = {case.name: case for case in [*LOOPS, *CALLS, *DECODERS]}

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
+
+PROJECTION = "part: projection"
 
 
 class State(NamedTuple):
@@ -61,6 +64,15 @@ class Layer:
     weighted_sum: str = "product"
 
 
+def projected(layer: Any, tensor: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        compiled: Tensor = layer(tensor)
+        return compiled
+    with record_function(PROJECTION):
+        output: Tensor = layer(tensor)
+        return output
+
+
 class Attention(nn.Module):
     """One head."""
 
@@ -96,13 +108,13 @@ class Attention(nn.Module):
         previous = start
         if location is not None and location.uniform:
             previous = (~padding).to(memory.dtype) / lengths[:, None]
-        value = memory if self.value is None else self.value(memory)
-        return State(self.key(memory), value, padding, previous, start)
+        value = memory if self.value is None else projected(self.value, memory)
+        return State(projected(self.key, memory), value, padding, previous, start)
 
     def step(self, query: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """``query (B, query_dim)`` -> context ``(B, Dv)``, weights ``(B, Lk)``, the next state."""
         location = self.layer.location
-        query = self.query(query)
+        query = projected(self.query, query)
         if self.layer.normalize:
             query = query + self.offset
         energy = state.key + query[:, None]
@@ -115,7 +127,7 @@ class Attention(nn.Module):
         else:
             context = torch.sum(state.value * weights[:, :, None], dim=1)
         if self.output is not None:
-            context = self.output(context)
+            context = projected(self.output, context)
         if location is not None:
             previous = weights.detach() if location.detached else weights
             state = state._replace(previous=previous, cumulative=state.cumulative + previous)
@@ -152,7 +164,8 @@ class Heads(nn.Module):
     def step(self, query: Tensor, state: list[State]) -> tuple[Tensor, list[Tensor], list[State]]:
         pairs = zip(self.each(), state, strict=True)
         contexts, weights, states = zip(*(head.step(query, s) for head, s in pairs), strict=True)
-        return self.output(torch.cat(contexts, dim=-1)), list(weights), list(states)
+        context = projected(self.output, torch.cat(contexts, dim=-1))
+        return context, list(weights), list(states)
 
     def each(self) -> list[Any]:
         return list(self.heads)
@@ -174,11 +187,11 @@ class PointerNetwork(nn.Module):
         return memory.transpose(1, 2)  # (B, D, Lk)
 
     def step(self, query: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        key = self.glimpse_key(state)
-        scores = self.scores(self.glimpse_query(query), key, self.glimpse_weight)
+        key = projected(self.glimpse_key, state)
+        scores = self.scores(projected(self.glimpse_query, query), key, self.glimpse_weight)
         glimpse = torch.bmm(key, scores.softmax(-1)[:, :, None]).squeeze(2)
-        key = self.pointer_key(state)
-        scores = self.scores(self.pointer_query(glimpse), key, self.pointer_weight)
+        key = projected(self.pointer_key, state)
+        scores = self.scores(projected(self.pointer_query, glimpse), key, self.pointer_weight)
         weights = (10 * torch.tanh(scores)).softmax(-1)
         return torch.bmm(key, weights[:, :, None]).squeeze(2), weights, state
 
