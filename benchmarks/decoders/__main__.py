@@ -43,7 +43,7 @@ def measure_case(
     try:
         problem = case.build(quick)
         found = measured(problem, budget, rounds)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         yield about | {"provider": "fused", "note": f"cannot run: {error}"[:80]}
         return
     for provider, columns in found.items():

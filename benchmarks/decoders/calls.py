@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import additive_attn
-from additive_attn import AdditiveAttention, additive_attention
+from additive_attn import AdditiveAttention, additive_attention, additive_scores
 from benchmarks.decoders.problem import Problem
 
 
@@ -206,8 +205,7 @@ def scores(batch: int, rows: int, keys: int, hidden: int, mode: str) -> Problem:
         return torch.tanh(query[:, :, None] + key[:, None]) @ weight
 
     runs: dict[str, Any] = {}
-    raw_scores: Any = additive_attn
-    for name, function in (("plain", plain), ("fused", raw_scores.additive_scores)):
+    for name, function in (("plain", plain), ("fused", additive_scores)):
         call = full(function, leaves, upstream)
         runs[name] = call if mode == "full" else lambda f=function: (f(*leaves),)
     grad_out = randn(batch, rows, hidden)

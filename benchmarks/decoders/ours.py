@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from additive_attn import AdditiveAttention, additive_attention
-from benchmarks.decoders.originals import Attention, Heads, PointerNetwork
+from additive_attn import AdditiveAttention, additive_attention, additive_scores
+from additive_attn.ops.decoding import attend_step
+from additive_attn.ops.location import location_features
+from additive_attn.ops.memory import lend
+from benchmarks.decoders.originals import Attention, Heads, PointerNetwork, State
 
 
 def ours(original: nn.Module) -> Any:
@@ -19,11 +22,16 @@ def ours(original: nn.Module) -> Any:
     if isinstance(original, PointerNetwork):
         return FusedPointerNetwork(original)
     assert isinstance(original, Attention)
-    return FusedAttention(original)
+    return FusedLocation(original) if original.location is not None else FusedContent(original)
 
 
-class FusedAttention:
-    """A step without, or with a location term."""
+def zero_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A bias of the scores cancels; it gets a zero gradient, as from the original."""
+    return weight if bias is None else torch.add(weight, bias, alpha=0)
+
+
+class FusedContent:
+    """Without a location term: ``AdditiveAttention``."""
 
     def __init__(self, original: Attention) -> None:
         self.original: Any = original
@@ -40,41 +48,112 @@ class FusedAttention:
             self.attention.energy_offset = original.offset
 
     def begin(self, memory: Tensor, lengths: Tensor) -> Any:
-        state = self.original.begin(memory, lengths) if self.original.location else None
         value = memory if self.original.value is None else self.original.value(memory)
-        return self.attention.project(memory, value, lengths), state
+        return self.attention.project(memory, value, lengths)
 
     def step(self, query: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
-        memory, location = state
+        context, weights = self.attention.step(query, state)
+        if self.original.output is not None:
+            context = self.original.output(context)
+        return context, weights, state
+
+
+def next_state(original: Any, state: State, weights: Tensor) -> State:
+    previous = weights.detach() if original.layer.location.detached else weights
+    sums = "cumulative" in original.layer.location.inputs
+    cumulative = state.cumulative + previous if sums else state.cumulative
+    return state._replace(previous=previous, cumulative=cumulative)
+
+
+def features_of(original: Any, state: State) -> Tensor:
+    """``(B, F, Lk)``"""
+    inputs = [getattr(state, name) for name in original.layer.location.inputs]
+    stacked = torch.stack(inputs, dim=1)
+    return (
+        stacked
+        if original.filters is None
+        else location_features(stacked, original.filters.weight)
+    )
+
+
+class FusedLocation:
+    """With a location term, inside the kernel."""
+
+    def __init__(self, original: Attention) -> None:
+        self.original: Any = original
+
+    def begin(self, memory: Tensor, lengths: Tensor) -> Any:
         original = self.original
-        if location is not None:
-            assert original.layer.location is not None
-            term = original.location(original.features(location))
-            context, weights = self.attention.step(query, memory._replace(key=memory.key + term))
-            assert weights is not None
-            previous = weights.detach() if original.layer.location.detached else weights
-            location = location._replace(
-                previous=previous, cumulative=location.cumulative + previous
-            )
-        else:
-            context, weights = self.attention.step(query, memory)
+        state = original.begin(memory, lengths)
+        bias = original.query.bias
+        if original.location.bias is not None:
+            bias = original.location.bias if bias is None else bias + original.location.bias
+        lent = lend(
+            state.key, state.value, zero_bias(original.energy.weight[0], original.energy.bias),
+            lengths=lengths[:, None], scale=original.layer.scale,
+            query_weight=original.query.weight, query_bias=bias,
+        )  # fmt: skip
+        return lent, original.location.weight.T, state
+
+    def step(self, query: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+        lent, location_weight, last = state
+        original = self.original
+        location = features_of(original, last)
+        context, weights, _ = attend_step(
+            lent, query, location=location, location_weight=location_weight
+        )
         if original.output is not None:
             context = original.output(context)
-        return context, weights, (memory, location)
+        return context, weights, (lent, location_weight, next_state(original, last, weights))
 
 
 class FusedHeads:
+    """All heads in one call."""
+
     def __init__(self, original: Heads) -> None:
-        self.original = original
-        self.heads = [FusedAttention(head) for head in original.each()]
+        self.original, self.heads = original, original.each()
 
-    def begin(self, memory: Tensor, lengths: Tensor) -> list[Any]:
-        return [head.begin(memory, lengths) for head in self.heads]
+    def joined(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a projection of all heads."""
+        layers = [getattr(head, name) for head in self.heads]
+        weight = torch.cat([layer.weight for layer in layers])
+        no_bias = layers[0].bias is None
+        return weight, None if no_bias else torch.cat([layer.bias for layer in layers])
 
-    def step(self, query: Tensor, state: list[Any]) -> tuple[Tensor, Any, list[Any]]:
-        pairs = zip(self.heads, state, strict=True)
-        contexts, weights, states = zip(*(head.step(query, s) for head, s in pairs), strict=True)
-        return self.original.output(torch.cat(contexts, dim=-1)), weights, list(states)
+    def begin(self, memory: Tensor, lengths: Tensor) -> Any:
+        count = len(self.heads)
+        key, value = (
+            linear(memory, *self.joined(name)).unflatten(-1, (count, -1)).transpose(1, 2)
+            for name in ("key", "value")
+        )
+        weights = [zero_bias(head.energy.weight, head.energy.bias) for head in self.heads]
+        lent = lend(
+            key, value, torch.cat(weights), lengths=lengths[:, None, None],
+            scale=self.original.layer.scale,
+        )  # fmt: skip
+        location_weight = states = None
+        if self.heads[0].location is not None:
+            padding = torch.arange(memory.shape[1]) >= lengths[:, None]
+            uniform = (~padding).to(memory.dtype) / lengths[:, None]
+            states = [State(key, value, padding, uniform, uniform)] * count
+            location_weight = torch.stack([head.location.weight.T for head in self.heads])
+        return lent, self.joined("query"), location_weight, states
+
+    def step(self, query: Tensor, state: Any) -> tuple[Tensor, Any, Any]:
+        lent, projection, location_weight, states = state
+        query = linear(query, *projection).unflatten(-1, (len(self.heads), -1))
+        location = None
+        if states is not None:
+            pairs = zip(self.heads, states, strict=True)
+            location = torch.stack([features_of(head, last) for head, last in pairs], dim=1)
+        context, weights, _ = attend_step(
+            lent, query, location=location, location_weight=location_weight
+        )
+        if states is not None:
+            triples = zip(self.heads, states, weights.unbind(1), strict=True)
+            states = [next_state(*triple) for triple in triples]
+        output = self.original.output(context.flatten(1))
+        return output, weights, (lent, projection, location_weight, states)
 
 
 class FusedPointerNetwork:
@@ -88,14 +167,27 @@ class FusedPointerNetwork:
         return [linear(memory, layer.weight.squeeze(-1), layer.bias) for layer in layers]
 
     def begin(self, memory: Tensor, lengths: Tensor) -> Any:
-        return self.keys(memory) if self.once else memory
+        if not self.once:
+            return memory
+        glimpse_key, pointer_key = self.keys(memory)
+        original = self.original
+        query = original.glimpse_query
+        glimpse = lend(
+            glimpse_key, glimpse_key, original.glimpse_weight,
+            query_weight=query.weight, query_bias=query.bias,
+        )  # fmt: skip
+        return glimpse, pointer_key
 
     def step(self, query: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         original = self.original
-        glimpse_key, pointer_key = state if self.once else self.keys(state)
-        query = original.glimpse_query(query)[:, None]
-        glimpse = additive_attention(query, glimpse_key, glimpse_key, original.glimpse_weight)
+        if self.once:
+            glimpse, pointer_key = state
+            glimpse = attend_step(glimpse, query)[0][:, None]
+        else:
+            glimpse_key, pointer_key = self.keys(state)
+            query = original.glimpse_query(query)[:, None]
+            glimpse = additive_attention(query, glimpse_key, glimpse_key, original.glimpse_weight)
         query = original.pointer_query(glimpse)
-        scores = torch.tanh(query + pointer_key) @ original.pointer_weight
+        scores = additive_scores(query, pointer_key, original.pointer_weight)
         weights = (10 * torch.tanh(scores)).softmax(-1)
-        return torch.bmm(weights[:, None], pointer_key).squeeze(1), weights, state
+        return torch.bmm(weights, pointer_key).squeeze(1), weights.squeeze(1), state

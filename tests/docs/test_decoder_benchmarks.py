@@ -1,0 +1,135 @@
+"""Benchmarks of decoders compare layers that compute the same, and say what they measured."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.decoders import __main__ as main
+from benchmarks.decoders import table
+from benchmarks.decoders.cases import CASES, COMPILED
+from benchmarks.decoders.problem import Problem, alternate, measured
+from benchmarks.decoders.split import GROUPS, split
+
+WAITING = {name for name, case in CASES.items() if "location" in case.what or name == "step-bf16"}
+WAITING |= {name for name in CASES if name.startswith(("att", "pointer-gen", "tacotron2"))}
+WAITING -= {"attadd", "attmultiheadadd"}
+
+
+def without_compiler(case):
+    problem = case.build(quick=True)
+    return replace(problem, runs={k: run for k, run in problem.runs.items() if k != COMPILED})
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in WAITING])
+def test_all_providers_of_a_case_compute_the_same(name):
+    problem = without_compiler(CASES[name])
+    assert len(problem.runs) >= 2
+    with torch.set_grad_enabled(problem.grad):
+        problem.check()
+
+
+def test_what_computes_something_else_is_not_timed():
+    right = torch.ones(3)
+    results = {"plain": lambda: right, "fused": lambda: right + 0.1}
+    problem = Problem(results, lambda found: {"out": found}, grad=False)
+    with pytest.raises(AssertionError, match="fused: out is off by 1"):
+        measured(problem, budget=0.1, rounds=2)
+
+
+def test_gradients_are_compared_too():
+    problem = without_compiler(CASES["attadd"])
+    good = problem.runs["fused"]
+
+    def bad():
+        outputs = good()
+        key = next(p for p in parameters if p.shape == (320, 320))
+        key.grad.mul_(1.1)
+        return outputs
+
+    parameters = list(problem.results.__self__.parameters())
+    with pytest.raises(AssertionError, match="gradient of"):
+        replace(problem, runs={**problem.runs, "fused": bad}).check()
+
+
+def test_all_providers_take_turns():
+    order = []
+    problem = Problem({name: lambda n=name: order.append(n) for name in "ab"}, lambda _: {})
+    found = alternate(problem, budget=100.0, rounds=4)
+    last = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert last[-8:] == list("abababab")
+    assert found.keys() == {"a", "b"}
+    assert all(row["q20_ms"] <= row["cpu_ms"] <= row["q80_ms"] for row in found.values())
+
+
+def test_every_millisecond_of_a_profile_belongs_to_a_group():
+    problem = CASES["gnmt-decoder"].build(quick=True)
+    for name in ("plain", "fused"):
+        groups = split(problem.runs[name], by_operator=name != "plain")
+        assert tuple(groups) == GROUPS
+        assert all(groups[each] > 0 for each in ("attention forward", "attention backward"))
+        assert all(groups[each] > 0 for each in ("projections", "cells", "accumulation"))
+    alone = split(CASES["attadd"].build(quick=True).runs["plain"], by_operator=False)
+    assert alone["cells"] == 0
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.csv"
+    options = ["--case", "gnmt-decoder", "step-32", "--quick", "--split", "--rounds", "2"]
+    options += ["--budget", "0.01", "--threads", "1", "--output", str(path)]
+    monkeypatch.setattr(sys, "argv", ["decoders", *options])
+    case = CASES["gnmt-decoder"]
+    uncompiled = replace(
+        case, make=lambda loop: without_compiler(replace(case, arguments=(loop,)))
+    )
+    monkeypatch.setitem(main.CASES, "gnmt-decoder", uncompiled)
+    threads = torch.get_num_threads()
+    try:
+        main.main()
+    finally:
+        torch.set_num_threads(threads)
+    return path, capsys.readouterr().out
+
+
+def test_a_run_writes_rows_and_shows_them(written):
+    path, shown = written
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["provider"] for row in rows} == {"plain", "fused", "function"}
+    assert all(row["what"].startswith("tiny: ") for row in rows)
+    assert "step-32" in shown and "bar 1x: " in shown
+    assert "accumulation" in shown and "vs plain" in shown and "compared with" in shown
+
+
+def test_the_figure_is_drawn_from_the_rows(written, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is an optional dependency")
+    from benchmarks.decoders import plot
+
+    figure = tmp_path / "figure.png"
+    rows = table.read(written[0])
+    assert plot.draw(rows, figure) and figure.stat().st_size > 5000
+    assert not plot.draw([row for row in rows if not row["group"]], figure)
+
+
+def test_bars_are_judged():
+    case = replace(CASES["joeynmt"])
+    times = {"plain": "30", COMPILED: "15", "fused": "10"}
+    rows = [{"provider": k, "cpu_ms": v, "wall_ms": v} for k, v in times.items()]
+    line = table.line(case, rows)
+    assert "vs plain 3.00x (bar 2x: met)" in line
+    assert f"vs {COMPILED} 1.50x (bar 1.6x: MISSED)" in line
+
+
+def test_plain_pytorch_is_not_measured_under_the_name_of_the_kernel(monkeypatch, tmp_path):
+    from additive_attn.ops import dispatch
+
+    monkeypatch.setattr(dispatch, "cpu_path", lambda: "pytorch")
+    monkeypatch.setattr(sys, "argv", ["decoders", "--output", str(tmp_path / "rows.csv")])
+    with pytest.raises(SystemExit, match="plain PyTorch under the name of the fused layer"):
+        main.main()
+    assert not list(tmp_path.iterdir())
