@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from additive_attn.ops import dispatch
+from additive_attn.ops.library import how_to_build
 from benchmarks import rows
 from benchmarks.decoders import table
 from benchmarks.decoders.cases import CASES, Case
@@ -40,12 +42,8 @@ def measure_case(
         "mode": case.mode,
     }
     about |= dict(zip(table.SIZES, case.sizes, strict=True))
-    try:
-        problem = case.build(quick)
-        found = measured(problem, budget, rounds)
-    except (RuntimeError, TypeError, ValueError) as error:
-        yield about | {"provider": "fused", "note": f"cannot run: {error}"[:80]}
-        return
+    problem = case.build(quick)
+    found = measured(problem, budget, rounds)
     for provider, columns in found.items():
         yield about | {"provider": provider} | columns
     if profile and case.group != "calls":
@@ -53,6 +51,18 @@ def measure_case(
             for group, spent in split(run, by_operator=provider != "plain").items():
                 row = about | {"provider": provider, "group": group}
                 yield row | {"self_ms": float(f"{spent:.5g}")}
+
+
+def require_kernels() -> None:
+    """Stops where an operator would be plain PyTorch's under the name of the fused layer."""
+    require_kernel(torch.device("cpu"), None)
+    compiled = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [name for name in dispatch.PLAIN if not compiled(f"additive_attn::{name}", "CPU")]
+    if missing:
+        raise SystemExit(
+            f"The compiled kernel lacks {', '.join(missing)}: plain PyTorch would be measured "
+            f"under the name of the fused layer. {how_to_build().capitalize()}"
+        )
 
 
 def main() -> None:
@@ -75,7 +85,7 @@ def main() -> None:
         parser.error("--quick measures other sizes than the files that git tracks")
     if args.threads < 1 or args.rounds < 2 or not args.budget > 0:
         parser.error("--threads and --budget are positive, --rounds at least 2")
-    require_kernel(torch.device("cpu"), None)
+    require_kernels()
     torch.set_num_threads(args.threads)
 
     folder = rows.folder_name(rows.machine(torch.device("cpu")))

@@ -24,7 +24,7 @@ SIZES = ("B", "Lk", "H", "Dv", "T")
 COLUMNS = [
     *("device", "name", "threads", "isa", "torch", "additive_attn", "python", "commit", "date"),
     *("case", "what", "part", *SIZES, "mode", "provider", "group"),
-    *("cpu_ms", "q20_ms", "q80_ms", "wall_ms", "self_ms", "note"),
+    *("cpu_ms", "q20_ms", "q80_ms", "wall_ms", "self_ms"),
 ]
 LOCAL_DECODERS = LOCAL / "decoders"
 Times = dict[str, dict[str, Row]]  # by case and provider
@@ -34,8 +34,7 @@ def line(case: Case, found: Iterable[Row]) -> str:
     """Times of a case, and what is asked of it."""
     times = {row["provider"]: row for row in found if not row.get("group")}
     parts = [
-        f"{name} {row['note']}" if row.get("note")
-        else f"{name} {float(row['cpu_ms']):.4g} ms ({float(row['wall_ms']):.4g} by the clock)"
+        f"{name} {float(row['cpu_ms']):.4g} ms ({float(row['wall_ms']):.4g} by the clock)"
         for name, row in times.items()
     ]  # fmt: skip
     for bar in case.bars:

@@ -15,17 +15,13 @@ from benchmarks.decoders.cases import CASES, COMPILED
 from benchmarks.decoders.problem import Problem, alternate, measured
 from benchmarks.decoders.split import GROUPS, split
 
-WAITING = {name for name, case in CASES.items() if "location" in case.what or name == "step-bf16"}
-WAITING |= {name for name in CASES if name.startswith(("att", "pointer-gen", "tacotron2"))}
-WAITING -= {"attadd", "attmultiheadadd"}
-
 
 def without_compiler(case):
     problem = case.build(quick=True)
     return replace(problem, runs={k: run for k, run in problem.runs.items() if k != COMPILED})
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in WAITING])
+@pytest.mark.parametrize("name", CASES)
 def test_all_providers_of_a_case_compute_the_same(name):
     problem = without_compiler(CASES[name])
     assert len(problem.runs) >= 2
