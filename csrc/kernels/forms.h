@@ -21,9 +21,9 @@
 // features, or without fused multiply-add, which spares the joining its roundings, `difference` keeps the sum as small
 // as the score. `centred` keeps the relative error where q and k are small. `direct` evaluates a tanh per pair, so it
 // keeps the relative error of q + k. It serves beyond the range of the others, for NaN and Inf, and where q and k
-// cancel: if q is near c and k near -c for all pairs, the errors of the other forms would exceed the plain layer's. The
-// first and the last attended key of the tile tell (ScoreBlock::cancels). The form is chosen per query row and key
-// tile, from attended keys alone. So neither masked keys nor the number of threads change a result.
+// cancel: if q is near c and k near -c for all pairs, the errors of the other forms would exceed the plain layer's
+// (cancellation.h). The form is chosen per query row and key tile, from attended keys alone. So neither masked keys nor
+// the number of threads change a result.
 //
 // The weights are divided by a power of two so that |w| <= 2 and no numerator overflows.
 //
@@ -35,7 +35,6 @@ constexpr int forms = 4;
 constexpr int features_cached = 128;         // so many features of a key block stay in the first-level cache
 constexpr int difference_max_features = 64;  // up to so many, `difference` rather than `factored`
 constexpr int features_per_sum = 32;         // partial sums are centred after so many features, which keeps them small
-constexpr float small_energy = 0.4f;         // of the largest |w|: q and k cancel where all |w (q + k)| are less
 
 // Constants per feature of a query row.
 constexpr int constants(Form form) { return form == centred ? 3 : 2; }

@@ -1,7 +1,5 @@
 // The masked scores of a block of query rows, one tile of keys after the other: what forward and backward share.
 
-constexpr int most_rows = 128;  // query rows of a block
-
 // Fewer rows than most_rows where that is needed to keep every thread busy.
 inline std::int64_t rows_per_block(std::int64_t batch, std::int64_t queries, int threads) {
   std::int64_t rows = std::min<std::int64_t>(most_rows, std::max<std::int64_t>(queries, 1));
@@ -39,7 +37,7 @@ class ScoreBlock {
     if (p.location)
       located_.begin(n);
     else if (p.queries == 1)
-      query_constants_.begin(p.query.at(n, row0), normalised_, as_number<T>(weight_largest_) * normaliser_, p.hidden,
+      query_constants_.begin(p.query.at(n, row0), weight_.get(0), as_number<T>(weight_largest_) * normaliser_, p.hidden,
                              bool(p.prepared));
     for (bool& packed : query_packed_) packed = false;
     scores = scores_.get(rows * TK);
@@ -102,23 +100,27 @@ class ScoreBlock {
     const T* w = p.weight.at(entry, 0);
     weight_largest_ = largest(w, p.hidden);
     normaliser_ = weight_normaliser(w, p.hidden);
-    energy_limit_ = small_energy * as_number<T>(weight_largest_) * normaliser_;
     T* normalised = weight_.get(p.hidden);
-    normalised_ = normalised;
     T* centre = centre_.get(features / features_per_sum + 1);
-    double reach = 0;
+    double reach = 0, squares = 0, total = 0;
     for (std::int64_t h0 = 0; h0 < p.hidden; h0 += features_per_sum) {
       double sum = 0;
       for (std::int64_t h = h0; h < std::min<std::int64_t>(p.hidden, h0 + features_per_sum); ++h) {
         normalised[h] = w[h] * normaliser_;
         sum += normalised[h];
         reach += std::fabs(normalised[h]);
+        squares += double(normalised[h]) * normalised[h];
       }
+      total += sum;
       centre[h0 / features_per_sum] = T(sum / 2);
     }
     // Beside this bound, a finite mask value cannot overflow either: the score is less than its rounding.
     constexpr double bound = double(std::numeric_limits<T>::max() * std::numeric_limits<T>::epsilon() / 8);
-    may_overflow = !(reach / double(normaliser_) * std::fabs(double(p.scale)) < bound);
+    const double unit = std::fabs(double(p.scale)) / double(normaliser_);
+    if (p.queries > 1)
+      cancellation_.begin(normalised, p.hidden, as_number<T>(weight_largest_) * normaliser_,
+                          std::max(std::sqrt(squares), std::fabs(total)) * unit);
+    may_overflow = !(reach * unit < bound);
   }
 
   // Loads the masks of the tile, and finds the blocks of keys to compute, for each row and for any.
@@ -182,44 +184,33 @@ class ScoreBlock {
     finish_row(0, key0);
   }
 
+  struct Attended {  // (not a lambda, which would not be compiled for the instruction set everywhere)
+    const ScoreBlock& s;
+    std::int64_t r, key0;
+    bool operator()(std::int64_t j) const { return s.complete || !s.masked(r, key0 + j, key0); }
+  };
+
   // The form of each row. A masked key must not matter, not even to the form.
   void choose_forms(std::int64_t key0, bool* form_used) {
     typename Simd<T>::Bits key_largest[TK], tile_largest = 0;
+    cancellation_.tile(p.key.at(entry, key0), p.key.row, count, key_largest);
     for (std::int64_t j = 0; j < count; ++j) {
       key_largest[j] = largest(p.key.at(entry, key0 + j), p.hidden);
       tile_largest = std::max(tile_largest, key_largest[j]);
+      cancellation_.take_key(j);
     }
     for (std::int64_t r = 0; r < rows; ++r) {
       auto most = tile_largest;
-      std::int64_t from = 0, to = count - 1;  // the first and the last attended key
       if (!complete) {
         most = 0;
-        from = count;
-        for (std::int64_t j = 0; j < count; ++j) {
-          if (masked(r, key0 + j, key0)) continue;
-          most = std::max(most, key_largest[j]);
-          from = std::min(from, j);
-          to = j;
-        }
+        for (std::int64_t j = 0; j < count; ++j)
+          if (!masked(r, key0 + j, key0)) most = std::max(most, key_largest[j]);
       }
       form_[r] = choose_form<T>(query_largest_[r], most, weight_largest_, p.hidden);
-      if (form_[r] != direct && from < count)
-        if (cancels(r, key0 + from, key_largest[from]) || cancels(r, key0 + to, key_largest[to])) form_[r] = direct;
+      form_[r] = cancellation_.row_form(form_[r], r, p.query.at(entry, row0 + r), query_largest_[r],
+                                        std::max(query_largest_[r], most), Attended{*this, r, key0});
       form_used[form_[r]] = true;
     }
-  }
-
-  // Are all terms w (q + k) of this pair much smaller than what the row's form rounds? Most calls end at once.
-  bool cancels(std::int64_t r, std::int64_t j, typename Simd<T>::Bits key_largest) const {
-    const T *q = p.query.at(entry, row0 + r), *k = p.key.at(entry, j), *w = normalised_;
-    T limit = energy_limit_;
-    if (form_[r] == centred) limit *= as_number<T>(std::max(query_largest_[r], key_largest));
-    for (std::int64_t h = 0; h < p.hidden; h += lanes<T>) {
-      const std::int64_t some = p.hidden - h;
-      const Vec<T> x = load_part<T>(w + h, some, 0) * (load_part<T>(q + h, some, 0) + load_part<T>(k + h, some, 0));
-      if (any<T>((UVec<T>)(magnitude<T>(x) > ordered_bits<T>(limit)))) return false;
-    }
-    return true;
   }
 
   void pack_queries(Form f) {
@@ -278,10 +269,10 @@ class ScoreBlock {
 
   Form form_[most_rows];
   typename Simd<T>::Bits query_largest_[most_rows], weight_largest_ = 0;
-  T normaliser_ = 1, energy_limit_ = 0;
-  const T* normalised_ = nullptr;     // the weights
+  T normaliser_ = 1;
   PreparedQuery<T> query_constants_;  // of a single row
   LocatedKeys<T> located_;
+  Cancellation<T> cancellation_;
   T* bias_rows_ = nullptr;  // the mask's terms of the tile, [row][key]
   bool query_packed_[forms] = {};
   Buffer<T> query_[forms], key_[forms], weight_, centre_, bias_, scores_;

@@ -15,6 +15,7 @@ import torch
 from oracle import (
     INPUTS,
     OUTPUTS,
+    assert_all_same,
     assert_same,
     fused,
     generator,
@@ -172,6 +173,67 @@ def test_opposite_offsets(offset, deviation, weight, dtype):
 
     size = max(1.0, 2 * weight * deviation)  # of the terms of a score
     judge(cases, size=size)
+
+
+# Which keys are far from cancelling beside those that cancel: the ends of tiles, every third, all
+# but two; or half of the keys and rows cancel with the other sign.
+MIXES = {
+    "none": lambda j: j < 0,
+    "ends": lambda j: (j % 30 == 0) | (j % 30 == 29),
+    "third": lambda j: j % 3 == 0,
+    "half": lambda j: j % 2 == 0,
+    "most": lambda j: (j != 40) & (j != 77),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("mix", [*MIXES, "alternate"])
+@pytest.mark.parametrize("hidden", [5, 72])
+@pytest.mark.parametrize(
+    ("deviation", "weight"), [(1e-3, 1.0), (1e-3, 10.0), (1e-3, 100.0), (0.03, 10.0)]
+)
+def test_opposite_offsets_among_others(deviation, weight, hidden, mix, dtype):
+    """Rows whose weight lies on cancelling keys, whatever other keys their tile holds."""
+    cases = []
+    for seed in range(3):
+        inputs = inputs_of(seed, torch.float64, 12, 150, hidden, spread=deviation)
+        g = torch.Generator().manual_seed(200 + seed)
+        w = torch.randn(hidden, generator=g, dtype=torch.float64) / hidden**0.5
+        inputs["weight"] = -weight * w.abs()  # other keys have lower scores
+        inputs["query"] += 3.0
+        inputs["key"] -= 3.0
+        if mix == "alternate":  # here others have the higher scores for half of the rows
+            inputs["weight"] *= min(1.0, 10 / weight)
+            inputs["query"][::2] *= -1
+            inputs["key"][::2] *= -1
+        else:
+            other = torch.randn(150, hidden, generator=g, dtype=torch.float64)
+            inputs["key"] = torch.where(
+                MIXES[mix](torch.arange(150))[:, None], other, inputs["key"]
+            )
+        cases.append({name: x.to(dtype) for name, x in inputs.items()})
+    judge(cases, size=0.25)
+
+
+@pytest.mark.parametrize("masked", ["mask", "length", "window"])
+def test_masked_keys_do_not_choose_the_form(masked):
+    """Cancelling keys among masked ones change no bit of the result."""
+    inputs = inputs_of(0, torch.float32, 40, 300, 72, weight=3.0)
+    row, column = torch.arange(40)[:, None], torch.arange(300)
+    allowed = {
+        "mask": (column % 7 != 3).expand(40, 300),
+        "length": (column < 200).expand(40, 300),
+        "window": (column - row).abs() <= 20,
+    }[masked]
+    options = {
+        "mask": {"attn_mask": allowed},
+        "length": {"lengths": torch.tensor(200)},
+        "window": {"window": (20, 20)},
+    }[masked]
+    expected = fused(inputs, **options)
+    never = ~allowed.any(0)
+    inputs["key"] = torch.where(never[:, None], -inputs["query"][0], inputs["key"])
+    assert_all_same(fused(inputs, **options), expected)
 
 
 @pytest.mark.parametrize("outlier", ["first", "last", "middle"])

@@ -1,0 +1,197 @@
+// Pairs whose q and k cancel: q near c, k near -c in every feature. Their scores are far below what the rounding of
+// e^{-2q} and e^{2k} does to them, while the plain layer rounds q + k alone. A row with such a pair takes another form
+// (math.md, 2.2).
+
+constexpr int most_rows = 128;                    // query rows of a block
+constexpr int probe_group = 8, most_probes = 16;  // the second group serves where many pairs pass the first
+
+// q and k cancel where all terms |w (q + k)| are at most this part of the largest |w|, in the centred form times the
+// largest |q| and |k|. The factored form rounds sums of size sum |w| besides.
+constexpr float small_energy_factored = 0.2f, small_energy_centred = 0.15f, small_energy_difference = 0.1f;
+constexpr float small_energy = 0.4f;  // of the first and the last attended key: where both cancel, others do
+
+// It matters where a rounding of every tanh changes the scores by more than this; that of the softmax is about 1.
+constexpr double rounding_factored = 0.3, rounding_other = 1;
+
+// Few pairs of ordinary rows and keys agree in a handful of features of large weight, the probes. The axis of a probe's
+// terms w k is cut into intervals as wide as the limit. For each of them, bits tell which keys of a tile have their term
+// there or beside. Only the keys whose bits are set for all terms -w q of a row are compared in every feature.
+template <class T>
+class Cancellation {
+ public:
+  static constexpr int TK = tile_keys<T>, L = lanes<T>;
+  using Bits = typename Simd<T>::Bits;
+
+  // Takes the normalised weights of an entry, the largest of them, and how much a rounding of every tanh changes scores.
+  void begin(const T* weight, std::int64_t features, T most, double rounding_of_scores) {
+    w = weight;
+    hidden = features;
+    largest_weight = most;
+    rounding = rounding_of_scores;
+    probes = 0;
+    T above = T(INFINITY);
+    for (const T least : {T(0.7) * most, T(0.35) * most, T(0)}) {
+      for (std::int64_t h = 0; h < hidden && probes < most_probes && matters(factored); ++h)
+        if (std::fabs(w[h]) > least && std::fabs(w[h]) <= above) probe[probes++] = h;
+      above = least;
+    }
+    for (int i = probes; i < most_probes; ++i) probe[i] = 0;
+    for (Screen& screen : screens) screen.width = 0;
+  }
+
+  // Begins with a tile of keys, key_row apart. key_sizes[j]: the largest |k| of key j.
+  void tile(const T* first_key, std::int64_t key_row, std::int64_t keys, const Bits* key_sizes) {
+    key = first_key;
+    row = key_row;
+    count = keys;
+    sizes = key_sizes;
+    for (Screen& screen : screens) screen.packed = 0;
+  }
+  void take_key(std::int64_t j) {  // each of them, while it is in the cache
+    if (matters(factored)) gather(0, key + j * row, first_group + j * probe_group);
+  }
+
+  // The form of row r, which would take `form` but for cancelling pairs. size: its largest |q|; most: that or the
+  // largest |k| that it attends to; attended(j): does it attend to key j of the tile?
+  template <class Attended>
+  Form row_form(Form form, std::int64_t r, const T* q, Bits size, Bits most, Attended attended) {
+    if (form == direct || !matters(form)) return form;
+    const T share = form == factored  ? small_energy_factored
+                    : form == centred ? small_energy_centred
+                                      : small_energy_difference;
+    const T limit = share * largest_weight, deep = matters(direct) ? small_energy_difference * largest_weight : T(-1);
+    std::int64_t from = 0, to = count - 1;
+    while (from < to && !attended(from)) ++from;
+    while (from < to && !attended(to)) --to;
+    const T usual = small_energy * largest_weight;
+    const bool centre = form == centred;
+    const bool usually = cancels(q, size, from, usual, centre) >= T(0) && cancels(q, size, to, usual, centre) >= T(0);
+    if (usually && matters(direct)) return direct;
+    Form result = usually ? difference : form;
+    Screen& screen = screens[form == centred];
+    screen.prepare(limit * (form == centred ? power_above(as_number<T>(most)) : T(1)));
+    std::uint64_t near[words];
+    std::fill(near, near + words, ~std::uint64_t(0));
+    for (int group = 0; group * probe_group < probes && screen.narrow(*this, group, r, q, near);) ++group;
+    for (int word = 0; word < words; ++word) {
+      for (; near[word]; near[word] &= near[word] - 1) {
+        const std::int64_t j = word * 64 + __builtin_ctzll(near[word]);
+        if (j >= count || !attended(j)) continue;
+        const T term = cancels(q, size, j, limit, centre);
+        if (term < T(0)) continue;
+        if (form != factored || term <= deep) return direct;
+        result = difference;
+      }
+    }
+    return result;
+  }
+
+ private:
+  static constexpr int words = (TK + 63) / 64, intervals = 32;
+
+  struct Screen {
+    T width = 0, inverse = 0;  // of the intervals
+    int packed = 0;            // groups of probes
+    unsigned char known[most_rows], row_interval[most_rows][most_probes];
+    std::uint64_t near[most_probes][intervals * words];  // [probe][interval][word]
+
+    // Intervals that are wider than needed serve too.
+    void prepare(T limit) {
+      if (limit <= width) return;
+      width = limit;
+      inverse = T(0.999) / limit;  // terms a limit apart may round to more
+      packed = 0;
+      std::memset(known, 0, sizeof known);
+    }
+
+    // Clears the bits of keys whose terms of this group of probes differ from the row's. Are any left?
+    bool narrow(const Cancellation& c, int group, std::int64_t r, const T* q, std::uint64_t* left) {
+      if (packed <= group) pack(c, group);
+      if (known[r] <= group) {
+        T x[std::max(L, probe_group)] = {};
+        Bits own[std::max(L, probe_group)];
+        c.gather(group, q, x);
+        find_intervals(c, group, x, 1, -1, own);
+        for (int i = 0; i < probe_group; ++i) row_interval[r][group * probe_group + i] = own[i];
+        known[r] = group + 1;
+      }
+      std::uint64_t any = 0;
+      for (int word = 0; word < words; ++word) {
+        for (int i = group * probe_group; i < std::min(c.probes, (group + 1) * probe_group); ++i)
+          left[word] &= near[i][row_interval[r][i] * words + word];
+        any |= left[word];
+      }
+      return any != 0;
+    }
+
+    void pack(const Cancellation& c, int group) {
+      constexpr int size = intervals * words;
+      std::uint64_t at[probe_group][size + 2 * words] = {};
+      Bits own[TK * probe_group];
+      T x[TK * probe_group];
+      for (std::int64_t j = 0; j < c.count && group > 0; ++j) c.gather(group, c.key + j * c.row, x + j * probe_group);
+      find_intervals(c, group, group > 0 ? x : c.first_group, c.count, 1, own);
+      for (std::int64_t j = 0; j < c.count; ++j)
+        for (int i = 0; i < probe_group; ++i)
+          at[i][(own[j * probe_group + i] + 1) * words + j / 64] |= std::uint64_t(1) << j % 64;
+      for (int i = 0; i < probe_group; ++i)
+        for (int n = 0; n < size; ++n)
+          near[group * probe_group + i][n] = at[i][n] | at[i][n + words] | at[i][n + 2 * words];
+      packed = group + 1;
+    }
+
+    // The intervals of `sign` times the terms of x, [row][probe]. The outermost hold what lies beyond.
+    void find_intervals(const Cancellation& c, int group, const T* x, std::int64_t rows, T sign, Bits* interval) const {
+      constexpr T magic = T(3) * T(Bits(1) << (Simd<T>::mantissa - 1));  // x + magic holds x, rounded, in its last bits
+      constexpr int run = std::max(L, probe_group);
+      T factor[run];
+      for (int i = 0; i < run; ++i) {
+        const int at = group * probe_group + i % probe_group;
+        factor[i] = at < c.probes ? sign * inverse * c.w[c.probe[at]] : T(0);
+      }
+      for (std::int64_t n = 0; n < rows * probe_group; n += L) {
+        const Vec<T> middle = load(x + n) * load(factor + n % run) + T(intervals / 2);
+        const UVec<T> rounded =
+            as_bits<T>(clamp<T>(middle, 0, intervals - 1) + magic) & Bits(intervals - 1);  // NaN: any
+        std::memcpy(interval + n, &rounded, sizeof rounded);
+      }
+    }
+  };
+
+  // x[probe of the group]
+  void gather(int group, const T* x, T* to) const {
+    for (int i = 0; i < probe_group; ++i) to[i] = x[probe[group * probe_group + i]];
+  }
+
+  bool matters(Form form) const { return rounding > (form == factored ? rounding_factored : rounding_other); }
+
+  static T power_above(T x) {
+    int exponent = 0;
+    std::frexp(x, &exponent);
+    return std::ldexp(T(1), exponent);
+  }
+
+  // The largest |w (q + k)| of key j, or -1 where it exceeds the limit: most calls end at once.
+  T cancels(const T* q, Bits q_size, std::int64_t j, T limit, bool relative) const {
+    const T* k = key + j * row;
+    if (relative) limit *= as_number<T>(std::max(q_size, sizes[j]));
+    UVec<T> most = {};
+    for (std::int64_t h = 0; h < hidden; h += L) {
+      const std::int64_t some = hidden - h;
+      const UVec<T> x =
+          magnitude<T>(load_part<T>(w + h, some, 0) * (load_part<T>(q + h, some, 0) + load_part<T>(k + h, some, 0)));
+      if (any<T>((UVec<T>)(x > ordered_bits<T>(limit)))) return T(-1);
+      most = x > most ? x : most;
+    }
+    return as_number<T>(largest_lane<T>(most));
+  }
+
+  const T *w = nullptr, *key = nullptr;
+  const Bits* sizes = nullptr;
+  std::int64_t hidden = 0, row = 0, count = 0, probe[most_probes];
+  int probes = 0;
+  T largest_weight = 0;
+  double rounding = 0;
+  T first_group[TK * probe_group] = {};  // [key][probe]
+  Screen screens[2];                     // of other forms, and of the centred form
+};
