@@ -7,35 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from additive_attn.nn.decoding import ProjectedMemory, prepare, step
-from additive_attn.nn.linear import energy_of, projected
+from additive_attn.nn.decoding import ProjectedMemory, step
+from additive_attn.nn.linear import energy_of
+from additive_attn.nn.projection import ProjectingAttention
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.attend import masked_attention
-from additive_attn.ops.checks import (
-    Integers,
-    aligned_lengths,
-    as_integers,
-    checked_probability,
-    checked_scale,
-    refuse_types,
-    require_one_device,
-)
+from additive_attn.ops.checks import Integers, refuse_types
 from additive_attn.ops.layer_checks import (
-    check_memory_dtype,
-    checked_features,
-    explain_projection,
     explain_shapes,
     refuse_memory,
     refuse_ranks,
-    warn_of_polarity,
 )
-from additive_attn.ops.masking import with_padding
 from additive_attn.spec.call import Inputs
 
-_is_compiling = torch.compiler.is_compiling
 
-
-class AdditiveAttention(nn.Module):
+class AdditiveAttention(ProjectingAttention):
     r"""Additive attention (Bahdanau et al. 2015, arXiv:1409.0473): projections, scores, softmax
     and weighted sum.
 
@@ -91,8 +77,6 @@ class AdditiveAttention(nn.Module):
         (torch.Size([8, 5, 20]), torch.Size([8, 5, 9]))
     """
 
-    _polarity_checked = False
-
     def __init__(
         self,
         input_dim: int,
@@ -109,22 +93,13 @@ class AdditiveAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         """Arguments are described in the docstring of the class."""
-        super().__init__()
-        query_dim = input_dim if query_dim is None else query_dim
-        self.query_dim = query_dim = checked_features("query_dim", query_dim)
-        key_dim = input_dim if key_dim is None else key_dim
-        self.key_dim = key_dim = checked_features("key_dim", key_dim)
-        self.hidden_dim = hidden_dim = checked_features("hidden_dim", hidden_dim)
-        self.dropout = checked_probability("dropout", dropout)
-        self.scale = checked_scale(scale)
-        self.normalize = normalize
-        self.batch_first = batch_first
-
-        # The order is that of the plain layer, so that the same seed gives the same parameters.
         factory: Any = {"device": device, "dtype": dtype}
-        self.query_layer = nn.Linear(query_dim, hidden_dim, bias, **factory)
-        self.key_layer = nn.Linear(key_dim, hidden_dim, bias, **factory)
-        self.energy_layer = nn.Linear(hidden_dim, 1, bias and not normalize, **factory)
+        super().__init__(
+            input_dim if query_dim is None else query_dim,
+            input_dim if key_dim is None else key_dim,
+            hidden_dim, dropout, bias, bias and not normalize, scale, batch_first, factory,
+        )  # fmt: skip
+        self.normalize = normalize
         if normalize:
             self.energy_gain = nn.Parameter(torch.empty((), **factory))
             self.energy_offset = nn.Parameter(torch.empty(hidden_dim, **factory))
@@ -185,7 +160,7 @@ class AdditiveAttention(nn.Module):
             return symbolic_call(self, "forward", query, key, value, *masking)
         rank = query.dim()
         if not (2 <= rank <= 3 and key.dim() == rank and value.dim() == rank):
-            refuse_ranks("", query=query, key=key, value=value)
+            refuse_ranks(type(self).__name__, query=query, key=key, value=value)
         q, k = self._project("query", query), self._project("key", key)
         v = value
         if attn_mask is not None or key_padding_mask is not None:
@@ -199,71 +174,11 @@ class AdditiveAttention(nn.Module):
                 starts,
             )  # fmt: skip
         except (RuntimeError, ValueError):
-            explain_shapes("", self.batch_first, lengths, query=query, key=key, value=value)
+            explain_shapes(
+                type(self).__name__, self.batch_first, lengths, query=query, key=key, value=value
+            )
             raise
         return out.transpose(0, 1) if swap else out, weights
-
-    def project(
-        self,
-        key: Tensor,
-        value: Tensor | None = None,
-        lengths: Integers | None = None,
-        key_padding_mask: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> ProjectedMemory:
-        """Prepares what a decoder attends to, once per sequence, for :meth:`step`.
-
-        Args:
-            key: ``(B, Lk, key_dim)``, or ``(Lk, key_dim)`` unbatched.
-            value: ``(B, Lk, Dv)``, or ``(Lk, Dv)``; the key itself by default.
-            lengths: integers ``(B,)``, or ``()``: number of leading keys to attend to; a tensor,
-                or a list.
-            key_padding_mask: bool ``(B, Lk)``, or ``(Lk,)``: **True = ignore**.
-            dtype: of the memory, bfloat16 or float16 beside a float32 layer: a step then reads
-                half as many bytes, and computes in float32 as before.
-
-        Returns:
-            The projected keys, the values, and lengths and mask in the form that :meth:`step`
-            passes on.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: as :meth:`forward`.
-        """
-        if value is None:
-            value = key
-        if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
-            if not is_symbolic(key, value):
-                refuse_types(key=key, value=value)
-            return symbolic_call(self, "project", key, value, lengths, key_padding_mask, dtype)
-        rank = key.dim()
-        if not (2 <= rank <= 3 and value.dim() == rank):
-            refuse_ranks(".project", key=key, value=value)
-        k, v, attn_mask, given = self._project("key", key), value, None, lengths
-        if k.device != v.device:
-            require_one_device(key=k, value=v)
-        if rank == 3 and not self.batch_first:
-            k, v = k.transpose(0, 1), v.transpose(0, 1)
-        try:
-            batch = torch.broadcast_shapes(k.shape[:-2], v.shape[:-2])
-            if k.shape[-2] != v.shape[-2]:
-                raise ValueError
-            if lengths is not None:
-                lengths = as_integers("lengths", lengths, k.device)
-                lengths = aligned_lengths(lengths, k, _shared(batch, lengths), 1)
-            if key_padding_mask is not None:
-                self._check_polarity(None, key_padding_mask, 4)
-                batch = _shared(batch, key_padding_mask)
-                attn_mask = with_padding(None, key_padding_mask, k, batch)
-        except (RuntimeError, ValueError):
-            explain_shapes(".project", self.batch_first, given, key=key, value=value)
-            raise
-        if dtype is not None:
-            check_memory_dtype(dtype, k)
-            k, v = k.to(dtype), v.to(dtype)
-        memory = ProjectedMemory(k, v, lengths, attn_mask)
-        if k.shape[-1] == self.hidden_dim and not _is_compiling():
-            memory.prepared = prepare(self, memory)
-        return memory
 
     def step(
         self, query: Tensor, memory: ProjectedMemory, need_weights: bool = True
@@ -292,37 +207,9 @@ class AdditiveAttention(nn.Module):
         """
         if not isinstance(memory, ProjectedMemory):
             if not is_symbolic(memory):
-                refuse_memory(memory)
+                refuse_memory(self._caller("step"), memory)
             return symbolic_call(self, "step", query, memory, need_weights)
         return step(self, query, memory, need_weights)
-
-    def extra_repr(self) -> str:
-        options = {
-            "dropout": (self.dropout, 0.0),
-            "scale": (self.scale, 1.0),
-            "normalize": (self.normalize, False),
-            "batch_first": (self.batch_first, True),
-        }
-        shown = [
-            f"{name}={getattr(self, name)}" for name in ("query_dim", "key_dim", "hidden_dim")
-        ]
-        shown += [f"{name}={value}" for name, (value, usual) in options.items() if value != usual]
-        return ", ".join(shown)
-
-    def _check_polarity(self, attn_mask: Any, key_padding_mask: Any, stacklevel: int) -> None:
-        # Once per layer, for it reads the masks.
-        if not (torch.compiler.is_compiling() or self._polarity_checked):
-            warn_of_polarity(attn_mask, key_padding_mask, stacklevel)
-            self._polarity_checked = True
-
-    def _project(self, name: str, tensor: Tensor) -> Tensor:
-        layer: Any = self._modules[f"{name}_layer"]
-        try:
-            output = projected(layer, tensor)
-            return output + self.energy_offset if self.normalize and name == "query" else output
-        except RuntimeError:
-            explain_projection(layer, name, tensor, getattr(self, f"{name}_dim"))
-            raise
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
@@ -345,9 +232,3 @@ class AdditiveAttention(nn.Module):
             key_padding_mask, starts,
         )  # fmt: skip
         return out, weights if need_weights else None
-
-
-def _shared(batch: torch.Size, masking: Any) -> torch.Size:
-    """A memory of one sequence may have lengths or a mask for each of the queries to come."""
-    given = getattr(masking, "shape", batch)
-    return given[:1] if tuple(batch) == (1,) and given else batch

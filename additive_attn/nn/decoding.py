@@ -8,11 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from additive_attn.nn.linear import bare_parameters
+from additive_attn.nn.linear import bare_parameters, energy_of
 from additive_attn.ops.checks import refuse_types
 from additive_attn.ops.decoding import attend_step
-from additive_attn.ops.layer_checks import explain_memory, explain_projection, refuse_ranks
+from additive_attn.ops.layer_checks import (
+    check_beams,
+    explain_memory,
+    explain_projection,
+    refuse_ranks,
+)
 from additive_attn.ops.memory import NARROW_MEMORY, Lent, lend
+
+_is_compiling = torch.compiler.is_compiling
 
 
 class _Memory(NamedTuple):
@@ -136,7 +143,9 @@ class Prepared(NamedTuple):
     state: tuple[int, ...]
 
     def is_of(self, layer: Any) -> bool:
-        """Whether ``layer`` still has these parameters, unchanged."""
+        """Whether ``layer`` still has these parameters, unchanged, and steps may use them."""
+        if _is_compiling():
+            return False
         parameters = _parameters(layer)
         return (
             parameters is not None
@@ -147,7 +156,25 @@ class Prepared(NamedTuple):
         )
 
 
-def prepare(layer: Any, memory: ProjectedMemory) -> Prepared | None:
+def lent_of(layer: Any, memory: ProjectedMemory) -> Lent:
+    """What ``attend_step`` takes: of a memory that was expanded, with entries (B, beams)."""
+    prepared, entries = memory.prepared, _Memory(*memory)
+    if memory.beams > 1 and memory.key.dim() == 3:
+        rows: Any = (x if x is None else x.unsqueeze(1) for x in memory)
+        entries = _Memory(*rows)
+    if prepared is not None and prepared.is_of(layer):
+        if prepared.lent.source.key.dim() != entries.key.dim():
+            memory.prepared = prepared = prepare(layer, entries)
+        if prepared is not None:
+            return prepared.lent
+    weight, bias = energy_of(layer._modules["energy_layer"], layer.hidden_dim, memory.key)
+    return lend(
+        entries.key, entries.value, weight.squeeze(0), lengths=entries.lengths,
+        attn_mask=entries.attn_mask, scale=layer.scale, score_bias=bias, deferred=False,
+    )  # fmt: skip
+
+
+def prepare(layer: Any, memory: _Memory) -> Prepared | None:
     """Lends a memory with the layer's parameters, so that the gradients of all steps are made at
     once; None where tools have made other modules of them, which every step must call."""
     parameters = _parameters(layer)
@@ -182,10 +209,12 @@ def step(
     if prepared is not None and query.dim() == rank - 1 and beams == 1 and prepared.is_of(layer):
         return _prepared_step(layer, query, memory, prepared.lent, need_weights)
     if not (2 <= rank <= 3 and value.dim() == rank and rank - 1 <= query.dim() <= rank):
-        refuse_ranks(".step", query=query, key=key, value=value)
+        refuse_ranks(layer._caller("step"), query=query, key=key, value=value)
     # Rows of queries per sequence, (B, n, hidden_dim): several were given, or are beams, or one.
     q = layer._project("query", query)
     several, flat = query.dim() == rank, beams > 1 and query.dim() < rank == 3
+    if flat:
+        check_beams(layer._caller("step"), query, key, beams)
     if not several:
         q = q.unflatten(0, (-1, beams)) if flat else q.unsqueeze(-2)
     if key.dtype != q.dtype and (key.dtype, q.dtype) in NARROW_MEMORY:
@@ -193,7 +222,7 @@ def step(
     try:
         out, weights = layer._attend(q, key, value, attn_mask, lengths, False, None, need_weights)
     except (RuntimeError, ValueError):
-        explain_memory(query, key, value, layer.hidden_dim)
+        explain_memory(layer._caller("step"), query, key, value, layer.hidden_dim)
         raise
     if several:
         return out, weights
@@ -213,7 +242,7 @@ def _prepared_step(
     except (RuntimeError, ValueError):
         if lent.source.query_weight is not None:
             explain_projection(layer.query_layer, "query", query, layer.query_dim)
-        explain_memory(query, memory.key, memory.value, layer.hidden_dim)
+        explain_memory(layer._caller("step"), query, *memory[:2], layer.hidden_dim)
         raise
     return out, weights if need_weights else None
 

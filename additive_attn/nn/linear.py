@@ -22,11 +22,11 @@ _tracing_state = torch._C._get_tracing_state
 _affine: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
 
-def _bare(layer: nn.Module) -> bool:
+def _bare(layer: nn.Module, forward: Any = _linear_forward) -> bool:
     """Whether it computes what nn.Linear does, and nothing hooks into it."""
     own = layer.__dict__
     return (
-        type(layer).forward is _linear_forward
+        type(layer).forward is forward
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
         and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
         and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
@@ -45,9 +45,12 @@ def projected(layer: Any, tensor: Tensor) -> Tensor:
     return output
 
 
-def bare_parameters(layer: Any) -> tuple[nn.Parameter, nn.Parameter | None] | None:
-    """Weight and bias of a Linear into which nothing hooks; None for any other module."""
-    if type(layer) is not nn.Linear or not _bare(layer):
+def bare_parameters(
+    layer: Any, kind: type[nn.Module] = nn.Linear
+) -> tuple[nn.Parameter, nn.Parameter | None] | None:
+    """Weight and bias of a Linear, or another ``kind``, into which nothing hooks; None for any
+    other module."""
+    if type(layer) is not kind or not _bare(layer, kind.forward):
         return None
     parameters = layer._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")

@@ -18,6 +18,6 @@ def symbolic_call(layer: nn.Module, method: str, *arguments: Any) -> Any:
     tracer: Any = next(each.tracer for each in arguments if isinstance(each, fx.Proxy))
     path = tracer.path_of_module(layer)
     if not path:
-        refuse_root()
+        refuse_root(layer)
     module = tracer.create_proxy("get_attr", path, (), {})
     return tracer.create_proxy("call_method", method, (module, *arguments), {})

@@ -82,9 +82,11 @@ def _ordinary(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same as one differentiable call."""
-    inputs = _inputs(lent.source, query, location, location_weight)
+    inputs, lengths = _inputs(lent.source, query, location, location_weight), lent.lengths
+    if lengths is not None and lengths.dim() > 2:
+        lengths = lengths.flatten(1)  # (B, 1, 1): of beams or heads
     out, weights, lse = masked_attention(
-        inputs, lent.attn_mask, lent.lengths, False, None, dropout_p, lent.scale, True,
+        inputs, lent.attn_mask, lengths, False, None, dropout_p, lent.scale, True,
         lent.source.score_bias, need_lse=True,
     )  # fmt: skip
     return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)

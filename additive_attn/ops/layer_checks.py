@@ -31,25 +31,28 @@ def checked_features(name: str, count: int) -> int:
 _RANKS = {
     "": "all three must have 3 dims (batched) or all three 2 (unbatched). For "
     "one query (B, D) per sequence, use project and step.",
-    ".project": "both must have 3 dims (batched) or both 2 (unbatched).",
-    ".step": "needs one query per sequence: (B, query_dim) for a memory of keys "
+    "project": "both must have 3 dims (batched) or both 2 (unbatched).",
+    "step": "needs one query per sequence: (B, query_dim) for a memory of keys "
     "(B, Lk, hidden_dim) and values (B, Lk, Dv), or (query_dim,) for keys (Lk, hidden_dim) and "
     "values (Lk, Dv).",
 }
 
 
-def refuse_ranks(method: str, **tensors: Tensor) -> NoReturn:
-    raise ValueError(f"{_got(method, tensors)}, but {_RANKS[method]}")
+def refuse_ranks(caller: str, **tensors: Tensor) -> NoReturn:
+    """``caller`` is a layer, or its method: "AdditiveAttention.step"."""
+    raise ValueError(f"{_got(caller, tensors)}, but {_RANKS[caller.partition('.')[2]]}")
 
 
-def _got(method: str, tensors: dict[str, Tensor]) -> str:
+def _got(caller: str, tensors: dict[str, Tensor]) -> str:
     found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-    return f"AdditiveAttention{method} got {found}"
+    return f"{caller} got {found}"
 
 
-def explain_memory(query: Tensor, key: Tensor, value: Tensor, hidden_dim: int) -> None:
+def explain_memory(
+    caller: str, query: Tensor, key: Tensor, value: Tensor, hidden_dim: int
+) -> None:
     """Raises the sentence that tells why a memory does not fit, if there is one."""
-    found = _got(".step", {"query": query, "keys": key, "values": value})
+    found = _got(caller, {"query": query, "keys": key, "values": value})
     if key.shape[-1] != hidden_dim:
         raise ValueError(
             f"{found}, but hidden_dim is {hidden_dim}. Take a memory that this layer projected."
@@ -58,6 +61,16 @@ def explain_memory(query: Tensor, key: Tensor, value: Tensor, hidden_dim: int) -
         raise ValueError(
             f"{found}, but the batch (dim 0) must be the same, or 1: one query per sequence."
         ) from None
+
+
+def check_beams(caller: str, query: Tensor, key: Tensor, beams: int) -> None:
+    """Of a memory (B, Lk, hidden_dim) that was expanded."""
+    if query.shape[0] % beams or key.shape[0] not in (1, query.shape[0] // beams):
+        raise ValueError(
+            f"{_got(caller, {'query': query, 'keys': key})}, but the memory was expanded to "
+            f"{beams} beams per sequence: it needs {key.shape[0] * beams} queries, those of a "
+            "sequence side by side."
+        )
 
 
 def check_memory_dtype(dtype: Any, key: Tensor) -> None:
@@ -105,9 +118,9 @@ def explain_projection(layer: nn.Module, name: str, tensor: Tensor, features: in
             ) from None
 
 
-def explain_shapes(method: str, batch_first: bool, lengths: Any, **tensors: Tensor) -> None:
+def explain_shapes(caller: str, batch_first: bool, lengths: Any, **tensors: Tensor) -> None:
     """Raises the sentence that tells why shapes ``(B, L, ...)`` do not fit, if there is one."""
-    shapes, found = {name: x.shape for name, x in tensors.items()}, _got(method, tensors)
+    shapes, found = {name: x.shape for name, x in tensors.items()}, _got(caller, tensors)
     at = 0 if batch_first else 1
     if len(shapes["key"]) == 3:
         batch = {shape[at] for shape in shapes.values()} - {1}
@@ -180,15 +193,15 @@ def refuse_backward_hooks() -> NoReturn:
     )
 
 
-def refuse_root() -> NoReturn:
+def refuse_root(layer: nn.Module) -> NoReturn:
     raise TypeError(
-        "AdditiveAttention itself was passed to torch.fx.symbolic_trace, which cannot look into "
-        "it. Trace a model that holds it as a layer."
+        f"{type(layer).__name__} itself was passed to torch.fx.symbolic_trace, which cannot "
+        "look into it. Trace a model that holds it as a layer."
     )
 
 
-def refuse_memory(memory: Any) -> NoReturn:
+def refuse_memory(caller: str, memory: Any) -> NoReturn:
     raise TypeError(
-        f"AdditiveAttention.step got a memory that is a {type(memory).__name__}, but needs a "
-        "ProjectedMemory. Prepare it with project."
+        f"{caller} got a memory that is a {type(memory).__name__}, but needs a ProjectedMemory. "
+        "Prepare it with project."
     )

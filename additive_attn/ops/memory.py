@@ -72,6 +72,7 @@ def lend(
     query_weight: Tensor | None = None,
     query_bias: Tensor | None = None,
     score_bias: Tensor | None = None,
+    deferred: bool = True,
 ) -> Lent:
     """Prepares a memory for :func:`attend_step`.
 
@@ -84,6 +85,8 @@ def lend(
         query_weight, query_bias: of the Linear that projects the queries, ``(H, query_dim)`` and
             ``(H,)``: their gradients come once for all steps too.
         score_bias: takes part only to receive a zero gradient.
+        deferred: whether gradients are deferred, where that applies. If not, every step is an
+            ordinary call.
     """
     lent = Lent()
     lent.source = Shared(key, value, weight, query_weight, query_bias, score_bias)
@@ -93,7 +96,7 @@ def lend(
     kinds = shared.key.dtype, shared.weight.dtype
     fits = kinds[0] == kinds[1] or kinds in NARROW_MEMORY
     if not (
-        fits and eager(shared[:2], shared.key) and eager(shared[2:5], shared.weight)
+        deferred and fits and eager(shared[:2], shared.key) and eager(shared[2:5], shared.weight)
         and shared.key.device == shared.weight.device
         and (attn_mask is None or not attn_mask.requires_grad)
     ):  # fmt: skip

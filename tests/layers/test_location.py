@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
+import decoders
 import pytest
 import torch
+from decoders import KINDS, LK, B, D, Decoder, H, K, Plain, build, inputs, results
+from oracle import DEVICE, assert_same, error
+from torch import fx, nn
 from torch.nn.functional import conv1d
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
+from additive_attn import AttentionState, LocationSensitiveAttention
+from additive_attn.ops import memory as engine
 from additive_attn.ops.location import location_features
+
+LENGTHS = [LK, 4, 0]
+EVERY = pytest.mark.parametrize("kind", KINDS)
+SOME = pytest.mark.parametrize("kind", ["attloc", "pointer"])
+
+
+def attended():
+    return torch.arange(LK) < torch.tensor(LENGTHS)[:, None]
+
+
+def assert_close(ours, theirs, tolerance=1e-12):
+    """Of the largest entry of each tensor, or of 1."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert error(a, b.double()) <= tolerance * max(1.0, b.abs().max().item())
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many steps each pass over a memory served."""
+    found = []
+    gradients = engine._shared_gradients
+
+    def counted(shared, needs, running, *masking):
+        found.append(len(running.records))
+        return gradients(shared, needs, running, *masking)
+
+    monkeypatch.setattr(engine, "_shared_gradients", counted)
+    return found
 
 
 def features_arguments(dtype=torch.float64):
@@ -63,3 +103,418 @@ def test_features_under_transforms():
     torch.testing.assert_close(tangent, expected.square().sum())
     compiled = torch.compile(location_features, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(inputs, filters), location_features(inputs, filters))
+
+
+# The layers. Those of tests/layers/test_coverage.py are among the kinds.
+
+
+@pytest.mark.core
+@pytest.mark.interpreter(kind=["tacotron", "pointer"])
+@EVERY
+def test_outputs_and_gradients_are_those_of_the_plain_layer(kind, path, passes):
+    decoder, tensors = Decoder(build(kind)), inputs()
+    ours = results(decoder, decoder, tensors, lengths=LENGTHS)
+    assert passes == [4], "the gradients were not made once"
+    theirs = results(decoder, decoder.plain, tensors, attended=attended())
+    for mine, plain in zip(ours, theirs, strict=True):
+        assert_close(mine, plain)
+
+
+@EVERY
+def test_accuracy_in_single_precision(kind):
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        decoder = Decoder(build(kind))
+        decoder.to(torch.float32).to(dtype)
+        tensors = [x.detach().float().to(dtype).requires_grad_() for x in inputs()]
+        runs = [(decoder.plain, {"attended": attended()})]
+        if dtype == torch.float32:
+            runs.append((decoder, {"lengths": LENGTHS}))
+        found += [results(decoder, run, tensors, **options) for run, options in runs]
+    for which, factor in ((0, 2), (1, 3)):
+        exact, plain, ours = (each[which] for each in found)
+        for best, theirs, mine in zip(exact, plain, ours, strict=True):
+            floor = 16 * torch.finfo(torch.float32).eps * max(1.0, best.abs().max().item())
+            assert error(mine, best) <= factor * error(theirs, best) + floor
+
+
+@SOME
+def test_padding_cannot_leak(kind):
+    decoder = Decoder(build(kind))
+    clean = inputs()
+    dirty = [x.detach().clone() for x in clean]
+    for x in dirty[:2]:
+        x[1, 4:], x[2] = torch.nan, torch.inf
+    dirty = [x.requires_grad_() for x in dirty]
+    # A Linear multiplies the padding's gradient, 0, with the NaN of its input.
+    decoder.layer.key_layer.requires_grad_(False)
+    for options in ({"lengths": LENGTHS}, {"key_padding_mask": ~attended()}):
+        expected, found = (results(decoder, decoder, x, **options) for x in (clean, dirty))
+        for a, b in zip([*expected[0], *expected[1]], [*found[0], *found[1]], strict=True):
+            assert_same(a, b)
+        for weights in found[0][1:-2:2]:
+            assert not weights[~attended()].any()
+        for grad in found[1][:2]:
+            assert not grad[1, 4:].any() and not grad[2].any()
+
+
+@SOME
+def test_unbatched_and_time_major(kind):
+    decoder, (key, value, query) = Decoder(build(kind)), inputs()
+    expected = decoder(key, value, query, lengths=LENGTHS)
+    alone = decoder(key[1], value[1], query[1], lengths=4)
+    assert_close(alone, [x[1] for x in expected])
+    swapped = Decoder(build(kind, batch_first=False))
+    swapped.load_state_dict(decoder.state_dict())
+    turned = swapped(key.transpose(0, 1), value.transpose(0, 1), query, lengths=LENGTHS)
+    assert_close(turned, expected)
+
+
+@SOME
+def test_a_memory_of_one_sequence_is_shared(kind):
+    decoder, (key, value, query) = Decoder(build(kind)), inputs()
+    for options in ({}, {"lengths": torch.tensor(LENGTHS)}):
+        shared = decoder(key[:1], value[:1], query, **options)
+        copied = decoder(key[:1].expand_as(key), value[:1].expand_as(value), query, **options)
+        assert_close(shared, copied)
+
+
+@SOME
+def test_initial_state(kind):
+    layer = build(kind)
+    memory = layer.project(torch.randn(B, LK, K), lengths=LENGTHS)
+    state = layer.initial_state(memory)
+    expected = torch.zeros(B, LK)
+    if kind == "attloc":
+        expected[0], expected[1, :4] = 1 / LK, 1 / 4
+    assert_same(state.previous, expected)
+    assert_same(state.cumulative, expected)
+    _, weights, after = layer.step(torch.randn(B, D), memory, state)
+    assert after.previous is weights
+    torch.testing.assert_close(after.cumulative, expected + weights)
+
+
+@SOME
+def test_dropout(kind):
+    """The weights are returned, and remembered, before dropout; deferred or not."""
+    decoder = Decoder(build(kind, dropout=0.5))
+    tensors, found = inputs(), []
+    for options in ({}, {"ordinary": True}):
+        torch.manual_seed(5)
+        found.append(results(decoder, decoder, tensors, lengths=LENGTHS, **options))
+    for ours, ordinary in zip(*found, strict=True):
+        assert_close(ours, ordinary)
+    decoder.eval()
+    kept = decoder(*tensors, lengths=LENGTHS)
+    assert (kept[0] - found[0][0][0]).abs().max() > 0.01
+    assert_close(kept[1:2], found[0][0][1:2])  # weights of the first step
+    assert_close(kept[1].sum(-1)[:2], torch.ones(2))
+
+
+@SOME
+def test_autocast(kind, passes):
+    decoder = Decoder(build(kind), torch.float32)
+    tensors, found = inputs(torch.float32), []
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        for options in ({}, {"ordinary": True}):
+            found.append(results(decoder, decoder, tensors, lengths=LENGTHS, **options))
+    assert found[0][0][0].dtype == torch.bfloat16
+    assert found[0][0][-1].dtype == torch.float32, "a sum of many small weights"
+    assert passes == [4]
+    exact = results(decoder, decoder, tensors, lengths=LENGTHS)
+    for ours in found:
+        for mine, best in zip([*ours[0], *ours[1]], [*exact[0], *exact[1]], strict=True):
+            assert error(mine, best.double()) <= 0.1 * max(1.0, best.abs().max().item())
+
+
+@SOME
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits(kind, dtype):
+    """A layer in 16 bits, and a memory in 16 bits beside a layer in float32."""
+    decoder, tensors = Decoder(build(kind), dtype), inputs(dtype)
+    exact = copy.deepcopy(decoder).double()(*(x.double() for x in tensors), lengths=LENGTHS)
+    found = decoder(*tensors, lengths=LENGTHS)
+    assert found[0].dtype == dtype and found[-1].dtype == torch.float32
+    assert_close(found, exact, 0.05)
+    decoder, tensors = decoder.float(), [x.float() for x in tensors]
+    found = decoder(*tensors, lengths=LENGTHS, dtype=dtype)
+    assert found[0].dtype == torch.float32
+    assert_close(found, exact, 0.05)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="compiles for the CPU")
+@SOME
+def test_compiled(kind):
+    decoder, tensors = Decoder(build(kind)), inputs()
+    expected = results(decoder, decoder, tensors, lengths=torch.tensor(LENGTHS))
+    compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
+    found = results(decoder, compiled, tensors, lengths=torch.tensor(LENGTHS))
+    for ours, best in zip(found, expected, strict=True):
+        assert_close(ours, best)
+    # One step of a memory that was projected outside.
+    layer, (key, value, query) = decoder.layer, tensors
+    memory = layer.project(key, value, LENGTHS)
+    state = layer.initial_state(memory)
+    step = torch.compile(layer.step, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        context, weights, after = step(query, memory, state)
+        assert_close([context, weights, *after], _flat(layer.step(query, memory, state)))
+        state = after
+
+
+def _flat(step):
+    return [*step[:2], *step[2]]
+
+
+@SOME
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved_hooks", "reentrant"])
+def test_checkpointed(kind, reentrant):
+    """Reentrant checkpoints take tensors; so those of memory and state go in one by one."""
+    decoder, tensors = Decoder(build(kind)), inputs()
+    layer = decoder.layer
+
+    def run(key, value, query, checkpointed):
+        memory = layer.project(key, value, LENGTHS)
+        state, found = layer.initial_state(memory), []
+
+        def step(query, previous, cumulative, key, value):
+            mine = memory if key is memory.key else memory._replace(key=key, value=value)
+            return tuple(_flat(layer.step(query, mine, AttentionState(previous, cumulative))))
+
+        for _ in range(3):
+            given = query, *state, memory.key, memory.value
+            if checkpointed:
+                context, weights, *after = checkpoint(step, *given, use_reentrant=reentrant)
+            else:
+                context, weights, *after = step(*given)
+            state = AttentionState(*after)
+            query = torch.tanh(decoder.cell(torch.cat([context, query], -1)))
+            found += [context, weights]
+        return found
+
+    ours, theirs = [], []
+    for checkpointed, grads in ((True, ours), (False, theirs)):
+        total = sum(x.square().sum() for x in run(*tensors, checkpointed))
+        decoder.zero_grad()
+        for x in tensors:
+            x.grad = None
+        total.backward()
+        grads += [x.grad for x in (*tensors, *decoder.parameters())]
+    assert_close(ours, theirs)
+
+
+@SOME
+def test_gradients_of_gradients(kind):
+    decoder, tensors = Decoder(build(kind)), inputs()
+    leaves, found = [*tensors, *decoder.parameters()], []
+    for run, options in (
+        (decoder, {"lengths": LENGTHS}),
+        (decoder.plain, {"attended": attended()}),
+    ):
+        outputs = run(*tensors, steps=2, **options)
+        total = sum(x.square().sum() for x in outputs[:-1])
+        grads = torch.autograd.grad(total, leaves, create_graph=True)
+        again = sum(grad.square().sum() for grad in grads)
+        found.append(torch.autograd.grad(again, leaves, materialize_grads=True))
+    assert_close(*found, tolerance=1e-10)
+
+
+@pytest.mark.kernel
+@SOME
+def test_gradcheck(kind, path):
+    torch.manual_seed(0)
+    kept = decoders.KINDS[kind] | ({} if kind == "pointer" else {"kernel_size": 3, "filters": 2})
+    layer = type(build(kind))(2, 2, 3, dtype=torch.float64, **kept)
+
+    def loop(query, key, value, *parameters):
+        memory = layer.project(key, value, [3, 2])
+        state = layer.initial_state(memory)
+        for _ in range(3):
+            context, _, state = layer.step(query, memory, state)
+            query = query + context
+        return context, *state
+
+    tensors = [torch.randn(s, dtype=torch.float64).requires_grad_()
+               for s in ((2, 2), (2, 3, 2), (2, 3, 2))]  # fmt: skip
+    tensors += layer.parameters()
+    assert torch.autograd.gradcheck(loop, tensors)
+    assert torch.autograd.gradgradcheck(loop, tensors)
+
+
+@SOME
+def test_functional_transforms(kind):
+    decoder, (key, value, query) = Decoder(build(kind)), inputs()
+
+    def total(key, query):
+        return sum(x.square().sum() for x in decoder(key, value, query, lengths=LENGTHS))
+
+    expected = torch.autograd.grad(total(key, query), (key, query))
+    found = torch.func.grad(total, (0, 1))(key.detach(), query.detach())
+    assert_close(found, expected)
+    parameters = {name: x.detach() for name, x in decoder.named_parameters()}
+    called = torch.func.functional_call(decoder, parameters, (key, value, query))
+    assert_close(called, decoder(key, value, query))
+
+
+@SOME
+def test_truncated_backpropagation(kind):
+    """The memory lives on; the query and the state are detached between the chunks."""
+    decoder, found = Decoder(build(kind)), []
+    layer = decoder.layer
+    for ordinary in (False, True):
+        key, value, query = inputs()
+        decoder.zero_grad()
+        memory = layer.project(key, value, LENGTHS)
+        if ordinary:
+            memory = memory._replace(key=memory.key)
+        state = layer.initial_state(memory)
+        for _ in range(3):
+            total = 0.0
+            for _ in range(2):
+                context, weights, state = layer.step(query, memory, state)
+                query = torch.tanh(decoder.cell(torch.cat([context, query], -1)))
+                total = total + query.square().sum() + weights.pow(2).sum()
+            total.backward(retain_graph=True)
+            query, state = query.detach(), state.detach()
+        found.append([x.grad for x in (key, value, *decoder.parameters())])
+    assert_close(*found)
+
+
+@SOME
+def test_copies(kind):
+    decoder, tensors = Decoder(build(kind)), inputs()
+    expected = decoder(*tensors)
+    for other in (copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))):
+        assert_close(other(*tensors), expected)
+    memory = decoder.layer.project(*tensors[:2])
+    state = decoder.layer.initial_state(memory)
+    step = decoder.layer.step(tensors[2], memory, state)
+    again = decoder.layer.step(tensors[2], *pickle.loads(pickle.dumps((memory, state))))
+    assert_close(_flat(again), _flat(step))
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+@pytest.mark.parametrize("change", ["hook", "weight_norm", "adapter", "bias", "convolution"])
+def test_what_tools_have_made_of_the_layers(change, deferred):
+    decoder, tensors = Decoder(build("tacotron")), inputs()
+    layer = decoder.layer
+    if change == "hook":
+        layer.location_layer.register_forward_hook(lambda module, args, out: 2 * out)
+        layer.location_conv.register_forward_hook(lambda module, args, out: out + 1)
+    elif change == "weight_norm":
+        weight_norm(layer.location_layer)
+    elif change == "adapter":
+        low = nn.Sequential(layer.location_layer, nn.Linear(H, H), nn.Tanh(), nn.Linear(H, H))
+        layer.location_layer = low.double()
+    elif change == "bias":
+        layer.location_layer = nn.Linear(4, H, dtype=torch.float64)
+    else:
+        layer.location_conv = nn.Conv1d(2, 4, 3, padding=2, dilation=2, dtype=torch.float64)
+    if not deferred:
+        layer.energy_layer.register_forward_hook(lambda module, args, out: 1 * out)
+    found = results(decoder, decoder, tensors, lengths=LENGTHS)
+    expected = results(decoder, decoder.plain, tensors, attended=attended())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs)
+
+
+@SOME
+def test_traced_and_exported(kind):
+    decoder, tensors = Decoder(build(kind)), inputs()
+    layer, (key, value, query) = decoder.layer, tensors
+    lengths = torch.tensor(LENGTHS)
+
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, key, value, query, lengths):
+            memory = self.layer.project(key, value, lengths)
+            state = self.layer.initial_state(memory)
+            for _ in range(2):
+                context, weights, state = self.layer.step(query, memory, state)
+            return context, weights
+
+    model = Steps()
+    given = key, value, query, lengths
+    expected = model(*given)
+    assert_close(fx.symbolic_trace(model)(*given), expected)
+    assert_close(torch.export.export(model, given).module()(*given), expected)
+    assert_close(torch.jit.trace(model, given)(*given), expected)
+
+
+def test_state_dict():
+    layer = build("tacotron")
+    assert {name: tuple(x.shape) for name, x in layer.state_dict().items()} == {
+        "query_layer.weight": (H, D), "key_layer.weight": (H, K), "energy_layer.weight": (1, H),
+        "location_conv.weight": (4, 2, 5), "location_layer.weight": (H, 4),
+    }  # fmt: skip
+    assert "filters=" not in repr(layer) and "Conv1d(2, 4, kernel_size=(5,)" in repr(layer)
+    assert build("attloc").extra_repr() == (
+        "query_dim=6, key_dim=5, hidden_dim=8, scale=2.0, inputs=('previous',), initial='uniform'"
+    )
+
+
+@pytest.mark.parametrize(
+    "options, exception, sentence",
+    [
+        (dict(kernel_size=4), ValueError, "kernel_size is 4, but must be odd"),
+        (dict(filters=0), ValueError, "filters is 0"),
+        (dict(filters=2.0), TypeError, "filters is 2.0"),
+        (dict(inputs="previous"), ValueError, r"inputs is 'previous', but must be \(.*\)"),
+        (dict(inputs=()), ValueError, "inputs is"),
+        (dict(inputs=["last"]), ValueError, "inputs is"),
+        (dict(initial="ones"), ValueError, "initial is 'ones', but must be one of"),
+    ],
+)
+def test_sentences_of_the_constructor(options, exception, sentence):
+    with pytest.raises(exception, match=sentence):
+        LocationSensitiveAttention(4, 5, 6, **options)
+
+
+def step_cases():
+    layer = build("attloc")
+    key, query = torch.randn(2, LK, K), torch.randn(2, D)
+    memory = layer.project(key)
+    state = layer.initial_state(memory)
+    other = layer.initial_state(layer.project(torch.randn(3, LK, K)))
+    longer = layer.initial_state(layer.project(torch.randn(2, LK + 1, K)))
+    beams = memory.expand(2)
+    return {
+        "state of another batch": ((query, memory, other), ValueError, r"a state of \(2, 11\)"),
+        "state of another length": ((query, memory, longer), ValueError, "initial_state"),
+        "state before the beams": ((torch.randn(4, D), beams, state), ValueError, "2 beam"),
+        "no state": ((query, memory, None), TypeError, "state that is a NoneType.*initial_state"),
+        "weights": ((query, memory, state.previous), TypeError, "state that is a Tensor"),
+        "tuple": ((query, tuple(memory), state), TypeError, "memory that is a tuple.*project"),
+        "query batch": ((torch.randn(3, D), memory, other), ValueError, "Sensitive.*the batch"),
+        "query rank": ((query[:, None], memory, state), ValueError, "one query per sequence"),
+        "query features": ((query[:, 1:], memory, state), ValueError, "5 features.*query_dim=6"),
+        "query list": (([1.0], memory, state), TypeError, "query is a list"),
+        "query dtype": ((query.double(), memory, state), TypeError, "query is torch.float64"),
+        "beams": ((torch.randn(3, D), beams, state), ValueError, "needs 4 queries"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", step_cases())
+def test_sentences_of_a_step(name):
+    arguments, exception, sentence = step_cases()[name]
+    with pytest.raises(exception, match=sentence):
+        build("attloc").step(*arguments)
+
+
+def test_calling_the_layer_is_a_step():
+    layer, (key, value, query) = build("attloc").double(), inputs()
+    memory = layer.project(key, value)
+    state = layer.initial_state(memory)
+    assert_close(_flat(layer(query, memory, state)), _flat(layer.step(query, memory, state)))
+
+
+def test_plain_of_the_tests_is_not_ours():
+    """It must not reach the package's operators."""
+    decoder, tensors = Decoder(build("tacotron")), inputs()
+    assert isinstance(Plain(decoder.layer), nn.Module)
+    with torch.profiler.profile() as profile:
+        decoder.plain(*tensors)
+    assert not any("additive_attn" in event.key for event in profile.key_averages())

@@ -1,0 +1,216 @@
+"""Attention whose scores depend on the weights of the steps before."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from additive_attn.nn.decoding import ProjectedMemory, lent_of
+from additive_attn.nn.linear import bare_parameters
+from additive_attn.nn.projection import ProjectingAttention
+from additive_attn.nn.symbolic import is_symbolic, symbolic_call
+from additive_attn.ops.checks import refuse_types
+from additive_attn.ops.decoding import attend_step
+from additive_attn.ops.layer_checks import (
+    check_beams,
+    explain_memory,
+    explain_projection,
+    refuse_memory,
+    refuse_ranks,
+)
+from additive_attn.ops.memory import lend
+from additive_attn.spec.call import lse_dtype
+
+INITIAL = ("zeros", "uniform")
+
+
+class AttentionState(NamedTuple):
+    """The weights of the steps so far, ``(B, Lk)`` each, or ``(Lk,)`` unbatched.
+
+    Attributes:
+        previous: of the last step.
+        cumulative: their sum over all steps, float32 where weights have 16 bits. It is the
+            coverage of See et al. 2017.
+    """
+
+    previous: Tensor
+    cumulative: Tensor
+
+    def reorder(self, index: Tensor) -> AttentionState:
+        """The state after beams were chosen: ``index (B * beams,)`` holds, for each query to come,
+        the number of the query that it continues."""
+        return AttentionState(*(x.index_select(0, index) for x in self))
+
+    def detach(self) -> AttentionState:
+        """The state without its graph, for truncated back-propagation."""
+        return AttentionState(*(x.detach() for x in self))
+
+
+class HistoryAttention(ProjectingAttention):
+    """A step adds a term inside the tanh: features of the weights so far, through a Linear."""
+
+    _term_layer: ClassVar[str]  # its name
+    initial: str
+
+    def __init__(self, *arguments: Any, initial: str, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if initial not in INITIAL:
+            raise ValueError(f"initial is {initial!r}, but must be one of {INITIAL}.")
+        self.initial = initial
+
+    def _features(self, state: AttentionState) -> Tensor:
+        """``(N, F, Lk)`` of a state ``(N, Lk)``, or ``(1, F, Lk)`` of one ``(Lk,)``."""
+        raise NotImplementedError
+
+    def forward(
+        self, query: Tensor, memory: ProjectedMemory, state: AttentionState
+    ) -> tuple[Tensor, Tensor, AttentionState]:
+        """The same as :meth:`step`."""
+        return self.step(query, memory, state)
+
+    def initial_state(self, memory: ProjectedMemory) -> AttentionState:
+        """The state before the first step of a memory: zeros; or, with initial="uniform", 1 / n
+        for each of the n keys of a sequence that may be attended to.
+
+        Raises:
+            TypeError: memory is no ProjectedMemory.
+        """
+        if not isinstance(memory, ProjectedMemory):
+            if not is_symbolic(memory):
+                refuse_memory(self._caller("initial_state"), memory)
+            state: AttentionState = symbolic_call(self, "initial_state", memory)
+            return state
+        key = memory.key
+        weights = key.new_zeros(_state_shape(memory), dtype=lse_dtype(key.dtype))
+        if self.initial == "uniform":
+            attended = _attended(memory).to(weights.dtype)
+            uniform = attended / attended.sum(-1, keepdim=True).clamp(min=1)
+            if memory.beams > 1 and uniform.dim() == 2 and uniform.shape[0] > 1:
+                uniform = uniform.repeat_interleave(memory.beams, 0)
+            weights = weights + uniform
+        return AttentionState(weights, weights)
+
+    def step(
+        self, query: Tensor, memory: ProjectedMemory, state: AttentionState
+    ) -> tuple[Tensor, Tensor, AttentionState]:
+        """Attends with one query per sequence: a decoder step.
+
+        Args:
+            query: ``(B, query_dim)``, or ``(query_dim,)`` with an unbatched memory; with a memory
+                that was expanded for beams, ``(B * beams, query_dim)``.
+            memory: from :meth:`project`, of this layer.
+            state: from :meth:`initial_state`, or from the step before.
+
+        Returns:
+            context ``(B, Dv)``, weights ``(B, Lk)`` and the state after this step. The weights,
+            and what the state holds of them, are before dropout.
+
+        The gradients of keys, values and parameters are made once for all steps of a memory, as
+        by :meth:`AdditiveAttention.step`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: query, memory and state do not fit, or as
+                :meth:`AdditiveAttention.forward`.
+        """
+        if not isinstance(memory, ProjectedMemory):
+            if not is_symbolic(memory):
+                refuse_memory(self._caller("step"), memory)
+            traced: tuple[Tensor, Tensor, AttentionState] = symbolic_call(
+                self, "step", query, memory, state
+            )
+            return traced
+        if not isinstance(query, Tensor):
+            refuse_types(query=query)
+        key, value, beams = memory.key, memory.value, memory.beams
+        rank = key.dim()
+        alone = rank == 2 and beams == 1  # one query without a batch dim
+        if not (2 <= rank <= 3 and value.dim() == rank and query.dim() == (1 if alone else 2)):
+            refuse_ranks(self._caller("step"), query=query, key=key, value=value)
+        split = beams > 1 and rank == 3
+        if split:
+            check_beams(self._caller("step"), query, key, beams)
+        self._check_state(state, query, memory)
+        lent, given = lent_of(self, memory), query
+        if lent.source.query_weight is None:
+            query = self._project("query", query)
+        features = self._features(state)
+        if alone:
+            features = features.squeeze(0)
+        try:
+            if split:
+                query, features = (x.unflatten(0, (-1, beams)) for x in (query, features))
+            term: Any = self._modules[self._term_layer]
+            bare, dtype = bare_parameters(term), lent.shared.weight.dtype
+            location: Tensor | None = None
+            weight: Tensor | None = None
+            if bare is not None and bare[1] is None:
+                location, weight = features.to(dtype), bare[0].t().to(dtype)
+            else:  # whatever has been made of it
+                key = lent.source.key + term(features.to(lent.source.weight.dtype).mT)
+                source = lent.source._replace(key=key, value=lent.source.value.to(key.dtype))
+                lent = lend(
+                    **source._asdict(), lengths=lent.lengths, attn_mask=lent.attn_mask,
+                    scale=self.scale, deferred=False,
+                )  # fmt: skip
+            context, weights, _ = attend_step(
+                lent, query, location=location, location_weight=weight,
+                dropout_p=self.dropout if self.training else 0.0,
+            )  # fmt: skip
+        except (RuntimeError, ValueError):
+            if lent.source.query_weight is not None:
+                explain_projection(self.query_layer, "query", given, self.query_dim)
+            explain_memory(self._caller("step"), given, *memory[:2], self.hidden_dim)
+            raise
+        if split:
+            context, weights = context.flatten(0, 1), weights.flatten(0, 1)
+        return context, weights, AttentionState(weights, state.cumulative + weights)
+
+    def _check_state(self, state: Any, query: Tensor, memory: ProjectedMemory) -> None:
+        if not isinstance(state, AttentionState):
+            raise TypeError(
+                f"{self._caller('step')} got a state that is a {type(state).__name__}, but needs "
+                "an AttentionState: begin with initial_state(memory)."
+            )
+        wanted = *query.shape[:-1], memory.key.shape[-2]
+        for shape in {x.shape for x in state}:
+            if shape != wanted and shape != _state_shape(memory):
+                _refuse_state(self._caller("step"), state, query, memory, wanted)
+
+
+def _refuse_state(
+    caller: str, state: AttentionState, query: Tensor, memory: ProjectedMemory, wanted: Any
+) -> NoReturn:
+    raise ValueError(
+        f"{caller} got a state of {tuple(state.previous.shape)} and "
+        f"{tuple(state.cumulative.shape)}, a query {tuple(query.shape)} and a memory of keys "
+        f"{tuple(memory.key.shape)} and {memory.beams} beam(s), but they need a state of "
+        f"{tuple(wanted)}: begin with initial_state(memory), and reorder it with the beams."
+    )
+
+
+def _state_shape(memory: ProjectedMemory) -> tuple[int, ...]:
+    key, value, lengths, attn_mask = memory
+    batch = torch.broadcast_shapes(key.shape[:-2], value.shape[:-2])
+    if key.dim() == 3 and lengths is not None:
+        batch = torch.broadcast_shapes(batch, lengths.shape[:1])
+    if attn_mask is not None:
+        batch = torch.broadcast_shapes(batch, attn_mask.shape[:-2])
+    if memory.beams > 1:
+        batch = torch.Size((memory.beams * batch.numel(),))
+    return *batch, key.shape[-2]
+
+
+def _attended(memory: ProjectedMemory) -> Tensor:
+    """The keys to attend to, bool ``(B, Lk)`` or ``(1, Lk)``, or ``(Lk,)`` unbatched."""
+    key, _, lengths, attn_mask = memory
+    attended = torch.ones(key.shape[-2], dtype=torch.bool, device=key.device)
+    if lengths is not None:
+        if key.dim() == 3:
+            lengths = lengths.reshape(-1, 1)
+        attended = torch.arange(key.shape[-2], device=key.device) < lengths
+    if attn_mask is not None:
+        mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
+        attended = attended & mask.squeeze(-2)
+    return attended

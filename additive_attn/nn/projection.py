@@ -1,0 +1,154 @@
+"""What the layers share: their projections, and the memory that a decoder attends to."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from additive_attn.nn.decoding import ProjectedMemory, prepare
+from additive_attn.nn.linear import projected
+from additive_attn.nn.symbolic import is_symbolic, symbolic_call
+from additive_attn.ops.checks import (
+    Integers,
+    aligned_lengths,
+    as_integers,
+    checked_probability,
+    checked_scale,
+    refuse_types,
+    require_one_device,
+)
+from additive_attn.ops.layer_checks import (
+    check_memory_dtype,
+    checked_features,
+    explain_projection,
+    explain_shapes,
+    refuse_ranks,
+    warn_of_polarity,
+)
+from additive_attn.ops.masking import with_padding
+
+_is_compiling = torch.compiler.is_compiling
+
+
+class ProjectingAttention(nn.Module):
+    """Three Linears: of queries, of keys, and of the energies."""
+
+    normalize = False
+    energy_offset: nn.Parameter  # of normalize=True
+    _polarity_checked = False
+    _usual: ClassVar[dict[str, Any]] = {
+        "dropout": 0.0, "scale": 1.0, "normalize": False, "batch_first": True
+    }  # fmt: skip
+
+    def __init__(
+        self, query_dim: int, key_dim: int, hidden_dim: int, dropout: float, bias: bool,
+        energy_bias: bool, scale: float, batch_first: bool, factory: dict[str, Any],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.query_dim = query_dim = checked_features("query_dim", query_dim)
+        self.key_dim = key_dim = checked_features("key_dim", key_dim)
+        self.hidden_dim = hidden_dim = checked_features("hidden_dim", hidden_dim)
+        self.dropout = checked_probability("dropout", dropout)
+        self.scale = checked_scale(scale)
+        self.batch_first = batch_first
+
+        # The order is that of the plain layer, so that the same seed gives the same parameters.
+        self.query_layer = nn.Linear(query_dim, hidden_dim, bias, **factory)
+        self.key_layer = nn.Linear(key_dim, hidden_dim, bias, **factory)
+        self.energy_layer = nn.Linear(hidden_dim, 1, energy_bias, **factory)
+
+    def project(
+        self,
+        key: Tensor,
+        value: Tensor | None = None,
+        lengths: Integers | None = None,
+        key_padding_mask: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ProjectedMemory:
+        """Prepares what a decoder attends to, once per sequence, for :meth:`step`.
+
+        Args:
+            key: ``(B, Lk, key_dim)``, or ``(Lk, key_dim)`` unbatched.
+            value: ``(B, Lk, Dv)``, or ``(Lk, Dv)``; the key itself by default.
+            lengths: integers ``(B,)``, or ``()``: number of leading keys to attend to; a tensor,
+                or a list.
+            key_padding_mask: bool ``(B, Lk)``, or ``(Lk,)``: **True = ignore**.
+            dtype: of the memory, bfloat16 or float16 beside a float32 layer: a step then reads
+                half as many bytes, and computes in float32 as before.
+
+        Returns:
+            The projected keys, the values, and lengths and mask in the form that :meth:`step`
+            passes on.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`forward`.
+        """
+        if value is None:
+            value = key
+        if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
+            if not is_symbolic(key, value):
+                refuse_types(key=key, value=value)
+            return symbolic_call(self, "project", key, value, lengths, key_padding_mask, dtype)
+        rank = key.dim()
+        if not (2 <= rank <= 3 and value.dim() == rank):
+            refuse_ranks(self._caller("project"), key=key, value=value)
+        k, v, attn_mask, given = self._project("key", key), value, None, lengths
+        if k.device != v.device:
+            require_one_device(key=k, value=v)
+        if rank == 3 and not self.batch_first:
+            k, v = k.transpose(0, 1), v.transpose(0, 1)
+        try:
+            batch = torch.broadcast_shapes(k.shape[:-2], v.shape[:-2])
+            if k.shape[-2] != v.shape[-2]:
+                raise ValueError
+            if lengths is not None:
+                lengths = as_integers("lengths", lengths, k.device)
+                lengths = aligned_lengths(lengths, k, _shared(batch, lengths), 1)
+            if key_padding_mask is not None:
+                self._check_polarity(None, key_padding_mask, 4)
+                batch = _shared(batch, key_padding_mask)
+                attn_mask = with_padding(None, key_padding_mask, k, batch)
+        except (RuntimeError, ValueError):
+            explain_shapes(self._caller("project"), self.batch_first, given, key=key, value=value)
+            raise
+        if dtype is not None:
+            check_memory_dtype(dtype, k)
+            k, v = k.to(dtype), v.to(dtype)
+        memory = ProjectedMemory(k, v, lengths, attn_mask)
+        if k.shape[-1] == self.hidden_dim and not _is_compiling():
+            memory.prepared = prepare(self, memory)
+        return memory
+
+    def extra_repr(self) -> str:
+        shown = [
+            f"{name}={getattr(self, name)}" for name in ("query_dim", "key_dim", "hidden_dim")
+        ]
+        options = {name: getattr(self, name) for name in self._usual}
+        shown += [f"{name}={x!r}" for name, x in options.items() if x != self._usual[name]]
+        return ", ".join(shown)
+
+    def _caller(self, method: str) -> str:
+        return f"{type(self).__name__}.{method}"
+
+    def _check_polarity(self, attn_mask: Any, key_padding_mask: Any, stacklevel: int) -> None:
+        # Once per layer, for it reads the masks.
+        if not (torch.compiler.is_compiling() or self._polarity_checked):
+            warn_of_polarity(attn_mask, key_padding_mask, stacklevel)
+            self._polarity_checked = True
+
+    def _project(self, name: str, tensor: Tensor) -> Tensor:
+        layer: Any = self._modules[f"{name}_layer"]
+        try:
+            output = projected(layer, tensor)
+            return output + self.energy_offset if self.normalize and name == "query" else output
+        except RuntimeError:
+            explain_projection(layer, name, tensor, getattr(self, f"{name}_dim"))
+            raise
+
+
+def _shared(batch: torch.Size, masking: Any) -> torch.Size:
+    """A memory of one sequence may have lengths or a mask for each of the queries to come."""
+    given = getattr(masking, "shape", batch)
+    return given[:1] if tuple(batch) == (1,) and given else batch
