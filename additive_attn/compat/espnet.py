@@ -44,18 +44,20 @@ class Cached(nn.Module):
     def ignored(self, enc_hs_len: Lengths) -> Tensor:
         """Padding, True = ignore; made once per sequence."""
         if self.mask is None:
-            self.mask = self._attended(enc_hs_len)[0].logical_not()
+            self.mask = _attended(self.enc_h, enc_hs_len)[0].logical_not()
         mask: Tensor = self.mask
         return mask
 
-    def uniform(self, enc_hs_len: Lengths) -> Tensor:
-        """The weights before the first step."""
-        attended, lengths = self._attended(enc_hs_len)
-        return attended.to(self.enc_h.dtype) / lengths.to(self.enc_h.dtype)
 
-    def _attended(self, enc_hs_len: Lengths) -> tuple[Tensor, Tensor]:
-        lengths = torch.as_tensor(enc_hs_len, device=self.enc_h.device).unsqueeze(-1)
-        return torch.arange(self.enc_h.size(1), device=lengths.device) < lengths, lengths
+def uniform(enc_hs_pad: Tensor, enc_hs_len: Lengths) -> Tensor:
+    """The weights before the first step."""
+    attended, lengths = _attended(enc_hs_pad, enc_hs_len)
+    return attended.to(enc_hs_pad.dtype) / lengths.to(enc_hs_pad.dtype)
+
+
+def _attended(enc_hs_pad: Tensor, enc_hs_len: Lengths) -> tuple[Tensor, Tensor]:
+    lengths = torch.as_tensor(enc_hs_len, device=enc_hs_pad.device).unsqueeze(-1)
+    return torch.arange(enc_hs_pad.size(1), device=enc_hs_pad.device) < lengths, lengths
 
 
 def convolution(channels: int, width: int) -> nn.Conv2d:
@@ -160,7 +162,7 @@ class AttLoc(_Located):
         ``last_attended_idx + forward_window`` are attended to."""
         query = self.begin(enc_hs_pad, dec_z)
         if att_prev is None:
-            att_prev = self.uniform(enc_hs_len)
+            att_prev = uniform(enc_hs_pad, enc_hs_len)
         window = None
         if last_attended_idx is not None:
             if len(enc_hs_pad) != 1:
@@ -196,7 +198,7 @@ class _Covered:
         appended."""
         query = self.begin(enc_hs_pad, dec_z)
         if att_prev_list is None:
-            att_prev_list = [self.uniform(enc_hs_len)]
+            att_prev_list = [uniform(enc_hs_pad, enc_hs_len)]
         coverage = self._sum(att_prev_list)
         out, weights = self.attend(query, enc_hs_len, scaling, inputs=coverage.unsqueeze(1))
         self._last = tuple(att_prev_list), coverage
@@ -249,7 +251,7 @@ class AttLocRec(_Located):
         query = self.begin(enc_hs_pad, dec_z)
         if att_prev_states is None:
             zeros = enc_hs_pad.new_zeros(len(enc_hs_pad), self.att_dim)
-            att_prev_states = self.uniform(enc_hs_len), (zeros, zeros)
+            att_prev_states = uniform(enc_hs_pad, enc_hs_len), (zeros, zeros)
         weights, states = att_prev_states
         responses = features(self.loc_conv, weights.view(len(enc_hs_pad), 1, -1))
         states = self.att_lstm(responses.relu().amax(-1), states)

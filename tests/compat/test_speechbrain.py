@@ -51,7 +51,8 @@ def decode(layer: nn.Module, given: Inputs) -> list[Tensor]:
     outputs, context = [], None
     for t in range(len(given["steps"])):
         query = loops.next_query(given, t, context)
-        context, weights = layer(given["memory"], loops.lengths(), query)
+        # Lengths of any dtype; the original goes on in theirs.
+        context, weights = layer(given["memory"], loops.lengths().to(query), query)
         outputs += [context, weights]
     return outputs
 
