@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.decoders import calls
+from benchmarks.decoders.hoisting import hoisting
 from benchmarks.decoders.loops import Loop, loop_problem
 from benchmarks.decoders.originals import Layer, Location
 from benchmarks.decoders.problem import Problem
@@ -207,5 +208,16 @@ CALLS = [
         for mode in ("forward", "full")
     ),
 ]  # fmt: skip
+HOISTING = [
+    Case(
+        f"hoisting-{name}", f"keys projected at each step or once, as in {what}", "attention",
+        sizes, hoisting, sizes, (Bar("plain, keys at each step", 2.0),),
+        group="hoisting",
+    )
+    for name, what, sizes in (
+        ("d2l", "d2l", (64, 40, 256, 256, 40)),
+        ("opennmt", "OpenNMT-py", (64, 40, 500, 500, 40)),
+    )
+]  # fmt: skip
 CALLS = [replace(case, group="calls") for case in CALLS]
-CASES = {case.name: case for case in [*LOOPS, *CALLS, *DECODERS]}
+CASES = {case.name: case for case in [*LOOPS, *CALLS, *DECODERS, *HOISTING]}
