@@ -6,6 +6,7 @@ the identity of those tensors, which are not held: their owner alone decides how
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import ref
@@ -82,9 +83,10 @@ class Leases:
         state = tuple(map(_state, (*sources, *parameters)))
         entry = self._entry
         if entry is not None:
-            held, known, graded, factor, lease = entry
+            held, used, known, graded, factor, lease = entry
             if (
                 known == state
+                and all(map(operator.is_, used, parameters))
                 and factor == scale
                 and graded >= torch.is_grad_enabled()
                 and all(a() is b for a, b in zip(held, sources, strict=True))
@@ -92,38 +94,40 @@ class Leases:
             ):
                 return lease
         lease = build()
-        self._keep(sources, state, scale, lease)
-        return lease
-
-    def _keep(
-        self, sources: tuple[Tensor, ...], state: tuple[Any, ...], scale: float, lease: Lease
-    ) -> None:
-        lent = lease.lent
-        kept: Any = None
-        if lent.node is not None:
-            # The graph of the steps holds it, as long as there is one.
-            kept = lease._replace(lent=ref(lent))  # type: ignore[arg-type]
-        elif lent.prepared is not None:
-            # No step needs gradients for these; without their graph they hold no source.
-            plain: Any = (None if x is None else x.detach() for x in lent.shared)
-            lent.source = lent.shared = Shared(*plain)
-            kept = lease
-        entry: Any = None
+        entry = self._entry = None
+        kept = _kept(lease)
+        if kept is None:
+            return lease
 
         def end(_: Any) -> None:
             if self._entry is entry:
                 self._entry = None
 
         held = tuple(ref(x, end) for x in sources)
-        entry = None if kept is None else (held, state, torch.is_grad_enabled(), scale, kept)
-        self._entry = entry
+        graded = torch.is_grad_enabled()
+        entry = self._entry = held, tuple(parameters), state, graded, scale, kept
+        return lease
+
+
+def _kept(lease: Lease) -> Any:
+    """A lease that holds none of its sources; None where each step is an ordinary call."""
+    lent = lease.lent
+    if lent.node is not None:
+        # The graph of the steps holds it, as long as there is one.
+        return lease._replace(lent=ref(lent))  # type: ignore[arg-type]
+    if lent.prepared is None:
+        return None
+    # No step needs gradients for these; without their graph they hold no source.
+    plain: Any = (None if x is None else x.detach() for x in lent.shared)
+    lent.source = lent.shared = Shared(*plain)
+    return lease
 
 
 def _state(x: Tensor | None) -> tuple[int, ...] | None:
-    """Changes where a tensor is written to, gets other memory, or is another one."""
+    """Changes where a tensor is written to or gets other memory."""
     if x is None:
         return None
-    return id(x), 0 if x.is_inference() else x._version, x.requires_grad, x.data_ptr()
+    return 0 if x.is_inference() else x._version, x.requires_grad, x.data_ptr()
 
 
 def _revived(lease: Any) -> Lease | None:
@@ -151,6 +155,7 @@ def step(
     value: Tensor,
     *,
     padding: Tensor | None = None,
+    attended: Tensor | None = None,
     inputs: Tensor | None = None,
     window: Tensor | None = None,
     scale: float = 1.0,
@@ -160,7 +165,7 @@ def step(
     Args:
         query: ``(B, query_dim)``, not projected.
         key: ``(B, Lk, H)``, projected; with value ``(B, Lk, Dv)`` the memory.
-        padding: bool ``(B, Lk)``, True = ignore.
+        padding, attended: bool ``(B, Lk)``, one of them: True = ignore, or True = attend.
         inputs: ``(B, C, Lk)``, of the location term.
         window: bool, broadcastable to ``(B, 1, Lk)``: what this step attends to, at most.
 
@@ -184,7 +189,7 @@ def step(
         if dense is not None and dense[1] is not None and query_weight is not None:
             # The same for all keys: as well added to the query.
             query_bias = dense[1] if query_bias is None else query_bias + dense[1]
-        lengths, attn_mask = masks(padding)
+        lengths, attn_mask = masks(padding, attended)
         lent = lend(
             key, value, vector(weight, bias), lengths=lengths, attn_mask=attn_mask, scale=scale,
             query_weight=query_weight, query_bias=query_bias,
@@ -194,7 +199,7 @@ def step(
     if owner is None:
         lease = build()
     else:
-        sources = tuple(x for x in (key, value, padding) if x is not None)
+        sources = tuple(x for x in (key, value, padding, attended) if x is not None)
         parameters = [*(energy or ()), *(projection or ()), *(dense or ()), filters]
         lease = owner.get(sources, parameters, scale, build)
     lent = lease.lent if window is None else narrowed(lease.lent, window)
@@ -225,15 +230,18 @@ def narrowed(lent: Lent, window: Tensor) -> Lent:
     return one
 
 
-def masks(padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def masks(
+    padding: Tensor | None, attended: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
     """lengths ``(B, 1)`` or attn_mask ``(B, 1, Lk)``. The kernel skips keys beyond a length; on
     a GPU it would wait to know whether there is one."""
-    if padding is None:
-        return None, None
-    attended = padding.logical_not()
-    if padding.device.type == "cpu" and not torch.compiler.is_compiling():
+    if attended is None:
+        if padding is None:
+            return None, None
+        attended = padding.logical_not()
+    if attended.device.type == "cpu" and not torch.compiler.is_compiling():
         lengths = attended.sum(-1, keepdim=True)
-        if torch.equal(attended, torch.arange(padding.shape[-1]) < lengths):
+        if torch.equal(attended, torch.arange(attended.shape[-1], device="cpu") < lengths):
             return lengths, None
     return None, attended.unsqueeze(-2)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,17 +130,24 @@ def exchange(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def project(package: str, file: str) -> Any:
-    """A module of another project, from its own file: the package around it may need more than
-    is installed here."""
+    """A module of another project, from its own file. The packages around it may need more than
+    is installed here, so their own code does not run."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         pytest.skip(f"{package} is not installed")
-    path = Path(found.submodule_search_locations[0]) / file
-    spec = importlib.util.spec_from_file_location(f"{package}_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    root = Path(found.submodule_search_locations[0])
+    parts = [package, *Path(file).with_suffix("").parts]
+    before = dict(sys.modules)
     try:
-        spec.loader.exec_module(module)
+        for folder in sorted(root.rglob("__init__.py")):
+            name = ".".join([package, *folder.parent.relative_to(root).parts])
+            bare = types.ModuleType(name)
+            bare.__path__ = [str(folder.parent)]
+            sys.modules[name] = bare
+        return importlib.import_module(".".join(parts))
     except ImportError as error:
         pytest.skip(f"{package} needs more than is installed: {error}")
-    return module
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            del sys.modules[name]
+        sys.modules.update(before)
