@@ -53,26 +53,27 @@ void prepare_keys(const PreparedKeys<T>& p, const ParallelFor& parallel_for) {
   });
 }
 
-// The query against `joined` prepared keys at a time, which share its constants.
+// The query against one prepared key after the other: several at a time would share the query's constants, but memory
+// is read fastest in its own order.
 template <class T>
 class PreparedQuery {
  public:
-  static constexpr int L = lanes<T>, joined = 4, width_unit = group * L;
+  static constexpr int L = lanes<T>, width_unit = group * L;
 
   // The weight is normalised; `weight_largest` is its largest magnitude. Unprepared keys need no constants.
   void begin(const T* query, const T* weight, T weight_largest, std::int64_t features, bool prepared) {
     hidden = features;
     width = round_up(hidden, width_unit);
+    query_ = query;
     weight_ = weight;
-    prepared_ = prepared;
-    if (!prepared) return;
+    prepared_ = prepared && hidden > 0;
+    if (!prepared_) return;
     T* to = memory_.get(5 * width);
     weight_ = to;
     factor_[small] = to + width;
     offset_[small] = to + 2 * width;
     factor_[wide] = to + 3 * width;
     offset_[wide] = to + 4 * width;
-    T most = 0;
     for (std::int64_t h = 0; h < width; h += L) {
       const Vec<T> q = load_part<T>(query + h, hidden - h, 0), w = load_part<T>(weight + h, hidden - h, 0);
       const Vec<T> s = tanh<T>(q), a = exp<T>(q * T(-2));
@@ -82,48 +83,32 @@ class PreparedQuery {
       store(to + 3 * width + h, a);
       store(to + 4 * width + h, -w * a);
     }
-    const auto query_largest = largest(query, hidden);
-    wide_fits_ = query_largest <= ordered_bits<T>(Range<T>::safe);
-    most = as_number<T>(largest(factor_[small], width));
-    limit_[small] = small_energy * weight_largest * most;
+    wide_fits_ = largest(query, hidden) <= ordered_bits<T>(Range<T>::safe);
+    limit_[small] = small_energy * weight_largest * as_number<T>(largest(factor_[small], width));
     limit_[wide] = small_tanh * weight_largest;
     first_ = splat<T>(T(1));
     first_[0] = T(1) / lift<T>;
   }
 
-  // sum_h w_h t_h of those of the next keys whose bit is set in `wanted`.
-  void scores(const T* prepared, std::int64_t prepared_row, const T* query, const T* key, std::int64_t key_row,
-              unsigned wanted, T* to) {
-    if (hidden == 0) return std::fill(to, to + joined, T(0));
-    unsigned of[3] = {};
-    for (int i = 0; i < joined; ++i)
-      if (wanted >> i & 1) {
-        const T* x = prepared ? prepared + i * prepared_row : nullptr;
-        const KeyForm form = form_of(x);
-        const bool plain = form == small ? is_clear<small>(x) : form == wide && is_clear<wide>(x);
-        of[plain ? form : unprepared] |= 1u << i;
-      }
-    if (of[small]) join<small>(prepared, prepared_row, of[small], to);
-    if (of[wide]) join<wide>(prepared, prepared_row, of[wide], to);
-    for (int i = 0; of[unprepared] >> i; ++i)
-      if (of[unprepared] >> i & 1) to[i] = energy(query, key + i * key_row, weight_, hidden);
+  // sum_h w_h t_h of one key.
+  T score(const T* prepared, const T* key) const {
+    const KeyForm form = form_of(prepared);
+    if (form == small && is_clear<small>(prepared)) return join<small>(prepared);
+    if (form == wide && is_clear<wide>(prepared)) return join<wide>(prepared);
+    return energy(query_, key, weight_, hidden);
   }
 
-  // Adds G (1 - t^2), but for what `finish` multiplies by, over those of the next keys whose G is not 0.
-  void add_slopes(const T* prepared, std::int64_t prepared_row, const T* query, const T* key, std::int64_t key_row,
-                  const T* g) {
-    unsigned of[3] = {};
-    for (int i = 0; i < joined; ++i)
-      if (g[i] != T(0)) of[form_of(prepared ? prepared + i * prepared_row : nullptr)] |= 1u << i;
-    if (of[small]) join_slopes<small>(prepared, prepared_row, of[small], g);
-    if (of[wide]) join_slopes<wide>(prepared, prepared_row, of[wide], g);
-    for (int i = 0; of[unprepared] >> i; ++i)
-      if (of[unprepared] >> i & 1) direct_slope(query, key + i * key_row, g[i]);
-  }
   void begin_slopes() {
     T* sums = sums_.get(3 * width);
     std::memset(sums, 0, 3 * width * sizeof(T));
     for (int form = 0; form < 3; ++form) sum_[form] = sums + form * width;
+  }
+  // Adds G (1 - t^2) of one key, but for what `finish_slopes` multiplies by.
+  void add_slopes(const T* prepared, const T* key, T g) {
+    const KeyForm form = form_of(prepared);
+    if (form == small) return slopes<small>(prepared, g);
+    if (form == wide) return slopes<wide>(prepared, g);
+    direct_slopes(key, g);
   }
   // Adds a quarter of the sums of G (1 - t^2) to `to`.
   void finish_slopes(T* to) const {
@@ -138,16 +123,18 @@ class PreparedQuery {
     }
   }
 
-  KeyForm form_of(const T* prepared) const {
-    const KeyForm form = prepared ? key_form(prepared) : unprepared;
-    return form == wide && !wide_fits_ ? unprepared : form;
-  }
-
   std::int64_t hidden = 0, width = 0;
 
  private:
-  template <KeyForm form>
+  KeyForm form_of(const T* prepared) const {
+    const KeyForm form = prepared_ ? key_form(prepared) : unprepared;
+    return form == wide && !wide_fits_ ? unprepared : form;
+  }
+
+  // With `edge`, at the first features or beyond the last whole group.
+  template <KeyForm form, bool edge>
   Vec<T> load_key(const T* x, std::int64_t h) const {
+    if (!edge) return load(x + h);
     const Vec<T> k = h + L <= hidden ? load(x + h) : load_part<T>(x + h, hidden - h, 0);
     return form == wide && h == 0 ? k * first_ : k;
   }
@@ -164,79 +151,59 @@ class PreparedQuery {
   bool is_clear(const T* x) const {
     for (std::int64_t h = 0; h < hidden; h += L) {
       Vec<T> z, y;
-      fraction<form>(load_key<form>(x, h), h, z, y);
+      fraction<form>(load_key<form, true>(x, h), h, z, y);
       const Vec<T> most = form == small ? splat<T>(limit_[small]) : y * limit_[wide];
       if (any<T>((UVec<T>)(magnitude<T>(z) > as_bits<T>(most)))) return true;
     }
-    return hidden == 0;
+    return false;
   }
 
-  // Keys that are not wanted are replaced by one that is: the same code computes every pair, whatever its neighbours.
   template <KeyForm form>
-  void join(const T* prepared, std::int64_t row, unsigned wanted, T* to) const {
-    const T* x[joined];
-    for (int i = 0; i < joined; ++i) x[i] = prepared + (wanted >> i & 1 ? i : __builtin_ctz(wanted)) * row;
-    Vec<T> total[joined] = {};
-    add<form, true>(x, 0, total);
+  T join(const T* x) const {
+    Vec<T> total = add<form, true>(x, 0);
     std::int64_t h = width_unit;
-    for (; h + width_unit <= hidden; h += width_unit) add<form, false>(x, h, total);
-    if (h < hidden) add<form, true>(x, h, total);
-    for (int i = 0; i < joined; ++i)
-      if (wanted >> i & 1) to[i] = sum<T>(total[i]);
+    for (; h + width_unit <= hidden; h += width_unit) total += add<form, false>(x, h);
+    if (h < hidden) total += add<form, true>(x, h);
+    return sum<T>(total);
   }
 
   template <KeyForm form, bool edge>
-  void add(const T* const* x, std::int64_t h, Vec<T>* total) const {
-    for (int i = 0; i < joined; ++i) {
-      Vec<T> z[group], y[group];
-      for (int g = 0; g < group; ++g)
-        fraction<form>(edge ? load_key<form>(x[i], h + g * L) : load(x[i] + h + g * L), h + g * L, z[g], y[g]);
-      const Vec<T> z01 = z[0] * y[1] + z[1] * y[0], y01 = y[0] * y[1];
-      const Vec<T> z23 = z[2] * y[3] + z[3] * y[2], y23 = y[2] * y[3];
-      total[i] += (z01 * y23 + z23 * y01) * reciprocal(y01 * y23);
-    }
+  Vec<T> add(const T* x, std::int64_t h) const {
+    Vec<T> z[group], y[group];
+    for (int g = 0; g < group; ++g) fraction<form>(load_key<form, edge>(x, h + g * L), h + g * L, z[g], y[g]);
+    const Vec<T> z01 = z[0] * y[1] + z[1] * y[0], y01 = y[0] * y[1];
+    const Vec<T> z23 = z[2] * y[3] + z[3] * y[2], y23 = y[2] * y[3];
+    return (z01 * y23 + z23 * y01) * reciprocal(y01 * y23);
   }
 
   template <KeyForm form>
-  void join_slopes(const T* prepared, std::int64_t row, unsigned wanted, const T* gradient) {
-    const T* x[joined];
-    T g[joined];
-    for (int i = 0; i < joined; ++i) {
-      const bool own = wanted >> i & 1;
-      x[i] = prepared + (own ? i : __builtin_ctz(wanted)) * row;
-      g[i] = own ? gradient[i] : T(0);
-    }
-    slopes<form, true>(x, g, 0);
+  void slopes(const T* x, T g) {
+    pair_of_slopes<form, true>(x, g, 0);
     std::int64_t h = 2 * L;
-    for (; h + 2 * L <= hidden; h += 2 * L) slopes<form, false>(x, g, h);
-    if (h < hidden) slopes<form, true>(x, g, h);
+    for (; h + 2 * L <= hidden; h += 2 * L) pair_of_slopes<form, false>(x, g, h);
+    if (h < hidden) pair_of_slopes<form, true>(x, g, h);
   }
 
   // Two vectors of features share a reciprocal.
   template <KeyForm form, bool edge>
-  void slopes(const T* const* x, const T* g, std::int64_t h) {
+  void pair_of_slopes(const T* x, T g, std::int64_t h) {
     T* to = sum_[form] + h;
-    const Vec<T> factor[2] = {load(factor_[form] + h), load(factor_[form] + h + L)};
-    Vec<T> total[2] = {load(to), load(to + L)};
-    for (int i = 0; i < joined; ++i) {
-      Vec<T> k[2], y[2];
-      for (int v = 0; v < 2; ++v) {
-        k[v] = edge ? load_key<form>(x[i], h + v * L) : load(x[i] + h + v * L);
-        y[v] = form == small ? k[v] * factor[v] + T(1) : k[v] + factor[v];
-      }
-      const Vec<T> both = reciprocal(y[0] * y[1]);
-      for (int v = 0; v < 2; ++v) {
-        const Vec<T> r = both * y[1 - v];
-        total[v] += (form == small ? T(1) - k[v] * k[v] : k[v]) * r * r * g[i];
-      }
+    Vec<T> k[2], y[2];
+    for (int v = 0; v < 2; ++v) {
+      const Vec<T> factor = load(factor_[form] + h + v * L);
+      k[v] = load_key<form, edge>(x, h + v * L);
+      y[v] = form == small ? k[v] * factor + T(1) : k[v] + factor;
     }
-    store(to, total[0]);
-    store(to + L, total[1]);
+    const Vec<T> both = reciprocal(y[0] * y[1]);
+    for (int v = 0; v < 2; ++v) {
+      const Vec<T> r = both * y[1 - v];
+      store(to + v * L, load(to + v * L) + (form == small ? T(1) - k[v] * k[v] : k[v]) * r * r * g);
+    }
   }
 
-  void direct_slope(const T* query, const T* key, T g) {
+  void direct_slopes(const T* key, T g) {
     for (std::int64_t h = 0; h < hidden; h += L) {
-      const Vec<T> x = load_part<T>(query + h, hidden - h, 0) + load_part<T>(key + h, hidden - h, 0);
+      const Vec<T> x = load_part<T>(query_ + h, hidden - h, 0) + load_part<T>(key + h, hidden - h, 0);
       const Vec<T> e = expm1<T>(clamp<T>(x, -Range<T>::flat, Range<T>::flat) * T(2)), r = reciprocal(e + T(2));
       store(sum_[unprepared] + h, load(sum_[unprepared] + h) + (e + T(1)) * r * r * g);
     }
@@ -245,7 +212,7 @@ class PreparedQuery {
   bool prepared_ = false, wide_fits_ = false;
   T limit_[2] = {};
   Vec<T> first_ = {};
-  const T *weight_ = nullptr, *factor_[2] = {}, *offset_[2] = {};
+  const T *query_ = nullptr, *weight_ = nullptr, *factor_[2] = {}, *offset_[2] = {};
   T* sum_[3] = {};  // of the slopes, for each form
   Buffer<T> memory_, sums_;
 };

@@ -37,8 +37,8 @@ class ScoreBlock {
     if (p.location)
       located_.begin(n);
     else if (p.queries == 1)
-      query_constants_.begin(p.query.at(n, row0), weight_.get(0), as_number<T>(weight_largest_) * normaliser_, p.hidden,
-                             bool(p.prepared));
+      single_query_.begin(p.query.at(n, row0), weight_.get(0), as_number<T>(weight_largest_) * normaliser_, p.hidden,
+                          bool(p.prepared));
     for (bool& packed : query_packed_) packed = false;
     scores = scores_.get(rows * TK);
   }
@@ -151,19 +151,13 @@ class ScoreBlock {
 
   void single_row(std::int64_t key0) {
     if (p.location) return located_row(key0);
-    constexpr int joined = PreparedQuery<T>::joined;
-    const T* query = p.query.at(entry, row0);
     form_[0] = direct;
-    for (std::int64_t j = 0; j < count; j += joined) {
+    for (std::int64_t j = 0; j < count; ++j) {
       if (!attended[0][j / K]) continue;
-      unsigned wanted = 0;
-      for (std::int64_t i = j; i < std::min(j + joined, count); ++i)
-        if (complete || !masked(0, key0 + i, key0)) wanted |= 1u << (i - j);
-      // Scores are compute-bound, the weighted sum is memory-bound: the values are prefetched here.
-      for (std::int64_t i = j; i < std::min(j + joined, count) && p.values > 0; ++i)
-        prefetch(p.value.at(entry, key0 + i), p.values);
-      query_constants_.scores(p.prepared ? p.prepared.at(entry, key0 + j) : nullptr, p.prepared.row, query,
-                              p.key.at(entry, key0 + j), p.key.row, wanted, scores + j);
+      // Where scores are compute-bound, the weighted sum is memory-bound: the values are prefetched here.
+      if (p.values > 0) prefetch(p.value.at(entry, key0 + j), p.values);
+      const T* prepared = p.prepared ? p.prepared.at(entry, key0 + j) : nullptr;
+      scores[j] = single_query_.score(prepared, p.key.at(entry, key0 + j));
     }
     finish_row(0, key0);
   }
@@ -270,7 +264,7 @@ class ScoreBlock {
   Form form_[most_rows];
   typename Simd<T>::Bits query_largest_[most_rows], weight_largest_ = 0;
   T normaliser_ = 1;
-  PreparedQuery<T> query_constants_;  // of a single row
+  PreparedQuery<T> single_query_;
   LocatedKeys<T> located_;
   Cancellation<T> cancellation_;
   T* bias_rows_ = nullptr;  // the mask's terms of the tile, [row][key]

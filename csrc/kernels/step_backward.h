@@ -9,9 +9,9 @@ template <class T>
 class StepPass {
  public:
   static constexpr std::int64_t TK = tile_keys<T>;
-  static constexpr int L = lanes<T>, joined = PreparedQuery<T>::joined;
+  static constexpr int L = lanes<T>;
 
-  StepPass(const StepBackward<T>& problem) : p(problem) {}
+  explicit StepPass(const StepBackward<T>& problem) : p(problem) {}
 
   // Keys [key_begin, key_end): dP in place of G, and sums of P dP and of P.
   void upstream(std::int64_t n, std::int64_t key_begin, std::int64_t key_end, double& delta, double& total) {
@@ -27,7 +27,8 @@ class StepPass {
       }
       T weights[TK], grad[TK] = {};
       load_weights(n, key0, count, weights);
-      if (p.grad_out && p.values > 0) products(n, key0, count, grad);
+      for (std::int64_t j = 0; j < count && p.grad_out; ++j)
+        if (attended_[j]) grad[j] = dot(p.grad_out.at(n, 0), p.value.at(n, key0 + j), p.values);
       if (p.seed) {
         T keep[TK];
         dropout_factors(p, n, 0, key0, keep);
@@ -89,29 +90,6 @@ class StepPass {
     for (std::int64_t j = 0; j < TK; ++j) weights[j] = j < count && attended_[j] ? from[j] : T(0);
   }
 
-  // dO . v_j of the attended keys, `joined` at a time: a key that is not attended is replaced by one that is.
-  void products(std::int64_t n, std::int64_t key0, std::int64_t count, T* to) const {
-    const T* grad = p.grad_out.at(n, 0);
-    for (std::int64_t j = 0; j < count; j += joined) {
-      const T* v[joined];
-      std::int64_t any = -1;
-      for (std::int64_t i = j; i < j + joined; ++i) any = attended_[i] ? i : any;
-      if (any < 0) continue;
-      for (int i = 0; i < joined; ++i) v[i] = p.value.at(n, key0 + (attended_[j + i] ? j + i : any));
-      Vec<T> total[joined] = {};
-      std::int64_t d = 0;
-      for (; d + L <= p.values; d += L) {
-        const Vec<T> x = load(grad + d);
-        for (int i = 0; i < joined; ++i) total[i] += load(v[i] + d) * x;
-      }
-      if (d < p.values)
-        for (int i = 0; i < joined; ++i)
-          total[i] += load_part<T>(v[i] + d, p.values - d, 0) * load_part<T>(grad + d, p.values - d, 0);
-      for (int i = 0; i < joined; ++i)
-        if (attended_[j + i]) to[j + i] = sum<T>(total[i]);
-    }
-  }
-
   // G from dP; the largest |G|. Nonfinite values reach all attended keys, those with P = 0 too.
   typename Simd<T>::Bits scores_gradient(std::int64_t n, std::int64_t key0, std::int64_t count, T delta) {
     if (!find_attended(n, key0, count)) return 0;
@@ -127,14 +105,12 @@ class StepPass {
 
   // Long sums are sums of short ones: a tile's.
   void slopes(std::int64_t n, std::int64_t key0, std::int64_t key_end, int shift, T* sum_query) {
-    const std::int64_t count = std::min(TK, key_end - key0);
-    const T* g = p.grad_scores + n * p.keys + key0;
-    T scaled[TK];
-    for (std::int64_t j = 0; j < TK; ++j) scaled[j] = j >= count ? T(0) : shift == 0 ? g[j] : std::ldexp(g[j], -shift);
+    const T* g = p.grad_scores + n * p.keys;
     query_.begin_slopes();
-    for (std::int64_t j = 0; j < count; j += joined)
-      query_.add_slopes(p.prepared ? p.prepared.at(n, key0 + j) : nullptr, p.prepared.row, p.query.at(n, 0),
-                        p.key.at(n, key0 + j), p.key.row, scaled + j);
+    for (std::int64_t j = key0; j < std::min(key0 + TK, key_end); ++j)
+      if (g[j] != T(0))
+        query_.add_slopes(p.prepared ? p.prepared.at(n, j) : nullptr, p.key.at(n, j),
+                          shift == 0 ? g[j] : std::ldexp(g[j], -shift));
     query_.finish_slopes(sum_query);
   }
 
