@@ -5,3 +5,7 @@ a model.
 Where no key is left to attend to, these layers give 0; the originals give NaN, uniform weights or
 a mean.
 """
+
+from additive_attn.compat.replace import Swap, replace_attention
+
+__all__ = ["Swap", "replace_attention"]

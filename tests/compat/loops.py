@@ -145,7 +145,7 @@ def project(package: str, file: str) -> Any:
             bare.__path__ = [str(folder.parent)]
             sys.modules[name] = bare
         return importlib.import_module(".".join(parts))
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         pytest.skip(f"{package} needs more than is installed: {error}")
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == package]:
