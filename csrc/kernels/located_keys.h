@@ -35,10 +35,7 @@ class LocatedKeys {
     T* to = rows_memory_.get(location_keys * row);
     for (std::int64_t j = 0; j < count; j += R) {
       const T* from[R];  // the last key stands for those beyond it
-      for (int r = 0; r < R; ++r) {
-        from[r] = key.at(entry, key0 + std::min(j + r, count - 1));
-        prefetch(from[r] + location_keys * key.row, hidden);
-      }
+      for (int r = 0; r < R; ++r) from[r] = key.at(entry, key0 + std::min(j + r, count - 1));
       std::int64_t h = 0;
       for (; h + V * L <= hidden; h += V * L) block<V>(from, j, h, to);
       for (; h < width; h += L) block<1>(from, j, h, to);

@@ -173,7 +173,7 @@ class LocationPass {
     T* rows = e.rows(key0, count);
     T scaled[J] = {};
     for (std::int64_t j = 0; j < count; ++j) scaled[j] = g[j] * early_;
-    for (std::int64_t h = 0; h < e.width; h += F) slopes(rows + h, h, scaled, count);
+    for (std::int64_t h = 0; h < e.width; h += F) slopes(rows + h, n, key0, h, scaled, count);
     for (std::int64_t j = 0; j < J; ++j) {
       T* row = rows + j * e.row;
       if (j < count && g[j] != T(0)) {
@@ -194,7 +194,7 @@ class LocationPass {
   }
 
   // From E to dE, in place, of two vectors of features of all keys of the tile.
-  void slopes(T* rows, std::int64_t h, const T* g, std::int64_t count) {
+  void slopes(T* rows, std::int64_t n, std::int64_t key0, std::int64_t h, const T* g, std::int64_t count) {
     Vec<T> q[feature_vectors], w[feature_vectors], query[feature_vectors], weight[feature_vectors];
     for (int v = 0; v < feature_vectors; ++v) {
       q[v] = load(query_ + h + v * L);
@@ -204,6 +204,9 @@ class LocationPass {
     }
     for (std::int64_t j = 0; j < count; ++j, rows += e.row) {
       if (g[j] == T(0)) continue;
+      // Memory that is asked for in one burst is waited for: the next tile's keys, and dk of this one.
+      if (key0 + j + J < p.keys) prefetch(p.key.at(n, key0 + j + J) + h, F);
+      if (p.grad_key) prefetch(p.grad_key + (n * p.keys + key0 + j) * p.hidden + h, F);
       Vec<T> x[feature_vectors], t[feature_vectors], s[feature_vectors];
       for (int v = 0; v < feature_vectors; ++v) x[v] = load(rows + v * L) + q[v];
       tanh_slopes<T>(x, t, s);
@@ -222,7 +225,6 @@ class LocationPass {
 
   void add_key(const T* row, T* to) {
     const std::int64_t whole = p.hidden / L * L;
-    prefetch(to + location_keys * p.hidden, p.hidden);
     for (std::int64_t h = 0; h < whole; h += L) store(to + h, load(to + h) + load(row + h));
     for (std::int64_t h = whole; h < p.hidden; ++h) to[h] += row[h];
   }

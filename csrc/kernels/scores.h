@@ -170,10 +170,13 @@ class ScoreBlock {
       bool any = false;
       for (std::int64_t b = j / K; b * K < end; ++b) any = any || attended[0][b];
       if (!any) continue;
-      for (std::int64_t i = j; i < end && p.values > 0; ++i) prefetch(p.value.at(entry, key0 + i), p.values);
       const T* rows = located_.rows(key0 + j, end - j);
-      for (std::int64_t i = j; i < end; ++i, rows += located_.row)
+      for (std::int64_t i = j; i < end; ++i, rows += located_.row) {
+        // One by one: memory that is asked for in one burst is waited for.
+        if (p.values > 0) prefetch(p.value.at(entry, key0 + i), p.values);
+        if (key0 + i + location_keys < p.keys) prefetch(p.key.at(entry, key0 + i + location_keys), p.hidden);
         scores[i] = energy(p.query.at(entry, row0), rows, weight_.get(0), p.hidden);
+      }
     }
     finish_row(0, key0);
   }
