@@ -17,17 +17,17 @@ struct Taps {
   std::int64_t row, step;
 };
 
-template <class T, int R, int V>
-inline void correlate_block(const T* in, std::int64_t in_step, Taps<T> taps, std::int64_t count, T* out,
-                            std::int64_t out_row) {
+// R outputs in S phases: output r takes every S-th tap of row r / S, from tap r % S on.
+template <class T, int R, int S, int V>
+inline void correlate_block(const T* in, Taps<T> taps, std::int64_t count, T* out, std::int64_t out_row) {
   constexpr int L = lanes<T>;
   Vec<T> sum[R][V] = {};
   const T* tap = taps.data;
-  for (std::int64_t m = 0; m < count; ++m, in += in_step, tap += taps.step) {
+  for (std::int64_t m = 0; m < count; ++m, in += S, tap += S * taps.step) {
     Vec<T> x[V];
     for (int v = 0; v < V; ++v) x[v] = load(in + v * L);
     for (int r = 0; r < R; ++r) {
-      const T factor = tap[r * taps.row];
+      const T factor = tap[r / S * taps.row + r % S * taps.step];
       for (int v = 0; v < V; ++v) sum[r][v] += x[v] * factor;
     }
   }
@@ -35,49 +35,48 @@ inline void correlate_block(const T* in, std::int64_t in_step, Taps<T> taps, std
     for (int v = 0; v < V; ++v) store(out + r * out_row + v * L, load(out + r * out_row + v * L) + sum[r][v]);
 }
 
-template <class T, int R>
-void correlate_rows_of(const T* in, std::int64_t in_step, Taps<T> taps, std::int64_t count, T* out,
-                       std::int64_t out_row, std::int64_t length) {
+template <class T, int R, int S>
+void correlate_all(const T* in, Taps<T> taps, std::int64_t count, T* out, std::int64_t out_row, std::int64_t length) {
   constexpr int L = lanes<T>, V = correlate_vectors;
   for (std::int64_t m = 0; m < count; m += taps_summed) {
     const std::int64_t some = std::min(taps_summed, count - m);
-    const Taps<T> from = {taps.data + m * taps.step, taps.row, taps.step};
+    const Taps<T> from = {taps.data + m * S * taps.step, taps.row, taps.step};
     std::int64_t j = 0;
     for (; j + V / 2 * L < length; j += V * L)
-      correlate_block<T, R, V>(in + m * in_step + j, in_step, from, some, out + j, out_row);
-    if (j < length) correlate_block<T, R, V / 2>(in + m * in_step + j, in_step, from, some, out + j, out_row);
+      correlate_block<T, R, S, V>(in + m * S + j, from, some, out + j, out_row);
+    if (j < length) correlate_block<T, R, S, V / 2>(in + m * S + j, from, some, out + j, out_row);
   }
 }
 
-// Up to correlate_rows rows of outputs.
+// Up to correlate_rows rows of outputs, added to `sums`. One or two rows alone would load a vector for every one or two
+// multiply-adds: they are computed in four or two phases. Phase s counts from output s on; store_outputs adds them up.
 template <class T>
-void correlate(const T* in, std::int64_t in_step, Taps<T> taps, std::int64_t rows, std::int64_t count, T* out,
-               std::int64_t out_row, std::int64_t length) {
-  if (rows == 4) correlate_rows_of<T, 4>(in, in_step, taps, count, out, out_row, length);
-  if (rows == 3) correlate_rows_of<T, 3>(in, in_step, taps, count, out, out_row, length);
-  if (rows == 2) correlate_rows_of<T, 2>(in, in_step, taps, count, out, out_row, length);
-  if (rows == 1) correlate_rows_of<T, 1>(in, in_step, taps, count, out, out_row, length);
-}
-
-// One row alone would load a vector for every multiply-add. Here every fourth tap makes a row of its own, `phases`, and
-// row s counts from output s on. add_phases adds them up.
-template <class T>
-void correlate_phases(const T* in, Taps<T> taps, std::int64_t count, T* phases, std::int64_t row, std::int64_t length) {
-  constexpr int S = correlate_rows;
-  const std::int64_t whole = count / S * S;
-  correlate(in, S, Taps<T>{taps.data, taps.step, S * taps.step}, S, whole / S, phases, row, length + S - 1);
+void correlate(const T* in, Taps<T> taps, std::int64_t rows, std::int64_t count, T* sums, std::int64_t row,
+               std::int64_t length) {
+  if (rows == 4) return correlate_all<T, 4, 1>(in, taps, count, sums, row, length);
+  if (rows == 3) return correlate_all<T, 3, 1>(in, taps, count, sums, row, length);
+  const std::int64_t S = correlate_rows / rows, rest = count % S, end = length + S - 1;
+  if (rows == 2) correlate_all<T, 4, 2>(in, taps, count / S, sums, row, end);
+  if (rows == 1) correlate_all<T, 4, 4>(in, taps, count / S, sums, row, end);
   // Taps beyond the last are not zeros: NaN times zero would reach outputs that do not see it.
-  correlate(in + whole, S, Taps<T>{taps.data + whole * taps.step, taps.step, S * taps.step}, count - whole, 1, phases,
-            row, length + S - 1);
+  in += count - rest;
+  taps.data += (count - rest) * taps.step;
+  if (rows == 2 && rest == 1) correlate_all<T, 2, 1>(in, taps, 1, sums, 2 * row, end);
+  if (rows == 1 && rest == 1) correlate_all<T, 1, 4>(in, taps, 1, sums, row, end);
+  if (rows == 1 && rest == 2) correlate_all<T, 2, 4>(in, taps, 1, sums, row, end);
+  if (rows == 1 && rest == 3) correlate_all<T, 3, 4>(in, taps, 1, sums, row, end);
 }
 
 template <class T>
-void add_phases(const T* phases, std::int64_t row, T* out, std::int64_t length) {
-  for (std::int64_t j = 0; j < length; j += lanes<T>) {
-    Vec<T> total = load(phases + j);
-    for (int s = 1; s < correlate_rows; ++s) total += load(phases + s * row + j + s);
-    store_part<T>(out + j, total, length - j);
-  }
+void store_outputs(const T* sums, std::int64_t row, std::int64_t rows, T* out, std::int64_t out_row,
+                   std::int64_t length) {
+  const std::int64_t S = rows > 2 ? 1 : correlate_rows / rows;
+  for (std::int64_t r = 0; r < rows; ++r, sums += S * row, out += out_row)
+    for (std::int64_t j = 0; j < length; j += lanes<T>) {
+      Vec<T> total = load(sums + j);
+      for (std::int64_t s = 1; s < S; ++s) total += load(sums + s * row + j + s);
+      store_part<T>(out + j, total, length - j);
+    }
 }
 
 // Room for a row between zeros: `before` of them, and what correlate may read behind it.
@@ -117,15 +116,9 @@ void location_features(const LocationFeatures<T>& p, const ParallelFor& parallel
       for (std::int64_t c = 0; c < p.channels; ++c) {
         const T* in = padded.fill(p.inputs.at(n, c), p.keys, p.width / 2);
         const Taps<T> filter = {p.filter + f0 * taps + c * p.width, taps, 1};
-        if (some == 1)
-          correlate_phases(in, filter, p.width, sums, row, p.keys);
-        else
-          correlate(in, 1, filter, some, p.width, sums, row, p.keys);
+        correlate(in, filter, some, p.width, sums, row, p.keys);
       }
-      T* out = p.out + (n * p.filters + f0) * p.keys;
-      if (some == 1) add_phases(sums, row, out, p.keys);
-      for (std::int64_t r = 0; r < some && some > 1; ++r)
-        std::copy(sums + r * row, sums + r * row + p.keys, out + r * p.keys);
+      store_outputs(sums, row, some, p.out + (n * p.filters + f0) * p.keys, p.keys, p.keys);
     }
   });
 }
@@ -138,14 +131,9 @@ void inputs_gradient(const LocationFeaturesBackward<T>& p, std::int64_t n, std::
   for (std::int64_t f = 0; f < p.filters; ++f) {
     const T* in = padded.fill(p.grad.at(n, f), p.keys, p.width / 2);
     const Taps<T> turned = {p.filter + (f * p.channels + c0 + 1) * p.width - 1, p.width, -1};
-    if (some == 1)
-      correlate_phases(in, turned, p.width, sums, row, p.keys);
-    else
-      correlate(in, 1, turned, some, p.width, sums, row, p.keys);
+    correlate(in, turned, some, p.width, sums, row, p.keys);
   }
-  T* out = p.grad_inputs + (n * p.channels + c0) * p.keys;
-  if (some == 1) return add_phases(sums, row, out, p.keys);
-  for (std::int64_t r = 0; r < some; ++r) std::copy(sums + r * row, sums + r * row + p.keys, out + r * p.keys);
+  store_outputs(sums, row, some, p.grad_inputs + (n * p.channels + c0) * p.keys, p.keys, p.keys);
 }
 
 // Entries [first, last)'s share of the gradient of filters [f0, f0 + some), channel c, into `sums`.
@@ -156,10 +144,7 @@ void filters_gradient(const LocationFeaturesBackward<T>& p, std::int64_t first, 
   for (std::int64_t n = first; n < last; ++n) {
     const T* in = padded.fill(p.inputs.at(n, c), p.keys, p.width / 2);
     const Taps<T> grad = {p.grad.at(n, f0), p.grad.row, 1};
-    if (some == 1)
-      correlate_phases(in, grad, p.keys, sums, row, p.width);
-    else
-      correlate(in, 1, grad, some, p.keys, sums, row, p.width);
+    correlate(in, grad, some, p.keys, sums, row, p.width);
   }
 }
 
@@ -191,10 +176,7 @@ void location_features_backward(const LocationFeaturesBackward<T>& p, const Para
       const std::int64_t c = task % p.channels, f0 = task / p.channels % blocks * R, k = task / p.channels / blocks;
       const std::int64_t some = std::min(R, p.filters - f0);
       filters_gradient(p, k * part, std::min((k + 1) * part, p.batch), f0, some, c, padded, sums, row);
-      T* out = sum + k * all_taps + f0 * taps + c * p.width;
-      if (some == 1) add_phases(sums, row, out, p.width);
-      for (std::int64_t r = 0; r < some && some > 1; ++r)
-        std::copy(sums + r * row, sums + r * row + p.width, out + r * taps);
+      store_outputs(sums, row, some, sum + k * all_taps + f0 * taps + c * p.width, taps, p.width);
     }
   });
   std::fill(p.grad_filters, p.grad_filters + all_taps, T(0));

@@ -54,8 +54,9 @@ class LocatedKeys {
   void load_location(std::int64_t key0, std::int64_t count) {
     x = location_memory_.get(location.features * location_keys);
     for (std::int64_t f = 0; f < location.features; ++f) {
-      const T* from = location.x.at(entry, f) + key0;
-      for (int j = 0; j < location_keys; ++j) x[f * location_keys + j] = j < count ? from[j] : T(0);
+      T* to = x + f * location_keys;
+      std::memcpy(to, location.x.at(entry, f) + key0, count * sizeof(T));
+      std::memset(to + count, 0, (location_keys - count) * sizeof(T));
     }
   }
 

@@ -141,7 +141,7 @@ class LocationPass {
     for (std::int64_t key0 = begin; key0 < end; key0 += J) {
       const std::int64_t count = std::min<std::int64_t>(J, end - key0);
       const T* g = p.grad_scores + n * p.keys + key0;
-      if (std::all_of(g, g + count, [](T x) { return x == T(0); })) {
+      if (largest(g, count) == 0) {
         zero_location(n, key0, count);
         continue;
       }
@@ -250,23 +250,26 @@ class LocationPass {
   Buffer<T> row_memory_, location_memory_;
 };
 
-// The sums over ranges of keys, in their order.
+// out = the sum of `splits` rows that are `step` apart, in their order.
+template <class T, class S>
+void add_rows(const S* rows, std::int64_t step, std::int64_t splits, std::int64_t count, T* out) {
+  if (splits == 1) return void(std::copy(rows, rows + count, out));
+  for (std::int64_t h = 0; h < count; ++h) {
+    S total = rows[h];
+    for (std::int64_t k = 1; k < splits; ++k) total += rows[k * step + h];
+    out[h] = T(total);
+  }
+}
+
+// The results of entry n, from its ranges of keys.
 template <class T>
-void add_location_parts(const StepBackward<T>& p, const LocationTasks<T>& share, std::int64_t n, const T* parts,
-                        const double* part_weights, std::int64_t width, std::int64_t row) {
-  const std::int64_t features = p.location.features;
-  const auto sum = [&](const auto* part, std::int64_t step, auto* out) {
-    for (std::int64_t h = 0; h < p.hidden && out; ++h) {
-      auto total = part[h];
-      for (std::int64_t k = 1; k < share.splits; ++k) total += part[k * step + h];
-      out[h] = T(total);
-    }
-  };
-  const T* part = parts + n * share.splits * share.part;
-  for (std::int64_t f = 0; f < features && p.grad_location_weight; ++f)
-    sum(part + f * row, share.part, p.grad_location_weight + (n * features + f) * p.hidden);
-  sum(part + features * row, share.part, p.grad_query ? p.grad_query + n * p.hidden : nullptr);
-  sum(part_weights + n * share.splits * width, width, p.grad_weight ? p.grad_weight + n * p.hidden : nullptr);
+void add_location_parts(const StepBackward<T>& p, const LocationTasks<T>& share, std::int64_t n, const T* part,
+                        const double* part_weight, std::int64_t width, std::int64_t row) {
+  const std::int64_t features = p.location.features, splits = share.splits;
+  for (std::int64_t f = 0; f < features; ++f)
+    add_rows(part + f * row, share.part, splits, p.hidden, p.grad_location_weight + (n * features + f) * p.hidden);
+  add_rows(part + features * row, share.part, splits, p.hidden, p.grad_query + n * p.hidden);
+  add_rows(part_weight, width, splits, p.hidden, p.grad_weight + n * p.hidden);
 }
 
 template <class T>
@@ -274,20 +277,29 @@ void location_backward(const StepBackward<T>& p, const ParallelFor& parallel_for
   if (p.batch == 0) return;
   const std::int64_t width = round_up(p.hidden, 2 * lanes<T>), row = width + lanes<T>;
   const LocationTasks<T> share(p, width, row);
-  Buffer<T> memory;
-  Buffer<double> weight_memory;
-  T* parts = memory.get(p.batch * share.splits * share.part);
-  double* part_weights = weight_memory.get(p.batch * share.splits * width);
-  const std::int64_t work = share.split * p.hidden * (3 * p.location.features + 32);
-  parallel_for(p.batch * share.splits, work, [&](Tasks& tasks) {
+  const std::int64_t splits = share.splits, work = share.split * p.hidden * (3 * p.location.features + 32);
+  Buffer<T> all;
+  Buffer<double> all_weights;
+  if (splits > 1) {
+    all.get(p.batch * splits * share.part);
+    all_weights.get(p.batch * splits * width);
+  }
+  parallel_for(p.batch * splits, work, [&](Tasks& tasks) {
     LocationPass<T> pass(p);
+    Buffer<T> own;
+    Buffer<double> own_weight;
     for (std::int64_t task; tasks.take(task);) {
-      const std::int64_t key0 = task % share.splits * share.split;
-      pass.run(task / share.splits, key0, std::min(key0 + share.split, p.keys), parts + task * share.part,
-               part_weights + task * width);
+      const std::int64_t n = task / splits, key0 = task % splits * share.split;
+      T* part = splits > 1 ? all.get(0) + task * share.part : own.get(share.part);
+      double* part_weight = splits > 1 ? all_weights.get(0) + task * width : own_weight.get(width);
+      pass.run(n, key0, std::min(key0 + share.split, p.keys), part, part_weight);
+      if (splits == 1) add_location_parts(p, share, n, part, part_weight, width, row);
     }
   });
-  parallel_for(p.batch, share.splits * share.part, [&](Tasks& tasks) {
-    for (std::int64_t n; tasks.take(n);) add_location_parts(p, share, n, parts, part_weights, width, row);
+  if (splits == 1) return;
+  parallel_for(p.batch, splits * share.part, [&](Tasks& tasks) {
+    for (std::int64_t n; tasks.take(n);)
+      add_location_parts(p, share, n, all.get(0) + n * splits * share.part, all_weights.get(0) + n * splits * width,
+                         width, row);
   });
 }
