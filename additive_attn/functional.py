@@ -8,7 +8,6 @@ from torch import Tensor, fx
 
 from additive_attn.ops.attend import masked_attention, masked_scores, masked_step
 from additive_attn.ops.checks import Integers
-from additive_attn.spec.call import Inputs
 
 # Under torch.fx.symbolic_trace a call becomes a node.
 fx.wrap("masked_attention")
@@ -85,7 +84,7 @@ def additive_attention(
         RuntimeError: tensors are on different devices.
     """
     out, weights, lse = masked_attention(
-        Inputs(query, key, value, weight),  # type: ignore[arg-type]
+        (query, key, value, weight),  # type: ignore[arg-type]
         attn_mask, lengths, is_causal, window, dropout_p, scale,
         True if value is None else need_weights, None, need_lse, key_padding_mask, starts, bias,
     )  # fmt: skip
@@ -135,7 +134,7 @@ def additive_attention_step(
         TypeError, ValueError, RuntimeError: as :func:`additive_attention`.
     """
     out, weights, lse = masked_step(
-        Inputs(query, key, value, weight),  # type: ignore[arg-type]
+        (query, key, value, weight),  # type: ignore[arg-type]
         attn_mask, lengths, dropout_p, scale, True if value is None else need_weights, need_lse,
         key_padding_mask, starts, bias,
     )  # fmt: skip

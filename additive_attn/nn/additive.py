@@ -18,7 +18,6 @@ from additive_attn.ops.layer_checks import (
     refuse_memory,
     refuse_ranks,
 )
-from additive_attn.spec.call import Inputs
 
 
 class AdditiveAttention(ProjectingAttention):
@@ -227,7 +226,7 @@ class AdditiveAttention(ProjectingAttention):
             # The first dim of (1, hidden_dim) would count as heads, of which there are none.
             weight = weight.squeeze(0)
         out, weights, _ = masked_attention(
-            Inputs(query, key, value, weight), attn_mask, lengths, is_causal, window,
+            (query, key, value, weight), attn_mask, lengths, is_causal, window,
             self.dropout if self.training else 0.0, self.scale, need_weights, bias, False,
             key_padding_mask, starts,
         )  # fmt: skip

@@ -29,9 +29,14 @@ from additive_attn.ops.scores import score
 from additive_attn.spec.call import Call, Inputs
 from additive_attn.spec.dropout import draw_seed
 
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # as Inputs, which costs more to make
+_autocasts = torch._C._is_any_autocast_enabled
+# Call(...) takes its arguments by name first, which costs as much again.
+_tuple: Any = tuple.__new__
+
 
 def masked_attention(
-    inputs: Inputs,
+    inputs: _Inputs,
     attn_mask: Tensor | None,
     lengths: Integers | None,
     is_causal: bool,
@@ -56,9 +61,9 @@ def masked_attention(
         and isinstance(value, Tensor)
         and isinstance(weight, Tensor)
     ):
-        inputs = query, key, value, weight = filled(inputs, dropout_p)
+        inputs = query, key, value, weight = filled(*inputs, dropout_p)
     # Five times cheaper than asking per device; autocast is usually off.
-    autocasts = torch._C._is_any_autocast_enabled()
+    autocasts = _autocasts()
     if autocasts:
         inputs, attn_mask = _autocasted(inputs, attn_mask)
         query, key = inputs[:2]
@@ -84,17 +89,16 @@ def masked_attention(
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
         dropout_p = checked_probability("dropout_p", dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0.0 else None
-    call = Call(*inputs, attn_mask, lengths, left, right, seed, dropout_p, scale)
+    call = _tuple(Call, (*inputs, attn_mask, lengths, left, right, seed, dropout_p, scale))
     if autocasts and not torch.compiler.is_compiling():
         with torch.autocast(query.device.type, enabled=False):  # no backend narrows further
             return compute(call, need_weights, score_bias, need_lse)
     return compute(call, need_weights, score_bias, need_lse)
 
 
-def filled(inputs: Inputs, dropout_p: float) -> Inputs:
+def filled(query: Any, key: Any, value: Any, weight: Any, dropout_p: float) -> Inputs:
     """Zeros for a query that is left out, values of no features for values left out. Neither takes
     memory."""
-    query, key, value, weight = inputs
     if isinstance(key, Tensor) and (query is None or value is None):
         if key.layout is not torch.strided or key.is_nested:
             refuse_layouts(key=key)
@@ -132,42 +136,42 @@ def masked_scores(
 ) -> Tensor:  # fmt: skip
     # The keys stand for values, which nothing reads; a key that is no tensor is refused alone.
     value: Any = key if isinstance(key, Tensor) else None
-    inputs = Inputs(query, key, value, weight)
     result: Tensor = masked_attention(
-        inputs, attn_mask, lengths, is_causal, window, 0.0, scale, False, None, True,
-        key_padding_mask, starts, bias, score,
+        (query, key, value, weight), attn_mask, lengths, is_causal, window, 0.0, scale, False,
+        None, True, key_padding_mask, starts, bias, score,
     )[0]  # fmt: skip
     return result
 
 
 def masked_step(
-    inputs: Inputs, attn_mask: Tensor | None, lengths: Integers | None, dropout_p: float,
+    inputs: _Inputs, attn_mask: Tensor | None, lengths: Integers | None, dropout_p: float,
     scale: float, need_weights: bool, need_lse: bool, *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``masked_attention`` for one query per entry: query ``(..., H)``, mask ``(..., Lk)``."""
-    query, mask = inputs.query, attn_mask
+    query, key, value, weight = inputs
+    rows, mask = query, attn_mask
     if isinstance(query, Tensor):
         if query.dim() == 0:
             refuse_rank("query", query.shape, "(..., H)")
-        inputs = Inputs(query.unsqueeze(-2), *inputs[1:])
+        rows = query.unsqueeze(-2)
     if isinstance(mask, Tensor) and mask.dim() > 0:
         mask = mask.unsqueeze(-2)
     try:
         out, weights, lse = masked_attention(
-            inputs, mask, lengths, False, None, dropout_p, scale, need_weights, None, need_lse,
-            *options,
+            (rows, key, value, weight), mask, lengths, False, None, dropout_p, scale,
+            need_weights, None, need_lse, *options,
         )  # fmt: skip
     except ValueError as error:
-        made = {"query": (query, inputs.query), "attn_mask": (attn_mask, mask)}
+        made = {"query": (query, rows), "attn_mask": (attn_mask, mask)}
         raise ValueError(f"{error} {explained_rows(made)}") from None
     # What is not needed may be anything.
     weights = weights.squeeze(-2) if need_weights else weights
     return out.squeeze(-2), weights, lse.squeeze(-1) if need_lse else lse
 
 
-def _autocasted(inputs: Inputs, attn_mask: Tensor | None) -> tuple[Inputs, Tensor | None]:
+def _autocasted(inputs: _Inputs, attn_mask: Tensor | None) -> tuple[_Inputs, Tensor | None]:
     """The inputs in autocast's dtype where it is on, except float64. A mask is never narrowed."""
-    device = inputs.query.device.type
+    device = inputs[0].device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return inputs, attn_mask
     dtype = torch.get_autocast_dtype(device)
@@ -183,4 +187,4 @@ def _autocasted(inputs: Inputs, attn_mask: Tensor | None) -> tuple[Inputs, Tenso
     query, key, value, weight = inputs
     cast_key = cast(key)
     cast_value = cast_key if value is key else cast(value)
-    return Inputs(cast(query), cast_key, cast_value, cast(weight)), attn_mask
+    return (cast(query), cast_key, cast_value, cast(weight)), attn_mask

@@ -31,6 +31,7 @@ from additive_attn.spec.call import Call
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
+_is_compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _TENSORS = {Tensor, torch.nn.Parameter}
 
@@ -47,7 +48,7 @@ def attend(
     only to receive the zero gradient that a plain layer gives it.
     """
     outputs: tuple[Tensor, Tensor, Tensor]
-    if torch.compiler.is_compiling() or _functorch_active() or _tracing_state() is not None:
+    if _is_compiling() or _functorch_active() or _tracing_state() is not None:
         # A graph holds the operator, and the derivative comes with it.
         if score_bias is not None:
             weight = call.weight + 0 * score_bias
@@ -64,7 +65,7 @@ def attend(
     if (dispatch.cpu_is_plain or not call.query.is_cpu) and serves_whole(call):
         return whole.attend(call, need_lse, score_bias)
     # Bypasses the kernels at the key Autograd, whose cost shows in small decoder steps.
-    if torch.is_grad_enabled() and (
+    if _grad_enabled() and (
         _requires_grad(call) or (score_bias is not None and score_bias.requires_grad)
     ):
         outputs = Attention.apply(*call, need_weights, score_bias)

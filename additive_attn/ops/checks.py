@@ -31,7 +31,7 @@ def require_one_device(**tensors: Tensor | None) -> None:
         )
 
 
-def checked_batch(inputs: Inputs) -> torch.Size:
+def checked_batch(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> torch.Size:
     """The leading dims that dense tensors of one dtype and device broadcast to."""
     query, key, value, weight = inputs
     if not (query.layout is key.layout is value.layout is weight.layout is torch.strided):
@@ -47,21 +47,23 @@ def checked_batch(inputs: Inputs) -> torch.Size:
         and q[0] == k[0] == v[0]
         and k[1] == v[1]
         and q[2] == k[2]
-        and (w == (1, q[2]) or w == q[2:])
+        and (w[0] == q[2] if len(w) == 1 else w == (1, q[2]))
     ):
         batch = _broadcast_batch(q, k, v, w)
     dtype = query.dtype
     if not (dtype == key.dtype == value.dtype == weight.dtype and dtype in DTYPES):
         refuse_dtypes(**_named(inputs))
-    if not (query.device == key.device == value.device == weight.device):
+    if not (query.is_cpu and key.is_cpu and value.is_cpu and weight.is_cpu) and not (
+        query.device == key.device == value.device == weight.device
+    ):
         require_one_device(**_named(inputs))
     return batch
 
 
-def _named(inputs: Inputs) -> dict[str, Tensor]:
+def _named(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
     """By the names that the user passed them under; without a value made of the key."""
-    named: dict[str, Tensor] = inputs._asdict()
-    if inputs.value is inputs.key:
+    named: dict[str, Tensor] = Inputs(*inputs)._asdict()
+    if named["value"] is named["key"]:
         del named["value"]
     return named
 

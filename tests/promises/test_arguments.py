@@ -12,7 +12,6 @@ from torch import nn
 
 from additive_attn import AdditiveAttention, additive_attention, additive_attention_step
 from additive_attn.ops.attend import filled
-from additive_attn.spec.call import Inputs
 
 BATCHES = [(), (3,), (3, 2)]
 LQ, LK, H, DV = 4, 7, 8, 6
@@ -173,7 +172,7 @@ def test_heads_of_a_weight_pool_one_set_of_keys():
 
 def test_what_is_left_out_takes_no_memory():
     _, key, _, weight = inputs_of((3, 2))
-    made = filled(Inputs(None, key, None, weight), 0.0)
+    made = filled(None, key, None, weight, 0.0)
     assert made.query.untyped_storage().nbytes() == H * key.itemsize
     assert made.value.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
     assert made.value.shape == (3, 2, LK, 0) and not made.value.requires_grad
