@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from additive_attn.backends import triton as operators
+from additive_attn.spec.call import lse_dtype
 
 TRITON = importlib.metadata.version("triton")
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -43,6 +44,7 @@ COLUMNS = (
 )  # fmt: skip
 LONG = 1, 512, 512, 128, 128  # (B, Lq, Lk, H, Dv)
 STEP = 64, 1, 400, 512, 512
+LOCATION = 32, 1, 270, 128, 512  # with 32 filters of 31 over two channels
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,57 @@ def call(
     return function
 
 
+def step_call(
+    batch: int, queries: int, keys: int, hidden: int, values: int, *, filters: int = 0,
+    dtype: torch.dtype = torch.float32, mask: torch.dtype | None = None, lengths: bool = False,
+    dropout_p: float = 0.0,
+) -> Callable[[], None]:  # fmt: skip
+    """A decoder's step and its backward, with a location term and its features if ``filters``."""
+    assert queries == 1
+
+    def function() -> None:
+        def zeros(*shape: int) -> Any:
+            return torch.zeros(shape, dtype=dtype)
+
+        location = location_weight = grad_key = None
+        if filters:
+            inputs, width = zeros(batch, 2, keys), zeros(filters, 2, 31)
+            location = operators.location_features(inputs, width)
+            operators.location_features_backward(location, inputs, width, True, True)
+            location_weight = zeros(filters, hidden)
+            grad_key = zeros(batch, keys, hidden).to(lse_dtype(dtype))
+        arguments = (
+            zeros(batch, 1, hidden), zeros(batch, keys, hidden), zeros(batch, keys, values),
+            zeros(hidden), None, location, location_weight,
+            None if mask is None else torch.zeros(batch, 1, keys, dtype=mask),
+            torch.zeros(batch, 1, dtype=torch.int64) if lengths else None,
+            torch.zeros((), dtype=torch.int64) if dropout_p else None, dropout_p, 1.0,
+        )  # fmt: skip
+        out, weights, lse = operators.step(*arguments)
+        operators.step_backward(out, weights, lse, *arguments, weights, lse, grad_key)
+
+    return function
+
+
+def scores_call(
+    batch: int, queries: int, keys: int, hidden: int, *, mask: torch.dtype | None = None,
+    lengths: bool = False,
+) -> Callable[[], None]:  # fmt: skip
+    """Scores and all their gradients."""
+
+    def function() -> None:
+        arguments = (
+            torch.zeros(batch, queries, hidden), torch.zeros(batch, keys, hidden),
+            torch.zeros(hidden),
+            None if mask is None else torch.zeros(batch, queries, keys, dtype=mask),
+            torch.zeros(batch, queries, dtype=torch.int64) if lengths else None, -1, -1, 1.0,
+        )  # fmt: skip
+        scores = operators.scores(*arguments)
+        operators.scores_backward(scores, *arguments, True, True, True, True)
+
+    return function
+
+
 @functools.cache
 def _code(built: Any, target: str) -> Code:
     if target in AMD:
@@ -213,11 +266,13 @@ def _amd(assembly: str, shared: int) -> Code:
 
 
 def rows() -> list[dict[str, object]]:
-    """Every kernel of a long sequence and of a decoder step, for every target."""
+    """Every kernel of a long sequence, of one query per entry and of a decoder's step with a
+    location term, for every target."""
+    calls = {LONG: call(*LONG), STEP: call(*STEP), LOCATION: step_call(*LOCATION, filters=32)}
     found: list[dict[str, object]] = []
     for target in (*NVIDIA, *AMD):
-        for shape in (LONG, STEP):
-            for kernel in compiled_calls(target, call(*shape)):
+        for shape, function in calls.items():
+            for kernel in compiled_calls(target, function):
                 row: dict[str, object] = {
                     "triton": TRITON, "target": target, "shape": "x".join(map(str, shape)),
                     "kernel": kernel.name, "registers": kernel.code.registers,

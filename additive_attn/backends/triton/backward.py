@@ -193,7 +193,7 @@ def _add_from_scores(p: Problem, piece: Piece, gradient: Tensor, sums: Gradients
 
     def features(kernel: object, length: int, reduced: int, total: Tensor) -> None:
         """Runs a pass over the features: its sums to ``total``, and its share of dw."""
-        tile, block = tiles.gradient_tile(length), tiles.gradient_block(reduced)
+        tile, block = tiles.gradient_tile(length, p.wide), tiles.gradient_block(reduced)
         tile_count = -(-length // (tile["RX"] * tile["TX"]))
         programs = entries * tile_count * -(-p.padded // (2 * tile["RH"] * tile["TH"]))
         ranges, per_range = splits(programs, reduced, block, p.processors)

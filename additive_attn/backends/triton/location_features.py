@@ -9,7 +9,7 @@ from torch import Tensor
 
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.batch import batch_entry
-from additive_attn.backends.triton.launch import kernel, launch
+from additive_attn.backends.triton.launch import kernel, launch, registers
 from additive_attn.spec.call import lse_dtype
 
 
@@ -21,7 +21,7 @@ def correlation_kernel(
 ):  # fmt: skip
     """out [outer][inner][output][column] = the sum over channels and terms of
     y [outer][output][channel][term] x [outer][inner][channel][column + term - shift], where x is 0
-    beyond its ``length``. TERMS are summed at a time, which keeps sums accurate."""
+    beyond its ``length``. Sums of TERMS are added up, which keeps them accurate."""
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     column_tiles = tl.cdiv(width, BX)
     output_tiles = tl.cdiv(outputs, BF)
@@ -33,16 +33,21 @@ def correlation_kernel(
     x += o * x_outer + m * x_inner
     y += o * y_outer + f.to(tl.int64) * y_output
     acc = tl.zeros([BF, BX], ACC)
+    t = tl.arange(0, TERMS)
     for _ in range(0, channels):
         for term0 in range(0, terms, TERMS):
-            part = tl.zeros([BF, BX], ACC)
-            for term in range(term0, tl.minimum(term0 + TERMS, terms)):
-                j = column + term - shift
-                inside = (column < width) & (j >= 0) & (j < length)
-                a = tl.load(y + tl.cast(term, tl.int64) * y_term, mask=f < outputs, other=0.0)
-                b = tl.load(x + j.to(tl.int64) * x_column, mask=inside, other=0.0)
-                part += a.to(ACC)[:, None] * b.to(ACC)[None, :]
-            acc += part
+            term = term0 + t
+            a = tl.load(  # [BF, TERMS]
+                y[:, None] + term[None, :].to(tl.int64) * y_term,
+                mask=(f < outputs)[:, None] & (term < terms)[None, :], other=0.0,
+            ).to(ACC)  # fmt: skip
+            j = column[None, :] + term[:, None] - shift  # [TERMS, BX]
+            inside = (term < terms)[:, None] & (column < width)[None, :]
+            b = tl.load(
+                x + j.to(tl.int64) * x_column,
+                mask=inside & (j >= 0) & (j < length), other=0.0,
+            ).to(ACC)  # fmt: skip
+            acc += tl.dot(a, b, input_precision="ieee")
         x += x_channel
         y += y_channel
     tl.store(
@@ -55,12 +60,12 @@ def _correlate(x: Tensor, y: Tensor, out: Tensor, shift: int) -> Tensor:
     """``x`` (outer, inner, channels, length), ``y`` (outer, outputs, channels, terms)."""
     outer, inner, channels, length = x.shape
     outputs, width = out.shape[-2:]
-    tile = tiles.correlation_tile(outputs, width)
+    tile = tiles.correlation_tile(outputs)
     launch(
         correlation_kernel,
         outer * inner * -(-outputs // tile["BF"]) * -(-width // tile["BX"]), out,
         x, *x.stride(), y, *y.stride(), out,
-        inner, outputs, channels, length, y.shape[-1], shift, width, **tile,
+        inner, outputs, channels, length, y.shape[-1], shift, width, **tile, **registers(128),
     )  # fmt: skip
     return out
 

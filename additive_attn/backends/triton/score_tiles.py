@@ -106,6 +106,32 @@ def small_tanh(largest, rows, keys):
 
 
 @triton.jit
+def _forms(
+    query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, attended,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Whether a row or key of a tile takes the direct form, and whether all tanh of the others are
+    small. What rows and keys hold that attend to nothing here decides nothing."""
+    ci = tl.minimum(tl.arange(0, BM), rows - 1 - row0)
+    cj = tl.minimum(tl.arange(0, BN), keys - 1 - key0)
+    row_counts = tl.max(attended.to(tl.int32), 1) != 0
+    key_counts = tl.max(attended.to(tl.int32), 0) != 0
+    size_i = tl.where(row_counts, tl.load(query_rows.size + at_query + row0 + ci), 0.0)
+    size_j = tl.where(key_counts, tl.load(key_rows.size + at_key + key0 + cj), 0.0)
+    near_i = tl.where(size_i > SAFE, 0.0, size_i)
+    near_j = tl.where(size_j > SAFE, 0.0, size_j)
+    any_direct = tl.maximum(tl.max(size_i, 0), tl.max(size_j, 0)) > SAFE
+    row_counts = row_counts & (size_i <= SAFE)
+    key_counts = key_counts & (size_j <= SAFE)
+    small = small_tanh(
+        tl.maximum(tl.max(near_i, 0), tl.max(near_j, 0)),
+        extremes(query_rows.projections + (at_query + row0) * PROJECTIONS, ci, row_counts),
+        extremes(key_rows.projections + (at_key + key0) * PROJECTIONS, cj, key_counts),
+    )
+    return any_direct, small
+
+
+@triton.jit
 def _rounding(rows, keys, ri, rj, limit):
     """What the roundings of the exponentials leave out of the scores of rows ri and keys rj, [RM,
     RN, TM, TN] (math.md, eq. 8); 0 where a size is beyond ``limit``."""
@@ -177,29 +203,14 @@ def score_kernel(
             energy = tl.zeros([BM, BN], ACC)
             any_direct = True
         else:
-            # What rows and keys hold that attend to nothing here decides nothing.
             _bias, attended = attended_pairs(
                 lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
             )
             at_query = o * query_exp_outer + m * query_exp_inner
             at_key = o * key_exp_outer + m * key_exp_inner
-            ci = tl.minimum(tl.arange(0, BM), rows - 1 - row0)
-            cj = tl.minimum(tl.arange(0, BN), keys - 1 - key0)
-            row_counts = tl.max(attended.to(tl.int32), 1) != 0
-            key_counts = tl.max(attended.to(tl.int32), 0) != 0
-            size_i = tl.where(row_counts, tl.load(query_rows.size + at_query + row0 + ci), 0.0)
-            size_j = tl.where(key_counts, tl.load(key_rows.size + at_key + key0 + cj), 0.0)
-            near_i = tl.where(size_i > SAFE, 0.0, size_i)
-            near_j = tl.where(size_j > SAFE, 0.0, size_j)
-            any_direct = tl.maximum(tl.max(size_i, 0), tl.max(size_j, 0)) > SAFE
-            row_counts = row_counts & (size_i <= SAFE)
-            key_counts = key_counts & (size_j <= SAFE)
-            small = small_tanh(
-                tl.maximum(tl.max(near_i, 0), tl.max(near_j, 0)),
-                extremes(query_rows.projections + (at_query + row0) * PROJECTIONS, ci, row_counts),
-                extremes(key_rows.projections + (at_key + key0) * PROJECTIONS, cj, key_counts),
+            any_direct, small = _forms(
+                query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, attended, BM, BN
             )
-
             padded = tl.multiple_of(padded, 4)
             a_rows = query_rows.exponential + at_query * padded
             a_rows += ri[:, :, None] * padded + f[None, None, :]  # [RM, TM, 4]

@@ -65,11 +65,11 @@ def row_block(keys: int) -> dict[str, int]:
     return {"BLOCK": 256, "num_warps": 2} if keys <= 4096 else {"BLOCK": 2048, "num_warps": 8}
 
 
-def gradient_tile(length: int) -> dict[str, int]:
+def gradient_tile(length: int, wide: bool = False) -> dict[str, int]:
     """For the passes over features: RX rows (or keys) by 2 RH features per thread, TX by TH
     threads."""
     if length > 16:
-        return {"RX": 2, "TX": 32, "RH": 4, "TH": 8, "num_warps": 8}
+        return {"RX": 2, "TX": 32, "RH": 2 if wide else 4, "TH": 8, "num_warps": 8}
     return {"RX": 1, "TX": 16, "RH": 4, "TH": 16, "num_warps": 8}
 
 
@@ -106,7 +106,6 @@ def location_tile(hidden: int, filters: int) -> dict[str, int]:
     }
 
 
-def correlation_tile(outputs: int, width: int) -> dict[str, int]:
-    """BF outputs by BX places of a correlation, TERMS added up at a time."""
-    BF = min(power_of_two(outputs), 32)
-    return {"BF": BF, "BX": min(power_of_two(max(width, 32)), 64), "TERMS": 64, "num_warps": 4}
+def correlation_tile(outputs: int) -> dict[str, int]:
+    """BF outputs by BX places of a correlation, TERMS of their sums at a time."""
+    return {"BF": 32 if outputs > 16 else 16, "BX": 32, "TERMS": 16, "num_warps": 4}
