@@ -26,6 +26,9 @@ class PlainMemory(NamedTuple):
     value: Tensor
     lengths: Tensor
 
+    def expand(self, beams: int) -> PlainMemory:
+        return PlainMemory(*(x.repeat_interleave(beams, dim=0) for x in self))
+
 
 class PlainAttention(nn.Module):
     """The same layer written out: the energies of all pairs at once, then mask and softmax."""
@@ -120,10 +123,8 @@ class Pronouncer(nn.Module):
         """
         batch, longest = len(letters), 2 * letters.shape[1] + 5
         encoded, state = self.encode(letters, lengths)
-        memory = self.attention.project(
-            encoded.repeat_interleave(beam, dim=0),
-            lengths=lengths.to(letters.device).repeat_interleave(beam),
-        )
+        # A word's beams share its keys, so choosing among them moves no key.
+        memory = self.attention.project(encoded, lengths=lengths.to(letters.device)).expand(beam)
         h, c = (part.repeat_interleave(beam, dim=1) for part in state)
         history = letters.new_full((batch * beam, 1), BOUNDARY)
         ended = torch.zeros(batch * beam, dtype=torch.bool, device=letters.device)
