@@ -3,7 +3,8 @@
 python -m tools.doc_tables
 
 A table stands between two comments, of which the first names the command that prints it:
-<!-- table: python -m benchmarks.table FILE.csv --> and <!-- end of table -->.
+<!-- table: python -m benchmarks.table FILE.csv --> and <!-- end of table -->. So do those of
+benchmarks.decoders.table.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import sys
 from pathlib import Path
 
 from benchmarks import table
+from benchmarks.decoders import table as decoders
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "speed.md"]
 TABLE = re.compile(
-    r"(<!-- table: python -m benchmarks\.table (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL
+    r"(<!-- table: python -m benchmarks\.(decoders\.)?table (.+?) -->\n).*?"
+    r"(<!-- end of table -->)",
+    re.DOTALL,
 )
 
 
@@ -28,15 +32,15 @@ def renewed(page: Path) -> str:
     """The text of a page with its tables made again."""
 
     def made_again(match: re.Match[str]) -> str:
-        sys.argv[1:] = match[2].split()
+        sys.argv[1:] = match[3].split()
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            table.main()
+            (decoders if match[2] else table).main()
         *runs, rows = printed.getvalue().strip().split("\n\n")
         lines = []
         for run in runs:
             path, machine = run.strip().split("\n")
             lines.append(f"- [{path}]({os.path.relpath(ROOT / path, page.parent)}): {machine}")
-        return f"{match[1]}\n{rows}\n\n" + "\n".join(lines) + f"\n\n{match[3]}"
+        return f"{match[1]}\n{rows}\n\n" + "\n".join(lines) + f"\n\n{match[4]}"
 
     return TABLE.sub(made_again, page.read_text(encoding="utf-8"))
 

@@ -46,7 +46,7 @@ def measure_case(
     found = measured(problem, budget, rounds)
     for provider, columns in found.items():
         yield about | {"provider": provider} | columns
-    if profile and case.group != "calls":
+    if profile and case.group in ("layers", "decoders"):
         for provider, run in problem.runs.items():
             for group, spent in split(run, by_operator=provider != "plain").items():
                 row = about | {"provider": provider, "group": group}
@@ -72,7 +72,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--group", choices=sorted({case.group for case in CASES.values()}))
+    groups = sorted({case.group for case in CASES.values()})
+    parser.add_argument("--group", nargs="+", choices=groups, default=groups)
+    parser.add_argument("--steps", type=int, help="steps of every decoder, if not its own")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9, help="samples of each provider")
     parser.add_argument("--budget", type=float, default=12.0, help="seconds per case")
@@ -83,8 +85,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick and args.save:
         parser.error("--quick measures other sizes than the files that git tracks")
-    if args.threads < 1 or args.rounds < 2 or not args.budget > 0:
-        parser.error("--threads and --budget are positive, --rounds at least 2")
+    if min(args.threads, args.steps or 1) < 1 or args.rounds < 2 or not args.budget > 0:
+        parser.error("--threads, --steps and --budget are positive, --rounds at least 2")
     require_kernels()
     torch.set_num_threads(args.threads)
 
@@ -93,9 +95,9 @@ def main() -> None:
     kept = rows.RESULTS / folder / "decoders.csv"
     local = table.LOCAL_DECODERS / f"{folder}-{stamp}.csv"
     path = args.output or (kept if args.save else local)
-    chosen = [CASES[name] for name in args.case]
-    if args.group:
-        chosen = [case for case in chosen if case.group == args.group]
+    chosen = [CASES[name] for name in args.case if CASES[name].group in args.group]
+    if args.steps:
+        chosen = [case.of_steps(args.steps) for case in chosen]
 
     def all_rows() -> Iterator[Row]:
         for case in chosen:
@@ -104,9 +106,9 @@ def main() -> None:
             yield from found
 
     rows.write(path, all_rows(), table.COLUMNS)
-    table.show(path, None, with_bars=True, split=False)
+    table.show(path, groups, with_bars=True, split=False)
     if args.split:
-        table.show(path, None, with_bars=False, split=True)
+        table.show(path, groups, with_bars=False, split=True)
 
 
 if __name__ == "__main__":

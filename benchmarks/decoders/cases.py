@@ -47,6 +47,14 @@ class Case:
             return self.make(*self.arguments)
         return self.make(*map(quick_size, self.arguments))
 
+    def of_steps(self, steps: int) -> Case:
+        """The same loop with so many steps; other cases have none."""
+        loop = self.arguments[0]
+        if not isinstance(loop, Loop):
+            return self
+        sizes = (*self.sizes[:4], steps)
+        return replace(self, sizes=sizes, arguments=(replace(loop, steps=steps),))
+
 
 def quick_size(argument: Any) -> Any:
     if isinstance(argument, Loop):
@@ -211,7 +219,12 @@ CALLS = [
 HOISTING = [
     Case(
         f"hoisting-{name}", f"keys projected at each step or once, as in {what}", "attention",
-        sizes, hoisting, sizes, (Bar("plain, keys at each step", 2.0),),
+        sizes, hoisting, sizes,
+        (
+            Bar("plain, keys at each step", 1.0, EACH),
+            Bar("plain, keys at each step", 1.5, "plain"),
+            Bar("plain, keys at each step", 2.0),
+        ),
         group="hoisting",
     )
     for name, what, sizes in (

@@ -110,6 +110,8 @@ class Decoder(nn.Module):
     def results(self, outputs: list[Tensor]) -> dict[str, Tensor]:
         found = {f"output {n}": each.detach() for n, each in enumerate(outputs)}
         for name, parameter in self.named_parameters():
+            if name.endswith("energy.bias"):  # cancels: its gradient is zero, or what is rounded
+                continue
             grad = parameter.grad
             found[f"gradient of {name}"] = torch.zeros_like(parameter) if grad is None else grad
         return found

@@ -59,7 +59,9 @@ def alternate(problem: Problem, budget: float, rounds: int) -> dict[str, Row]:
 
     counts = {}
     for name, run in problem.runs.items():
-        once = min(sample(run, 1)[1], sample(run, 1)[1])
+        once = sample(run, 1)[1]
+        if once < 0.5:
+            once = min(once, sample(run, 1)[1])
         counts[name] = max(1, round(0.05 / once))
     gc.collect()
     gc.disable()

@@ -2,7 +2,7 @@
 
 python -m benchmarks.decoders.table FILE.csv --group decoders
 python -m benchmarks.decoders.table FILE.csv --group layers --bars
-python -m benchmarks.decoders.table FILE.csv --group calls
+python -m benchmarks.decoders.table FILE.csv --group calls hoisting
 python -m benchmarks.decoders.table FILE.csv --split
 """
 
@@ -110,7 +110,9 @@ def calls_table(times: Times, with_bars: bool) -> list[list[str]]:
         for bar in CASES[name].bars:
             row = next(iter(providers.values()))
             other, ours = (milliseconds(providers, each) for each in (bar.other, bar.ours))
-            what = row["what"] + bar.ours.removeprefix("fused")
+            what = row["what"]
+            if bar.ours != "fused":
+                what += f": {bar.ours.removeprefix('fused, ')}"
             mode = "forward" if row["mode"] == "forward" else "forward + backward"
             cells = [what, sizes(row), bar.other, mode, duration(other), f"**{duration(ours)}**"]
             table.append([*cells, ratio(other, ours), *[f"{bar.ratio:g}x"] * with_bars])
@@ -137,17 +139,16 @@ def split_table(rows: Iterable[Row]) -> list[list[str]]:
     return table
 
 
-def show(path: Path, group: str | None, with_bars: bool, split: bool) -> None:
+def show(path: Path, groups: list[str], with_bars: bool, split: bool) -> None:
     rows = read(path)
     print(f"\n{os.path.relpath(path)}\n{machine_line(rows[0])}\n")
     if split:
-        print(markdown(split_table(rows)))
+        print(markdown(split_table(row for row in rows if CASES[row["case"]].group in groups)))
         return
-    names = [group] if group else sorted({CASES[row["case"]].group for row in rows})
-    for name in names:
+    for name in groups:
         times = times_of(row for row in rows if CASES[row["case"]].group == name)
         if times:
-            make: Any = calls_table if name == "calls" else loops_table
+            make: Any = loops_table if name in ("layers", "decoders") else calls_table
             print(markdown(make(times, with_bars)) + "\n")
 
 
@@ -165,7 +166,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", nargs="?", type=Path, help="the newest run by default")
-    parser.add_argument("--group", choices=sorted({case.group for case in CASES.values()}))
+    groups = sorted({case.group for case in CASES.values()})
+    parser.add_argument("--group", nargs="+", choices=groups, default=groups)
     parser.add_argument("--bars", action="store_true", help="with what is asked of each case")
     parser.add_argument("--split", action="store_true", help="where the time goes")
     args = parser.parse_args()
