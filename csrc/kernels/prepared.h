@@ -6,7 +6,7 @@
 //     wide    |k| <= safe     b = e^{2k}    (b - a) / (b + a), a = e^{-2q}    4 a b / (a + b)^2
 //     direct  otherwise       NaN           tanh(q + k) from the key itself
 //
-// (math.md, eq. 5 to 7 and 17.) `small` keeps the relative error of small energies, whatever the query is. The form of
+// (math.md, eq. 6, 7 and 21.) `small` keeps the relative error of small energies, whatever the query is. The form of
 // a key shows in its first feature: |c| < 1, and b is multiplied there by `lift`, which makes it more than 1. A pair
 // takes the direct form too where the query is out of the range of `wide`, and where query and key cancel. So the form
 // depends on this pair alone.
