@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from additive_attn import AdditiveAttention, additive_attention, additive_scores
+from additive_attn import (
+    AdditiveAttention,
+    CoverageAttention,
+    LocationSensitiveAttention,
+    additive_attention,
+    additive_scores,
+)
+from additive_attn.compat.speechbrain import LocationAwareAttention
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.location import location_features
 from additive_attn.ops.memory import lend
@@ -22,7 +29,10 @@ def ours(original: nn.Module) -> Any:
     if isinstance(original, PointerNetwork):
         return FusedPointerNetwork(original)
     assert isinstance(original, Attention)
-    return FusedLocation(original) if original.location is not None else FusedContent(original)
+    location = original.layer.location
+    if location is None:
+        return FusedContent(original)
+    return FusedSpeechBrain(original) if location.detached else FusedHistory(original)
 
 
 def zero_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,39 +86,65 @@ def features_of(original: Any, state: State) -> Tensor:
     )
 
 
-class FusedLocation:
-    """With a location term, inside the kernel."""
+class FusedHistory:
+    """With a location term or coverage: ``LocationSensitiveAttention``, ``CoverageAttention``."""
 
     def __init__(self, original: Attention) -> None:
         self.original: Any = original
+        layer, location = original.layer, original.layer.location
+        assert location is not None
+        sizes = layer.query_dim, layer.memory_dim, layer.hidden_dim
+        initial = "uniform" if location.uniform else "zeros"
+        self.attention: Any
+        if location.filters:
+            self.attention = LocationSensitiveAttention(
+                *sizes, filters=location.filters, kernel_size=location.kernel_size,
+                inputs=location.inputs, initial=initial, scale=layer.scale,
+            )  # fmt: skip
+            self.attention.location_conv = self.original.filters
+            self.attention.location_layer = self.original.location
+        else:
+            self.attention = CoverageAttention(*sizes, initial=initial, scale=layer.scale)
+            self.attention.coverage_layer = original.location
+        self.attention.query_layer = original.query
+        self.attention.key_layer = original.key
+        self.attention.energy_layer = original.energy
 
     def begin(self, memory: Tensor, lengths: Tensor) -> Any:
-        original = self.original
-        state = original.begin(memory, lengths)
-        bias = original.query.bias
-        if original.location.bias is not None:
-            bias = original.location.bias if bias is None else bias + original.location.bias
-        lent = lend(
-            state.key, state.value, zero_bias(original.energy.weight[0], original.energy.bias),
-            lengths=lengths[:, None], scale=original.layer.scale,
-            query_weight=original.query.weight, query_bias=bias,
-        )  # fmt: skip
-        return lent, original.location.weight.T, state
+        projected = self.attention.project(memory, memory, lengths)
+        return projected, self.attention.initial_state(projected)
 
     def step(self, query: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
-        lent, location_weight, last = state
-        original = self.original
-        location = features_of(original, last)
-        context, weights, _ = attend_step(
-            lent, query, location=location, location_weight=location_weight
-        )
-        if original.output is not None:
-            context = original.output(context)
-        return context, weights, (lent, location_weight, next_state(original, last, weights))
+        memory, last = state
+        context, weights, last = self.attention.step(query, memory, last)
+        return context, weights, (memory, last)
+
+
+class FusedSpeechBrain:
+    """SpeechBrain's layer, whose location term has a bias and takes no gradient."""
+
+    def __init__(self, original: Any) -> None:
+        layer, location = original.layer, original.layer.location
+        assert location is not None and layer.output_dim is not None
+        self.attention = LocationAwareAttention(
+            layer.memory_dim, layer.query_dim, layer.hidden_dim, layer.output_dim,
+            location.filters, location.kernel_size // 2, layer.scale,
+        )  # fmt: skip
+        self.attention.mlp_enc, self.attention.mlp_dec = original.key, original.query
+        self.attention.mlp_attn, self.attention.mlp_out = original.energy, original.output
+        self.attention.conv_loc, self.attention.mlp_loc = original.filters, original.location
+
+    def begin(self, memory: Tensor, lengths: Tensor) -> Any:
+        self.attention.reset()
+        return memory, lengths
+
+    def step(self, query: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+        context, weights = self.attention(*state, query)
+        return context, weights, state
 
 
 class FusedHeads:
-    """All heads in one call."""
+    """All heads in one call, as ``additive_attn.compat`` has ESPnet's."""
 
     def __init__(self, original: Heads) -> None:
         self.original, self.heads = original, original.each()
