@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 DRIVER = ROOT / "tests" / "kernels" / "kernel_driver.cpp"
+STEP_DRIVER = DRIVER.with_name("step_driver.cpp")
 COMPILERS = [os.environ.get("CXX"), "g++", "clang++"]
 COMPILER = next((c for c in COMPILERS if c and shutil.which(c)), None)
 FLAGS = ["-std=c++17", "-O1", "-g1", "-w", f"-I{CSRC}", "-pthread"]
@@ -55,7 +56,7 @@ def cache() -> Path:
     """For this compiler and these sources: workers, and later runs, share what is in it."""
     version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version + repr((FLAGS, MEMORY, THREADS, BASELINE_ONLY)).encode())
-    for source in (DRIVER, *sorted(CSRC.rglob("*.*"))):
+    for source in (DRIVER, STEP_DRIVER, *sorted(CSRC.rglob("*.*"))):
         digest.update(source.read_bytes())
     folder = ROOT / ".pytest_cache" / "kernel_driver" / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,9 +76,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def build(cache: Path, name: str, sources: list[Path], sanitizer: str) -> Path:
+def build(
+    cache: Path, name: str, sources: list[Path], sanitizer: str, driver: Path = DRIVER
+) -> Path:
     """The driver with these kernels, of which only the kernels are watched."""
-    program, folder = cache / name, cache / f"{name} objects"
+    program, folder = cache / f"{driver.stem} {name}", cache / f"{name} objects"
     with locked(cache):
         if program.exists():
             return program
@@ -87,18 +90,28 @@ def build(cache: Path, name: str, sources: list[Path], sanitizer: str) -> Path:
         command = [COMPILER, sanitizer, probe, "-o", folder / "probe"]
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip(f"{COMPILER} cannot build programs with {sanitizer}")
-        checker = cache / f"{DRIVER.stem}.o"
-        objects = [checker] if checker.exists() else compile_all([DRIVER], cache)
-        objects = [*objects, *compile_all(sources, folder, sanitizer)]
+        objects = [cache / f"{driver.stem}.o", *(folder / f"{s.stem}.o" for s in sources)]
+        if not objects[0].exists():
+            compile_all([driver], cache)
+        compile_all(
+            [s for s in sources if not (folder / f"{s.stem}.o").exists()], folder, sanitizer
+        )
         unfinished = folder / "driver"
         subprocess.run([COMPILER, *FLAGS, sanitizer, *objects, "-o", unfinished], check=True)
         return unfinished.rename(program)
 
 
+SOURCES = [CSRC / "dispatch.cpp", *sorted((CSRC / "targets").glob("*.cpp"))]
+
+
 @pytest.fixture(scope="session")
 def driver(cache: Path) -> Path:
-    sources = [CSRC / "dispatch.cpp", *sorted((CSRC / "targets").glob("*.cpp"))]
-    return build(cache, "memory", sources, MEMORY)
+    return build(cache, "memory", SOURCES, MEMORY)
+
+
+@pytest.fixture(scope="session")
+def step_driver(cache: Path) -> Path:
+    return build(cache, "memory", SOURCES, MEMORY, STEP_DRIVER)
 
 
 @pytest.fixture(scope="session")
@@ -128,6 +141,11 @@ def run(program: Path, kernels: str, *arguments: str) -> None:
 @pytest.mark.parametrize("kernels", ["baseline", "avx2", "avx512"])
 def test_results_and_memory(driver: Path, kernels: str) -> None:
     run(driver, kernels)
+
+
+@pytest.mark.parametrize("kernels", ["baseline", "avx2", "avx512"])
+def test_steps(step_driver: Path, kernels: str) -> None:
+    run(step_driver, kernels)
 
 
 def test_unknown_family_is_an_error(driver: Path) -> None:
