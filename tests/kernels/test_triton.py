@@ -274,6 +274,18 @@ def test_repeats_to_the_bit(queries):
             assert_same(ours[name], again[name], name)
 
 
+def test_backward_under_autocast():
+    """Some run backward there, and compiled graphs do: nothing is rounded to 16 bits."""
+    arguments = (*make((2,), 5, 9, 7, 5).values(), None, None, -1, -1, None, 0.0, 1.0)
+    outputs = dispatch.forward(*arguments, True)
+    arguments = (*outputs, *arguments, outputs[2], True, True, True, True, False)
+    expected = dispatch.backward(*arguments)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = dispatch.backward(*arguments)
+    for ours, other in zip(found, expected, strict=True):
+        assert_same(ours, other)
+
+
 def test_gradcheck():
     inputs = [x.requires_grad_() for x in make((), 2, 3, 3, 2, dtype=torch.float64).values()]
     assert torch.autograd.gradcheck(

@@ -79,8 +79,9 @@ def backward(*arguments: Any) -> Results:
     if p.entries and p.rows and p.keys:
         grad_out = None if upstream.out is None else _entries(upstream.out, p, 2)
         upstream, values = upstream._replace(out=grad_out), _entries(call.value, p, 2)
-        for piece in p.pieces(tiles.gradient_block(p.rows)):
-            _add_piece(p, piece, lse, values, upstream, sums)
+        with torch._C._DisableAutocast():  # products would be rounded to 16 bits
+            for piece in p.pieces(tiles.gradient_block(p.rows)):
+                _add_piece(p, piece, lse, values, upstream, sums)
     return _results(p, sums)
 
 
