@@ -1,5 +1,5 @@
-// Checks the kernels of a decoder's steps with a location term without torch, as kernel_driver.cpp does the others: every
-// buffer has exactly the size of its tensor, results are compared with plain loops in double precision, and three
+// Checks the kernels of a decoder's steps with a location term without torch, as kernel_driver.cpp checks the others:
+// every buffer has exactly the size of its tensor, results are compared with plain loops in double precision, and three
 // threads must agree with one in every bit.
 
 #include <algorithm>
