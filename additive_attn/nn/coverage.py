@@ -76,9 +76,9 @@ class CoverageAttention(HistoryAttention):
         )  # fmt: skip
         self.coverage_layer = nn.Linear(1, hidden_dim, bias=False, **factory)
 
-    def _features(self, state: AttentionState) -> Tensor:
+    def _location(self, state: AttentionState) -> tuple[Tensor, Tensor | None]:
         coverage = state.cumulative
-        return coverage.unsqueeze(-2) if coverage.dim() == 2 else coverage[None, None]
+        return coverage.unsqueeze(-2) if coverage.dim() == 2 else coverage[None, None], None
 
 
 def coverage_loss(weights: Tensor, coverage: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from additive_attn.ops.layer_checks import (
     refuse_memory,
     refuse_ranks,
 )
-from additive_attn.ops.memory import lend
+from additive_attn.ops.location import location_features
+from additive_attn.ops.memory import Lent, lend
 from additive_attn.spec.call import lse_dtype
 
 INITIAL = ("zeros", "uniform")
@@ -60,8 +61,9 @@ class HistoryAttention(ProjectingAttention):
             raise ValueError(f"initial is {initial!r}, but must be one of {INITIAL}.")
         self.initial = initial
 
-    def _features(self, state: AttentionState) -> Tensor:
-        """``(N, F, Lk)`` of a state ``(N, Lk)``, or ``(1, F, Lk)`` of one ``(Lk,)``."""
+    def _location(self, state: AttentionState) -> tuple[Tensor, Tensor | None]:
+        """Of a state ``(N, Lk)``: features ``(N, F, Lk)``, and None; or what filters make
+        features of ``(N, C, Lk)``, and the filters. Of a state ``(Lk,)``, N is 1."""
         raise NotImplementedError
 
     def forward(
@@ -135,27 +137,12 @@ class HistoryAttention(ProjectingAttention):
         lent, given = lent_of(self, memory), query
         if lent.source.query_weight is None:
             query = self._project("query", query)
-        features = self._features(state)
-        if alone:
-            features = features.squeeze(0)
         try:
             if split:
-                query, features = (x.unflatten(0, (-1, beams)) for x in (query, features))
-            term: Any = self._modules[self._term_layer]
-            bare, dtype = bare_parameters(term), lent.shared.weight.dtype
-            location: Tensor | None = None
-            weight: Tensor | None = None
-            if bare is not None and bare[1] is None:
-                location, weight = features.to(dtype), bare[0].t().to(dtype)
-            else:  # whatever has been made of it
-                key = lent.source.key + term(features.to(lent.source.weight.dtype).mT)
-                source = lent.source._replace(key=key, value=lent.source.value.to(key.dtype))
-                lent = lend(
-                    **source._asdict(), lengths=lent.lengths, attn_mask=lent.attn_mask,
-                    scale=self.scale, deferred=False,
-                )  # fmt: skip
+                query = query.unflatten(0, (-1, beams))
+            lent, location, weight, filters = self._term(lent, state, query.shape[:-1])
             context, weights, _ = attend_step(
-                lent, query, location=location, location_weight=weight,
+                lent, query, location=location, location_weight=weight, filters=filters,
                 dropout_p=self.dropout if self.training else 0.0,
             )  # fmt: skip
         except (RuntimeError, ValueError):
@@ -166,6 +153,32 @@ class HistoryAttention(ProjectingAttention):
         if split:
             context, weights = context.flatten(0, 1), weights.flatten(0, 1)
         return context, weights, AttentionState(weights, state.cumulative + weights)
+
+    def _term(
+        self, lent: Lent, state: AttentionState, batch: torch.Size
+    ) -> tuple[Lent, Tensor | None, Tensor | None, Tensor | None]:
+        """The memory, location, location_weight and filters that ``attend_step`` takes for queries
+        of this batch. Where tools have made something else of the term's layer, it is called, and
+        the memory's keys have the term already."""
+        location, filters = self._location(state)
+        layer: Any = self._modules[self._term_layer]
+        bare, dtype = bare_parameters(layer), lent.shared.weight.dtype
+        if (bare is None or bare[1] is not None) and filters is not None:
+            location, filters = location_features(location, filters), None
+        if len(batch) == 2:
+            location = location.unflatten(0, (-1, batch[-1]))
+        elif not batch:
+            location = location.squeeze(0)
+        if bare is not None and bare[1] is None:
+            filters = None if filters is None else filters.to(dtype)
+            return lent, location.to(dtype), bare[0].t().to(dtype), filters
+        key = lent.source.key + layer(location.to(lent.source.weight.dtype).mT)
+        source = lent.source._replace(key=key, value=lent.source.value.to(key.dtype))
+        lent = lend(
+            **source._asdict(), lengths=lent.lengths, attn_mask=lent.attn_mask, scale=self.scale,
+            deferred=False,
+        )  # fmt: skip
+        return lent, None, None, None
 
     def _check_state(self, state: Any, query: Tensor, memory: ProjectedMemory) -> None:
         if not isinstance(state, AttentionState):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from additive_attn.nn.history import AttentionState, HistoryAttention
 from additive_attn.nn.linear import bare_parameters
 from additive_attn.ops.layer_checks import checked_features
-from additive_attn.ops.location import location_features
 
 
 class LocationSensitiveAttention(HistoryAttention):
@@ -110,16 +109,15 @@ class LocationSensitiveAttention(HistoryAttention):
         )
         self.location_layer = nn.Linear(filters, hidden_dim, bias=False, **factory)
 
-    def _features(self, state: AttentionState) -> Tensor:
+    def _location(self, state: AttentionState) -> tuple[Tensor, Tensor | None]:
         inputs = torch.stack([getattr(state, name) for name in self.inputs], dim=-2)
         inputs = inputs.unsqueeze(0) if inputs.dim() == 2 else inputs
         conv: Any = self._modules["location_conv"]
         if _is_same_padded(conv):
             bare = bare_parameters(conv, nn.Conv1d)
             if bare is not None and bare[1] is None:
-                return location_features(inputs.to(bare[0].dtype), bare[0])
-        features: Tensor = conv(inputs.to(next(conv.parameters()).dtype))
-        return features
+                return inputs.to(bare[0].dtype), bare[0]
+        return conv(inputs.to(next(conv.parameters()).dtype)), None
 
 
 def _is_same_padded(conv: Any) -> bool:

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.checks import checked_probability
+from additive_attn.ops.location import location_features
 from additive_attn.ops.memory import Lent, Record, Shared, eager, running_pass, summed
 from additive_attn.ops.second_order import SingleLevelFunction, reduced
 from additive_attn.spec.call import Call, Inputs
@@ -27,6 +28,7 @@ def attend_step(
     *,
     location: Tensor | None = None,
     location_weight: Tensor | None = None,
+    filters: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attends with one query per entry.
@@ -35,30 +37,51 @@ def attend_step(
         query: ``(..., H)``, or ``(..., query_dim)`` where :func:`lend` got query_weight.
         location: ``(..., F, Lk)``, with location_weight ``(F, H)`` or ``(..., F, H)``: the sum
             over F of their products is added inside the tanh.
+        filters: ``(F, C, width)``, of which location ``(..., C, Lk)`` are the inputs then: the
+            features are made here, and again in backward, which keeps no ``(..., F, Lk)``.
         dropout_p: probability of dropping a weight.
 
     Returns:
         out ``(..., Dv)``, weights ``(..., Lk)`` before dropout, lse ``(...)``.
     """
     given = (query, location, location_weight)
-    if lent.prepared is None or not eager(given, lent.shared.weight):
+    if lent.prepared is None or not eager((*given, filters), lent.shared.weight):
+        if location is not None and filters is not None:
+            location = _each(location_features, location, filters)
         return _ordinary(lent, query, location, location_weight, dropout_p)
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
         dropout_p = checked_probability("dropout_p", dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0.0 else None
     if torch.is_grad_enabled() and (
-        lent.node is not None or any(x is not None and x.requires_grad for x in given)
+        lent.node is not None or any(x is not None and x.requires_grad for x in (*given, filters))
     ):
         outputs: tuple[Tensor, Tensor, Tensor] = _Step.apply(
-            lent, seed, dropout_p, *given, *lent.shared
+            lent, seed, dropout_p, *given, *lent.shared, filters
         )
         return outputs
     projected = _projected(query, lent.shared)
     with _below_autograd():
+        location = _features(location, filters)
         out, weights, lse = _operators.step(
             *_arguments(lent, projected, lent.shared, location, location_weight, seed, dropout_p)
         )
     return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
+
+
+def _each(function: Any, location: Tensor, *others: Any) -> Any:
+    """``function`` of location inputs with any leading dims."""
+    if location.dim() == 3:
+        return function(location, *others)
+    batch = location.shape[:-2]
+    made: Tensor = function(location.reshape(-1, *location.shape[-2:]), *others)
+    return made.view(*batch, *made.shape[1:])
+
+
+def _features(location: Tensor | None, filters: Tensor | None) -> Tensor | None:
+    if location is None or filters is None:
+        return location
+    made: Tensor = _each(_operators.location_features, location, filters)
+    return made
 
 
 def _projected(query: Tensor, shared: Shared) -> Tensor:
@@ -113,15 +136,15 @@ class _Step(SingleLevelFunction):
         ctx: Any, lent: Lent, seed: Tensor | None, dropout_p: float, query: Tensor,
         location: Tensor | None, location_weight: Tensor | None, *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        shared = Shared(*tensors)  # type: ignore[arg-type]
-        projected = _projected(query, shared)
+        shared = Shared(*tensors[:6])  # type: ignore[arg-type]
+        projected, features = _projected(query, shared), _features(location, tensors[6])
         out, weights, lse = _operators.step(
-            *_arguments(lent, projected, shared, location, location_weight, seed, dropout_p)
+            *_arguments(lent, projected, shared, features, location_weight, seed, dropout_p)
         )
         ctx.lent, ctx.dropout_p = lent, dropout_p
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            seed, query, location, location_weight, *shared, projected, weights, lse
+            seed, query, location, location_weight, *tensors, projected, weights, lse
         )
         return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
 
@@ -133,7 +156,7 @@ class _Step(SingleLevelFunction):
         if grad_out is None and grad_weights is None and grad_lse is None:
             return (None,) * len(needs)
         seed, query, location, location_weight, *tensors = ctx.saved_tensors
-        shared, (projected, weights, lse) = Shared(*tensors[:6]), tensors[6:]
+        shared, (filters, projected, weights, lse) = Shared(*tensors[:6]), tensors[6:]
         if torch.is_grad_enabled():
             return _differentiable(ctx, (grad_out, grad_weights, grad_lse))
         lent, batch = ctx.lent, weights.shape[:-2]
@@ -147,13 +170,14 @@ class _Step(SingleLevelFunction):
                 running.grad_key = shared.key.new_zeros(shape, dtype=lse.dtype)
             grad_key = running.grad_key
         grad_out = None if grad_out is None else grad_out.unsqueeze(-2)
+        features = _features(location, filters)
         grad_query, grad_scores, kept, grad_location, grad_location_weight, grad_weight = (
             _operators.step_backward(
                 grad_out,
                 None if grad_weights is None else grad_weights.unsqueeze(-2),
                 None if grad_lse is None else grad_lse.unsqueeze(-1),
                 *_arguments(
-                    lent, projected, shared, location, location_weight, seed, ctx.dropout_p
+                    lent, projected, shared, features, location_weight, seed, ctx.dropout_p
                 ),
                 weights, lse, grad_key,
             )
@@ -177,12 +201,21 @@ class _Step(SingleLevelFunction):
                 )
         if needs[3] and shared.query_weight is not None:
             grad_query = grad_query @ shared.query_weight
+        grad_filters = None
+        if features is not None and (needs[4] or needs[12]):
+            grad_location = reduced(grad_location, features)
+            if filters is not None:
+                grad_location, grad_filters = _operators.location_features_backward(
+                    grad_location.reshape(-1, *features.shape[-2:]),
+                    location.reshape(-1, *location.shape[-2:]), filters, needs[4], needs[12],
+                )  # fmt: skip
         return (
             None, None, None,
             grad_query if needs[3] else None,
-            reduced(grad_location, location) if needs[4] else None,
+            grad_location.view(location.shape) if needs[4] else None,
             reduced(grad_location_weight, location_weight) if needs[5] else None,
             None, None, None, None, None, None,
+            grad_filters if needs[12] else None,
         )  # fmt: skip
 
 
@@ -190,17 +223,18 @@ def _differentiable(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tens
     """All gradients at once, as those of an ordinary call, to be differentiated again."""
     seed, *tensors = ctx.saved_tensors
     # Views, since a query depends on what is shared through the steps before this one.
-    views: list[Any] = [None if x is None else x.view_as(x) for x in tensors[:9]]
+    views: list[Any] = [None if x is None else x.view_as(x) for x in tensors[:10]]
     query, location, location_weight = views[:3]
-    lent, shared = ctx.lent, Shared(*views[3:])
+    lent, shared, filters = ctx.lent, Shared(*views[3:9]), views[9]
+    features = location if filters is None else _each(location_features, location, filters)
     call = Call(
-        *_inputs(shared, query, location, location_weight), lent.attn_mask, lent.lengths,
+        *_inputs(shared, query, features, location_weight), lent.attn_mask, lent.lengths,
         seed=seed, dropout_p=ctx.dropout_p, scale=lent.scale,
     )  # fmt: skip
     out, weights, lse = attend(call, need_weights=True, score_bias=shared.score_bias)
     outputs = (out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1))
     given = [i for i, grad in enumerate(upstream) if grad is not None]
-    sources = (None, None, None, query, location, location_weight, *shared)
+    sources = (None, None, None, query, location, location_weight, *shared, filters)
     wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
     inputs: Any = [sources[i] for i in wanted]
     found = torch.autograd.grad(

@@ -444,6 +444,33 @@ def test_traced_and_exported(kind):
     assert_close(torch.jit.trace(model, given)(*given), expected)
 
 
+@EVERY
+def test_memory_of_the_steps(kind):
+    """Steps keep O(Lk + H + Dv) numbers per sequence: no (Lk, H), and no (F, Lk) of features."""
+    layer = build(kind, hidden=64)
+    if kind != "pointer" and kind != "attcov":
+        layer = type(layer)(D, K, 64, **KINDS[kind] | {"filters": 32})
+    memory = layer.project(torch.randn(2, 512, K))
+    shared = {x.untyped_storage().data_ptr() for x in (memory.key, memory.value)}
+    shared |= {x.untyped_storage().data_ptr() for x in layer.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in shared:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    query, state, steps = torch.randn(2, D), layer.initial_state(memory), 8
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        for _ in range(steps):
+            context, _, state = layer.step(query, memory, state)
+            query = query + context.sum(-1, keepdim=True)
+    kept = sum(storage.nbytes() for storage in saved.values())
+    # Weights, their sum, and both once more as the inputs of the filters.
+    assert kept <= steps * 2 * 4 * (4 * 512 + 4 * (64 + K)), kept
+
+
 def test_state_dict():
     layer = build("tacotron")
     assert {name: tuple(x.shape) for name, x in layer.state_dict().items()} == {
