@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_MULTIPLIERS = (0xCD9E8D57, 0xD2511F53)  # of the third and the first word
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
@@ -57,13 +57,20 @@ def keep_mask(
 
 def philox(seed: Tensor, block: Tensor, row: Tensor, entry: Tensor) -> tuple[Tensor, ...]:
     """The four random words of each counter, as int64 tensors in [0, 2^32)."""
-    # int64 products wrap modulo 2^64, which keeps both 32-bit halves right.
-    key0, key1 = seed & _WORD, (seed >> 32) & _WORD
-    c0, c1, c2, c3 = block, row, entry & _WORD, entry >> 32
-    for _ in range(_ROUNDS):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = ((product1 >> 32) & _WORD) ^ c1 ^ key0
-        c2 = ((product0 >> 32) & _WORD) ^ c3 ^ key1
-        c1, c3 = product1 & _WORD, product0 & _WORD
-        key0, key1 = (key0 + _WEYL[0]) & _WORD, (key1 + _WEYL[1]) & _WORD
-    return c0, c1, c2, c3
+    # int64 products wrap modulo 2^64, which keeps both 32-bit halves right. Few operations on both
+    # halves of the counter at once, since small calls pay for each.
+    c0, c1, c2, c3, like = torch.broadcast_tensors(block, row, entry & _WORD, entry >> 32, seed)
+    ones = (1,) * like.dim()
+    keys = torch.stack([seed, seed >> 32]).reshape(2, *ones[seed.dim() :], *seed.shape)
+    steps = torch.arange(_ROUNDS, device=seed.device).reshape(-1, 1, *ones)
+    weyl, multipliers = (
+        torch.tensor(pair, device=seed.device).reshape(2, *ones) for pair in (_WEYL, _MULTIPLIERS)
+    )
+    turned, others = torch.stack([c2, c0]), torch.stack([c1, c3])
+    for key in ((keys & _WORD) + steps * weyl).bitwise_and_(_WORD):
+        product = turned * multipliers
+        low = product & _WORD
+        both = product.bitwise_right_shift_(32).bitwise_and_(_WORD)
+        both = both.bitwise_xor_(others).bitwise_xor_(key)  # c0 and c2
+        turned, others = both.flip(0), low
+    return both[0], others[0], both[1], others[1]

@@ -290,7 +290,8 @@ def test_module_drops_in_training_only():
     same.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x, x)[0], same(x, x)[0])
     memory = layer.project(x)
-    assert torch.equal(layer.step(x[:, 0], memory)[0], same.step(x[:, 0], memory)[0])
+    # A memory of another layer is attended to by an ordinary call, which rounds otherwise.
+    torch.testing.assert_close(layer.step(x[:, 0], memory)[0], same.step(x[:, 0], memory)[0])
     layer.train()
     assert not torch.equal(layer.step(x[:, 0], memory)[0], same.step(x[:, 0], memory)[0])
 

@@ -62,9 +62,6 @@ def attend(
     out, weights, lse = formula(
         call.inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias
     )
-    if attended is not None and out.requires_grad:
-        # What comes from upstream to an empty row ends here, NaN too.
-        out = torch.where(attended.any(-1, keepdim=True), out, 0.0)
     batch = out.shape[:-2]
     if weights.shape[:-2] != batch:
         # Copies, for a caller may write to them.
@@ -124,10 +121,12 @@ def formula(
     need_lse: bool,
     differentiable: bool = False,
     score_bias: Tensor | None = None,
+    careful: bool = False,
     shield: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Any]:
-    """Equations 1 and 2. Masked pairs are computed with, and shielded in a second attempt if this
-    gave a number that is not finite."""
+    """Equations 1 and 2. Masked pairs are computed with, and rows are taken for occupied. Where
+    this gives a number that is not finite, a second attempt is ``careful`` with empty rows, and a
+    third one also shields masked pairs."""
     query, key, value, weight = inputs
     dtype = query.dtype
     if dtype.itemsize == 2:
@@ -136,15 +135,30 @@ def formula(
     if scale != 1.0:
         score = score * scale
     biased = score if attn_mask is None else add_bias(score, attn_mask)
-    weights = torch.softmax(biased, -1) if attended is None else softmax(biased, attended)
+    unmasked = None
+    if attended is None or careful:
+        weights = torch.softmax(biased, -1) if attended is None else softmax(biased, attended)
+    else:
+        biased = torch.where(attended, biased, -torch.inf)
+        weights = unmasked = torch.softmax(biased, -1)
+        if weights.requires_grad:
+            # The gradients of masked weights end here: huge values make them infinite.
+            weights = torch.where(attended, weights, 0.0)
     kept = weights if factors is None else weights * factors
     out = product(kept, value) if shield is None else weighted_sum(kept, value, shield)
-    if attended is not None and shield is None and not is_finite(score.sum() + out.sum()):
-        return formula(
-            inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias,
-            shield=attended,
-        )  # fmt: skip
-    lse = log_sum_exp(biased, attended) if need_lse else None
+    if attended is not None and shield is None:
+        total = score.sum() + out.sum()
+        if unmasked is not None and (unmasked is not weights or out.numel() == 0):
+            total = total + unmasked.sum()  # NaN where a row is empty
+        if not is_finite(total):
+            return formula(
+                inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias,
+                True, attended if careful else None,
+            )  # fmt: skip
+    if careful and attended is not None and out.requires_grad:
+        # What comes from upstream to an empty row ends here, NaN too.
+        out = torch.where(attended.any(-1, keepdim=True), out, 0.0)
+    lse = log_sum_exp(biased, attended if careful else None) if need_lse else None
     if dtype.itemsize == 2:
         out, weights = out.to(dtype), weights.to(dtype)
     return out, weights, lse
