@@ -141,6 +141,7 @@ class Prepared(NamedTuple):
     lent: Lent
     parameters: tuple[nn.Parameter | None, ...]
     state: tuple[int, ...]
+    trained: bool  # whether the lent form was made with gradients
 
     def is_of(self, layer: Any) -> bool:
         """Whether ``layer`` still has these parameters, unchanged, and steps may use them."""
@@ -153,6 +154,7 @@ class Prepared(NamedTuple):
             and all(map(operator.is_, parameters, self.parameters))
             and self.lent.scale == layer.scale
             and self.state == _state(parameters)
+            and (self.trained or not torch.is_grad_enabled())
         )
 
 
@@ -195,7 +197,9 @@ def prepare(layer: Any, memory: _Memory) -> Prepared | None:
         scale=layer.scale, query_weight=query_weight, query_bias=query_bias,
         score_bias=parameters[1],
     )  # fmt: skip
-    return None if lent.prepared is None else Prepared(lent, parameters, _state(parameters))
+    if lent.prepared is None:
+        return None
+    return Prepared(lent, parameters, _state(parameters), torch.is_grad_enabled())
 
 
 def step(
@@ -261,10 +265,10 @@ def _parameters(layer: Any) -> tuple[nn.Parameter | None, ...] | None:
 
 
 def _state(parameters: tuple[nn.Parameter | None, ...]) -> tuple[int, ...]:
-    """Changes where a parameter is written to or gets other memory."""
+    """Changes where a parameter is written to, gets other memory, or is frozen or no longer."""
     return tuple(
         number
         for x in parameters
         if x is not None
-        for number in (0 if x.is_inference() else x._version, x.data_ptr())
+        for number in (0 if x.is_inference() else x._version, x.data_ptr(), x.requires_grad)
     )

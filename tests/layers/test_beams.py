@@ -196,6 +196,25 @@ def test_sentences(name):
         call()
 
 
+@KINDS
+@pytest.mark.parametrize("frozen", ["memory", "layer"])
+def test_steps_of_a_frozen_memory_train_the_layer(kind, frozen):
+    """Projected without gradients, or before the layer was to be trained."""
+    layer, (key, _, query) = made(kind), inputs(2)
+    query, results = query[:2], []
+    layer.requires_grad_(frozen != "layer")
+    with torch.set_grad_enabled(frozen != "memory"):
+        memory = layer.project(key.detach())
+    layer.requires_grad_(True)
+    for each in (memory, memory._replace(key=memory.key)):
+        outputs = steps(layer, query, each, [torch.arange(2)] * 3)
+        wanted = [layer.query_layer.weight, layer.energy_layer.weight]
+        results.append(torch.autograd.grad(outputs[-1].square().sum(), wanted))
+    for ours, theirs in zip(*results, strict=True):
+        assert theirs.abs().sum() > 0
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_expanded_memories_follow_a_changed_layer():
     layer = made("tacotron")
     key, value, query = inputs()
