@@ -19,6 +19,23 @@ struct Rows {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// Keys and values may be stored in 16 bits, and are read as they lie.
+enum class Storage : int { computed, bfloat16, float16 };
+
+template <class T>
+struct StoredRows {
+  const void* data = nullptr;
+  const std::int64_t* offset = nullptr;
+  std::int64_t row = 0;
+  Storage storage = Storage::computed;
+
+  std::int64_t element() const { return storage == Storage::computed ? sizeof(T) : 2; }
+  const void* at(std::int64_t n, std::int64_t i) const {
+    return static_cast<const char*>(data) + (offset[n] + i * row) * element();
+  }
+  explicit operator bool() const { return data != nullptr; }
+};
+
 enum class MaskType { none, boolean, float16, bfloat16, float32, float64 };
 
 struct Mask {
@@ -41,9 +58,10 @@ template <class T>
 struct Problem {
   std::int64_t batch, queries, keys, hidden, values;  // B (flattened), Lq, Lk, H, Dv; Dv = 0 without values
   int threads;                                        // a hint for the size of the pieces; no result depends on it
-  Rows<const T> query, key, value, weight;            // weight has one row per entry
-  Rows<const T> prepared;                             // of a single row's keys (prepared.h); no data = none
-  Location<T> location;                               // of a single row
+  Rows<const T> query, weight;                        // weight has one row per entry
+  StoredRows<T> key, value;
+  StoredRows<T> prepared;  // of a single row's keys (prepared.h); no data = none
+  Location<T> location;    // of a single row
   Mask mask;
   Rows<const std::int64_t> lengths;  // element (n, i): leading keys that row i may attend to; no data = all
   std::int64_t left, right;          // keys i - left .. i + right; -1 = unbounded
@@ -100,7 +118,7 @@ struct LocationFeaturesBackward : LocationFeatures<T> {
 template <class T>
 struct PreparedKeys {
   std::int64_t batch, keys, hidden;
-  Rows<const T> key;
+  StoredRows<T> key;
   T* prepared;  // (B, Lk, H)
 };
 

@@ -51,6 +51,20 @@ struct Inputs {
     return {static_cast<const T*>(u.const_data_ptr()), offsets.back().data(), own == 2 ? row_stride(u) : 0};
   }
 
+  // Keys or values, as they lie where they are stored in 16 bits.
+  template <class T>
+  StoredRows<T> stored(const Tensor& t, const char* name) {
+    const bool half = is_half(t.scalar_type()) && sizeof(T) == sizeof(float);
+    const Rows<const T> r = half ? Rows<const T>{} : rows<T>(t, 2, name);
+    if (!half) return {r.data, r.offset, r.row};
+    STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU, but query is.");
+    held.push_back(t.size(-1) <= 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t));
+    const Tensor& u = held.back();
+    offsets.push_back(batch_offsets(batch, u, 2));
+    const Storage storage = u.scalar_type() == ScalarType::Half ? Storage::float16 : Storage::bfloat16;
+    return {u.const_data_ptr(), offsets.back().data(), row_stride(u), storage};
+  }
+
   static int64_t row_stride(const Tensor& t) { return t.size(-2) == 1 ? 0 : t.stride(-2); }
 
   // A tensor of rank two or less is aligned at its end, as broadcasting does.
@@ -101,10 +115,10 @@ struct Inputs {
                     " and ", a.weight.size(-1), ".");
     p.threads = static_cast<int>(torch::stable::get_num_threads());
     p.query = rows<T>(a.query, 2, "query");
-    p.key = rows<T>(a.key, 2, "key");
+    p.key = stored<T>(a.key, "key");
     if (a.value) {
       STD_TORCH_CHECK(a.value->size(-2) == p.keys, "value has ", a.value->size(-2), " rows for ", p.keys, " keys.");
-      p.value = rows<T>(*a.value, 2, "value");
+      p.value = stored<T>(*a.value, "value");
     }
     p.weight = rows<T>(a.weight, 1, "weight");
     if (a.attn_mask) p.mask = mask(*a.attn_mask, p.queries, p.keys);

@@ -14,7 +14,7 @@ Tensor prepare_as(const Tensor& key) {
   p.batch = static_cast<int64_t>(offsets.size());
   p.keys = key.size(-2);
   p.hidden = key.size(-1);
-  p.key = {static_cast<const T*>(same.const_data_ptr()), offsets.data(), Inputs::row_stride(same)};
+  p.key = {same.const_data_ptr(), offsets.data(), Inputs::row_stride(same)};
   p.prepared = data<T>(prepared);
   kernels().prepare(p, parallel_for);
   return prepared;
@@ -51,9 +51,7 @@ void fill_step(Problem<T>& p, const Arguments& a, Inputs& inputs, const std::opt
   // Plain PyTorch prepares nothing, and says so by an empty tensor.
   if (!prepared || (prepared->dim() == 1 && prepared->size(0) == 0) || p.hidden == 0) return;
   STD_TORCH_CHECK(sizes(*prepared) == sizes(a.key), "prepared must have the shape of key: prepare_keys(key).");
-  STD_TORCH_CHECK(prepared->scalar_type() == compute_type(inputs.type),
-                  "prepared has another dtype than prepare_keys(key).");
-  p.prepared = inputs.rows<T>(*prepared, 2, "prepared");
+  p.prepared = inputs.stored<T>(*prepared, "prepared");
 }
 
 template <class T>

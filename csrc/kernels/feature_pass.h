@@ -146,8 +146,7 @@ class FeaturePass {
         Vec<T> z[feature_vectors] = {};
         if (contributes) {
           T k[F];
-          pair_direct<T>(q + h, load_features(p.key.at(entry, key0 + j), first + h, k), g[j] * factors.early, z,
-                         sum_weight + h);
+          pair_direct<T>(q + h, load_key(key0 + j, first + h, k), g[j] * factors.early, z, sum_weight + h);
           for (int v = 0; v < feature_vectors; ++v) store(sum_query + h + v * L, load(sum_query + h + v * L) + z[v]);
         }
         if (p.grad_key) add_grad_key(key0 + j, first + h, z, ws.row0 == 0);
@@ -191,8 +190,9 @@ class FeaturePass {
     any_direct_ = any_direct_pair_ = false;
     for (std::int64_t j = 0; j < keys; ++j) {
       T copy[F];
-      if (j + keys_ahead < keys) prefetch(p.key.at(entry, key0 + j + keys_ahead) + h, F);
-      const T* k = load_features(p.key.at(entry, key0 + j), h, copy);
+      if (j + keys_ahead < keys)
+        __builtin_prefetch(static_cast<const char*>(p.key.at(entry, key0 + j + keys_ahead)) + h * p.key.element());
+      const T* k = load_key(key0 + j, h, copy);
       direct_j_[j] = out_of_range(k);
       any_direct_ = any_direct_ || direct_j_[j];
       for (int v = 0; v < feature_vectors; ++v)
@@ -241,7 +241,7 @@ class FeaturePass {
     Vec<T> z[feature_vectors];
     if (!any_direct_pair_) std::memset(sum_direct_, 0, 2 * gradient_keys * F * sizeof(T));
     any_direct_pair_ = true;
-    pair_direct<T>(q, load_features(p.key.at(entry, key0 + j), h, k), g, z, sum_weight);
+    pair_direct<T>(q, load_key(key0 + j, h, k), g, z, sum_weight);
     T* sum_key = sum_direct_ + gradient_keys * F + j * F;
     for (int v = 0; v < feature_vectors; ++v) {
       store(sum_query + v * L, load(sum_query + v * L) + z[v]);
@@ -294,6 +294,12 @@ class FeaturePass {
     if (h + F <= p.hidden) return row + h;
     for (int l = 0; l < F; ++l) copy[l] = h + l < p.hidden ? row[h + l] : T(0);
     return copy;
+  }
+
+  const T* load_key(std::int64_t j, std::int64_t h, T* copy) const {
+    if (p.key.storage == Storage::computed) return load_features(static_cast<const T*>(p.key.at(entry, j)), h, copy);
+    for (int l = 0; l < F; ++l) copy[l] = 0;
+    return stored_row(p.key, entry, j, h, std::min<std::int64_t>(F, p.hidden - h), copy);
   }
 
   void add_grad_key(std::int64_t j, std::int64_t h, const Vec<T>* z, bool overwrite) const {

@@ -2,8 +2,9 @@
 // 2021). Few query rows leave threads idle: then the keys are split too, and the parts are merged by their lse, in
 // order.
 
-constexpr std::int64_t tasks_wanted = 64;  // split the keys when there are fewer blocks of rows than this...
-constexpr std::int64_t split_keys = 2048;  // ...but into no shorter pieces than this
+constexpr std::int64_t values_widened = 16;  // keys whose values are widened at a time
+constexpr std::int64_t tasks_wanted = 64;    // split the keys when there are fewer blocks of rows than this...
+constexpr std::int64_t split_keys = 2048;    // ...but into no shorter pieces than this
 
 // The ranges of keys that blocks of rows are split into. Their number decides the order of the additions, so it is a
 // function of the shape alone.
@@ -105,8 +106,12 @@ class ForwardBlock {
 
   void add_values(std::int64_t key0, T* out) {
     if (p.values == 0) return;
-    const T* v = p.value.at(s.entry, key0);
-    const std::int64_t v_row = p.value.row;
+    if (s.complete && p.queries < gemm_row_block && p.value.storage != Storage::computed) {
+      for (std::int64_t j = 0; j < s.count; j += values_widened) add_few(key0, j, out);
+      return;
+    }
+    const T* v = reader.read(p.value, s.entry, key0, s.count, p.values);
+    const std::int64_t v_row = reader.row;
     if (!s.complete && !all_finite(v, v_row, s.count, p.values)) {
       // 0 * NaN: each row takes a copy in which its masked keys have no values, the same way as below.
       for (std::int64_t r = 0; r < s.rows; ++r) {
@@ -119,6 +124,19 @@ class ForwardBlock {
       return;
     }
     add_rows(0, s.rows, v, v_row, out);
+  }
+
+  // The same for few rows and values [j, j + values_widened) of the tile, which are widened into the cache.
+  void add_few(std::int64_t key0, std::int64_t j, T* out) {
+    const std::int64_t end = std::min(j + values_widened, s.count);
+    const T* v = reader.read(p.value, s.entry, key0 + j, end - j, p.values);
+    for (std::int64_t r = 0; r < s.rows; ++r) {
+      T *total = out + r * width, *tile = p.keys <= TK ? total : panels.get(s.rows * width) + r * width;
+      if (tile != total && j == 0) std::fill(tile, tile + width, T(0));
+      gemv<T>(s.scores + r * TK + j, v, reader.row, tile, p.values, end - j);
+      for (std::int64_t d = 0; d < width && tile != total && end == s.count; d += lanes<T>)
+        store(total + d, load(total + d) + load(tile + d));
+    }
   }
 
   // P V of rows [first, first + rows) of the tile. Each tile is summed apart, for a long sum in one float loses digits.
@@ -158,6 +176,7 @@ class ForwardBlock {
 
   ScoreBlock<T> s;
   Buffer<T> panels, shielded;
+  StoredReader<T> reader;
 };
 
 // Writes one row's results; `out` has been summed over all keys.

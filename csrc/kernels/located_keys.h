@@ -12,7 +12,7 @@ class LocatedKeys {
  public:
   static constexpr int L = lanes<T>;
 
-  LocatedKeys(const Rows<const T>& keys, const Location<T>& from, std::int64_t features)
+  LocatedKeys(const StoredRows<T>& keys, const Location<T>& from, std::int64_t features)
       : key(keys), location(from), hidden(features), width(round_up(features, 2 * L)), row(width + L) {}
 
   // Packs the weight M of entry n, unless it is there.
@@ -33,9 +33,10 @@ class LocatedKeys {
     constexpr int R = location_rows, V = location_vectors;
     load_location(key0, count);
     T* to = rows_memory_.get(location_keys * row);
+    const T* keys = reader_.read(key, entry, key0, count, hidden);
     for (std::int64_t j = 0; j < count; j += R) {
       const T* from[R];  // the last key stands for those beyond it
-      for (int r = 0; r < R; ++r) from[r] = key.at(entry, key0 + std::min(j + r, count - 1));
+      for (int r = 0; r < R; ++r) from[r] = keys + std::min(j + r, count - 1) * reader_.row;
       std::int64_t h = 0;
       for (; h + V * L <= hidden; h += V * L) block<V>(from, j, h, to);
       for (; h < width; h += L) block<1>(from, j, h, to);
@@ -43,7 +44,7 @@ class LocatedKeys {
     return to;
   }
 
-  const Rows<const T>& key;
+  const StoredRows<T>& key;
   const Location<T>& location;
   const std::int64_t hidden, width, row;
   std::int64_t entry = 0;
@@ -77,5 +78,6 @@ class LocatedKeys {
   }
 
   const T* packed_ = nullptr;
+  StoredReader<T> reader_;
   Buffer<T> weight_memory_, rows_memory_, location_memory_;
 };

@@ -45,10 +45,12 @@ void prepare_keys(const PreparedKeys<T>& p, const ParallelFor& parallel_for) {
   constexpr std::int64_t some = 64;
   const std::int64_t pieces = (p.keys + some - 1) / some;
   parallel_for(p.batch * pieces, some * p.hidden * 16, [&](Tasks& tasks) {
+    Buffer<T> copy;
     for (std::int64_t task; tasks.take(task);) {
       const std::int64_t n = task / pieces, key0 = task % pieces * some;
       for (std::int64_t j = key0; j < std::min(key0 + some, p.keys); ++j)
-        prepare_key(p.key.at(n, j), p.hidden, p.prepared + (n * p.keys + j) * p.hidden);
+        prepare_key(stored_row(p.key, n, j, 0, p.hidden, copy.get(p.hidden)), p.hidden,
+                    p.prepared + (n * p.keys + j) * p.hidden);
     }
   });
 }
@@ -91,11 +93,12 @@ class PreparedQuery {
   }
 
   // sum_h w_h t_h of one key.
-  T score(const T* prepared, const T* key) const {
+  T score(const Problem<T>& p, std::int64_t n, std::int64_t j) {
+    const T* prepared = prepared_row(p, n, j);
     const KeyForm form = form_of(prepared);
     if (form == small && is_clear<small>(prepared)) return join<small>(prepared);
     if (form == wide && is_clear<wide>(prepared)) return join<wide>(prepared);
-    return energy(query_, key, weight_, hidden);
+    return energy(query_, key_row(p, n, j), weight_, hidden);
   }
 
   void begin_slopes() {
@@ -104,11 +107,12 @@ class PreparedQuery {
     for (int form = 0; form < 3; ++form) sum_[form] = sums + form * width;
   }
   // Adds G (1 - t^2) of one key, but for what `finish_slopes` multiplies by.
-  void add_slopes(const T* prepared, const T* key, T g) {
+  void add_slopes(const Problem<T>& p, std::int64_t n, std::int64_t j, T g) {
+    const T* prepared = prepared_row(p, n, j);
     const KeyForm form = form_of(prepared);
     if (form == small) return slopes<small>(prepared, g);
     if (form == wide) return slopes<wide>(prepared, g);
-    direct_slopes(key, g);
+    direct_slopes(key_row(p, n, j), g);
   }
   // Adds a quarter of the sums of G (1 - t^2) to `to`.
   void finish_slopes(T* to) const {
@@ -126,6 +130,13 @@ class PreparedQuery {
   std::int64_t hidden = 0, width = 0;
 
  private:
+  const T* prepared_row(const Problem<T>& p, std::int64_t n, std::int64_t j) {
+    return prepared_ ? stored_row(p.prepared, n, j, 0, hidden, row_.get(width)) : nullptr;
+  }
+  const T* key_row(const Problem<T>& p, std::int64_t n, std::int64_t j) {
+    return stored_row(p.key, n, j, 0, hidden, row_.get(width));
+  }
+
   KeyForm form_of(const T* prepared) const {
     const KeyForm form = prepared_ ? key_form(prepared) : unprepared;
     return form == wide && !wide_fits_ ? unprepared : form;
@@ -214,5 +225,5 @@ class PreparedQuery {
   Vec<T> first_ = {};
   const T *query_ = nullptr, *weight_ = nullptr, *factor_[2] = {}, *offset_[2] = {};
   T* sum_[3] = {};  // of the slopes, for each form
-  Buffer<T> memory_, sums_;
+  Buffer<T> memory_, sums_, row_;
 };

@@ -39,12 +39,12 @@ class RowPass {
       for (int b = 0; b < tile_blocks; ++b) ws.attended[(at + r) * ws.blocks + block0 + b] = s.attended[r][b];
     }
     if (p.grad_out && p.values > 0) {
-      const T* v = p.value.at(n, key0);
+      const T* v = value_reader.read(p.value, n, key0, s.count, p.values);
       if (p.queries < gemm_row_block) {
         for (std::int64_t r = 0; r < rows; ++r)
           for (std::int64_t j = 0; j < s.count; ++j)
             if (s.attended[r][j / K])
-              grad[r * ws.keys + j] = dot(p.grad_out.at(n, row0 + r), v + j * p.value.row, p.values);
+              grad[r * ws.keys + j] = dot(p.grad_out.at(n, row0 + r), v + j * value_reader.row, p.values);
       } else {
         for (std::int64_t d0 = 0; d0 < p.values; d0 += values_cached)
           add_products(n, row0, rows, v, d0, std::min(values_cached, p.values - d0), grad);
@@ -59,8 +59,8 @@ class RowPass {
     const std::int64_t panel = round_up(count, group) * K;
     T* columns = value_columns.get(tile_blocks * panel);
     for (int b = 0; b * K < s.count; ++b)
-      pack_transposed<T>(v + b * K * p.value.row + d0, p.value.row, std::min<std::int64_t>(K, s.count - b * K), count,
-                         columns + b * panel, K, Unchanged<T>{});
+      pack_transposed<T>(v + b * K * value_reader.row + d0, value_reader.row,
+                         std::min<std::int64_t>(K, s.count - b * K), count, columns + b * panel, K, Unchanged<T>{});
     for (std::int64_t r = 0; r < rows; r += gemm_row_block) {
       const std::int64_t some = std::min<std::int64_t>(gemm_row_block, rows - r);
       for (int b = 0; b < tile_blocks; ++b) {
@@ -161,4 +161,5 @@ class RowPass {
   const Workspace<T>& ws;
   ScoreBlock<T> s;
   Buffer<T> value_columns;
+  StoredReader<T> value_reader;
 };

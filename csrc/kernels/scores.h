@@ -54,6 +54,7 @@ class ScoreBlock {
       return true;
     }
     bool form_used[forms] = {};
+    keys_ = key_reader_.read(p.key, entry, key0, count, p.hidden);
     choose_forms(key0, form_used);
     for (const Form f : {centred, difference, factored, direct})
       if (form_used[f] && !query_packed_[f]) pack_queries(f);
@@ -155,9 +156,8 @@ class ScoreBlock {
     for (std::int64_t j = 0; j < count; ++j) {
       if (!attended[0][j / K]) continue;
       // Where scores are compute-bound, the weighted sum is memory-bound: the values are prefetched here.
-      if (p.values > 0) prefetch(p.value.at(entry, key0 + j), p.values);
-      const T* prepared = p.prepared ? p.prepared.at(entry, key0 + j) : nullptr;
-      scores[j] = single_query_.score(prepared, p.key.at(entry, key0 + j));
+      if (p.values > 0) prefetch_stored(p.value, entry, key0 + j, p.values);
+      scores[j] = single_query_.score(p, entry, key0 + j);
     }
     finish_row(0, key0);
   }
@@ -173,8 +173,8 @@ class ScoreBlock {
       const T* rows = located_.rows(key0 + j, end - j);
       for (std::int64_t i = j; i < end; ++i, rows += located_.row) {
         // One by one: memory that is asked for in one burst is waited for.
-        if (p.values > 0) prefetch(p.value.at(entry, key0 + i), p.values);
-        if (key0 + i + location_keys < p.keys) prefetch(p.key.at(entry, key0 + i + location_keys), p.hidden);
+        if (p.values > 0) prefetch_stored(p.value, entry, key0 + i, p.values);
+        if (key0 + i + location_keys < p.keys) prefetch_stored(p.key, entry, key0 + i + location_keys, p.hidden);
         scores[i] = energy(p.query.at(entry, row0), rows, weight_.get(0), p.hidden);
       }
     }
@@ -190,9 +190,9 @@ class ScoreBlock {
   // The form of each row. A masked key must not matter, not even to the form.
   void choose_forms(std::int64_t key0, bool* form_used) {
     typename Simd<T>::Bits key_largest[TK], tile_largest = 0;
-    cancellation_.tile(p.key.at(entry, key0), p.key.row, count, key_largest);
+    cancellation_.tile(keys_, key_reader_.row, count, key_largest);
     for (std::int64_t j = 0; j < count; ++j) {
-      key_largest[j] = largest(p.key.at(entry, key0 + j), p.hidden);
+      key_largest[j] = largest(keys_ + j * key_reader_.row, p.hidden);
       tile_largest = std::max(tile_largest, key_largest[j]);
       cancellation_.take_key(j);
     }
@@ -223,7 +223,7 @@ class ScoreBlock {
     T* to = key_[f].get(slab * TK);
     for (int b = 0; b < tile_blocks; ++b)
       if (block_attended[b])
-        pack_keys(f, p.key.at(entry, key0 + b * K) + h0, p.key.row, std::min<std::int64_t>(K, count - b * K),
+        pack_keys(f, keys_ + b * K * key_reader_.row + h0, key_reader_.row, std::min<std::int64_t>(K, count - b * K),
                   std::min(p.hidden - h0, slab), to + b * K * slab);
   }
 
@@ -264,6 +264,8 @@ class ScoreBlock {
     }
   }
 
+  const T* keys_ = nullptr;  // of the tile
+  StoredReader<T> key_reader_;
   Form form_[most_rows];
   typename Simd<T>::Bits query_largest_[most_rows], weight_largest_ = 0;
   T normaliser_ = 1;

@@ -28,7 +28,9 @@ class StepPass {
       T weights[TK], grad[TK] = {};
       load_weights(n, key0, count, weights);
       for (std::int64_t j = 0; j < count && p.grad_out; ++j)
-        if (attended_[j]) grad[j] = dot(p.grad_out.at(n, 0), p.value.at(n, key0 + j), p.values);
+        if (attended_[j])
+          grad[j] =
+              dot(p.grad_out.at(n, 0), stored_row(p.value, n, key0 + j, 0, p.values, value_.get(p.values)), p.values);
       if (p.seed) {
         T keep[TK];
         dropout_factors(p, n, 0, key0, keep);
@@ -108,15 +110,14 @@ class StepPass {
     const T* g = p.grad_scores + n * p.keys;
     query_.begin_slopes();
     for (std::int64_t j = key0; j < std::min(key0 + TK, key_end); ++j)
-      if (g[j] != T(0))
-        query_.add_slopes(p.prepared ? p.prepared.at(n, j) : nullptr, p.key.at(n, j),
-                          shift == 0 ? g[j] : std::ldexp(g[j], -shift));
+      if (g[j] != T(0)) query_.add_slopes(p, n, j, shift == 0 ? g[j] : std::ldexp(g[j], -shift));
     query_.finish_slopes(sum_query);
   }
 
   const StepBackward<T>& p;
   bool attended_[TK];
   PreparedQuery<T> query_;
+  Buffer<T> value_;
 };
 
 template <class T>

@@ -6,7 +6,7 @@
 #define VECTOR_BYTES 32
 #define KERNELS_NAME "avx2"
 
-BEGIN_TARGET("avx2,fma")
+BEGIN_TARGET("avx2,fma,f16c")  // every processor with AVX2 has F16C
 namespace additive_attn {
 namespace avx2 {
 #include "all.inc"

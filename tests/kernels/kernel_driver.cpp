@@ -264,7 +264,9 @@ template <class T>
 void fill(Problem<T>& p, const Case& c, const Inputs<T>& in, int threads) {
   p.batch = c.batch, p.queries = c.queries, p.keys = c.keys, p.hidden = c.hidden, p.values = c.values;
   p.threads = threads;
-  p.query = in.query.view(), p.key = in.key.view(), p.value = in.value.view(), p.weight = in.weight.view();
+  p.query = in.query.view(), p.weight = in.weight.view();
+  const auto stored = [](const Rows<const T>& x) { return StoredRows<T>{x.data, x.offset, x.row}; };
+  p.key = stored(in.key.view()), p.value = stored(in.value.view());
   p.mask = in.mask.mask;
   p.lengths = c.lengths == Lengths::none ? Rows<const int64_t>{} : in.lengths.view();
   p.left = c.left, p.right = c.right;
