@@ -190,8 +190,7 @@ class FeaturePass {
     any_direct_ = any_direct_pair_ = false;
     for (std::int64_t j = 0; j < keys; ++j) {
       T copy[F];
-      if (j + keys_ahead < keys)
-        __builtin_prefetch(static_cast<const char*>(p.key.at(entry, key0 + j + keys_ahead)) + h * p.key.element());
+      if (j + keys_ahead < keys) prefetch_stored(p.key, entry, key0 + j + keys_ahead, F, h);
       const T* k = load_key(key0 + j, h, copy);
       direct_j_[j] = out_of_range(k);
       any_direct_ = any_direct_ || direct_j_[j];

@@ -205,7 +205,7 @@ class LocationPass {
     for (std::int64_t j = 0; j < count; ++j, rows += e.row) {
       if (g[j] == T(0)) continue;
       // Memory that is asked for in one burst is waited for: the next tile's keys, and dk of this one.
-      if (key0 + j + J < p.keys) prefetch(p.key.at(n, key0 + j + J) + h, F);
+      if (key0 + j + J < p.keys) prefetch_stored(p.key, n, key0 + j + J, F, h);
       if (p.grad_key) prefetch(p.grad_key + (n * p.keys + key0 + j) * p.hidden + h, F);
       Vec<T> x[feature_vectors], t[feature_vectors], s[feature_vectors];
       for (int v = 0; v < feature_vectors; ++v) x[v] = load(rows + v * L) + q[v];
