@@ -92,12 +92,16 @@ class PreparedQuery {
     first_[0] = T(1) / lift<T>;
   }
 
-  // sum_h w_h t_h of one key.
+  // sum_h w_h t_h of one key. Scores are compute-bound, the weighted sum is memory-bound: the value is fetched meanwhile,
+  // beside a prepared key a few lines at a time.
   T score(const Problem<T>& p, std::int64_t n, std::int64_t j) {
+    const char* value = p.values > 0 ? static_cast<const char*>(p.value.at(n, j)) : nullptr;
+    const std::int64_t bytes = p.values > 0 ? p.values * p.value.element() : 0;
     const T* prepared = prepared_row(p, n, j);
     const KeyForm form = form_of(prepared);
-    if (form == small && is_clear<small>(prepared)) return join<small>(prepared);
-    if (form == wide && is_clear<wide>(prepared)) return join<wide>(prepared);
+    if (form == small && is_clear<small>(prepared)) return join<small>(prepared, value, bytes);
+    if (form == wide && is_clear<wide>(prepared)) return join<wide>(prepared, value, bytes);
+    prefetch(value, bytes);
     return energy(query_, key_row(p, n, j), weight_, hidden);
   }
 
@@ -170,10 +174,16 @@ class PreparedQuery {
   }
 
   template <KeyForm form>
-  T join(const T* x) const {
+  T join(const T* x, const char* value, std::int64_t bytes) const {
+    const std::int64_t some = round_up(bytes * width_unit / width, 64);
+    const char* end = value + bytes;
     Vec<T> total = add<form, true>(x, 0);
     std::int64_t h = width_unit;
-    for (; h + width_unit <= hidden; h += width_unit) total += add<form, false>(x, h);
+    for (; h + width_unit <= hidden; h += width_unit, value += some) {
+      if (value < end) prefetch(value, std::min<std::int64_t>(some, end - value));
+      total += add<form, false>(x, h);
+    }
+    if (value < end) prefetch(value, end - value);
     if (h < hidden) total += add<form, true>(x, h);
     return sum<T>(total);
   }

@@ -155,8 +155,6 @@ class ScoreBlock {
     form_[0] = direct;
     for (std::int64_t j = 0; j < count; ++j) {
       if (!attended[0][j / K]) continue;
-      // Where scores are compute-bound, the weighted sum is memory-bound: the values are prefetched here.
-      if (p.values > 0) prefetch_stored(p.value, entry, key0 + j, p.values);
       scores[j] = single_query_.score(p, entry, key0 + j);
     }
     finish_row(0, key0);
