@@ -51,6 +51,8 @@ void fill_step(Problem<T>& p, const Arguments& a, Inputs& inputs, const std::opt
   // Plain PyTorch prepares nothing, and says so by an empty tensor.
   if (!prepared || (prepared->dim() == 1 && prepared->size(0) == 0) || p.hidden == 0) return;
   STD_TORCH_CHECK(sizes(*prepared) == sizes(a.key), "prepared must have the shape of key: prepare_keys(key).");
+  STD_TORCH_CHECK(prepared->scalar_type() == compute_type(inputs.type),
+                  "prepared has another dtype than prepare_keys(key).");
   p.prepared = inputs.stored<T>(*prepared, "prepared");
 }
 
