@@ -54,7 +54,6 @@ class Lease(NamedTuple):
     lent: Lent
     location_weight: Tensor | None = None  # (F, H)
     filters: Tensor | None = None  # (F, C, K)
-    query: tuple[Tensor, Tensor | None] | None = None  # a Linear that the lent memory has not
 
 
 class Leases:

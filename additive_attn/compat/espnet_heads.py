@@ -98,14 +98,15 @@ class _Heads(Cached):
         def build() -> Lease:
             pairs = energies or [energy_of(x, key.shape[-1], key) for x in self.gvec]
             lengths, attn_mask = masks(padding)
+            query_weight, query_bias = (None, None) if queries is None else _beside(queries)
             lent = lend(
                 key, value, torch.stack([vector(*x) for x in pairs]),
                 lengths=None if lengths is None else lengths.unsqueeze(1),
                 attn_mask=None if attn_mask is None else attn_mask.unsqueeze(1),
-                scale=float(scaling),
+                scale=float(scaling), query_weight=query_weight, query_bias=query_bias,
             )  # fmt: skip
             weights = None if dense is None else torch.stack([x[0].t() for x in dense])
-            return Lease(lent, weights, query=None if queries is None else _beside(queries))
+            return Lease(lent, weights)
 
         if owned:
             used = [x for pair in (*(energies or ()), *(queries or ())) for x in pair]
@@ -113,12 +114,10 @@ class _Heads(Cached):
             lease = leases(self).get((key, value, padding), used, scaling, build)
         else:
             lease = build()
-        if lease.query is None:
-            projected = torch.stack([x(query) for x in self.mlp_q], dim=1)
-        else:
-            projected = linear(query, *lease.query).unflatten(-1, (self.aheads, -1))
+        if queries is None:
+            query = torch.stack([x(query) for x in self.mlp_q], dim=1)
         out, weights, _ = attend_step(
-            lease.lent, projected, location=term,
+            lease.lent, query, location=term,
             location_weight=None if term is None else lease.location_weight,
         )  # fmt: skip
         return self.mlp_o(out.flatten(1)), list(weights.unbind(1))

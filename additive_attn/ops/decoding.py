@@ -34,7 +34,8 @@ def attend_step(
     """Attends with one query per entry.
 
     Args:
-        query: ``(..., H)``, or ``(..., query_dim)`` where :func:`lend` got query_weight.
+        query: ``(..., H)``, or ``(..., query_dim)`` where :func:`lend` got query_weight; its dims
+            are without heads where query_weight projects to all of them.
         location: ``(..., F, Lk)``, with location_weight ``(F, H)`` or ``(..., F, H)``: the sum
             over F of their products is added inside the tanh.
         filters: ``(F, C, width)``, of which location ``(..., C, Lk)`` are the inputs then: the
@@ -87,7 +88,9 @@ def _features(location: Tensor | None, filters: Tensor | None) -> Tensor | None:
 def _projected(query: Tensor, shared: Shared) -> Tensor:
     if shared.query_weight is None:
         return query
-    return linear(query, shared.query_weight, shared.query_bias)
+    projected = linear(query, shared.query_weight, shared.query_bias)
+    hidden = shared.key.shape[-1]
+    return projected if projected.shape[-1] == hidden else projected.unflatten(-1, (-1, hidden))
 
 
 def _arguments(
@@ -183,11 +186,17 @@ class _Step(SingleLevelFunction):
             )
         )  # fmt: skip
         grad_query = reduced(grad_query.squeeze(-2), projected)
+        rows = projected.expand(*batch, -1).unsqueeze(-2)
+        if (
+            shared.query_weight is not None
+            and grad_query.shape[-1] != shared.query_weight.shape[0]
+        ):
+            grad_query = grad_query.flatten(-2)  # of all heads
         if running is not None:
             content, weighs = location is None, needs[7] and grad_out is not None
             running.records.append(
                 Record(
-                    query=projected.expand(*batch, -1).unsqueeze(-2),
+                    query=rows,
                     grad_scores=grad_scores if content and (needs[6] or needs[8]) else None,
                     kept=None if not weighs else weights if seed is None else kept,
                     grad_out=grad_out if weighs else None,

@@ -83,7 +83,8 @@ def lend(
         lengths, attn_mask: int64 ``(..., 1)``; bool or float ``(..., 1, Lk)``, True = attend.
         scale: factor on the scores.
         query_weight, query_bias: of the Linear that projects the queries, ``(H, query_dim)`` and
-            ``(H,)``: their gradients come once for all steps too.
+            ``(H,)``: their gradients come once for all steps too. With ``heads`` as the last
+            leading dim of keys also ``(heads * H, query_dim)`` and ``(heads * H,)``.
         score_bias: takes part only to receive a zero gradient.
         deferred: whether gradients are deferred, where that applies. If not, every step is an
             ordinary call.

@@ -163,9 +163,10 @@ class FusedHeads:
             for name in ("key", "value")
         )
         weights = [zero_bias(head.energy.weight, head.energy.bias) for head in self.heads]
+        query_weight, query_bias = self.joined("query")
         lent = lend(
             key, value, torch.cat(weights), lengths=lengths[:, None, None],
-            scale=self.original.layer.scale,
+            scale=self.original.layer.scale, query_weight=query_weight, query_bias=query_bias,
         )  # fmt: skip
         location_weight = states = None
         if self.heads[0].location is not None:
@@ -173,11 +174,10 @@ class FusedHeads:
             uniform = (~padding).to(memory.dtype) / lengths[:, None]
             states = [State(key, value, padding, uniform, uniform)] * count
             location_weight = torch.stack([head.location.weight.T for head in self.heads])
-        return lent, self.joined("query"), location_weight, states
+        return lent, location_weight, states
 
     def step(self, query: Tensor, state: Any) -> tuple[Tensor, Any, Any]:
-        lent, projection, location_weight, states = state
-        query = linear(query, *projection).unflatten(-1, (len(self.heads), -1))
+        lent, location_weight, states = state
         location = None
         if states is not None:
             pairs = zip(self.heads, states, strict=True)
@@ -189,7 +189,7 @@ class FusedHeads:
             triples = zip(self.heads, states, weights.unbind(1), strict=True)
             states = [next_state(*triple) for triple in triples]
         output = self.original.output(context.flatten(1))
-        return output, weights, (lent, projection, location_weight, states)
+        return output, weights, (lent, location_weight, states)
 
 
 class FusedPointerNetwork:

@@ -115,9 +115,10 @@ void step(int64_t B, int64_t keys, int64_t H, int64_t F) {
   Array<T> gx[2] = {{B, F * keys, true}, {B, F * keys, true}}, gm[2] = {{B, F * H, true}, {B, F * H, true}};
   Array<T> gk[2] = {{B, keys * H}, {B, keys * H}};
   for (int64_t i = 0; i < gk[0].size; ++i) gk[0][i] = gk[1][i] = T(2);
+  const auto stored = [](const Rows<const T>& rows) { return StoredRows<T>{rows.data, rows.offset, rows.row}; };
   const auto fill = [&](Problem<T>& p) {
     p.batch = B, p.queries = 1, p.keys = keys, p.hidden = H, p.values = 1, p.threads = 1;
-    p.query = q.rows(H), p.key = k.rows(H), p.weight = w.rows(H), p.value = v.rows(1);
+    p.query = q.rows(H), p.key = stored(k.rows(H)), p.weight = w.rows(H), p.value = stored(v.rows(1));
     p.location.features = F, p.location.x = x.rows(keys), p.location.weight = m.rows(H);
     p.lengths = {lengths.get(), lengths.offset.data(), 0};
     p.left = p.right = -1, p.scale = T(0.5);

@@ -18,7 +18,11 @@ pytest.importorskip("triton", minversion="3.6")
 
 from additive_attn.backends import triton as package
 
-WITH_BARRIER = {("row_gradient_kernel", "scores"), ("forward_kernel", "scores")}
+WITH_BARRIER = {
+    ("row_gradient_kernel", "scores"),
+    ("forward_kernel", "scores"),
+    ("location_kernel", "grad_key"),
+}
 
 
 def functions(source):

@@ -108,7 +108,10 @@ def location_kernel(
         if grad_key is not None:
             to = grad_key + j[:, None].to(tl.int64) * hidden + h[None, :]
             stored = (j < last)[:, None] & inside[None, :]
-            tl.store(to, tl.load(to, mask=stored, other=0.0) + share, mask=stored)
+            total = tl.load(to, mask=stored, other=0.0) + share
+            # A gradient may lie in several threads.
+            tl.debug_barrier()
+            tl.store(to, total, mask=stored)
         x = tl.load(  # [BLOCK, FILTERS]
             location + j[:, None].to(tl.int64) * location_column + f[None, :] * location_row,
             mask=counts[:, None] & (f < filters)[None, :], other=0.0,
