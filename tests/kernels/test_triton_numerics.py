@@ -97,7 +97,9 @@ def test_nan_values_reach_query_and_key(bias, queries):
     assert (grads["key"][7] == 0).all()
 
 
-@pytest.mark.parametrize("queries,keys", [(1, 3000), (2, 1500)])
+@pytest.mark.parametrize(
+    "queries,keys", [pytest.param(1, 3000, marks=pytest.mark.sweep), (2, 1500)]
+)
 @pytest.mark.parametrize("equal", [False, True])
 def test_long_sums(equal, queries, keys):
     """The gradient through lse sums one sign over all keys."""
@@ -108,7 +110,9 @@ def test_long_sums(equal, queries, keys):
     check_against_plain([case], upstream_of=["lse"])
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in (1, 2))]
+)
 def test_few_features_of_a_large_spread(seed):
     """Nearly all tanh are saturated: the gradient is that of the few that are not."""
     cases = [make((2,), 15, 7, 3, 4, spread=30.0, seed=8 * seed + s) for s in range(8)]
