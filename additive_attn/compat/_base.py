@@ -77,7 +77,12 @@ class Leases:
         """The lease of these tensors, unchanged since it was built, or a new one."""
         floats = [x for x in (*sources, *parameters) if x is not None and x.is_floating_point()]
         # Under checkpointing a step is to do the same each time it runs.
-        if not eager(floats, floats[0]) or _saving(True) is not None:
+        # Inference tensors do not tell whether they have been written to.
+        if (
+            not eager(floats, floats[0])
+            or _saving(True) is not None
+            or any(x.is_inference() for x in sources)
+        ):
             return build()
         state = tuple(map(_state, (*sources, *parameters)))
         entry = self._entry
@@ -223,7 +228,7 @@ def vector(weight: Tensor, bias: Tensor | None) -> Tensor:
 def narrowed(lent: Lent, window: Tensor) -> Lent:
     """The same memory for one step that attends to fewer keys."""
     one = Lent()
-    for name in ("source", "shared", "lengths", "scale", "prepared", "node"):
+    for name in ("source", "shared", "lengths", "scale", "prepared", "node", "key_version"):
         setattr(one, name, getattr(lent, name))
     one.attn_mask = window if lent.attn_mask is None else lent.attn_mask & window
     return one

@@ -94,7 +94,7 @@ class ProjectedMemory(_Memory):
         """
         sequences = 1 if self.key.dim() == 2 else self.key.shape[0]
         _check_index(index, sequences * self.beams)
-        chosen = index // self.beams
+        chosen = index.long() // self.beams
         if index.numel() % self.beams:
             raise ValueError(
                 f"index has {index.numel()} entries, and a sequence has {self.beams} beams: give "

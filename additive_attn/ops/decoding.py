@@ -12,7 +12,7 @@ from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.checks import checked_probability
 from additive_attn.ops.location import location_features
-from additive_attn.ops.memory import Lent, Record, Shared, eager, running_pass, summed
+from additive_attn.ops.memory import Lent, Record, Shared, eager, running_pass, summed, version
 from additive_attn.ops.second_order import SingleLevelFunction, reduced
 from additive_attn.spec.call import Call, Inputs
 from additive_attn.spec.dropout import draw_seed
@@ -20,6 +20,7 @@ from additive_attn.spec.dropout import draw_seed
 _operators = torch.ops.additive_attn
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _will_run = torch._C._will_engine_execute_node
+_autocasts = torch._C._is_any_autocast_enabled
 
 
 def attend_step(
@@ -46,7 +47,7 @@ def attend_step(
         out ``(..., Dv)``, weights ``(..., Lk)`` before dropout, lse ``(...)``.
     """
     given = (query, location, location_weight)
-    if lent.prepared is None or not eager((*given, filters), lent.shared.weight):
+    if not _records(lent, (*given, filters)):
         if location is not None and filters is not None:
             location = _each(location_features, location, filters)
         return _ordinary(lent, query, location, location_weight, dropout_p)
@@ -67,6 +68,26 @@ def attend_step(
             *_arguments(lent, projected, lent.shared, location, location_weight, seed, dropout_p)
         )
     return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
+
+
+def _is_batch(upstream: Tensor | None) -> bool:
+    """Whether it stands for several gradients (``is_grads_batched=True``)."""
+    return upstream is not None and torch._C._functorch.is_legacy_batchedtensor(upstream)
+
+
+def _records(lent: Lent, given: tuple[Tensor | None, ...]) -> bool:
+    """Whether the step reads what was prepared, and may leave a record; if not, it is an ordinary
+    call. Under autocast a projection of queries that was lent without it would not be cast."""
+    return (
+        lent.prepared is not None
+        and eager(given, lent.shared.weight)
+        and version(lent.source.key) == lent.key_version
+        and not (
+            lent.shared.query_weight is not None
+            and _autocasts()
+            and torch.is_autocast_enabled(lent.shared.weight.device.type)
+        )
+    )
 
 
 def _each(function: Any, location: Tensor, *others: Any) -> Any:
@@ -149,7 +170,8 @@ class _Step(SingleLevelFunction):
         ctx.save_for_backward(
             seed, query, location, location_weight, *tensors, projected, weights, lse
         )
-        return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
+        # No views: a caller may write to the results.
+        return out.squeeze(-2).detach(), weights.squeeze(-2).detach(), lse.squeeze(-1).detach()
 
     @staticmethod
     def backward(
@@ -160,7 +182,7 @@ class _Step(SingleLevelFunction):
             return (None,) * len(needs)
         seed, query, location, location_weight, *tensors = ctx.saved_tensors
         shared, (filters, projected, weights, lse) = Shared(*tensors[:6]), tensors[6:]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or any(map(_is_batch, (grad_out, grad_weights, grad_lse))):
             return _differentiable(ctx, (grad_out, grad_weights, grad_lse))
         lent, batch = ctx.lent, weights.shape[:-2]
         running = None
@@ -228,6 +250,7 @@ class _Step(SingleLevelFunction):
         )  # fmt: skip
 
 
+@torch.enable_grad()
 def _differentiable(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """All gradients at once, as those of an ordinary call, to be differentiated again."""
     seed, *tensors = ctx.saved_tensors

@@ -49,7 +49,8 @@ class Lent:
     """What :func:`lend` returns: the shared tensors, as they came and as a step takes them."""
 
     __slots__ = (
-        "__weakref__", "attn_mask", "lengths", "node", "prepared", "scale", "shared", "source",
+        "__weakref__", "attn_mask", "key_version", "lengths", "node", "prepared", "scale",
+        "shared", "source",
     )  # fmt: skip
 
     source: Shared
@@ -58,6 +59,7 @@ class Lent:
     attn_mask: Tensor | None  # (..., 1, Lk)
     scale: float
     prepared: Tensor | None  # None: every step is an ordinary call
+    key_version: int  # of the keys that were prepared
     node: Any  # None: nothing shared needs a gradient
 
 
@@ -104,9 +106,15 @@ def lend(
         return lent
     if torch.is_grad_enabled():
         lent.shared, lent.node = _through_node(lent)
+    lent.key_version = version(lent.source.key)
     with torch.no_grad():
         lent.prepared = _operators.prepare_keys(shared.key.detach())
     return lent
+
+
+def version(tensor: Tensor) -> int:
+    """Changes where a tensor is written to; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _autocasted(shared: Shared) -> Shared:
@@ -196,7 +204,10 @@ class _Memory(SingleLevelFunction):
         ctx.passes = WeakValueDictionary()
         ctx.spent = False  # True after a backward pass, which may have freed the graph
         ctx.masking = lent.attn_mask, lent.lengths, lent.scale
-        ctx.save_for_backward(*shared)
+        # Not saved for backward, which would free them: a graph that has none above this node may
+        # be passed again for other steps. The steps save them, and see changes in place.
+        aliases: list[Any] = [None if x is None else x.detach() for x in shared]
+        ctx.shared = Shared(*aliases)
         # No views, whose errors after a change in place would name this function.
         return tuple(None if x is None else x.detach() for x in shared)
 
@@ -206,7 +217,7 @@ class _Memory(SingleLevelFunction):
         running = ctx.passes.get(_pass_number())
         if running is None or not (running.records or running.grad_key is not None):
             return (None, *incoming)
-        shared, needs = Shared(*ctx.saved_tensors), ctx.needs_input_grad[1:]
+        shared, needs = ctx.shared, ctx.needs_input_grad[1:]
         made = _shared_gradients(shared, needs, running, *ctx.masking)
         running.records.clear()
         gradients = (

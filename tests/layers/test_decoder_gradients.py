@@ -648,3 +648,68 @@ def test_autocast(passes):
             ours, expected, rtol=5e-2, atol=2e-2 * float(expected.abs().max())
         )
     assert passes == [T]
+
+
+@pytest.mark.parametrize("narrow", [None, torch.bfloat16], ids=str)
+def test_a_memory_made_outside_autocast(narrow):
+    layer = AdditiveAttention(D, H)
+    query, key, value, _ = (x.detach().to(torch.float32) for x in inputs())
+    memory = layer.project(key, value, dtype=narrow)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        context, weights = layer.step(query, memory)
+        context, _ = layer.step(query + context.sum(-1, keepdim=True), memory)
+    (context.float().sum() + weights.float().square().sum()).backward()
+    assert all(x.grad.isfinite().all() for x in layer.parameters())
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_keys_changed_in_place_are_seen(grad):
+    layer = AdditiveAttention(D, H, dtype=F64)
+    query, key, value, lengths = (x.detach() for x in inputs())
+    with torch.set_grad_enabled(grad):
+        memory = layer.project(key, value, lengths)
+        with torch.no_grad():
+            memory.key.add_(1.0)
+        expected = layer.step(query, memory._replace(key=memory.key))
+        torch.testing.assert_close(layer.step(query, memory), expected)
+
+
+def test_frozen_keys_need_no_retained_graph():
+    """Nothing above the memory's node is freed, so steps can be differentiated one by one."""
+    layer = AdditiveAttention(D, H, dtype=F64)
+    layer.key_layer.requires_grad_(False)
+    query, key, value, lengths = (x.detach() for x in inputs())
+    memory = layer.project(key, value, lengths)
+    separate = [layer.step(i * query, memory)[0].square().sum() for i in (1, 2)]
+    for loss in separate:
+        loss.backward()
+    layer.step(3 * query, memory)[0].square().sum().backward()
+    found = [x.grad.clone() for x in layer.parameters() if x.requires_grad]
+    layer.zero_grad()
+    memory = layer.project(key, value, lengths)
+    sum(layer.step(i * query, memory)[0].square().sum() for i in (1, 2, 3)).backward()
+    assert_gradients(found, [x.grad for x in layer.parameters() if x.requires_grad])
+
+
+def test_results_may_be_written_to():
+    layer = AdditiveAttention(D, H, dtype=F64)
+    query, key, value, lengths = inputs()
+    results = []
+    for in_place in (True, False):
+        context, _ = layer.step(query, layer.project(key, value, lengths))
+        context = context.mul_(2) if in_place else context * 2
+        results.append(torch.autograd.grad(context.square().sum(), [query, key, value]))
+    assert_gradients(*results)
+
+
+def test_batches_of_upstream_gradients():
+    layer = AdditiveAttention(D, H, dtype=F64)
+    query, key, value, lengths = inputs()
+    context, _ = layer.step(query, layer.project(key, value, lengths))
+    upstream = torch.randn(4, *context.shape, dtype=F64)
+    batched = torch.autograd.grad(
+        context, [query, key], upstream, is_grads_batched=True, retain_graph=True
+    )
+    for i, grad in enumerate(upstream):
+        single = torch.autograd.grad(context, [query, key], grad, retain_graph=True)
+        assert_gradients([x[i] for x in batched], single)
