@@ -42,6 +42,14 @@ def test_each_path_computes_alone(name, monkeypatch):
     assert paths.current() == paths.native() and dispatch.cpu_path() in (paths.native(), "neon")
 
 
+@pytest.mark.skipif(paths.native() not in paths.INSTRUCTION_SETS, reason="no compiled kernel")
+@pytest.mark.parametrize("name", sorted(dispatch.PLAIN))
+def test_the_library_has_every_operator(name):
+    """Where it lacked one, plain PyTorch would compute in its place, and nobody would know."""
+    for key in ("CPU", "CompositeExplicitAutograd"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"additive_attn::{name}", key)
+
+
 def test_a_path_that_computes_nothing_is_found_out():
     if "pytorch" not in paths.available()[1:]:
         pytest.skip("there is no other path")

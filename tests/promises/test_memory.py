@@ -110,3 +110,50 @@ def test_one_query_over_many_keys():
     extra = extra_megabytes(100_000, queries=1)
     # The gradients of key and value are two such matrices.
     assert extra < 3.5 * keys, f"{extra:.0f} MB"
+
+
+STEPS = """
+import sys, torch
+from additive_attn import AdditiveAttention
+torch.set_num_threads(2)
+ours, steps = sys.argv[1] == "ours", int(sys.argv[2])
+layer = AdditiveAttention(32, 256)
+key = torch.randn(4, 2000, 32)
+
+def resident(which):
+    with open("/proc/self/status") as f:
+        return int(f.read().split(which + ":")[1].split()[0]) / 1e3
+
+def decode(steps):
+    memory, state = layer.project(key), torch.randn(4, 32)
+    for _ in range(steps):
+        if ours:
+            context, _ = layer.step(state, memory)
+        else:
+            energy = torch.tanh(layer.query_layer(state)[:, None] + memory.key)
+            weights = layer.energy_layer(energy).squeeze(-1).softmax(-1)
+            context = (weights[:, None] @ key)[:, 0]
+        state = state + context
+    state.sum().backward()
+
+decode(2)
+before = resident("VmRSS")
+decode(steps)
+print(resident("VmHWM") - before)
+"""
+
+
+def step_megabytes(who: str, steps: int) -> float:
+    result = subprocess.run(
+        [sys.executable, "-c", STEPS, who, str(steps)],
+        capture_output=True, text=True, check=False, cwd=PACKAGE_PARENT,
+        env={**os.environ, "PYTHONPATH": PACKAGE_PARENT},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return float(result.stdout)
+
+
+def test_decoder_steps():
+    """A step keeps 0.15 MB of weights, scores and rows here; of keys or energies it would be 8."""
+    assert step_megabytes("plain", 60) > 60 * 8, "the measurement sees no energies"
+    assert step_megabytes("ours", 60) < 40 + 60 * 0.3
