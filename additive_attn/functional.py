@@ -88,11 +88,7 @@ def additive_attention(
         attn_mask, lengths, is_causal, window, dropout_p, scale,
         True if value is None else need_weights, None, need_lse, key_padding_mask, starts, bias,
     )  # fmt: skip
-    if value is None:
-        return (weights, lse) if need_lse else weights
-    if need_weights:
-        return (out, weights, lse) if need_lse else (out, weights)
-    return (out, lse) if need_lse else out
+    return _asked_for(out, weights, lse, value, need_weights, need_lse)
 
 
 def additive_attention_step(
@@ -138,6 +134,12 @@ def additive_attention_step(
         attn_mask, lengths, dropout_p, scale, True if value is None else need_weights, need_lse,
         key_padding_mask, starts, bias,
     )  # fmt: skip
+    return _asked_for(out, weights, lse, value, need_weights, need_lse)
+
+
+def _asked_for(
+    out: Tensor, weights: Tensor, lse: Tensor, value: Any, need_weights: bool, need_lse: bool
+) -> Any:
     if value is None:
         return (weights, lse) if need_lse else weights
     if need_weights:

@@ -6,6 +6,7 @@ the identity of those tensors, which are not held: their owner alone decides how
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from additive_attn.nn.linear import bare_parameters, energy_of
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.location import location_features
-from additive_attn.ops.memory import Lent, Shared, eager, lend
+from additive_attn.ops.memory import Lent, Shared, eager, lend, version
 
 _saving = torch._C._autograd._top_saved_tensors_default_hooks
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -131,7 +132,7 @@ def _state(x: Tensor | None) -> tuple[int, ...] | None:
     """Changes where a tensor is written to or gets other memory."""
     if x is None:
         return None
-    return 0 if x.is_inference() else x._version, x.requires_grad, x.data_ptr()
+    return version(x), x.requires_grad, x.data_ptr()
 
 
 def _revived(lease: Any) -> Lease | None:
@@ -227,9 +228,7 @@ def vector(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def narrowed(lent: Lent, window: Tensor) -> Lent:
     """The same memory for one step that attends to fewer keys."""
-    one = Lent()
-    for name in ("source", "shared", "lengths", "scale", "prepared", "node", "key_version"):
-        setattr(one, name, getattr(lent, name))
+    one = copy.copy(lent)
     one.attn_mask = window if lent.attn_mask is None else lent.attn_mask & window
     return one
 

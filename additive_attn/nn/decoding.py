@@ -17,7 +17,7 @@ from additive_attn.ops.layer_checks import (
     explain_projection,
     refuse_ranks,
 )
-from additive_attn.ops.memory import NARROW_MEMORY, Lent, lend
+from additive_attn.ops.memory import NARROW_MEMORY, Lent, lend, version
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -270,5 +270,5 @@ def _state(parameters: tuple[nn.Parameter | None, ...]) -> tuple[int, ...]:
         number
         for x in parameters
         if x is not None
-        for number in (0 if x.is_inference() else x._version, x.data_ptr(), x.requires_grad)
+        for number in (version(x), x.data_ptr(), x.requires_grad)
     )

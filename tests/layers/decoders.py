@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from oracle import error
 from torch import Tensor, nn
 
 from additive_attn import CoverageAttention, LocationSensitiveAttention
@@ -18,6 +20,21 @@ KINDS = {
     "pointer": dict(),
     "attcov": dict(initial="uniform", scale=2.0),
 }
+
+LENGTHS = [LK, 4, 0]
+EVERY = pytest.mark.parametrize("kind", KINDS)
+SOME = pytest.mark.parametrize("kind", ["attloc", "pointer"])
+
+
+def attended():
+    return torch.arange(LK) < torch.tensor(LENGTHS)[:, None]
+
+
+def assert_close(ours, theirs, tolerance=1e-12):
+    """Of the largest entry of each tensor, or of 1."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert error(a, b.double()) <= tolerance * max(1.0, b.abs().max().item())
 
 
 def build(kind: str, hidden: int = H, **options):

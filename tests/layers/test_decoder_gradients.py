@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from additive_attn import AdditiveAttention, PlainAdditiveAttention
-from additive_attn.ops import memory as engine
 
 B, LK, D, H, DV, T = 3, 7, 5, 8, 4, 4
 F64 = torch.float64
@@ -84,20 +83,6 @@ def assert_gradients(ours, plain):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """How many steps each pass over a memory served."""
-    found = []
-    gradients = engine._shared_gradients
-
-    def counted(shared, needs, running, *masking):
-        found.append(len(running.records))
-        return gradients(shared, needs, running, *masking)
-
-    monkeypatch.setattr(engine, "_shared_gradients", counted)
-    return found
 
 
 @pytest.mark.core

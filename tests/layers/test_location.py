@@ -4,43 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoders import KINDS, LK, B, D, Decoder, H, K, Plain, build, inputs, results
+from decoders import (
+    EVERY,
+    LENGTHS,
+    LK,
+    SOME,
+    B,
+    D,
+    Decoder,
+    H,
+    K,
+    Plain,
+    assert_close,
+    attended,
+    build,
+    inputs,
+    results,
+)
 from oracle import assert_same, error
 from torch import nn
 from torch.nn.functional import conv1d
 
 from additive_attn import LocationSensitiveAttention
-from additive_attn.ops import memory as engine
 from additive_attn.ops.location import location_features
-
-LENGTHS = [LK, 4, 0]
-EVERY = pytest.mark.parametrize("kind", KINDS)
-SOME = pytest.mark.parametrize("kind", ["attloc", "pointer"])
-
-
-def attended():
-    return torch.arange(LK) < torch.tensor(LENGTHS)[:, None]
-
-
-def assert_close(ours, theirs, tolerance=1e-12):
-    """Of the largest entry of each tensor, or of 1."""
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.shape == b.shape
-        assert error(a, b.double()) <= tolerance * max(1.0, b.abs().max().item())
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """How many steps each pass over a memory served."""
-    found = []
-    gradients = engine._shared_gradients
-
-    def counted(shared, needs, running, *masking):
-        found.append(len(running.records))
-        return gradients(shared, needs, running, *masking)
-
-    monkeypatch.setattr(engine, "_shared_gradients", counted)
-    return found
 
 
 def _flat(step):
