@@ -8,6 +8,7 @@ from additive_attn.nn.coverage import CoverageAttention, coverage_loss
 from additive_attn.nn.decoding import ProjectedMemory
 from additive_attn.nn.history import AttentionState
 from additive_attn.nn.location import LocationSensitiveAttention
+from additive_attn.nn.multihead import MultiheadAdditiveAttention
 from additive_attn.nn.plain import PlainAdditiveAttention
 from additive_attn.plot import plot_attention
 
@@ -18,6 +19,7 @@ __all__ = [
     "AttentionState",
     "CoverageAttention",
     "LocationSensitiveAttention",
+    "MultiheadAdditiveAttention",
     "PlainAdditiveAttention",
     "ProjectedMemory",
     "__version__",

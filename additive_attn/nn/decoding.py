@@ -153,7 +153,7 @@ class Prepared(NamedTuple):
             and len(parameters) == len(self.parameters)
             and all(map(operator.is_, parameters, self.parameters))
             and self.lent.scale == layer.scale
-            and self.state == _state(parameters)
+            and self.state == parameter_state(parameters)
             and (self.trained or not torch.is_grad_enabled())
         )
 
@@ -199,7 +199,7 @@ def prepare(layer: Any, memory: _Memory) -> Prepared | None:
     )  # fmt: skip
     if lent.prepared is None:
         return None
-    return Prepared(lent, parameters, _state(parameters), torch.is_grad_enabled())
+    return Prepared(lent, parameters, parameter_state(parameters), torch.is_grad_enabled())
 
 
 def step(
@@ -254,6 +254,9 @@ def _prepared_step(
 def _parameters(layer: Any) -> tuple[nn.Parameter | None, ...] | None:
     """Weight and bias of energy and query, and those of normalize; None unless the energy is that
     of a bare Linear. A query layer that is none projects at every step."""
+    own = getattr(layer, "_lent_parameters", None)
+    if own is not None:
+        return own()
     modules = layer._modules
     energy = bare_parameters(modules["energy_layer"])
     if energy is None:
@@ -264,7 +267,7 @@ def _parameters(layer: Any) -> tuple[nn.Parameter | None, ...] | None:
     return (*energy, *query, layer.energy_gain, layer.energy_offset)
 
 
-def _state(parameters: tuple[nn.Parameter | None, ...]) -> tuple[int, ...]:
+def parameter_state(parameters: tuple[nn.Parameter | None, ...]) -> tuple[int, ...]:
     """Changes where a parameter is written to, gets other memory, or is frozen or no longer."""
     return tuple(
         number

@@ -17,14 +17,14 @@ from additive_attn.ops.checks import (
 )
 
 
-def checked_features(name: str, count: int) -> int:
+def checked_features(name: str, count: int, what: str = "feature") -> int:
     if isinstance(count, bool) or not isinstance(count, Integral):
         raise TypeError(
             f"{name} is {count!r}, a {type(count).__name__}, but must be an integer, the number "
-            "of features."
+            f"of {what}s."
         )
     if count < 1:
-        raise ValueError(f"{name} is {count}, but a layer needs at least one feature.")
+        raise ValueError(f"{name} is {count}, but a layer needs at least one {what}.")
     return int(count)
 
 

@@ -40,7 +40,7 @@ def with_padding(
     if key_padding_mask.layout is not torch.strided:
         refuse_layouts(key_padding_mask=key_padding_mask)
     attended = key_padding_mask.logical_not().unsqueeze(-2)  # (B, 1, Lk), or (1, Lk)
-    return _narrowed(attn_mask, _below_heads(attended, batch))
+    return narrowed(attn_mask, _below_heads(attended, batch))
 
 
 def with_starts(
@@ -49,7 +49,7 @@ def with_starts(
     """``attn_mask`` narrowed to the keys from ``starts`` on."""
     starts = aligned_lengths(starts, key, batch, num_queries, "starts")
     keys = torch.arange(key.shape[-2], device=key.device)
-    return _narrowed(attn_mask, keys >= torch.atleast_1d(starts)[..., None])
+    return narrowed(attn_mask, keys >= torch.atleast_1d(starts)[..., None])
 
 
 def with_bias(attn_mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,7 +97,7 @@ def _below_heads(mask: Tensor, batch: Sequence[int]) -> Tensor:
     return mask
 
 
-def _narrowed(attn_mask: Tensor | None, attended: Tensor) -> Tensor:
+def narrowed(attn_mask: Tensor | None, attended: Tensor) -> Tensor:
     if attn_mask is None:
         return attended
     if attn_mask.dtype == torch.bool:

@@ -1,0 +1,96 @@
+"""A decoder's steps with several heads: gradients once for all steps, or an ordinary call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from additive_attn.nn.decoding import Prepared, ProjectedMemory, parameter_state
+from additive_attn.nn.heads import attend_heads, split
+from additive_attn.nn.linear import projected
+from additive_attn.ops.decoding import attend_step
+from additive_attn.ops.memory import NARROW_MEMORY, lend
+
+
+def prepare_heads(layer: Any, memory: ProjectedMemory) -> Prepared | None:
+    """Lends a memory with the parameters of all heads; None where tools have made others of them,
+    which every step must use."""
+    parameters = layer._lent_parameters()
+    if parameters is None or hasattr(layer, "unshard"):  # FSDP2 frees parameters between calls
+        return None
+    key, value, lengths, mask = memory
+    bias: Any = layer.in_proj_bias
+    weight: Any = layer.q_proj_weight
+    if weight is None:
+        weight = layer.in_proj_weight[: layer.hidden_dim]
+    if torch.is_autocast_enabled(key.device.type):
+        weight = bias = None  # each query is projected under autocast
+    if key.dim() == 3:
+        lengths = None if lengths is None else lengths.unsqueeze(1)
+        mask = None if mask is None else mask.unsqueeze(1)
+    lent = lend(
+        split(key, layer.num_heads), split(value, layer.num_heads), layer.energy_weight,
+        lengths=lengths, attn_mask=mask, query_weight=weight,
+        query_bias=None if bias is None else bias[: layer.hidden_dim],
+    )  # fmt: skip
+    if lent.prepared is None:
+        return None
+    return Prepared(lent, parameters, parameter_state(parameters), torch.is_grad_enabled())
+
+
+def step_heads(
+    layer: Any, query: Tensor, memory: ProjectedMemory, need_weights: bool, averaged: bool
+) -> tuple[Tensor, Tensor | None]:
+    """:meth:`MultiheadAdditiveAttention.step`."""
+    prepared, dropout_p = memory.prepared, layer.dropout if layer.training else 0.0
+    several = query.dim() == memory.key.dim()
+    # The weights after dropout come from the ordinary call alone.
+    one = memory.beams == 1 and not several and not (need_weights and dropout_p > 0.0)
+    if not (one and prepared is not None and prepared.is_of(layer)):
+        return _rows(layer, query, memory, several, dropout_p, need_weights, averaged)
+    if prepared.lent.source.query_weight is None:
+        query = layer._projected(query)[0].unflatten(-1, (layer.num_heads, -1))
+    out, weights, _ = attend_step(prepared.lent, query, dropout_p=dropout_p)
+    out = projected(layer._modules["out_proj"], out.flatten(-2))
+    if need_weights and averaged:
+        weights = weights.mean(dim=-2)
+    return out, weights if need_weights else None
+
+
+def _rows(
+    layer: Any, query: Tensor, memory: ProjectedMemory, several: bool, dropout_p: float,
+    need_weights: bool, averaged: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """A step as an ordinary call with a row per query."""
+    key, value, lengths, mask = memory
+    batched = key.dim() == 3
+    q = layer._projected(query)[0]
+    if not several:
+        q = q.unflatten(0, (-1, memory.beams)) if batched else q.unsqueeze(0)
+    if not batched:
+        q, key, value = q.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    if key.dtype != q.dtype and (key.dtype, q.dtype) in NARROW_MEMORY:
+        key, value = key.to(q.dtype), value.to(q.dtype)
+    out, weights = attend_heads(
+        q, key, value, layer.energy_weight,
+        None if mask is None else mask.reshape(-1, 1, 1, mask.shape[-1]),
+        None if lengths is None else lengths.reshape(-1, 1), False, dropout_p, need_weights,
+    )  # fmt: skip
+    out = projected(layer._modules["out_proj"], out.transpose(1, 2).flatten(-2))
+    weights = None if weights is None else _of_rows(weights, averaged, flat=not several)
+    out = out if several else out.flatten(0, 1)
+    if not batched:
+        return out.squeeze(0), None if weights is None else weights.squeeze(0)
+    return out, weights
+
+
+def _of_rows(weights: Tensor, averaged: bool, flat: bool) -> Tensor:
+    """Weights ``(N, heads, n, S)`` as ``(N, [heads,] n, S)``; or flat, of one query per beam, as
+    ``(N * n, [heads,] S)``."""
+    if averaged:
+        weights = weights.mean(dim=1)
+    elif flat:
+        weights = weights.transpose(1, 2)
+    return weights.flatten(0, 1) if flat else weights

@@ -1,0 +1,142 @@
+"""Heads beside each other: masks as nn.MultiheadAttention takes them, one call for all heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from additive_attn.ops.attend import masked_attention
+from additive_attn.ops.autograd import attend
+from additive_attn.ops.checks import is_readable
+from additive_attn.ops.head_checks import refuse_hint
+from additive_attn.ops.masking import narrowed
+from additive_attn.spec.call import Call
+from additive_attn.spec.formula import keep_factors
+
+
+def split(packed: Tensor, heads: int) -> Tensor:
+    """``(..., L, heads * n)`` as a view ``(..., heads, L, n)``."""
+    return packed.unflatten(-1, (heads, packed.shape[-1] // heads)).transpose(-3, -2)
+
+
+def merged_masks(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, heads: int
+) -> Tensor | None:
+    """Both masks as one, which broadcasts to ``(N, heads, L, S)``: bool, True = attend; or float,
+    to be added. They come with True = do not attend."""
+    pairs = padding = None
+    if attn_mask is not None:
+        pairs = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads))
+        pairs = ~pairs if pairs.dtype == torch.bool else pairs
+    if key_padding_mask is not None:
+        padding = key_padding_mask.reshape(batch, 1, 1, key_padding_mask.shape[-1])
+        padding = ~padding if padding.dtype == torch.bool else padding
+    if pairs is None or padding is None:
+        return padding if pairs is None else pairs
+    if pairs.dtype == padding.dtype == torch.bool:
+        return pairs & padding
+    if pairs.dtype == torch.bool:
+        return torch.where(pairs, padding, -torch.inf)
+    return (
+        torch.where(padding, pairs, -torch.inf) if padding.dtype == torch.bool else pairs + padding
+    )
+
+
+def is_causal_mask(
+    layer: Any, attn_mask: Tensor | None, key_padding_mask: Tensor | None, need_weights: bool
+) -> bool:
+    """Whether the hint ``is_causal`` may take the mask's place. It is believed where
+    nn.MultiheadAttention believes it; elsewhere the mask is read."""
+    if attn_mask is None:
+        refuse_hint()
+    if layer.bias_k is not None or layer.add_zero_attn:
+        return False  # the keys that are appended come after every query
+    if key_padding_mask is None and not need_weights:
+        return True
+    if attn_mask.dim() != 2 or not is_readable(attn_mask):
+        return False
+    later = torch.ones(attn_mask.shape, dtype=torch.bool).triu(1)
+    if attn_mask.dtype != torch.bool:
+        attn_mask = torch.where(later, attn_mask == -torch.inf, attn_mask != 0)
+    return torch.equal(attn_mask, later)
+
+
+def append_keys(
+    layer: Any, key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What add_bias_kv and add_zero_attn put after packed keys and values ``(N, S, n)``: every
+    query may attend to it. Lengths, ``(N,)`` or ``(N, 1)``, become a mask, since they would end
+    before it."""
+    if layer.bias_k is None and not layer.add_zero_attn:
+        return key, value, mask, lengths
+    size = key.shape[1]
+    if lengths is not None:
+        attended = torch.arange(size, device=key.device) < lengths.unsqueeze(-1)
+        attended = attended.unsqueeze(1) if lengths.dim() == 2 else attended[:, None, None]
+        mask = narrowed(mask, attended)
+    if layer.bias_k is not None:
+        shape = (key.shape[0], 1, -1)
+        key = torch.cat([key, layer.bias_k.to(key.dtype).expand(shape)], dim=1)
+        value = torch.cat([value, layer.bias_v.to(value.dtype).expand(shape)], dim=1)
+    if layer.add_zero_attn:
+        key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+    if mask is not None:
+        added = (0, key.shape[1] - size)
+        mask = F.pad(mask, added, value=True if mask.dtype == torch.bool else 0.0)
+    return key, value, mask, None
+
+
+def attend_heads(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, mask: Tensor | None,
+    lengths: Tensor | None, is_causal: bool, dropout_p: float, need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Of packed queries, keys and values ``(N, L, heads * n)``: out ``(N, heads, L, n)``, and the
+    weights ``(N, heads, L, S)`` after dropout, as nn.MultiheadAttention returns them."""
+    heads = weight.shape[0]
+    inputs = split(query, heads), split(key, heads), split(value, heads), weight
+    compute = attend_dropped if need_weights and dropout_p > 0.0 else attend
+    out, weights, _ = masked_attention(
+        inputs, mask, lengths, is_causal, None, dropout_p, 1.0, need_weights, compute=compute
+    )
+    return out, weights if need_weights else None
+
+
+def attend_dropped(call: Call, need_weights: bool, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``attend`` with the weights that multiplied the values."""
+    out, weights, lse = attend(call, need_weights, *options)
+    keep = torch.ops.additive_attn.keep_mask(
+        call.seed, weights.shape[:-2], *weights.shape[-2:], call.dropout_p
+    )
+    return out, weights * keep_factors(keep, call.dropout_p, weights.dtype), lse
+
+
+def padded(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Nested tensors ``(N, L*, E)`` with zeros after the end of each sequence; the lengths of
+    queries and of keys. A tensor that is passed twice stays one."""
+    made = {id(x): x.to_padded_tensor(0.0) for x in tensors.values()}
+    query, key = (_lengths(tensors[name]) for name in ("query", "key"))
+    return {name: made[id(x)] for name, x in tensors.items()}, query, key
+
+
+def _lengths(nested: Any) -> Tensor:
+    if nested.layout is torch.jagged:
+        lengths = nested.lengths()
+        return nested.offsets().diff() if lengths is None else lengths
+    sizes: Tensor = nested._nested_tensor_size()
+    return sizes[:, 0].to(nested.device)
+
+
+def nested_like(out: Tensor, nested: Any, lengths: Tensor) -> Tensor:
+    """``out (N, L, E)`` without its padding, nested as the queries are."""
+    made: Tensor
+    if nested.layout is torch.jagged and nested.lengths() is None:
+        # The same offsets: so it can be added to the queries.
+        kept = torch.arange(out.shape[1], device=out.device) < lengths.unsqueeze(-1)
+        made = torch.nested.nested_tensor_from_jagged(out[kept], nested.offsets())
+    else:
+        rows = [row[:count] for row, count in zip(out, lengths.tolist(), strict=True)]
+        made = torch.nested.as_nested_tensor(rows, layout=nested.layout)
+    return made

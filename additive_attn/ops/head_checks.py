@@ -1,0 +1,167 @@
+"""What does not fit a layer of several heads, told in the terms of nn.MultiheadAttention."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from additive_attn.ops.checks import INTEGERS
+from additive_attn.ops.layer_checks import explain_projection
+
+_NAME = "MultiheadAdditiveAttention"
+
+
+def check_division(name: str, features: int, num_heads: int) -> None:
+    if features % num_heads:
+        raise ValueError(
+            f"{name} is {features} and num_heads is {num_heads}, but {name} must be a multiple of "
+            "num_heads: every head has the same number of features."
+        )
+
+
+def check_heads(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Of a forward call: ``(L, E)``, or three dims in the order of ``batch_first``."""
+    q, k, v = query.shape, key.shape, value.shape
+    rank = len(q)
+    if not (2 <= rank <= 3 and len(k) == rank and len(v) == rank):
+        raise ValueError(
+            f"{_got(query, key, value)}, but all three must have 3 dims, "
+            f"{_order(layer)}, or all three 2, (L, E), unbatched."
+        )
+    _check_features(layer, query=query, key=key, value=value)
+    if k[:-1] != v[:-1]:
+        raise ValueError(
+            f"{_got(query, key, value)}, but each key belongs to one value: they may differ in "
+            "the last dim only."
+        )
+    if rank == 3:
+        at = 0 if layer.batch_first else 1
+        if q[at] != k[at]:
+            hint = f" If dim {1 - at} is the batch, pass batch_first={not layer.batch_first}."
+            raise ValueError(
+                f"{_got(query, key, value)}, but the batch (dim {at}, "
+                f"batch_first={layer.batch_first}) must be the same."
+                f"{hint if q[1 - at] == k[1 - at] else ''}"
+            )
+
+
+def _check_features(layer: Any, **tensors: Tensor) -> None:
+    wanted = {"query": "embed_dim", "key": "kdim", "value": "vdim"}
+    for name, tensor in tensors.items():
+        features = getattr(layer, wanted[name])
+        if tensor.shape[-1] != features:
+            raise ValueError(
+                f"{name} has {tensor.shape[-1]} features, but this layer was made for "
+                f"{wanted[name]}={features}."
+            )
+
+
+def check_memory(layer: Any, key: Tensor, value: Tensor) -> None:
+    """Of a call of ``project``."""
+    rank = key.dim()
+    if not (2 <= rank <= 3 and value.dim() == rank):
+        raise ValueError(
+            f"{_NAME}.project got key {tuple(key.shape)} and value {tuple(value.shape)}, but both "
+            f"must have 3 dims, {_order(layer)}, or both 2, (L, E), unbatched."
+        )
+    _check_features(layer, key=key, value=value)
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            f"{_NAME}.project got key {tuple(key.shape)} and value {tuple(value.shape)}, but each "
+            "key belongs to one value: they may differ in the last dim only."
+        )
+
+
+def check_step(layer: Any, query: Tensor, key: Tensor, value: Tensor, beams: int) -> None:
+    """Of a memory, whose keys and values are packed: ``(B, Lk, hidden_dim)``."""
+    found = (
+        f"{_NAME}.step got query {tuple(query.shape)} for a memory of keys {tuple(key.shape)} and "
+        f"values {tuple(value.shape)}"
+    )
+    rank, wanted = key.dim(), (layer.hidden_dim, layer.embed_dim)
+    if not 2 <= rank <= 3 or (key.shape[-1], value.shape[-1]) != wanted:
+        raise ValueError(f"{found}, but it needs a memory that this layer projected.")
+    if not rank - 1 <= query.dim() <= rank:
+        raise ValueError(
+            f"{found}, but it needs one query per sequence, (B, embed_dim), or several, (B, n, "
+            "embed_dim); of an unbatched memory (embed_dim,) or (n, embed_dim)."
+        )
+    _check_features(layer, query=query)
+    if rank == 3:
+        sequences = key.shape[0] * (beams if query.dim() == 2 else 1)
+        if query.shape[0] != sequences:
+            raise ValueError(
+                f"{found}, but it needs {sequences} queries: {beams} for each of the "
+                f"{key.shape[0]} sequences."
+            )
+
+
+def check_masks(
+    layer: Any, attn_mask: Any, key_padding_mask: Any, batch: int, scores: tuple[int, int],
+    batched: bool,
+) -> None:  # fmt: skip
+    """As nn.MultiheadAttention takes them."""
+    for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+        if mask is not None and not (
+            isinstance(mask, Tensor) and (mask.dtype == torch.bool or mask.is_floating_point())
+        ):
+            found = getattr(mask, "dtype", type(mask).__name__)
+            raise TypeError(
+                f"{name} is {found}, but must be None, a bool tensor (True = do not attend) or a "
+                "float one, which is added to the scores. Convert a 0/1 mask with .bool()."
+            )
+    heads = layer.num_heads
+    if attn_mask is not None and attn_mask.shape not in (scores, (batch * heads, *scores)):
+        raise ValueError(
+            f"attn_mask has shape {tuple(attn_mask.shape)}, but must be (L, S) = {scores} or (N * "
+            f"num_heads, L, S) = {(batch * heads, *scores)}."
+        )
+    if key_padding_mask is not None:
+        wanted = (batch, scores[1]) if batched else (scores[1],)
+        if key_padding_mask.shape != wanted:
+            raise ValueError(
+                f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, but must be "
+                f"{'(N, S)' if batched else '(S,), unbatched,'} = {wanted}."
+            )
+
+
+def refuse_hint() -> NoReturn:
+    raise ValueError(
+        "is_causal says what attn_mask is, as in nn.MultiheadAttention: it needs that mask too. "
+        "Pass attn_mask=nn.Transformer.generate_square_subsequent_mask(L)."
+    )
+
+
+def explain_projections(layer: nn.Module, **tensors: Tensor) -> None:
+    """Raises the sentence that tells why they could not be projected, if there is one."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in INTEGERS or tensor.shape:
+            explain_projection(layer, name, tensor, tensor.shape[-1])
+
+
+def check_nested(layer: Any, tensors: dict[str, Tensor], masked: bool) -> None:
+    plain = [name for name, x in tensors.items() if not x.is_nested]
+    if plain:
+        raise TypeError(
+            f"{_NAME} got nested tensors, but {', '.join(plain)} is none. Pass all three nested, "
+            "or pad them with .to_padded_tensor(0.0) and pass key_padding_mask."
+        )
+    if masked or not layer.batch_first:
+        what = "masks and is_causal" if masked else "batch_first=False"
+        raise ValueError(
+            f"{_NAME} got nested tensors with {what}, as nn.MultiheadAttention does not take "
+            "either. Pad them with .to_padded_tensor(0.0), and pass key_padding_mask."
+        )
+
+
+def _order(layer: Any) -> str:
+    return "(N, L, E)" if layer.batch_first else "(L, N, E)"
+
+
+def _got(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return (
+        f"{_NAME} got query {tuple(query.shape)}, key {tuple(key.shape)}, "
+        f"value {tuple(value.shape)}"
+    )
