@@ -55,12 +55,13 @@ class Lease(NamedTuple):
     lent: Lent
     location_weight: Tensor | None = None  # (F, H)
     filters: Tensor | None = None  # (F, C, K)
+    output: Tensor | None = None  # (out, heads * Dv): what contexts of all heads are projected by
 
 
 class Leases:
     """The last lease of a layer. A copy of the layer has none."""
 
-    __slots__ = ("_entry",)
+    __slots__ = ("__weakref__", "_entry")
 
     def __init__(self) -> None:
         self._entry: Any = None
@@ -111,7 +112,17 @@ class Leases:
         held = tuple(ref(x, end) for x in sources)
         graded = torch.is_grad_enabled()
         entry = self._entry = held, tuple(parameters), state, graded, scale, kept
+        if lease.output is not None and lease.output.requires_grad:
+            # A backward pass frees the graph that it was made by.
+            owner = ref(self)
+            lease.output.register_hook(lambda _: _forget(owner))
         return lease
+
+
+def _forget(owner: ref[Leases]) -> None:
+    found = owner()
+    if found is not None:
+        found._entry = None
 
 
 def _kept(lease: Lease) -> Any:

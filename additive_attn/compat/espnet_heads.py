@@ -1,6 +1,8 @@
 """ESPnet's attention with several heads: AttMultiHeadAdd, AttMultiHeadLoc. All heads are one call.
 
-ESPnet keeps a Linear per head. Their weights are put side by side once per sequence.
+ESPnet keeps a Linear per head. Their weights are put side by side once per sequence. Where it
+costs less, values are not projected: a step sums the memory itself, and one product takes the sums
+of all heads to the output.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ Affine = tuple[Tensor, Tensor | None]
 
 class _Heads(Cached):
     kept = ("h_length", "enc_h", "pre_compute_k", "pre_compute_v", "mask", "_stacked")
+    _values: list[Tensor] | None = None
+    _stacked: Any = None
     mlp_o: nn.Module
 
     def __init__(
@@ -57,29 +61,51 @@ class _Heads(Cached):
         self.han_mode = han_mode
         self.reset()
 
-    def begin(self, enc_hs_pad: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values ``(B, heads, Lk, n)``. ESPnet's names keep them too, a list of heads."""
-        if self.pre_compute_k is None or self.pre_compute_v is None or self.han_mode:
-            self.remember(enc_hs_pad)
-            k, v = (_projected(x, enc_hs_pad).transpose(1, 2) for x in (self.mlp_k, self.mlp_v))
-            self.pre_compute_k: Any = list(k.unbind(1))
-            self.pre_compute_v: Any = list(v.unbind(1))
-            self._stacked: Any = (self.pre_compute_k, self.pre_compute_v, k, v)
-        stacked = self.__dict__.get("_stacked")
+    @property
+    def pre_compute_v(self) -> list[Tensor] | None:
+        """Projected values, a list of heads: those of the steps, or made for who reads them."""
+        if self._values is not None or self.enc_h is None:
+            return self._values
+        return list(_projected(self.mlp_v, self.enc_h).unbind(-2))
+
+    @pre_compute_v.setter
+    def pre_compute_v(self, heads: list[Tensor] | None) -> None:
+        self._values = heads
+
+    def begin(self, enc_hs_pad: Tensor) -> tuple[Tensor, Tensor, list[Affine] | None]:
+        """Keys ``(B, heads, Lk, n)``, and projected values likewise. Or the memory ``(B, 1, Lk,
+        eprojs)`` for values, with the Linears that its sums pass: of the heads, then the output's.
+        ESPnet's names keep lists of heads."""
         if (
-            stacked is None
-            or stacked[0] is not self.pre_compute_k
-            or stacked[1] is not self.pre_compute_v
+            self.pre_compute_k is None
+            or (self._values is None and self.enc_h is None)
+            or self.han_mode
         ):
-            lists = self.pre_compute_k, self.pre_compute_v
-            stacked = self._stacked = (*lists, *(torch.stack(x, dim=1) for x in lists))
-        return stacked[2:]
+            self.remember(enc_hs_pad)
+            k = _projected(self.mlp_k, enc_hs_pad).transpose(1, 2)
+            self.pre_compute_k: Any = list(k.unbind(1))
+            self.pre_compute_v = None
+            self._stacked = self.pre_compute_k, None, k, enc_hs_pad.unsqueeze(1)
+        products = None
+        if self._values is None:
+            products = _affine([*self.mlp_v, self.mlp_o])
+            biased = products is None or any(bias is not None for _, bias in products)
+            if biased or self.eprojs > 2 * self.att_dim_v:
+                self.pre_compute_v, products = self.pre_compute_v, None
+        lists = self.pre_compute_k, self._values
+        stacked = self._stacked
+        if stacked is None or stacked[0] is not lists[0] or stacked[1] is not lists[1]:
+            keys, values = lists
+            k = stacked[2] if stacked and stacked[0] is keys else torch.stack(keys, dim=1)
+            v = self.enc_h.unsqueeze(1) if values is None else torch.stack(values, dim=1)
+            stacked = self._stacked = (*lists, k, v)
+        return stacked[2], stacked[3], products
 
     def attend(
         self, enc_hs_pad: Tensor, enc_hs_len: Lengths, dec_z: Tensor | None, scaling: float,
         inputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-        key, value = self.begin(enc_hs_pad)
+        key, value, products = self.begin(enc_hs_pad)
         query, padding = self.start(enc_hs_pad, dec_z), self.ignored(enc_hs_len)
         energies, queries = _affine(self.gvec), _affine(self.mlp_q)
         dense = term = None
@@ -106,11 +132,11 @@ class _Heads(Cached):
                 scale=float(scaling), query_weight=query_weight, query_bias=query_bias,
             )  # fmt: skip
             weights = None if dense is None else torch.stack([x[0].t() for x in dense])
-            return Lease(lent, weights)
+            return Lease(lent, weights, output=None if products is None else _product(products))
 
         if owned:
             used = [x for pair in (*(energies or ()), *(queries or ())) for x in pair]
-            used += [x[0] for x in dense or ()]
+            used += [x[0] for x in (*(dense or ()), *(products or ()))]
             lease = leases(self).get((key, value, padding), used, scaling, build)
         else:
             lease = build()
@@ -120,7 +146,9 @@ class _Heads(Cached):
             lease.lent, query, location=term,
             location_weight=None if term is None else lease.location_weight,
         )  # fmt: skip
-        return self.mlp_o(out.flatten(1)), list(weights.unbind(1))
+        out = out.flatten(1)
+        context = self.mlp_o(out) if lease.output is None else linear(out, lease.output)
+        return context, list(weights.unbind(1))
 
 
 class AttMultiHeadAdd(_Heads):
@@ -201,3 +229,10 @@ def _projected(modules: nn.ModuleList, x: Tensor) -> Tensor:
     if pairs is None:
         return torch.stack([module(x) for module in modules], dim=-2)
     return linear(x, *_beside(pairs)).unflatten(-1, (len(pairs), -1))
+
+
+def _product(pairs: list[Affine]) -> Tensor:
+    """``(out, heads * in)``: what a Linear per head and the Linear after them make together."""
+    *heads, after = (weight for weight, _ in pairs)
+    outputs = after.unflatten(1, (len(heads), -1)).transpose(0, 1)
+    return torch.bmm(outputs, torch.stack(heads)).transpose(0, 1).flatten(1)

@@ -11,6 +11,7 @@ O(T B (Lk + H + Dv)).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -253,15 +254,11 @@ def _shared_gradients(
             grad_weight = summed(grad_weight, weight_rows.sum_to_size(weight.shape))
     weighed = [record for record in records if record.kept is not None]
     if weighed and needs[1]:
-        kept = _rows([record.kept for record in weighed], value)
-        grad_out = _rows([record.grad_out for record in weighed], value)
+        kept = _value_rows([record.kept for record in weighed], value)
+        grad_out = _value_rows([record.grad_out for record in weighed], value)
         grad_value = reduced(kept.mT @ grad_out.to(kept.dtype), value)
-        if lengths is not None:
-            attended = torch.arange(key.shape[-2], device=key.device) < lengths
-            grad_value = _cleared(grad_value, attended)
-        if attn_mask is not None:
-            attended = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
-            grad_value = _cleared(grad_value, attended.squeeze(-2))
+        if grad_out.device.type != "cpu" or not math.isfinite(grad_out.sum().item()):
+            grad_value = _cleared(grad_value, attn_mask, lengths)
     if records and (needs[3] or needs[4]):
         grad_query = torch.cat([_flat(record.grad_query) for record in records])
         if needs[3]:
@@ -293,6 +290,17 @@ def _rows(steps: list[Any], memory: Tensor) -> Tensor:
     return rows
 
 
+def _value_rows(steps: list[Any], value: Tensor) -> Tensor:
+    """Likewise; the last leading dims that share values, such as heads, count as rows too."""
+    rows = steps[0] if len(steps) == 1 else torch.cat(steps, dim=-2)
+    batch, own, shared = rows.shape[:-2], value.shape[:-2], 0
+    while shared < len(batch) and (shared >= len(own) or own[-1 - shared] == 1):
+        shared += 1
+    left, ones = len(batch) - shared, (1,) * min(shared, len(own))
+    count = batch[left:].numel() * rows.shape[-2]
+    return rows.reshape(*batch[:left], *ones, count, rows.shape[-1])
+
+
 def _masks(
     attn_mask: Tensor | None, lengths: Tensor | None, key: Tensor, records: list[Record]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -308,12 +316,19 @@ def _masks(
     return attn_mask, lengths
 
 
-def _cleared(grad_value: Tensor, attended: Tensor) -> Tensor:
+def _cleared(grad_value: Tensor, attn_mask: Tensor | None, lengths: Tensor | None) -> Tensor:
     """0 at keys that no query may attend to: what comes from upstream ends there, NaN too."""
-    shape = grad_value.shape[:-1]
-    attended = attended.expand(torch.broadcast_shapes(attended.shape, shape))
-    reached = attended.to(grad_value.dtype).sum_to_size(shape) > 0
-    return torch.where(reached.unsqueeze(-1), grad_value, 0.0)
+    shape, masks = grad_value.shape[:-1], []
+    if lengths is not None:
+        masks.append(torch.arange(shape[-1], device=lengths.device) < lengths)
+    if attn_mask is not None:
+        attended = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
+        masks.append(attended.squeeze(-2))
+    for attended in masks:
+        attended = attended.expand(torch.broadcast_shapes(attended.shape, shape))
+        reached = attended.to(grad_value.dtype).sum_to_size(shape) > 0
+        grad_value = torch.where(reached.unsqueeze(-1), grad_value, 0.0)
+    return grad_value
 
 
 def summed(a: Tensor | None, b: Tensor) -> Tensor:

@@ -144,7 +144,8 @@ class FusedSpeechBrain:
 
 
 class FusedHeads:
-    """All heads in one call, as ``additive_attn.compat`` has ESPnet's."""
+    """All heads in one call, as ``additive_attn.compat`` has ESPnet's: a step sums the memory, and
+    one product takes the sums of all heads to the output."""
 
     def __init__(self, original: Heads) -> None:
         self.original, self.heads = original, original.each()
@@ -158,10 +159,8 @@ class FusedHeads:
 
     def begin(self, memory: Tensor, lengths: Tensor) -> Any:
         count = len(self.heads)
-        key, value = (
-            linear(memory, *self.joined(name)).unflatten(-1, (count, -1)).transpose(1, 2)
-            for name in ("key", "value")
-        )
+        key = linear(memory, *self.joined("key")).unflatten(-1, (count, -1)).transpose(1, 2)
+        value = memory.unsqueeze(1)
         weights = [zero_bias(head.energy.weight, head.energy.bias) for head in self.heads]
         query_weight, query_bias = self.joined("query")
         lent = lend(
@@ -174,10 +173,12 @@ class FusedHeads:
             uniform = (~padding).to(memory.dtype) / lengths[:, None]
             states = [State(key, value, padding, uniform, uniform)] * count
             location_weight = torch.stack([head.location.weight.T for head in self.heads])
-        return lent, location_weight, states
+        products = self.original.output.weight.unflatten(1, (count, -1)).transpose(0, 1)
+        output = torch.bmm(products, torch.stack([head.value.weight for head in self.heads]))
+        return lent, location_weight, output.transpose(0, 1).flatten(1), states
 
     def step(self, query: Tensor, state: Any) -> tuple[Tensor, Any, Any]:
-        lent, location_weight, states = state
+        lent, location_weight, output, states = state
         location = None
         if states is not None:
             pairs = zip(self.heads, states, strict=True)
@@ -188,8 +189,7 @@ class FusedHeads:
         if states is not None:
             triples = zip(self.heads, states, weights.unbind(1), strict=True)
             states = [next_state(*triple) for triple in triples]
-        output = self.original.output(context.flatten(1))
-        return output, weights, (lent, location_weight, states)
+        return linear(context.flatten(1), output), weights, (lent, location_weight, output, states)
 
 
 class FusedPointerNetwork:

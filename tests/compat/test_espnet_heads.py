@@ -18,9 +18,10 @@ LENGTHS = loops.lengths().tolist()
 CASES = {"AttMultiHeadAdd": (), "AttMultiHeadLoc": (3, 2)}
 
 
-def make(name: str, **options) -> nn.Module:
+def make(name: str, values: int = 4, **options) -> nn.Module:
+    """``values``: features of a projected value; so few that they are made, or not."""
     torch.manual_seed(0)
-    return getattr(espnet_heads, name)(*DIMS, *CASES[name], **options)
+    return getattr(espnet_heads, name)(*DIMS[:-1], values, *CASES[name], **options)
 
 
 class Plain(nn.Module):
@@ -64,16 +65,20 @@ def decode(layer: nn.Module, given: Inputs) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("values", [2, 4])
 @pytest.mark.parametrize("han_mode", [False, True])
-def test_formula(name, han_mode):
-    layer = make(name, han_mode=han_mode)
+def test_formula(name, values, han_mode):
+    layer = make(name, values, han_mode=han_mode)
     loops.check(layer, Plain(layer), decode)
 
 
-@pytest.mark.parametrize("changed", ["gvec", "mlp_q", "mlp_k", "mlp_att", "loc_conv"])
+@pytest.mark.parametrize(
+    "changed", ["gvec", "mlp_q", "mlp_k", "mlp_v", "mlp_o", "mlp_att", "loc_conv"]
+)
 def test_modules_that_tools_have_changed_are_called(changed):
     layer = make("AttMultiHeadLoc")
-    nn.utils.parametrizations.weight_norm(getattr(layer, changed)[1])
+    module = getattr(layer, changed)
+    nn.utils.parametrizations.weight_norm(module if changed == "mlp_o" else module[1])
     loops.check(layer, Plain(layer), decode)
 
 
@@ -87,6 +92,31 @@ def test_keys_that_a_caller_replaces():
         ours, _ = layer(given["memory"], LENGTHS, query, None)
         before, _ = other(given["memory"], LENGTHS, query, None)
     torch.testing.assert_close(ours, 2 * before)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_steps_after_a_backward_pass_for_the_output_alone(frozen):
+    """Its weight is multiplied by the values' once for all steps, in a graph that is freed."""
+    layer, given = make("AttMultiHeadAdd").double(), loops.inputs()
+    if frozen:
+        layer.requires_grad_(False).mlp_o.requires_grad_()
+    plain, found = Plain(layer), []
+    for one in (layer, plain):
+        one.reset()
+        for query in given["steps"][:2]:
+            context, _ = one(given["memory"], LENGTHS, query, None)
+            found += torch.autograd.grad(context.square().sum(), layer.mlp_o.weight)
+    torch.testing.assert_close(found[:2], found[2:])
+
+
+def test_upstream_nan_at_padding_ends_there():
+    layer, given = make("AttMultiHeadAdd"), loops.inputs(dtype=torch.float32)
+    memory = given["memory"].clone().requires_grad_()
+    context, _ = layer(memory, LENGTHS, given["steps"][0], None)
+    context.sum().mul(torch.nan).backward()
+    assert memory.grad is not None
+    padding = loops.padding()
+    assert (memory.grad[padding] == 0).all() and memory.grad[~padding].isnan().all()
 
 
 @pytest.mark.parametrize("name", CASES)

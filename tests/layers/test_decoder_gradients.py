@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from additive_attn import AdditiveAttention, PlainAdditiveAttention
+from additive_attn.ops.decoding import attend_step
+from additive_attn.ops.memory import lend
 
 B, LK, D, H, DV, T = 3, 7, 5, 8, 4, 4
 F64 = torch.float64
@@ -450,6 +452,21 @@ def test_queries_of_one_memory_count_as_its_rows():
                 total = total + state.square().sum() + weights.pow(2).sum()
             results.append(torch.autograd.grad(total, [query, key, value, *layer.parameters()]))
         assert_gradients(*results)
+
+
+@pytest.mark.parametrize("sizes", [(), (1,), (3,), (2, 1), (1, 1), (1, 3), (2, 3)], ids=str)
+def test_values_that_leading_dims_share(sizes):
+    """Such as heads: their gradient is one product over all that share them."""
+    torch.manual_seed(0)
+    key, value = torch.randn(2, 3, LK, H, dtype=F64), torch.randn(*sizes, LK, DV, dtype=F64)
+    weight, queries = torch.randn(3, H, dtype=F64), torch.randn(T, 2, 3, H, dtype=F64)
+    leaves = [x.requires_grad_() for x in (key, value, weight, queries)]
+    found = []
+    for deferred in (False, True):
+        lent = lend(key, value, weight, deferred=deferred)
+        outputs = torch.stack([attend_step(lent, query)[0] for query in queries])
+        found.append(torch.autograd.grad(outputs.sin().sum(), leaves))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_unbatched():
