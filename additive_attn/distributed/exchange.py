@@ -1,0 +1,169 @@
+"""What processes tell and send each other, by torch.distributed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def checked_group(mesh: Any) -> dist.ProcessGroup:
+    """The process group of a mesh of one dim that contains this process."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"mesh is a {type(mesh).__name__}, but must be a DeviceMesh of one dim. Make one with "
+            'torch.distributed.device_mesh.init_device_mesh("cpu", (processes,)).'
+        )
+    if mesh.ndim != 1:
+        name = (mesh.mesh_dim_names or ("name",))[-1]
+        raise ValueError(
+            f"mesh has {mesh.ndim} dims, of sizes {tuple(mesh.shape)}, but a sequence is sharded "
+            f'along one. Pass that dim of the mesh: mesh["{name}"].'
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            f"mesh holds the processes {mesh.mesh.tolist()}, and this is process "
+            f"{dist.get_rank()}. Call it on the processes of the mesh alone."
+        )
+    return mesh.get_group()
+
+
+def agree(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    common: dict[str, Any] | BaseException,
+    numbers: Sequence[int],
+) -> list[list[int]]:
+    """The numbers of every process. Raises on all processes unless what is ``common`` is equal on
+    all; a process that has failed already passes its exception, so that none waits for it."""
+    failed = isinstance(common, BaseException)
+    mine = f"{type(common).__name__}: {common}" if failed else common
+    digest = zlib.crc32(repr(mine).encode())
+    processes = dist.get_world_size(group)
+    told = torch.tensor([failed, digest, *numbers], dtype=torch.int64, device=device)
+    heard = told.new_empty(processes, told.numel())
+    dist.all_gather(list(heard), told, group=group)
+    rows: list[list[int]] = heard.tolist()
+    if any(row[0] for row in rows) or len({row[1] for row in rows}) > 1:
+        described: list[Any] = [None] * processes
+        dist.all_gather_object(described, mine, group=group)
+        if not failed:
+            _refuse(described)
+    return [row[2:] for row in rows]
+
+
+def _refuse(described: list[Any]) -> None:
+    """Raises on a process that has not failed itself."""
+    for process, said in enumerate(described):
+        if isinstance(said, str):
+            raise RuntimeError(f"Process {process} of the mesh stopped: {said}")
+    for name in described[0]:
+        given = [said[name] for said in described]
+        if any(x != given[0] for x in given):
+            found = ", ".join(f"{x} on process {i}" for i, x in enumerate(given))
+            raise ValueError(
+                f"The processes of the mesh must call with the same {name}, but got {found}."
+            )
+
+
+def packed(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Tensors (..., L, n) as one (L, features), so that a block is one message."""
+    rows = [x.movedim(-2, 0).flatten(1) for x in tensors if x is not None]
+    return torch.cat(rows, 1) if len(rows) > 1 else rows[0].contiguous()
+
+
+def unpacked(rows: Any, like: Sequence[Tensor | None]) -> list[Any]:
+    """The inverse, for tensors with the leading dims and features of ``like``."""
+    sizes = [0 if x is None else x[..., :1, :].shape[:-2].numel() * x.shape[-1] for x in like]
+    return [
+        None if x is None
+        else part.unflatten(1, (*x.shape[:-2], x.shape[-1])).movedim(0, -2)
+        for part, x in zip(rows.split(sizes, 1), like, strict=True)
+    ]  # fmt: skip
+
+
+def gathered(tensor: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """The tensors of all processes, which differ in their first dim, of these sizes."""
+    most = max(max(sizes), 1)
+    padded = tensor.new_zeros(most, *tensor.shape[1:])
+    padded[: tensor.shape[0]] = tensor
+    whole = tensor.new_empty(len(sizes), *padded.shape)
+    dist.all_gather(list(whole), padded, group=group)
+    return [x[:size] for x, size in zip(whole, sizes, strict=True)]
+
+
+class Exchange:
+    """A message to one process and one from another, under way; None = no message."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, send: tuple[int, Tensor] | None = None,
+        receive: tuple[int, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self._sent, self._received = send, receive  # held until they have arrived
+        operations = [
+            dist.P2POp(operation, message[1], group=group, group_peer=message[0])
+            for operation, message in ((dist.isend, send), (dist.irecv, receive))
+            if message is not None and message[1].numel()
+        ]
+        self._works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
+
+    def wait(self) -> Tensor | None:
+        for work in self._works:
+            work.wait()
+        self._sent = None
+        return None if self._received is None else self._received[1]
+
+
+class Ring:
+    """At step t a process sends to the process t places after it, and receives from the one t
+    places before it. What is not ``needed`` is not sent: ``needed(a, b)`` says whether process a
+    has a row that may attend to a key of process b."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, needed: Callable[[int, int], bool], sizes: Sequence[int]
+    ) -> None:
+        self.group, self.needed, self.sizes = group, needed, sizes
+        self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
+
+    def before(self, step: int) -> int:
+        return (self.rank - step) % self.processes
+
+    def after(self, step: int) -> int:
+        return (self.rank + step) % self.processes
+
+    def blocks(self, own: Sequence[Tensor]) -> Iterator[Any]:
+        """At step 0 the own block, then that of each process before; None where it is not needed.
+        The next one is under way meanwhile."""
+        message = packed(own) if self.processes > 1 else None
+        coming = self._coming(1, message)
+        yield own if self.needed(self.rank, self.rank) else None
+        for step in range(1, self.processes):
+            # Popped, so that the caller alone holds it, and can free it.
+            received = [coming.wait()]
+            coming = self._coming(step + 1, message)
+            yield None if received[0] is None else unpacked(received.pop(), own)
+
+    def _coming(self, step: int, own: Any) -> Exchange:
+        if step >= self.processes:
+            return Exchange(self.group)
+        after, before = self.after(step), self.before(step)
+        send = (after, own) if self.needed(after, self.rank) else None
+        receive = None
+        if self.needed(self.rank, before):
+            receive = before, own.new_empty(self.sizes[before], own.shape[1])
+        return Exchange(self.group, send, receive)
+
+    def give_back(self, step: int, gradient: Tensor | None, own: Tensor) -> Exchange:
+        """Sends the gradient of the block of this step to where the block came from, and receives
+        one of the own block."""
+        after = self.after(step)
+        return Exchange(
+            self.group,
+            None if gradient is None else (self.before(step), gradient),
+            (after, torch.empty_like(own)) if self.needed(after, self.rank) else None,
+        )

@@ -1,0 +1,291 @@
+"""context_parallel_additive_attention: shards of a sequence give what one process gives."""
+
+from __future__ import annotations
+
+import itertools
+import resource
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import make
+from torch.distributed.device_mesh import init_device_mesh
+
+from additive_attn import additive_attention
+from additive_attn.distributed import (
+    context_parallel_additive_attention,
+    shard_sequence,
+    unshard_sequence,
+)
+
+pytestmark = processes.available
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def leaves(inputs):
+    return {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+
+
+def whole(inputs, upstream, **options):
+    """Outputs and gradients in one process."""
+    torch.manual_seed(7)
+    x = leaves(inputs)
+    results = additive_attention(*x.values(), need_lse=True, **options)
+    return results, torch.autograd.grad(results, list(x.values()), upstream)
+
+
+def sharded(mesh, inputs, upstream, cut, **options):
+    """The same of this process's shard; the gradient of the weight is summed over all."""
+    torch.manual_seed(7 if mesh.get_rank() == 0 else 8)  # the seed is that of the first process
+    x = leaves({n: cut(t) if n != "weight" else t for n, t in inputs.items()})
+    results = context_parallel_additive_attention(*x.values(), mesh, need_lse=True, **options)
+    grads = torch.autograd.grad(results, list(x.values()), upstream)
+    dist.all_reduce(grads[-1])
+    return results, grads
+
+
+def compare(mesh, inputs, balanced=False, exchange="ring", tolerance=None, **options):
+    """Every process has the whole inputs, and compares its shard of all results."""
+    out_shape = (*torch.broadcast_shapes(*(x.shape[:-2] for x in list(inputs.values())[:3])),
+                 inputs["query"].shape[-2])  # fmt: skip
+    g = torch.Generator().manual_seed(1)
+    dtype = inputs["query"].dtype
+    upstream = [
+        torch.randn(*out_shape, inputs["value"].shape[-1], generator=g).to(dtype),
+        torch.randn(out_shape, generator=g).to(dtype if dtype == torch.float64 else torch.float32),
+    ]
+
+    def cut(x, dim=-2):
+        return shard_sequence(x, mesh, dim, balanced=balanced)
+
+    single = {k: v for k, v in options.items() if v is not None}
+    results, grads = whole(inputs, upstream, **single)
+    finite = results[1] > -torch.inf
+    upstream[1] = torch.where(finite, upstream[1], 0.0)
+    results, grads = whole(inputs, upstream, **single)
+    if (lengths := options.get("lengths")) is not None and lengths.dim() > 1:
+        options = {**options, "lengths": cut(lengths, -1)}
+    ours, our_grads = sharded(
+        mesh, inputs, [cut(upstream[0]), cut(upstream[1], -1)], cut, balanced=balanced,
+        exchange=exchange, **options,
+    )  # fmt: skip
+    tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
+    expected = [cut(results[0]), cut(results[1], -1), *map(cut, grads[:3]), grads[3]]
+    names = ["out", "lse", "query", "key", "value", "weight"]
+    for name, mine, right in zip(names, [*ours, *our_grads], expected, strict=True):
+        scale = max(1.0, right[right.isfinite()].abs().max().item() if right.numel() else 0.0)
+        torch.testing.assert_close(
+            mine,
+            right,
+            atol=tolerance * scale,
+            rtol=0,
+            msg=lambda m, n=name: f"{n}, {options}: {m}",
+        )
+
+
+def check_masks(mesh, folder):
+    """By global position, in both layouts, on the ring."""
+    inputs = make((2,), 37, 37, 8, 6, dtype=torch.float64)
+    lengths = torch.tensor([30, 9])
+    rows = torch.randint(0, 38, (2, 37), generator=torch.Generator().manual_seed(3))
+    masks = [
+        {}, {"is_causal": True}, {"window": (5, 2)}, {"window": (3, -1), "is_causal": True},
+        {"window": (-1, 0), "lengths": lengths}, {"lengths": lengths}, {"lengths": rows},
+        {"lengths": lengths, "starts": torch.tensor([4, 9])}, {"window": (0, 0)},
+        {"starts": torch.tensor([36, 0]), "window": (2**62, 2**62)},
+    ]  # fmt: skip
+    for options, balanced in itertools.product(masks, (False, True)):
+        compare(mesh, inputs, balanced, **options)
+
+
+def check_exchanges(mesh, folder):
+    for options in ({}, {"is_causal": True, "window": (6, -1)}, {"dropout_p": 0.4}):
+        for exchange, balanced in itertools.product(("gather", "auto"), (False, True)):
+            compare(mesh, make((2,), 21, 21, 8, 6, dtype=torch.float64), balanced, exchange,
+                    **options)  # fmt: skip
+
+
+def check_shapes(mesh, folder):
+    """Unbatched, heads, cross-attention, shared keys, fewer positions than processes."""
+    for name, inputs in {
+        "unbatched": make((), 19, 23, 8, 6),
+        "heads": make((2, 3), 13, 26, 8, 5, heads=True),
+        "few": make((2,), 3, 5, 4, 4),
+        "one query": make((2,), 1, 30, 8, 6),
+        "one key": make((2,), 30, 1, 8, 6),
+        "tiles": make((1,), 300, 530, 16, 16),
+    }.items():
+        for balanced in (False, True):
+            compare(mesh, inputs, balanced, is_causal=name != "one query")
+    shared = make((3,), 12, 20, 8, 6, dtype=torch.float64)
+    shared = {**shared, "key": shared["key"][:1], "value": shared["value"][:1]}
+    compare(mesh, shared, True)
+
+
+def check_dropout(mesh, folder):
+    """The same weights are dropped as in one process, by global position."""
+    for dtype, p in ((torch.float64, 0.3), (torch.float32, 0.5), (torch.float64, 1.0)):
+        for balanced in (False, True):
+            inputs = make((2, 2), 29, 31, 8, 6, dtype=dtype, heads=True)
+            compare(mesh, inputs, balanced, dropout_p=p, is_causal=True)
+            compare(mesh, inputs, balanced, dropout_p=p, window=(7, 3))
+
+
+def check_uneven(mesh, folder):
+    """Successive parts of any size: one process has all queries, one has no keys."""
+    inputs = make((2,), 10, 24, 8, 6, dtype=torch.float64)
+    world, rank = mesh.size(), mesh.get_local_rank()
+    queries = [10] + [0] * (world - 1)
+    keys = [7, *[0] * (world - 2), 17]
+
+    def cut(x, sizes):
+        return x.split(sizes, -2)[rank]
+
+    out = additive_attention(**inputs, window=(-1, 5), lengths=[20, 24])
+    ours = context_parallel_additive_attention(
+        cut(inputs["query"], queries), cut(inputs["key"], keys), cut(inputs["value"], keys),
+        inputs["weight"], mesh, window=(-1, 5), lengths=[20, 24], exchange="ring",
+    )  # fmt: skip
+    torch.testing.assert_close(ours, cut(out, queries), atol=1e-13, rtol=0)
+
+
+def check_sixteen_bits(mesh, folder):
+    inputs = make((2,), 40, 50, 16, 8, dtype=torch.bfloat16)
+    exact = additive_attention(*(x.double() for x in inputs.values()), is_causal=True)
+    plain = additive_attention(**inputs, is_causal=True)
+    x = {n: t if n == "weight" else shard_sequence(t, mesh) for n, t in inputs.items()}
+    ours = context_parallel_additive_attention(**x, mesh=mesh, is_causal=True, exchange="ring")
+    assert ours.dtype == torch.bfloat16
+    allowed = 2 * (plain - exact).abs().max()
+    assert (ours - shard_sequence(exact, mesh)).abs().max() <= allowed
+    compare(mesh, inputs, tolerance=0.02, is_causal=True)
+
+
+def check_padding(mesh, folder):
+    """What masked keys and values hold, and gradients of empty rows, reach nothing."""
+    inputs = make((2,), 20, 24, 8, 6, dtype=torch.float64)
+    lengths = torch.tensor([15, 0])
+    results = []
+    for garbage in (0.0, float("nan")):
+        x = {n: t.clone() for n, t in inputs.items()}
+        for name in ("key", "value"):
+            for b, n in enumerate(lengths.tolist()):
+                x[name][b, n:] = garbage
+        x = leaves({n: t if n == "weight" else shard_sequence(t, mesh) for n, t in x.items()})
+        outputs = context_parallel_additive_attention(
+            *x.values(), mesh, lengths=lengths, need_lse=True, exchange="ring"
+        )
+        upstream = [torch.ones_like(outputs[0]), torch.zeros_like(outputs[1])]
+        upstream[0][1] = garbage
+        results.append((*outputs, *torch.autograd.grad(outputs, list(x.values()), upstream)))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+    assert not results[0][0][1].any() and (results[0][1][1] == -torch.inf).all()
+
+
+def check_repeatable(mesh, folder):
+    inputs = make((2,), 33, 40, 16, 8)
+    results = []
+    for _ in range(2):
+        x = leaves({n: t if n == "weight" else shard_sequence(t, mesh) for n, t in inputs.items()})
+        out = context_parallel_additive_attention(*x.values(), mesh, exchange="ring")
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(x.values()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def check_sequences(mesh, folder):
+    """shard_sequence and unshard_sequence are inverse, of any dim, length and dtype."""
+    for total, balanced, dim in itertools.product((0, 1, 7, 32), (False, True), (0, 1, -1)):
+        x = torch.arange(total * 6).view(2, 3, total).movedim(-1, dim)
+        shard = shard_sequence(x, mesh, dim, balanced=balanced)
+        assert torch.equal(unshard_sequence(shard, mesh, dim, balanced=balanced), x)
+    place = shard_sequence(torch.arange(8 * mesh.size()), mesh, 0, balanced=True)
+    rank, last = mesh.get_local_rank(), 8 * mesh.size() - 4 * mesh.get_local_rank()
+    assert place.tolist() == [*range(4 * rank, 4 * rank + 4), *range(last - 4, last)]
+
+
+def refused(kind, sentence, function, *arguments, **options):
+    with pytest.raises(kind) as raised:
+        function(*arguments, **options)
+    assert sentence in str(raised.value), raised.value
+
+
+def check_errors(mesh, folder):
+    """All processes raise, none waits for another."""
+    first = mesh.get_local_rank() == 0
+    inputs = make((2,), 4, 5, 8, 6)
+    attend = context_parallel_additive_attention
+
+    def call(changes=None, **options):
+        return attend(**{**inputs, **(changes or {})}, **{"mesh": mesh, **options})
+
+    for wrong in (None, "cpu", 4):
+        refused(TypeError, "must be a DeviceMesh", call, mesh=wrong)
+    two = init_device_mesh("cpu", (mesh.size(), 1), mesh_dim_names=("batch", "sequence"))
+    refused(ValueError, 'mesh["sequence"]', call, mesh=two)
+    call(mesh=two["batch"])
+    # One process alone fails: it says why, and the others which one it was.
+    for changes, options, kind, sentence in [
+        ({"key": inputs["key"].double()}, {}, TypeError, "one dtype"),
+        ({"value": inputs["value"][:, :3]}, {}, ValueError, "value has 3"),
+        ({"query": None}, {}, TypeError, "query is a NoneType"),
+        ({}, {"dropout_p": 2.0}, ValueError, "probability"),
+        ({}, {"window": 3}, ValueError, "window is 3"),
+        ({}, {"is_causal": 1}, TypeError, "is_causal is 1"),
+        ({}, {"balanced": None}, TypeError, "balanced is None"),
+        ({}, {"exchange": "send"}, ValueError, "exchange is 'send'"),
+        ({}, {"lengths": [-1, 2]}, ValueError, "lengths holds -1"),
+        ({}, {"lengths": [1.5, 2]}, TypeError, "must hold integers"),
+    ]:
+        if first:
+            refused(kind, sentence, call, changes, **options)
+        else:
+            refused(RuntimeError, "Process 0 of the mesh stopped", call)
+    # Each by itself is right.
+    for changes, options, sentence in [
+        ({"query": inputs["query"][:1]}, {}, "leading dims of query, key and value"),
+        ({n: t[..., :4] for n, t in inputs.items() if n != "value"}, {}, "features of query"),
+        ({n: t.double() for n, t in inputs.items()}, {}, "dtype"),
+        ({}, {"is_causal": True}, "is_causal and window"),
+        ({}, {"dropout_p": 0.5}, "dropout_p"),
+        ({}, {"scale": 0.5}, "scale"),
+        ({}, {"exchange": "ring"}, "exchange"),
+        ({"key": inputs["key"].requires_grad_()}, {}, "need of gradients"),
+    ]:
+        refused(ValueError, f"the same {sentence}", *([call, changes] if first else [call]),
+                **(options if first else {}))  # fmt: skip
+        inputs["key"] = inputs["key"].detach()
+    refused(ValueError, "have 10 positions" if mesh.size() == 2 else "have 20 positions", call,
+            lengths=[5, 99])  # fmt: skip
+    uneven = inputs["query"][:, : 4 if first else 1]
+    refused(ValueError, "Make them with shard_sequence", call, {"query": uneven}, balanced=True)
+    x = inputs["query"].requires_grad_()
+    (grad,) = torch.autograd.grad(call({"query": x}).square().sum(), x, create_graph=True)
+    refused(RuntimeError, "once_differentiable", grad.sum().backward)
+
+
+def check_memory(mesh, folder):
+    """A process's peak is as many of its shards for four processes as for eight."""
+    keys = 2**15
+    shard = keys * 128 * 2 * 4  # bytes of its keys and values
+    key, value = (torch.randn(1, keys, 128) for _ in range(2))
+    x = [torch.randn(1, 64, 128), key, value, torch.randn(128)]
+    [t.requires_grad_() for t in x]
+    small = [x[0], key[:, :9], value[:, :9], x[3]]
+    context_parallel_additive_attention(*small, mesh, exchange="ring").sum().backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = context_parallel_additive_attention(*x, mesh, exchange="ring")
+    out.square().sum().backward()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 13 * shard, f"{grown / shard:.1f} shards"
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_context_parallel(world, tmp_path):
+    processes.run(__name__, world, tmp_path)
+
+
+@pytest.mark.sweep
+def test_memory_of_more_processes(tmp_path):
+    processes.run(__name__, 8, tmp_path, ["check_memory"])
