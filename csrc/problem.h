@@ -45,6 +45,21 @@ struct Mask {
   std::int64_t row = 0, column = 0;
 };
 
+// Which pairs of each block of rows and keys are attended: 0 none, 1 all, 1 + t as tile t - 1 says, else none.
+struct BlockTable {
+  const std::int32_t* data = nullptr;
+  const std::int64_t* offset = nullptr;
+  std::int64_t row = 0, column = 0;
+  std::int64_t rows = 1, keys = 1, count = 0;  // of a block; number of tiles
+  const unsigned char* tiles = nullptr;        // [tile][row][key]
+
+  explicit operator bool() const { return data != nullptr; }
+  std::int64_t of_block(std::int64_t n, std::int64_t i, std::int64_t j) const {
+    const std::int64_t code = data[offset[n] + i * row + j * column];
+    return code < 0 || code > count + 1 ? 0 : code;
+  }
+};
+
 // What a decoder's step adds to key j inside the tanh: sum_f x_fj M_fh (math.md, eq. 17).
 template <class T>
 struct Location {
@@ -63,9 +78,11 @@ struct Problem {
   StoredRows<T> prepared;  // of a single row's keys (prepared.h); no data = none
   Location<T> location;    // of a single row
   Mask mask;
-  Rows<const std::int64_t> lengths;  // element (n, i): leading keys that row i may attend to; no data = all
-  std::int64_t left, right;          // keys i - left .. i + right; -1 = unbounded
-  const std::int64_t* seed;          // per entry through seed_offset; no data = no dropout
+  Rows<const std::int64_t> lengths;  // element (n, i): row i may attend to keys before this; no data = all
+  Rows<const std::int64_t> starts;   // element (n, i): and from this on
+  BlockTable blocks;
+  std::int64_t left, right;  // keys i - left .. i + right; -1 = unbounded
+  const std::int64_t* seed;  // per entry through seed_offset; no data = no dropout
   const std::int64_t* seed_offset;
   std::uint32_t drop_below;  // a key is dropped when its random word is below this
   T keep_scale;              // 1 / (1 - p), 0 when everything is dropped

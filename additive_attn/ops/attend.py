@@ -24,7 +24,7 @@ from additive_attn.ops.checks import (
     refuse_rank,
     refuse_types,
 )
-from additive_attn.ops.masking import checked_bias, with_bias, with_padding, with_starts
+from additive_attn.ops.masking import checked_bias, with_bias, with_padding
 from additive_attn.ops.scores import score
 from additive_attn.spec.call import Call, Inputs
 from additive_attn.spec.dropout import draw_seed
@@ -73,7 +73,7 @@ def masked_attention(
     if lengths is not None:
         lengths = aligned_lengths(lengths, key, batch, query.shape[-2])
     if starts is not None:
-        attn_mask = with_starts(attn_mask, starts, key, batch, query.shape[-2])
+        starts = aligned_lengths(starts, key, batch, query.shape[-2], "starts")
     if key_padding_mask is not None:
         attn_mask = with_padding(attn_mask, key_padding_mask, key, batch)
     left, right = (-1, -1) if window is None else checked_window(window)
@@ -89,7 +89,8 @@ def masked_attention(
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
         dropout_p = checked_probability("dropout_p", dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0.0 else None
-    call = _tuple(Call, (*inputs, attn_mask, lengths, left, right, seed, dropout_p, scale))
+    masking = attn_mask, lengths, starts, None, None, left, right
+    call = _tuple(Call, (*inputs, *masking, seed, dropout_p, scale))
     if autocasts and not torch.compiler.is_compiling():
         with torch.autocast(query.device.type, enabled=False):  # no backend narrows further
             return compute(call, need_weights, score_bias, need_lse)

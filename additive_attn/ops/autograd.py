@@ -113,9 +113,9 @@ class Attention(SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        out, weights, lse = dispatch.below_autograd(dispatch.forward_directly, *arguments[:12])
-        ctx.save_for_backward(*arguments[:6], arguments[8], arguments[12], lse)
-        ctx.numbers = arguments[6], arguments[7], arguments[9], arguments[10], arguments[11]
+        out, weights, lse = dispatch.below_autograd(dispatch.forward_directly, *arguments[:15])
+        ctx.save_for_backward(*arguments[:9], arguments[11], arguments[15], lse)
+        ctx.numbers = *arguments[9:11], *arguments[12:15]
         ctx.set_materialize_grads(False)
         return out, weights, lse
 
@@ -123,7 +123,8 @@ class Attention(SingleLevelFunction):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        query, key, value, weight, attn_mask, lengths, seed, score_bias, lse = ctx.saved_tensors
+        *given, seed, score_bias, lse = ctx.saved_tensors
+        query, key, value, weight = given[:4]
         left, right, dropout_p, scale, need_weights = ctx.numbers
         needs = ctx.needs_input_grad
         if not need_weights:
@@ -131,8 +132,8 @@ class Attention(SingleLevelFunction):
         if grad_out is None and grad_weights is None and grad_lse is None:
             return (None,) * len(needs)
         arguments = (
-            grad_out, grad_weights, grad_lse, query, key, value, weight, attn_mask, lengths,
-            left, right, seed, dropout_p, scale, lse, *needs[:5],
+            grad_out, grad_weights, grad_lse, *given, left, right, seed, dropout_p, scale, lse,
+            *needs[:5],
         )  # fmt: skip
         if torch.is_grad_enabled() or _functorch_active():
             grads = dispatch.backward(*arguments)
@@ -145,8 +146,8 @@ class Attention(SingleLevelFunction):
             reduced(grads[2], value) if needs[2] else None,
             reduced(grads[3], weight) if needs[3] else None,
             grads[4] if needs[4] else None,
-            None, None, None, None, None, None, None,
-            torch.zeros_like(score_bias) if needs[12] else None,
+            *(None,) * 10,
+            torch.zeros_like(score_bias) if needs[15] else None,
         )  # fmt: skip
 
 
@@ -168,5 +169,5 @@ def register(name: str, function: Any, formula: Callable[..., Any] | None = None
     registrations.impl(name, run, "Autograd")
 
 
-register("forward", lambda *x: Attention.apply(*x, None), lambda *x: _formula(Call(*x[:11])))
+register("forward", lambda *x: Attention.apply(*x, None), lambda *x: _formula(Call(*x[:14])))
 register("backward", AttentionBackward.apply)

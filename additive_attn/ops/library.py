@@ -13,7 +13,7 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # The order of the operators' arguments; csrc/bindings/library.cpp has the same.
-_INTERFACE = b"additive_attn interface 3"
+_INTERFACE = b"additive_attn interface 4"
 _REINSTALL = "pip install --force-reinstall --no-deps"
 
 

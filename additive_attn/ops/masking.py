@@ -1,5 +1,5 @@
-"""What narrows a mask or adds to it: padding, the first keys of moving windows, a bias on the
-scores. Each becomes part of ``attn_mask``."""
+"""What narrows a mask or adds to it: padding, a bias on the scores. Each becomes part of
+``attn_mask``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from additive_attn.ops.checks import (
-    Integers,
-    aligned_lengths,
     broadcasts,
     refuse_layouts,
     require_one_device,
@@ -41,15 +39,6 @@ def with_padding(
         refuse_layouts(key_padding_mask=key_padding_mask)
     attended = key_padding_mask.logical_not().unsqueeze(-2)  # (B, 1, Lk), or (1, Lk)
     return narrowed(attn_mask, _below_heads(attended, batch))
-
-
-def with_starts(
-    attn_mask: Tensor | None, starts: Integers, key: Tensor, batch: torch.Size, num_queries: int
-) -> Tensor:
-    """``attn_mask`` narrowed to the keys from ``starts`` on."""
-    starts = aligned_lengths(starts, key, batch, num_queries, "starts")
-    keys = torch.arange(key.shape[-2], device=key.device)
-    return narrowed(attn_mask, keys >= torch.atleast_1d(starts)[..., None])
 
 
 def with_bias(attn_mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:

@@ -245,8 +245,8 @@ def _shared_gradients(
         query = _rows([record.query for record in scored], key)
         grad_scores = _rows([record.grad_scores for record in scored], key)
         _, from_scores, weight_rows, _ = _operators.scores_backward(
-            grad_scores, query, key, weight, *_masks(attn_mask, lengths, key, scored), -1, -1,
-            scale, False, needs[0], needs[2], False,
+            grad_scores, query, key, weight, *_masks(attn_mask, lengths, key, scored), None, None,
+            None, -1, -1, scale, False, needs[0], needs[2], False,
         )  # fmt: skip
         if needs[0]:
             grad_key = summed(grad_key, reduced(from_scores, key))

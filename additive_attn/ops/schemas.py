@@ -17,9 +17,13 @@ from additive_attn.ops.checks import require_one_device
 from additive_attn.spec.call import Call, backward_arguments, call_of_scores, lse_dtype
 from additive_attn.spec.dropout import keep_mask
 
+_MASKING = (
+    "Tensor? attn_mask, Tensor? lengths, Tensor? starts, Tensor? block_table, "
+    "Tensor? block_tiles, int left, int right"
+)
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, "
-    "Tensor? attn_mask, Tensor? lengths, int left, int right, "
+    f"{_MASKING}, "
     "Tensor? seed, float dropout_p, float scale"
 )
 
@@ -51,10 +55,7 @@ registrations.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-_SCORED = (
-    "Tensor query, Tensor key, Tensor weight, Tensor? attn_mask, Tensor? lengths, int left, "
-    "int right, float scale"
-)
+_SCORED = f"Tensor query, Tensor key, Tensor weight, {_MASKING}, float scale"
 registrations.define(f"scores({_SCORED}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 registrations.define(
     f"scores_backward(Tensor grad_scores, {_SCORED}, bool need_query, bool need_key, "
@@ -94,7 +95,7 @@ registrations.impl("keep_mask", _keep_mask, "CompositeExplicitAutograd")
 # has written.
 @torch.library.register_fake("additive_attn::forward", lib=registrations)
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, need_weights = Call(*arguments[:11]), arguments[11]
+    call, need_weights = Call(*arguments[:14]), arguments[14]
     query, key, value, _ = call.inputs
     require_one_device(**_tensors(call))
     batch = call.batch()
@@ -129,7 +130,7 @@ def _scores_shape(*arguments: Any) -> Tensor:
 
 @torch.library.register_fake("additive_attn::scores_backward", lib=registrations)
 def _scores_backward_shapes(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    call, needs = call_of_scores(*arguments[:8]), arguments[8:]
+    call, needs = call_of_scores(*arguments[:11]), arguments[11:]
     require_one_device(grad_scores=grad, **_tensors(call))
     batch = grad.shape[:-2]
     return (
@@ -161,12 +162,10 @@ def _other_gradient_shapes(
 
 
 def _tensors(call: Call) -> dict[str, Tensor | None]:
-    inputs, masking = call.inputs._asdict(), call.masking
     return {
-        **inputs,
-        "attn_mask": masking.attn_mask,
-        "lengths": masking.lengths,
-        "seed": call.options.seed,
+        **call.inputs._asdict(),
+        **dict(zip(Call._fields[4:9], call[4:9], strict=True)),
+        "seed": call.seed,
     }
 
 

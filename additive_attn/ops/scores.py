@@ -28,7 +28,7 @@ def score(call: Call, *_: Any) -> tuple[Tensor, ...]:
     """``additive_attn::scores`` as the only output, differentiable in query, key, weight and a
     float mask. Takes the place of ``attend``, whose other arguments say nothing here."""
     query, key, _value, weight, attn_mask = call[:5]
-    arguments = query, key, weight, *call[4:8], call.scale
+    arguments = query, key, weight, *call[4:11], call.scale
     if type(query) is not Tensor and hasattr(query, "device_mesh"):
         importlib.import_module("additive_attn.ops.sharding").register()
     if forward_ad._current_level >= 0 or torch.onnx.is_in_onnx_export():
@@ -57,8 +57,8 @@ class Scores(SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         scores: Tensor = dispatch.below_autograd(dispatch.scores_directly, *arguments)
-        ctx.save_for_backward(*arguments[:5])
-        ctx.numbers = arguments[5:]
+        ctx.save_for_backward(*arguments[:8])
+        ctx.numbers = arguments[8:]
         ctx.set_materialize_grads(False)
         return scores
 
@@ -77,7 +77,7 @@ class Scores(SingleLevelFunction):
         return (
             *(reduced(grads[i], tensors[i]) if needs[i] else None for i in range(3)),
             grads[3] if needs[3] else None,
-            None, None, None, None,
+            *(None,) * 7,
         )  # fmt: skip
 
 

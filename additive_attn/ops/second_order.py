@@ -13,7 +13,7 @@ from torch.autograd.function import _SingleLevelFunction
 from additive_attn.ops import dispatch
 from additive_attn.spec.call import Call, backward_arguments, call_of_scores, lse_dtype
 from additive_attn.spec.formula import plain_additive_attention, plain_additive_scores
-from additive_attn.spec.masks import interval_mask
+from additive_attn.spec.masks import allowed_pairs
 
 # Its metaclass makes `apply`, which type checkers do not see.
 SingleLevelFunction: Any = _SingleLevelFunction
@@ -50,7 +50,7 @@ class ScoresBackward(SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         arguments = _arguments(ctx)
-        upstream, call = arguments[:1], call_of_scores(*arguments[1:9])
+        upstream, call = arguments[:1], call_of_scores(*arguments[1:12])
         form = plain_scores_form(call, upstream[0].shape[:-2])
         return _pulled_back(arguments, upstream, form, cotangents)
 
@@ -116,7 +116,7 @@ def plain_form(call: Call, batch: Sequence[int]) -> tuple[Formula, tuple[Tensor,
     """The forward operator as a plain differentiable function, and its arguments: query, key,
     value and weight over the whole batch, and the mask if it is float."""
     seed, dropout_p, scale = call.options
-    attended, keep = _intervals(call), None
+    attended, keep = _allowed(call), None
     if seed is not None:
         shape = call.query.shape[-2], call.key.shape[-2]
         keep = torch.ops.additive_attn.keep_mask(seed, batch, *shape, dropout_p)
@@ -135,7 +135,7 @@ def plain_form(call: Call, batch: Sequence[int]) -> tuple[Formula, tuple[Tensor,
 
 def plain_scores_form(call: Call, batch: Sequence[int]) -> tuple[Formula, tuple[Tensor, ...]]:
     """The same of ``scores``, whose arguments have no value."""
-    attended = _intervals(call)
+    attended = _allowed(call)
 
     def formula(
         query: Tensor, key: Tensor, weight: Tensor, *float_mask: Tensor
@@ -150,10 +150,9 @@ def plain_scores_form(call: Call, batch: Sequence[int]) -> tuple[Formula, tuple[
     return formula, (query, key, *rest)
 
 
-def _intervals(call: Call) -> Tensor | None:
-    _, lengths, left, right = call.masking
+def _allowed(call: Call) -> Tensor | None:
     rows, keys = (0, call.query.shape[-2]), (0, call.key.shape[-2])
-    return interval_mask(lengths, left, right, rows, keys, call.query.device)
+    return allowed_pairs(call.masking, rows, keys, call.query.device)
 
 
 def _primals(call: Call, batch: Sequence[int]) -> tuple[Tensor, ...]:

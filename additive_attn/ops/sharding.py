@@ -14,15 +14,18 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from additive_attn.ops import dispatch
+from additive_attn.spec.call import Call
 
 Placements = list[Any]
 Strategy = tuple[Placements, Placements]
 # Dims of each tensor argument of a call that are not batch dims.
-_RANKS = {"query": 2, "key": 2, "value": 2, "weight": 1, "attn_mask": 2, "lengths": 1, "seed": 0}
-_ORDER = (
-    "query", "key", "value", "weight", "attn_mask", "lengths", None, None, "seed", None, None,
-)  # fmt: skip
-_SCORES = ("query", "key", "weight", "attn_mask", "lengths", None, None, None)
+_RANKS = {
+    "query": 2, "key": 2, "value": 2, "weight": 1, "attn_mask": 2, "lengths": 1, "starts": 1,
+    "block_table": 2, "block_tiles": 3, "seed": 0,
+}  # fmt: skip
+_ORDER = tuple(name if name in _RANKS else None for name in Call._fields)
+_SEED, _MASK = _ORDER.index("seed"), _ORDER.index("attn_mask")
+_SCORES = (*_ORDER[:2], *_ORDER[3:11], None)  # without the value, seed and dropout_p
 
 
 @functools.cache
@@ -59,9 +62,9 @@ def _replicated(arguments: Any) -> Placements:
 
 
 def _forward(*arguments: Any) -> list[Strategy]:
-    call, need_weights = arguments[:11], arguments[11]
+    call, need_weights = arguments[:14], arguments[14]
     strategies: list[Strategy] = [([Replicate()] * 3, [*_replicated(call), None])]
-    if call[8] is not None:
+    if call[_SEED] is not None:
         return strategies  # weights are dropped by their position in the whole batch
     dims = _batch_dims(call)
     for d in range(dims):
@@ -74,18 +77,18 @@ def _forward(*arguments: Any) -> list[Strategy]:
 
 
 def _backward(*arguments: Any) -> list[Strategy]:
-    upstream, call, needs = arguments[:3], arguments[3:14], arguments[15:]
+    upstream, call, needs = arguments[:3], arguments[3:17], arguments[18:]
     nothing = [None] * 5
     strategies: list[Strategy] = [
         ([Replicate()] * 5, [*_replicated(upstream), *_replicated(call), Replicate(), *nothing])
     ]
-    if call[8] is not None:
+    if call[_SEED] is not None:
         return strategies
-    dims, mask = _batch_dims(call), call[4]
+    dims, mask = _batch_dims(call), call[_MASK]
     for d in range(dims):
         of_call = _on_batch_dim(call, dims, d)
         grads: Placements = [Shard(d) if need else Replicate() for need in needs[:4]]
-        grads.append(_of_mask(of_call[4], needs[4], mask))
+        grads.append(_of_mask(of_call[_MASK], needs[4], mask))
         sharded = [None if x is None else Shard(d) for x in upstream]
         strategies.append((grads, [*sharded, *of_call, Shard(d), *nothing]))
     return strategies
@@ -107,7 +110,7 @@ def _scores(*arguments: Any) -> list[Strategy]:
 
 
 def _scores_backward(grad: Any, *arguments: Any) -> list[Strategy]:
-    call, needs, nothing = arguments[:8], arguments[8:], [None] * 4
+    call, needs, nothing = arguments[:11], arguments[11:], [None] * 4
     strategies: list[Strategy] = [([Replicate()] * 4, [Replicate(), *_replicated(call), *nothing])]
     dims = _batch_dims(call, _SCORES)
     for d in range(dims):

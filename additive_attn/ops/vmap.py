@@ -12,10 +12,10 @@ from additive_attn.ops import dispatch
 from additive_attn.ops.schemas import registrations
 
 # Dims of each argument of a call that are not batch dims; None for what is no tensor.
-_CALL_RANKS = (2, 2, 2, 1, 2, 1, None, None, 0, None, None)
+_CALL_RANKS = (2, 2, 2, 1, 2, 1, 1, 2, 3, None, None, 0, None, None)
 _BACKWARD_RANKS = (2, 2, 1, *_CALL_RANKS, 1)
-_SEED = 8
-_SCORES_RANKS = (2, 2, 1, 2, 1, None, None, None)
+_SEED = 11
+_SCORES_RANKS = (2, 2, 1, *_CALL_RANKS[4:11], None)
 _SCORES_BACKWARD_RANKS = (2, *_SCORES_RANKS)
 
 
@@ -27,13 +27,13 @@ def _forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tup
             f"(randomness={info.randomness!r}). Call vmap with randomness='different', or set "
             "dropout_p=0."
         )
-    outputs = dispatch.forward(*_fold(arguments[:11], in_dims, _CALL_RANKS), *arguments[11:])
-    return outputs, (0, 0 if arguments[11] else None, 0)
+    outputs = dispatch.forward(*_fold(arguments[:14], in_dims, _CALL_RANKS), *arguments[14:])
+    return outputs, (0, 0 if arguments[14] else None, 0)
 
 
 def _backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-    call, needs = list(arguments[:15]), arguments[15:]
-    dims = list(in_dims[:15])
+    call, needs = list(arguments[:18]), arguments[18:]
+    dims = list(in_dims[:18])
     out_dims = tuple(0 if need else None for need in needs)
     if call[3 + _SEED] is not None and dims[3 + _SEED] is None:
         # One dropout mask for all mapped entries, as in a Jacobian: folding would give each its
@@ -45,7 +45,7 @@ def _backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tu
         stacked = zip(zip(*entries, strict=True), needs, strict=True)
         return tuple(torch.stack(g) if need else g[0] for g, need in stacked), out_dims
     # Upstream gradients, query and lse carry the whole batch.
-    whole = (0, 1, 2, 3, 14)
+    whole = (0, 1, 2, 3, 17)
     grads = _folded_backward(
         info, dispatch.backward, call, dims, needs, _BACKWARD_RANKS, whole, mask=7
     )
@@ -59,7 +59,7 @@ def _scores(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tupl
 def _scores_backward(
     info: Any, in_dims: tuple[int | None, ...], *arguments: Any
 ) -> tuple[Any, Any]:
-    call, dims, needs = list(arguments[:9]), list(in_dims[:9]), arguments[9:]
+    call, dims, needs = list(arguments[:12]), list(in_dims[:12]), arguments[12:]
     grads = _folded_backward(
         info, dispatch.scores_backward, call, dims, needs, _SCORES_BACKWARD_RANKS, (0, 1), mask=4
     )
@@ -101,6 +101,7 @@ def _fold(
 ) -> list[Any]:
     """Makes the mapped dim the first batch dim of every tensor that has it; the operators
     broadcast the rest."""
+    arguments, in_dims = _one_set_of_tiles(arguments, in_dims, ranks)
     tensors = {i: x for i, x in enumerate(arguments) if isinstance(x, Tensor)}
     own = {i: ranks[i] or 0 for i in tensors}
     depth = max(x.dim() - (in_dims[i] is not None) - own[i] for i, x in tensors.items())
@@ -112,6 +113,24 @@ def _fold(
             ones = (1,) * (depth + own[i] + 1 - x.dim())
             folded[i] = x.reshape(x.shape[:1] + ones + x.shape[1:])
     return folded
+
+
+def _one_set_of_tiles(
+    arguments: Sequence[Any], in_dims: Sequence[int | None], ranks: Sequence[int | None]
+) -> tuple[Sequence[Any], Sequence[int | None]]:
+    """Tiles have no batch dims: mapped ones are put after each other, and the tables count on."""
+    at = ranks.index(3)
+    tiles, dim = arguments[at], in_dims[at]
+    if tiles is None or dim is None:
+        return arguments, in_dims
+    arguments, dims, tiles = list(arguments), list(in_dims), tiles.movedim(dim, 0)
+    table, own = arguments[at - 1], dims[at - 1]
+    table = table.movedim(own, 0) if own is not None else table.expand(len(tiles), *table.shape)
+    added = torch.arange(len(tiles), dtype=table.dtype, device=table.device) * tiles.shape[1]
+    added = added.reshape(-1, *(1,) * (table.dim() - 1))
+    arguments[at - 1] = torch.where(table > 1, table + added, table)
+    arguments[at], dims[at - 1], dims[at] = tiles.flatten(0, 1), 0, None
+    return arguments, dims
 
 
 for _rule in (_forward, _backward, _scores, _scores_backward, _keep_mask):

@@ -21,7 +21,10 @@ class Masking(NamedTuple):
     """Which keys a row may attend to; ``spec.masks`` says what each part means."""
 
     attn_mask: Tensor | None = None  # (..., Lq, Lk), bool or float
-    lengths: Tensor | None = None  # (..., Lq or 1), int64
+    lengths: Tensor | None = None  # (..., Lq or 1), int64: ends of the rows' keys
+    starts: Tensor | None = None  # the same shape: first keys
+    block_table: Tensor | None = None  # (..., Lq / rows, Lk / keys) rounded up, int32
+    block_tiles: Tensor | None = None  # (tiles, rows, keys), bool: its shape is a block's
     left: int = -1
     right: int = -1
 
@@ -44,6 +47,9 @@ class Call(NamedTuple):
     weight: Tensor
     attn_mask: Tensor | None = None
     lengths: Tensor | None = None
+    starts: Tensor | None = None
+    block_table: Tensor | None = None
+    block_tiles: Tensor | None = None
     left: int = -1
     right: int = -1
     seed: Tensor | None = None
@@ -56,18 +62,18 @@ class Call(NamedTuple):
 
     @property
     def masking(self) -> Masking:
-        return Masking(*self[4:8])
+        return Masking(*self[4:11])
 
     @property
     def options(self) -> Options:
-        return Options(*self[8:])
+        return Options(*self[11:])
 
     def batch(self) -> torch.Size:
         """The batch dims that all arguments broadcast to."""
-        ranks = (2, 2, 2, 1, 2, 1, 0, 0, 0)
+        ranks = (2, 2, 2, 1, 2, 1, 1, 2, 3, 0, 0, 0)
         shapes = [
             x.shape[: max(x.dim() - rank, 0)]
-            for x, rank in zip(self[:9], ranks, strict=True)
+            for x, rank in zip(self[:12], ranks, strict=True)
             if isinstance(x, Tensor)
         ]
         batch: torch.Size = torch.broadcast_shapes(*shapes)
@@ -94,15 +100,15 @@ class Needs(NamedTuple):
 
 def backward_arguments(arguments: tuple[Any, ...]) -> tuple[Upstream, Call, Tensor, Needs]:
     """Upstream gradients, the call, its lse and the gradients needed, from the flat arguments."""
-    call = Call(*arguments[3:14])
-    return Upstream(*arguments[:3]), call, arguments[14], Needs(*arguments[15:])
+    call = Call(*arguments[3:17])
+    return Upstream(*arguments[:3]), call, arguments[17], Needs(*arguments[18:])
 
 
 def call_of_scores(query: Tensor, key: Tensor, weight: Tensor, *rest: Any) -> Call:
     """The call whose scores they are, from the flat arguments of ``scores``. Its values have no
     features."""
-    attn_mask, lengths, left, right, scale = rest
-    return Call(query, key, key[..., :0], weight, attn_mask, lengths, left, right, scale=scale)
+    masking = Masking(*rest[:7])
+    return Call(query, key, key[..., :0], weight, *masking, scale=rest[7])
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

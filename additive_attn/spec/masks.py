@@ -1,10 +1,16 @@
 """The one description of masking that every backend consumes.
 
-Query row ``i`` may attend to the keys of one interval ``[start_i, stop_i)``:
-``start_i = i - left`` and ``stop_i = min(i + right + 1, lengths_i)``, where a negative ``left`` or
-``right`` is unbounded; causal attention is ``right = 0``. A dense ``attn_mask`` (bool, True =
-attend; or float, added to the scores) narrows it further. Blocks of rows and keys are described
-without the whole.
+Four parts compose by "and":
+
+- Query row ``i`` may attend to the keys of one interval, from ``max(i - left, starts_i)`` up to
+  and without ``min(i + right + 1, lengths_i)``. A negative ``left`` or ``right`` is unbounded;
+  causal attention is ``right = 0``.
+- A block table says of each block of rows and keys whether no pair is attended (0), all are (1),
+  or those of tile ``t - 1`` of ``block_tiles`` (1 + t). Any other number counts as 0. Blocks at
+  the ends may reach beyond the last row and key.
+- A dense ``attn_mask``: bool, True = attend; or float, added to the scores, -inf = masked.
+
+Blocks of rows and keys are described without the whole.
 """
 
 from __future__ import annotations
@@ -12,18 +18,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from additive_attn.spec.call import Masking
+
+
+def allowed_pairs(
+    masking: Masking, rows: tuple[int, int], keys: tuple[int, int], device: torch.device
+) -> Tensor | None:
+    """Which pairs of a block the intervals and the block table allow, ``(..., rows, keys)``, rows
+    or 1 where all are alike; None if they allow all."""
+    _, lengths, starts, table, tiles, left, right = masking
+    allowed = interval_mask(lengths, starts, left, right, rows, keys, device)
+    if table is None or tiles is None:
+        return allowed
+    kept = block_mask(table, tiles, rows, keys)
+    return kept if allowed is None else kept & allowed
+
 
 def interval_mask(
     lengths: Tensor | None,
+    starts: Tensor | None,
     left: int,
     right: int,
     rows: tuple[int, int],
     keys: tuple[int, int],
     device: torch.device,
 ) -> Tensor | None:
-    """The intervals of a block as a bool tensor ``(..., rows, keys)``, rows or 1 where all are
-    alike; None if every pair is allowed."""
-    if lengths is None and left < 0 and right < 0:
+    """The same for the intervals alone."""
+    if lengths is None and starts is None and left < 0 and right < 0:
         return None
     key = torch.arange(*keys, device=device)
     row = torch.arange(*rows, device=device)[:, None]
@@ -34,22 +55,32 @@ def interval_mask(
     if right >= 0:
         allowed = allowed & (key - row <= right)
     if lengths is not None:
-        lengths = torch.atleast_1d(lengths)
-        if lengths.shape[-1] != 1:
-            lengths = lengths[..., slice(*rows)]
-        allowed = allowed & (key < lengths[..., None])
+        allowed = allowed & (key < _of_rows(lengths, rows)[..., None])
+    if starts is not None:
+        allowed = allowed & (key >= _of_rows(starts, rows)[..., None])
     return allowed
 
 
-def interval_bounds(
-    left: int, right: int, rows: tuple[int, int], num_keys: int, longest: int
-) -> tuple[int, int]:
-    """The smallest range of keys outside of which no row of the block may attend."""
-    first, last = rows[0], rows[1] - 1
-    start = max(first - left, 0) if left >= 0 else 0
-    stop = min(last + right + 1, num_keys) if right >= 0 else num_keys
-    stop = min(stop, longest)
-    return min(start, stop), stop
+def _of_rows(numbers: Tensor, rows: tuple[int, int]) -> Tensor:
+    numbers = torch.atleast_1d(numbers)
+    return numbers if numbers.shape[-1] == 1 else numbers[..., slice(*rows)]
+
+
+def block_mask(
+    table: Tensor, tiles: Tensor, rows: tuple[int, int], keys: tuple[int, int]
+) -> Tensor:
+    """The same for the block table alone, bool ``(..., rows, keys)``."""
+    count, block_rows, block_keys = tiles.shape
+    row = torch.arange(*rows, device=table.device)
+    key = torch.arange(*keys, device=table.device)
+    row_block = row.div(block_rows, rounding_mode="floor")
+    key_block = key.div(block_keys, rounding_mode="floor")
+    code = table.index_select(-2, row_block).index_select(-1, key_block)
+    if count == 0:
+        return code == 1
+    tile = (code - 2).clamp(0, count - 1).long()
+    inside = tiles[tile, (row % block_rows)[:, None], key % block_keys]
+    return torch.where((code > 1) & (code < count + 2), inside, code == 1)
 
 
 def mask_block(attn_mask: Tensor, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:

@@ -14,7 +14,10 @@ struct Arguments {
   int64_t left, right;
   double dropout_p, scale;
   const Tensor *location = nullptr, *location_weight = nullptr;  // of a step
+  const Tensor *starts = nullptr, *block_table = nullptr, *block_tiles = nullptr;
 };
+
+inline const Tensor* given(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
 
 // The arguments in computing form, which must outlive the Problem that points into them.
 struct Inputs {
@@ -33,6 +36,8 @@ struct Inputs {
     broadcast(batch, a.weight, 1, "weight");
     if (a.attn_mask && a.attn_mask->dim() > 2) broadcast(batch, *a.attn_mask, 2, "attn_mask");
     if (a.lengths && a.lengths->dim() > 1) broadcast(batch, *a.lengths, 1, "lengths");
+    if (a.starts && a.starts->dim() > 1) broadcast(batch, *a.starts, 1, "starts");
+    if (a.block_table) broadcast(batch, *a.block_table, 2, "block_table");
     if (a.seed) broadcast(batch, *a.seed, 0, "seed");
     if (a.location) broadcast(batch, *a.location, 2, "location");
     if (a.location_weight) broadcast(batch, *a.location_weight, 2, "location_weight");
@@ -122,16 +127,9 @@ struct Inputs {
     }
     p.weight = rows<T>(a.weight, 1, "weight");
     if (a.attn_mask) p.mask = mask(*a.attn_mask, p.queries, p.keys);
-    p.lengths = {};
-    if (a.lengths) {
-      const Tensor& t = *a.lengths;
-      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_cpu(), "lengths must be int64 on the CPU.");
-      STD_TORCH_CHECK(t.dim() == 0 || t.size(-1) == 1 || t.size(-1) == p.queries, "The last dim of lengths is ",
-                      t.dim() ? t.size(-1) : 1, "; it must be 1 or the number of query rows, ", p.queries, ".");
-      held.push_back(t);
-      offsets.push_back(batch_offsets(batch, t, std::min<int64_t>(t.dim(), 1)));
-      p.lengths = {static_cast<const int64_t*>(t.const_data_ptr()), offsets.back().data(), stride_or_zero(t, 1)};
-    }
+    p.lengths = a.lengths ? per_row(*a.lengths, p.queries, "lengths") : Rows<const int64_t>{};
+    p.starts = a.starts ? per_row(*a.starts, p.queries, "starts") : Rows<const int64_t>{};
+    p.blocks = blocks(a, p.queries, p.keys);
     p.left = a.left;
     p.right = a.right;
     p.seed = nullptr;
@@ -150,6 +148,42 @@ struct Inputs {
   }
 
  private:
+  Rows<const int64_t> per_row(const Tensor& t, int64_t queries, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_cpu(), name, " must be int64 on the CPU.");
+    STD_TORCH_CHECK(t.dim() == 0 || t.size(-1) == 1 || t.size(-1) == queries, "The last dim of ", name, " is ",
+                    t.dim() ? t.size(-1) : 1, "; it must be 1 or the number of query rows, ", queries, ".");
+    held.push_back(t);
+    offsets.push_back(batch_offsets(batch, t, std::min<int64_t>(t.dim(), 1)));
+    return {static_cast<const int64_t*>(t.const_data_ptr()), offsets.back().data(), stride_or_zero(t, 1)};
+  }
+
+  BlockTable blocks(const Arguments& a, int64_t queries, int64_t keys) {
+    STD_TORCH_CHECK(!a.block_table == !a.block_tiles, "block_table and block_tiles come together.");
+    BlockTable b;
+    if (!a.block_table) return b;
+    const Tensor& t = *a.block_table;
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_cpu(), "block_table must be int32 on the CPU.");
+    STD_TORCH_CHECK(
+        a.block_tiles->scalar_type() == ScalarType::Bool && a.block_tiles->is_cpu() && a.block_tiles->dim() == 3 &&
+            a.block_tiles->size(1) > 0 && a.block_tiles->size(2) > 0,
+        "block_tiles must be bool (tiles, rows, keys) on the CPU; its shape also gives the size of a block.");
+    b.count = a.block_tiles->size(0);
+    b.rows = a.block_tiles->size(1);
+    b.keys = a.block_tiles->size(2);
+    const int64_t row_blocks = (queries + b.rows - 1) / b.rows, key_blocks = (keys + b.keys - 1) / b.keys;
+    STD_TORCH_CHECK(t.size(-2) == row_blocks && t.size(-1) == key_blocks, "block_table must be (..., ", row_blocks,
+                    ", ", key_blocks, ") for blocks of ", b.rows, " rows and ", b.keys, " keys.");
+    held.push_back(torch::stable::contiguous(*a.block_tiles));
+    b.tiles = static_cast<const unsigned char*>(held.back().const_data_ptr());
+    held.push_back(t);
+    offsets.push_back(batch_offsets(batch, t, 2));
+    b.data = static_cast<const int32_t*>(t.const_data_ptr());
+    b.offset = offsets.back().data();
+    b.row = t.stride(-2);
+    b.column = t.stride(-1);
+    return b;
+  }
+
   Mask mask(const Tensor& t, int64_t queries, int64_t keys) {
     STD_TORCH_CHECK(t.is_cpu(), "attn_mask is not on the CPU, but query is.");
     STD_TORCH_CHECK((t.dim() < 1 || t.size(-1) == 1 || t.size(-1) == keys) &&

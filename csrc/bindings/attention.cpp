@@ -17,10 +17,14 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const Arguments& a, Inputs& inputs
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                            const Tensor& weight, const std::optional<Tensor>& attn_mask,
-                                           const std::optional<Tensor>& lengths, int64_t left, int64_t right,
+                                           const std::optional<Tensor>& lengths, const std::optional<Tensor>& starts,
+                                           const std::optional<Tensor>& block_table,
+                                           const std::optional<Tensor>& block_tiles, int64_t left, int64_t right,
                                            const std::optional<Tensor>& seed, double dropout_p, double scale,
                                            bool need_weights) {
-  const Arguments a{query, key, &value, weight, attn_mask, lengths, seed, left, right, dropout_p, scale};
+  const Arguments a{
+      query, key,     &value,  weight,        attn_mask,          lengths,           seed, left, right, dropout_p,
+      scale, nullptr, nullptr, given(starts), given(block_table), given(block_tiles)};
   Inputs inputs(a);
   return inputs.type == ScalarType::Double ? forward_as<double>(a, inputs, need_weights)
                                            : forward_as<float>(a, inputs, need_weights);
@@ -61,10 +65,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_as(const Arguments& 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_weights,
     const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& weight, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& lengths, int64_t left,
-    int64_t right, const std::optional<Tensor>& seed, double dropout_p, double scale, const Tensor& lse,
-    bool need_query, bool need_key, bool need_value, bool need_weight, bool need_mask) {
-  const Arguments a{query, key, &value, weight, attn_mask, lengths, seed, left, right, dropout_p, scale};
+    const Tensor& weight, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& lengths,
+    const std::optional<Tensor>& starts, const std::optional<Tensor>& block_table,
+    const std::optional<Tensor>& block_tiles, int64_t left, int64_t right, const std::optional<Tensor>& seed,
+    double dropout_p, double scale, const Tensor& lse, bool need_query, bool need_key, bool need_value,
+    bool need_weight, bool need_mask) {
+  const Arguments a{
+      query, key,     &value,  weight,        attn_mask,          lengths,           seed, left, right, dropout_p,
+      scale, nullptr, nullptr, given(starts), given(block_table), given(block_tiles)};
   Inputs inputs(a);
   const auto run = inputs.type == ScalarType::Double ? backward_as<double> : backward_as<float>;
   return run(a, inputs, grad_out, grad_weights, grad_lse, lse, need_query, need_key, need_value, need_weight,

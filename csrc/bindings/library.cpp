@@ -12,7 +12,7 @@ std::string select_cpu_isa(std::string name) { return additive_attn::select_kern
 
 // Python reads this before it loads the library: arguments of another interface would crash the process.
 extern "C" __attribute__((visibility("default"), used)) const char additive_attn_interface[] =
-    "additive_attn interface 3";
+    "additive_attn interface 4";
 
 STABLE_TORCH_LIBRARY_FRAGMENT(additive_attn, m) {
   m.def("cpu_isa() -> str");

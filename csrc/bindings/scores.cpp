@@ -16,8 +16,12 @@ Tensor scores_as(const Arguments& a, Inputs& inputs) {
 }
 
 Tensor scores(const Tensor& query, const Tensor& key, const Tensor& weight, const std::optional<Tensor>& attn_mask,
-              const std::optional<Tensor>& lengths, int64_t left, int64_t right, double scale) {
-  const Arguments a{query, key, nullptr, weight, attn_mask, lengths, no_seed, left, right, 0.0, scale};
+              const std::optional<Tensor>& lengths, const std::optional<Tensor>& starts,
+              const std::optional<Tensor>& block_table, const std::optional<Tensor>& block_tiles, int64_t left,
+              int64_t right, double scale) {
+  const Arguments a{
+      query, key,     nullptr, weight,        attn_mask,          lengths,           no_seed, left, right, 0.0,
+      scale, nullptr, nullptr, given(starts), given(block_table), given(block_tiles)};
   Inputs inputs(a);
   return inputs.type == ScalarType::Double ? scores_as<double>(a, inputs) : scores_as<float>(a, inputs);
 }
@@ -38,13 +42,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scores_backward_as(const Arguments& a
           cast(mask, need_mask ? a.attn_mask->scalar_type() : inputs.type)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> scores_backward(const Tensor& grad_scores, const Tensor& query,
-                                                           const Tensor& key, const Tensor& weight,
-                                                           const std::optional<Tensor>& attn_mask,
-                                                           const std::optional<Tensor>& lengths, int64_t left,
-                                                           int64_t right, double scale, bool need_query, bool need_key,
-                                                           bool need_weight, bool need_mask) {
-  const Arguments a{query, key, nullptr, weight, attn_mask, lengths, no_seed, left, right, 0.0, scale};
+std::tuple<Tensor, Tensor, Tensor, Tensor> scores_backward(
+    const Tensor& grad_scores, const Tensor& query, const Tensor& key, const Tensor& weight,
+    const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& lengths, const std::optional<Tensor>& starts,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& block_tiles, int64_t left, int64_t right,
+    double scale, bool need_query, bool need_key, bool need_weight, bool need_mask) {
+  const Arguments a{
+      query, key,     nullptr, weight,        attn_mask,          lengths,           no_seed, left, right, 0.0,
+      scale, nullptr, nullptr, given(starts), given(block_table), given(block_tiles)};
   Inputs inputs(a);
   const auto run = inputs.type == ScalarType::Double ? scores_backward_as<double> : scores_backward_as<float>;
   return run(a, inputs, grad_scores, need_query, need_key, need_weight, need_mask);

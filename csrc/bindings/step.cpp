@@ -28,8 +28,6 @@ Tensor prepare_keys(const Tensor& key) {
   return type == ScalarType::Double ? prepare_as<double>(key) : prepare_as<float>(key);
 }
 
-const Tensor* given(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
-
 template <class T>
 void fill_location(Problem<T>& p, const Arguments& a, Inputs& inputs) {
   const Tensor &x = *a.location, &weight = *a.location_weight;

@@ -13,8 +13,8 @@ void given_row(const Backward<T>& p, const Workspace<T>& ws, std::int64_t n, std
   key_range(p, n, i, first, last);
   std::fill(to, to + ws.keys, T(0));
   if (first < last) std::memcpy(to + first, given + first, (last - first) * sizeof(T));
-  if (p.mask.type != MaskType::none && first < last) {
-    load_mask(p.mask, n, i, first, last - first, bias);
+  if ((p.mask.type != MaskType::none || p.blocks) && first < last) {
+    load_terms(p, n, i, first, last - first, bias);
     for (std::int64_t j = first; j < last; ++j) to[j] = bias[j - first] == T(-INFINITY) ? T(0) : to[j];
   }
   typename Simd<T>::Bits most = 0;

@@ -48,11 +48,54 @@ void load_mask(const Mask& mask, std::int64_t n, std::int64_t i, std::int64_t fi
   }
 }
 
-// Keys [first, last) that row i of entry n may attend to by its length and window.
+// Does the block table keep every pair of rows [row0, row0 + rows) and keys [first, first + count), or any?
+enum class Kept { none, some, all };
+
+inline Kept kept_pairs(const BlockTable& blocks, std::int64_t n, std::int64_t row0, std::int64_t rows,
+                       std::int64_t first, std::int64_t count) {
+  bool any = false, all = true;
+  for (std::int64_t i = row0 / blocks.rows; i * blocks.rows < row0 + rows; ++i)
+    for (std::int64_t j = first / blocks.keys; j * blocks.keys < first + count; ++j) {
+      const std::int64_t code = blocks.of_block(n, i, j);
+      any = any || code != 0;
+      all = all && code == 1;
+    }
+  return all ? Kept::all : any ? Kept::some : Kept::none;
+}
+
+// Makes the terms of keys [first, first + count) of row i -Inf where the block table keeps no pair.
+template <class T>
+void narrow_by_blocks(const BlockTable& blocks, std::int64_t n, std::int64_t i, std::int64_t first, std::int64_t count,
+                      T* bias) {
+  for (std::int64_t j = first; j < first + count;) {
+    const std::int64_t block = j / blocks.keys, end = std::min((block + 1) * blocks.keys, first + count);
+    const std::int64_t code = blocks.of_block(n, i / blocks.rows, block);
+    if (code == 0) std::fill(bias + j - first, bias + end - first, T(-INFINITY));
+    if (code > 1) {
+      const unsigned char* row = blocks.tiles + ((code - 2) * blocks.rows + i % blocks.rows) * blocks.keys;
+      for (std::int64_t k = j; k < end; ++k)
+        if (!row[k - block * blocks.keys]) bias[k - first] = T(-INFINITY);
+    }
+    j = end;
+  }
+}
+
+// The terms of a row's mask and block table together.
+template <class T>
+void load_terms(const Problem<T>& p, std::int64_t n, std::int64_t i, std::int64_t first, std::int64_t count, T* bias) {
+  if (p.mask.type == MaskType::none)
+    std::fill(bias, bias + count, T(0));
+  else
+    load_mask(p.mask, n, i, first, count, bias);
+  if (p.blocks) narrow_by_blocks(p.blocks, n, i, first, count, bias);
+}
+
+// Keys [first, last) that row i of entry n may attend to by its interval.
 template <class T>
 void key_range(const Problem<T>& p, std::int64_t n, std::int64_t i, std::int64_t& first, std::int64_t& last) {
   first = p.left >= 0 ? std::max<std::int64_t>(0, i - p.left) : 0;
   last = p.right >= 0 && p.right < p.keys - i - 1 ? i + p.right + 1 : p.keys;
   if (p.lengths) last = std::min(last, *p.lengths.at(n, i));
+  if (p.starts) first = std::max(first, std::min(last, *p.starts.at(n, i)));
   last = std::max(first, last);
 }

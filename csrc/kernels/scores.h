@@ -47,6 +47,9 @@ class ScoreBlock {
   // masked or beyond the last. Returns false, and computes nothing, if every key is masked for every row.
   bool tile(std::int64_t key0) {
     bool block_attended[tile_blocks] = {};
+    count = std::min<std::int64_t>(TK, p.keys - key0);
+    kept_ = p.blocks ? kept_pairs(p.blocks, entry, row0, rows, key0, count) : Kept::all;
+    if (kept_ == Kept::none) return false;
     find_attended(key0, block_attended);
     if (!(block_attended[0] || block_attended[1] || block_attended[2] || block_attended[3])) return false;
     if (p.queries == 1) {
@@ -79,8 +82,8 @@ class ScoreBlock {
     return j < start[r] || j >= stop[r] || (bias_rows_ && bias_rows_[r * TK + j - key0] == T(-INFINITY));
   }
   bool attends(std::int64_t r, std::int64_t j) const {
-    T bias = 0;
-    if (p.mask.type != MaskType::none) load_mask(p.mask, entry, row0 + r, j, 1, &bias);
+    T bias;
+    load_terms(p, entry, row0 + r, j, 1, &bias);
     return j >= start[r] && j < stop[r] && bias != T(-INFINITY);
   }
 
@@ -126,14 +129,13 @@ class ScoreBlock {
 
   // Loads the masks of the tile, and finds the blocks of keys to compute, for each row and for any.
   void find_attended(std::int64_t key0, bool* block_attended) {
-    count = std::min<std::int64_t>(TK, p.keys - key0);
     complete = true;
-    bias_rows_ = p.mask.type == MaskType::none ? nullptr : bias_.get(rows * TK);
+    bias_rows_ = p.mask.type == MaskType::none && kept_ == Kept::all ? nullptr : bias_.get(rows * TK);
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t low = std::max(start[r], key0) - key0, high = std::min(stop[r], key0 + count) - key0;
       const T* bias = nullptr;
       if (bias_rows_ && low < high) {
-        load_mask(p.mask, entry, row0 + r, key0 + low, high - low, bias_rows_ + r * TK + low);
+        load_terms(p, entry, row0 + r, key0 + low, high - low, bias_rows_ + r * TK + low);
         bias = bias_rows_ + r * TK;
       }
       complete = complete && low == 0 && high == count && !bias;
@@ -270,6 +272,7 @@ class ScoreBlock {
   PreparedQuery<T> single_query_;
   LocatedKeys<T> located_;
   Cancellation<T> cancellation_;
+  Kept kept_ = Kept::all;   // by the block table, of the tile
   T* bias_rows_ = nullptr;  // the mask's terms of the tile, [row][key]
   bool query_packed_[forms] = {};
   Buffer<T> query_[forms], key_[forms], weight_, centre_, bias_, scores_;

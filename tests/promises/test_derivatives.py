@@ -14,6 +14,7 @@ from torch.func import functional_call, functionalize, grad, hessian, jacrev, jv
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from additive_attn import AdditiveAttention, PlainAdditiveAttention, additive_attention
+from additive_attn.spec.call import Call
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(2, 3, 4, generator=G)
@@ -112,9 +113,7 @@ def gradients(function, *inputs):
 
 def test_raw_operator():
     def raw(*inputs):
-        return torch.ops.additive_attn.forward(*inputs, None, None, -1, -1, None, 0.0, 1.0, False)[
-            0
-        ]
+        return torch.ops.additive_attn.forward(*inputs, *Call._field_defaults.values(), False)[0]
 
     assert_all_close(gradients(raw, *INPUTS), gradients(plain, *INPUTS))
 

@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from additive_attn import additive_attention, additive_scores
 from additive_attn.backends.plain import scores as blocks
+from additive_attn.spec.call import Masking
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # (batch, Lq, Lk, H): on both sides of tiles of keys, rows and features.
@@ -436,10 +437,13 @@ def test_checkpointing(use_reentrant):
 
 
 OPTIONS = {
-    "plain": (None, None, -1, -1, 0.5),
-    "bool mask": (torch.rand(1, 4, 6) < 0.7, None, -1, -1, 1.0),
-    "float mask": (torch.randn(4, 6), None, 2, 0, 1.0),
-    "lengths": (None, torch.tensor([[6], [2]]), -1, -1, 1.0),
+    "plain": Masking(),
+    "bool mask": Masking(torch.rand(1, 4, 6) < 0.7),
+    "float mask": Masking(torch.randn(4, 6), left=2, right=0),
+    "ranges": Masking(lengths=torch.tensor([[6], [2]]), starts=torch.tensor([1])),
+    "blocks": Masking(
+        block_table=torch.tensor([[0, 2], [1, 1]]).int(), block_tiles=torch.rand(1, 3, 4) < 0.6
+    ),
 }
 
 
@@ -448,17 +452,17 @@ OPTIONS = {
 def test_opcheck(options, dtype):
     inputs = tuple(inputs_of((2,), 4, 6, 5, dtype=dtype).values())
     operators = torch.ops.additive_attn
-    opcheck(operators.scores.default, (*inputs, *options))
+    opcheck(operators.scores.default, (*inputs, *options, 0.5))
     upstream = torch.randn(2, 4, 6).to(dtype)
     float_mask = options[0] is not None and options[0].is_floating_point()
     for needs in ((True, True, True, float_mask), (False, True, False, False)):
-        opcheck(operators.scores_backward.default, (upstream, *inputs, *options, *needs))
+        opcheck(operators.scores_backward.default, (upstream, *inputs, *options, 0.5, *needs))
 
 
 def test_meta_tensors_and_several_devices():
     arguments = [x.to("meta") for x in INPUTS]
     assert additive_scores(*arguments).shape == (2, 3, 5)
-    mixed = [INPUTS[0], arguments[1], INPUTS[2], None, None, -1, -1, 1.0]
+    mixed = [INPUTS[0], arguments[1], INPUTS[2], *Masking(), 1.0]
     with pytest.raises(RuntimeError, match=r"query is on cpu.*key is on meta"):
         torch.ops.additive_attn.scores(*mixed)
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from additive_attn import AdditiveAttention, PlainAdditiveAttention, additive_attention
 from additive_attn.backends.plain import blocks
+from additive_attn.spec.call import Call
 
 
 @pytest.fixture
@@ -151,11 +152,14 @@ def test_export(dynamo):
             torch.testing.assert_close(got, expected)
 
 
+TILES = torch.rand(2, 3, 4) < 0.6
 OP_CASES = {
     "plain": {},
     "bool mask": dict(attn_mask=torch.rand(1, 4, 6) < 0.7),
     "float mask": dict(attn_mask=torch.randn(4, 6)),
     "lengths": dict(lengths=torch.tensor([[6], [2]])),
+    "starts": dict(starts=torch.tensor([[1], [3]])),
+    "blocks": dict(block_table=torch.tensor([[[0, 2], [1, 3]]]).int(), block_tiles=TILES),
     "dropout": dict(seed=torch.tensor(3), dropout_p=0.5),
     "window": dict(left=2, right=0),
     "half": dict(dtype=torch.bfloat16),
@@ -165,8 +169,7 @@ OP_CASES = {
 def op_arguments(case):
     case = dict(case)
     inputs = make((2,), 4, 6, 5, 3, dtype=case.pop("dtype", torch.float32))
-    order = ("attn_mask", "lengths", "left", "right", "seed", "dropout_p", "scale")
-    defaults = dict(zip(order, (None, None, -1, -1, None, 0.0, 0.5), strict=True))
+    defaults = Call._field_defaults | {"scale": 0.5}
     return inputs, list((defaults | case).values())
 
 

@@ -40,7 +40,7 @@ from additive_attn.spec.formula import (
     weighted_sum,
     widened,
 )
-from additive_attn.spec.masks import interval_bounds, interval_mask, mask_block
+from additive_attn.spec.masks import allowed_pairs, mask_block
 
 # Elements of a block's energies for each thread; one row of one entry is the least that a block
 # can hold. More threads share larger blocks, since torch gives none of them a small part.
@@ -60,7 +60,7 @@ def unnarrowed(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 @unnarrowed
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, need_weights = Call(*arguments[:11]), arguments[11]
+    call, need_weights = Call(*arguments[:14]), arguments[14]
     query, key, value, _ = call.inputs
     batch, num_queries, num_keys = call.batch(), query.shape[-2], key.shape[-2]
     out = query.new_zeros(*batch, num_queries, value.shape[-1])
@@ -256,13 +256,16 @@ class Block(NamedTuple):
 
     def masks(self, masking: Masking, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The part of the dense mask, and the attended pairs; None where all are."""
-        attn_mask, lengths, left, right = masking
-        if lengths is not None:
-            lengths = self.of_entries(lengths, 1)
+        attn_mask, lengths, starts, table = masking[:4]
         if attn_mask is not None:
             attn_mask = self.of_mask(attn_mask)
-        intervals = interval_mask(lengths, left, right, self.rows, self.keys, device)
-        return attn_mask, attended_pairs(attn_mask, intervals)
+        masking = masking._replace(
+            lengths=None if lengths is None else self.of_entries(lengths, 1),
+            starts=None if starts is None else self.of_entries(starts, 1),
+            block_table=None if table is None else self.of_entries(table, 2),
+        )
+        allowed = allowed_pairs(masking, self.rows, self.keys, device)
+        return attn_mask, attended_pairs(attn_mask, allowed)
 
     def factors(self, options: Options, batch: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """The dropout factors D of equation 15."""
@@ -280,40 +283,71 @@ class Block(NamedTuple):
 def blocks_of(call: Call, batch: torch.Size) -> Iterator[Block]:
     """Blocks of all rows of some entries, or of some rows of one entry."""
     query, key, value, _ = call.inputs
-    attn_mask, lengths, left, right = call.masking
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     if batch.numel() == 0 or num_queries == 0 or num_keys == 0:
         return
     # The first dim of more than one entry is divided.
     dim = next((len(batch) - i for i, size in enumerate(batch) if size > 1), len(batch) + 1)
     count = batch[-dim] if dim <= len(batch) else 1
-    longest = _longest(lengths, dim, count, num_keys)
+    masking = call.masking
+    ranges = KeyRanges(masking, dim, count, num_keys)
+    left, right = masking.left, masking.right
     span = num_keys if left < 0 or right < 0 else min(num_keys, left + right + 1)
-    masked = attn_mask is not None or lengths is not None or left >= 0 or right >= 0
     # Masked values that are not finite take a tensor (..., Lq, Lk, Dv).
+    masked = left >= 0 or right >= 0 or any(x is not None for x in masking[:4])
     features = max(query.shape[-1], value.shape[-1] if masked else 1, 1)
-    row_elements = batch.numel() // count * span * features
+    unit = batch.numel() // count * features
     threads = torch.get_num_threads() if query.device.type == "cpu" else _MOST_THREADS
     elements = _BLOCK_ELEMENTS * min(threads, _MOST_THREADS)
-    rows_at_once = min(max(1, elements // row_elements), num_queries)
-    entries_at_once = max(1, elements // (row_elements * num_queries))
+    rows_at_once = min(max(1, elements // (unit * span)), num_queries)
+    entries_at_once = max(1, elements // (unit * span * num_queries))
     for entry in range(0, count, entries_at_once):
         entries = entry, min(entry + entries_at_once, count)
-        last_key = max(longest[slice(*entries)])
-        for row in range(0, num_queries, rows_at_once):
-            rows = row, min(row + rows_at_once, num_queries)
-            keys = interval_bounds(left, right, rows, num_keys, last_key)
+        row = 0
+        while row < num_queries:
+            some = rows_at_once
+            while row + some < num_queries:  # where ranges are short, more rows fit
+                start, stop = ranges.of(entries, (row, min(row + 2 * some, num_queries)))
+                if 2 * some * (stop - start) * unit > elements:
+                    break
+                some *= 2
+            rows = row, min(row + some, num_queries)
+            keys = ranges.of(entries, rows)
             if keys[0] < keys[1]:
                 yield Block(dim, entries, rows, keys)
+            row = rows[1]
 
 
-def _longest(lengths: Tensor | None, dim: int, count: int, num_keys: int) -> list[int]:
-    """The number of keys beyond which no row attends, for each index of the divided dim."""
-    if lengths is None or lengths.numel() == 0:
-        return [num_keys] * count
-    lengths = lengths.clamp(0, num_keys)
-    divided = lengths.dim() - 1 - dim
-    if divided < 0 or lengths.shape[divided] == 1:
-        return [int(lengths.max())] * count
-    longest: list[int] = lengths.movedim(divided, 0).flatten(1).amax(1).tolist()
-    return longest
+class KeyRanges:
+    """The smallest ranges of keys outside of which no row of a block may attend."""
+
+    def __init__(self, masking: Masking, dim: int, count: int, num_keys: int) -> None:
+        self.left, self.right, self.keys = masking.left, masking.right, num_keys
+
+        def listed(numbers: Tensor | None, reduce: Callable[..., Tensor]) -> list[list[int]]:
+            """For each index of the divided dim, the numbers of the rows, or one for all."""
+            if numbers is None:
+                return []
+            numbers = torch.atleast_1d(numbers).clamp(0, num_keys)
+            divided = numbers.dim() - 1 - dim
+            numbers = numbers.movedim(divided, 0) if divided >= 0 else numbers.unsqueeze(0)
+            lists = reduce(numbers.reshape(numbers.shape[0], -1, numbers.shape[-1]), 1).tolist()
+            return lists * count if len(lists) == 1 else lists
+
+        self.starts = listed(masking.starts, torch.amin)
+        self.stops = listed(masking.lengths, torch.amax)
+
+    def of(self, entries: tuple[int, int], rows: tuple[int, int]) -> tuple[int, int]:
+        first, last = rows[0], rows[1] - 1
+        start = max(first - self.left, 0) if self.left >= 0 else 0
+        stop = min(last + self.right + 1, self.keys) if self.right >= 0 else self.keys
+        own = slice(*entries)
+        if self.starts:
+            start = max(start, min(min(_part(x, rows)) for x in self.starts[own]))
+        if self.stops:
+            stop = min(stop, max(max(_part(x, rows)) for x in self.stops[own]))
+        return min(start, stop), stop
+
+
+def _part(numbers: list[int], rows: tuple[int, int]) -> list[int]:
+    return numbers if len(numbers) == 1 else numbers[slice(*rows)]

@@ -38,7 +38,7 @@ def scores(*arguments: Any) -> Tensor:
 @unnarrowed
 def scores_backward(grad_scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Equations 10 and 11; the gradient of a mask is that of the scores."""
-    call, needs = call_of_scores(*arguments[:8]), arguments[8:]
+    call, needs = call_of_scores(*arguments[:11]), arguments[11:]
     (query, key, _, weight), attn_mask = call.inputs, call.attn_mask
     if attn_mask is not None and not attn_mask.is_floating_point():
         attn_mask = None

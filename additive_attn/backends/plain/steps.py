@@ -73,7 +73,7 @@ def step_backward(
     batch, dtype = weights.shape[:-2], lse_dtype(query.dtype)
     keys = (0, key.shape[-2])
     attended = attended_pairs(
-        attn_mask, interval_mask(lengths, -1, -1, (0, 1), keys, query.device)
+        attn_mask, interval_mask(lengths, None, -1, -1, (0, 1), keys, query.device)
     )
     factors = None
     if seed is not None:

@@ -24,7 +24,7 @@ from additive_attn.spec.formula import (
     softmax,
     weighted_sum,
 )
-from additive_attn.spec.masks import interval_mask
+from additive_attn.spec.masks import allowed_pairs
 
 # Elements of (..., Lq, Lk, H) up to which a call keeps the energies for autograd.
 ELEMENTS = 2**22
@@ -46,7 +46,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, Any]:
     """Out, weights, and lse if needed, differentiable by autograd to any order. ``score_bias``
     gets a gradient of zeros."""
-    query, key, _, weight, attn_mask, _, _, _, seed, dropout_p, scale = call
+    query, key, _, weight, attn_mask = call[:5]
+    seed, dropout_p, scale = call[11:]
     attended, factors = _attended(call), None
     if seed is not None:
         keep = torch.ops.additive_attn.keep_mask(
@@ -88,12 +89,12 @@ def score(call: Call) -> Tensor:
 
 
 def _attended(call: Call) -> Tensor | None:
-    attn_mask, lengths, left, right = call[4:8]
-    if attn_mask is None and lengths is None and left < 0 and right < 0:
+    attn_mask, lengths, starts, table, _, left, right = call[4:11]
+    if attn_mask is lengths is starts is table is None and left < 0 and right < 0:
         return None
     rows, keys = (0, call.query.shape[-2]), (0, call.key.shape[-2])
-    intervals = interval_mask(lengths, left, right, rows, keys, call.query.device)
-    return attended_pairs(attn_mask, intervals)
+    allowed = allowed_pairs(call.masking, rows, keys, call.query.device)
+    return attended_pairs(attn_mask, allowed)
 
 
 def _scored(

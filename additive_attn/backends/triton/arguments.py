@@ -19,8 +19,9 @@ from additive_attn.backends.triton.prepare import (
     prepare_rows,
     prepare_weight,
 )
-from additive_attn.spec.call import Call, lse_dtype
+from additive_attn.spec.call import Call, Masking, lse_dtype
 from additive_attn.spec.dropout import keep_threshold
+from additive_attn.spec.masks import allowed_pairs
 
 
 class Problem:
@@ -31,7 +32,9 @@ class Problem:
         self, call: Call, location: Tensor | None = None, location_weight: Tensor | None = None
     ) -> None:
         query, key, value, weight = call.inputs
-        attn_mask, lengths, left, right = call.masking
+        given, call = call.attn_mask, _with_dense_mask(call)
+        attn_mask, lengths = call.attn_mask, call.lengths
+        left, right = call.left, call.right
         seed, dropout_p, scale = call.options
         shape = query.shape[:-2]
         if (
@@ -60,8 +63,8 @@ class Problem:
         self.mask = None if attn_mask is None else _mask_view(attn_mask, self)
         # A mask of booleans has no gradient.
         self.float_mask = None
-        if attn_mask is not None and attn_mask.is_floating_point():
-            self.float_mask = attn_mask
+        if given is not None and given.is_floating_point():
+            self.float_mask = given
         self.lengths = None if lengths is None else _lengths_view(lengths, self)
         self.seed = None if seed is None else self.batch.view(seed, 0)
         self.left = self.rows if left < 0 else min(left, self.rows)
@@ -165,6 +168,21 @@ class Problem:
         return workspace_pieces(
             self.entries, self.rows, self.keys, self.left, self.right, self.wide, row_block
         )
+
+
+def _with_dense_mask(call: Call) -> Call:
+    """Starts and block tables as a dense mask."""
+    if call.starts is None and call.block_table is None:
+        return call
+    rows, keys = (0, call.query.shape[-2]), (0, call.key.shape[-2])
+    narrowing = Masking(None, None, *call.masking[2:5])
+    mask, allowed = call.attn_mask, allowed_pairs(narrowing, rows, keys, call.query.device)
+    assert allowed is not None
+    if mask is not None:
+        allowed = (
+            mask & allowed if mask.dtype == torch.bool else torch.where(allowed, mask, -torch.inf)
+        )
+    return call._replace(attn_mask=allowed, starts=None, block_table=None, block_tiles=None)
 
 
 def _mask_view(mask: Tensor, problem: Problem) -> Tensor:

@@ -86,8 +86,8 @@ def backward(*arguments: Any) -> Results:
 
 
 def scores_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_scores, p = arguments[0], Problem(call_of_scores(*arguments[1:9]))
-    need_query, need_key, need_weight, need_mask = arguments[9:]
+    grad_scores, p = arguments[0], Problem(call_of_scores(*arguments[1:12]))
+    need_query, need_key, need_weight, need_mask = arguments[12:]
     need_mask = need_mask and p.float_mask is not None
     needs = Needs(need_query, need_key, False, need_weight, need_mask)
     if p.entries and p.rows == 1 and p.keys:

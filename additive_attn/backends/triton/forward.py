@@ -24,7 +24,7 @@ from additive_attn.spec.call import Call, call_of_scores
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, need_weights = Call(*arguments[:11]), arguments[11]
+    call, need_weights = Call(*arguments[:14]), arguments[14]
     query, p = call.query, Problem(call)
     shape = (*p.batch.shape, p.rows)
     if p.entries == 0 or p.rows == 0 or p.keys == 0:

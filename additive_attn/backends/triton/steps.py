@@ -136,7 +136,8 @@ def prepare_keys(key: Tensor) -> Tensor:
 
 def _problem(*arguments: Any) -> Problem:
     query, key, value, weight, _, location, location_weight, attn_mask, lengths, *rest = arguments
-    call = Call(query, key, value, weight, attn_mask, lengths, -1, -1, *rest)
+    masking = attn_mask, lengths, None, None, None, -1, -1
+    call = Call(query, key, value, weight, *masking, *rest)
     return Problem(call, location, location_weight)
 
 

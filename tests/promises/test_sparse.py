@@ -1,0 +1,104 @@
+"""Intervals and block tables: each composes with every other mask, and what they leave out costs
+and leaks nothing. The oracle is the plain formula with a dense mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import DEVICE, OUTPUTS, check_against_plain, generator, make, plain
+
+from additive_attn.ops.attend import attend
+from additive_attn.spec.call import Call, Masking
+
+ROWS, KEYS = 40, 150
+
+
+def starts_of(batch, per_row, keys=KEYS, rows=ROWS):
+    shape = (*batch, rows if per_row else 1)
+    return torch.randint(-2, keys + 1, shape, generator=generator(2), device=DEVICE)
+
+
+def lengths_of(starts, longest=60):
+    """Ranges that are short, long, empty, or end before they start."""
+    more = torch.randint(-20, longest, starts.shape, generator=generator(3), device=DEVICE)
+    return (starts + more).clamp(0, KEYS)
+
+
+def table_of(batch, rows=ROWS, keys=KEYS, block=(16, 24), tiles=5, density=0.5):
+    """Random kinds of blocks; numbers that name no tile count as 0."""
+    g = generator(4)
+    shape = (*batch, -(-rows // block[0]), -(-keys // block[1]))
+    table = torch.randint(-1, tiles + 3, shape, generator=g, device=DEVICE, dtype=torch.int32)
+    kept = torch.rand(shape, generator=g, device=DEVICE) < density
+    table = torch.where(kept, table, 0)
+    return table, torch.rand(tiles, *block, generator=g, device=DEVICE) < 0.5
+
+
+def dense(masking, rows, keys, rank):
+    """The same as a bool mask of ``rank`` dims, pair by pair as the terms are defined."""
+    _, lengths, starts, table, tiles, left, right = masking
+    i = torch.arange(rows, device=DEVICE)[:, None]
+    j = torch.arange(keys, device=DEVICE)
+    allowed = ((left < 0) | (j >= i - left)) & ((right < 0) | (j <= i + right))
+    if lengths is not None:
+        allowed = allowed & (j < lengths[..., None])
+    if starts is not None:
+        allowed = allowed & (j >= starts[..., None])
+    if table is not None:
+        count, block_rows, block_keys = tiles.shape
+        codes = table.repeat_interleave(block_rows, -2).repeat_interleave(block_keys, -1)
+        codes = codes[..., :rows, :keys]
+        kept = codes == 1
+        for t in range(count):
+            tile = tiles[t].repeat(table.shape[-2], table.shape[-1])[:rows, :keys]
+            kept = kept | ((codes == t + 2) & tile)
+        allowed = allowed & kept
+    return allowed.reshape((1,) * (rank - allowed.dim()) + allowed.shape)
+
+
+def call_of(inputs, masking, scale):
+    tensors = [inputs[name] for name in ("query", "key", "value", "weight")]
+    masking = masking._replace(attn_mask=inputs.get("attn_mask", masking.attn_mask))
+    return Call(*tensors, *masking, scale=scale)
+
+
+def ours(inputs, *, masking, scale=1.0):
+    return dict(zip(OUTPUTS, attend(call_of(inputs, masking, scale), True), strict=True))
+
+
+def theirs(inputs, *, masking, scale=1.0):
+    tensors = [inputs[name] for name in ("query", "key", "value", "weight")]
+    mask = inputs.get("attn_mask", masking.attn_mask)
+    rows, keys = inputs["query"].shape[-2], inputs["key"].shape[-2]
+    allowed, bias = dense(masking, rows, keys, inputs["query"].dim()), None
+    if mask is not None:
+        allowed = allowed & (mask if mask.dtype == torch.bool else mask != -torch.inf)
+        bias = mask if mask.is_floating_point() else None
+    return plain(*tensors, bias=bias, allowed=allowed, scale=scale)
+
+
+PER_ROW, PER_ENTRY = starts_of((3, 1), True), starts_of((3, 1), False)
+TABLE, TILES = table_of((3, 2))
+FLOAT_MASK = torch.randn(3, 1, ROWS, KEYS, generator=generator(5), device=DEVICE)
+MASKINGS = {
+    "starts": Masking(starts=PER_ROW),
+    "starts per entry": Masking(starts=PER_ENTRY, lengths=torch.tensor(100, device=DEVICE)),
+    "ranges": Masking(starts=PER_ROW, lengths=lengths_of(PER_ROW)),
+    "blocks": Masking(block_table=TABLE, block_tiles=TILES),
+    "blocks of one entry": Masking(block_table=TABLE[0, 0], block_tiles=TILES),
+    "whole blocks": Masking(block_table=TABLE.clamp(0, 1), block_tiles=TILES[:0]),
+    "all of them": Masking(
+        None, lengths_of(PER_ROW, 120), PER_ROW, TABLE.clamp(1), TILES, left=40, right=30
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.core
+@pytest.mark.interpreter(masking=["all of them"], mask=["float"])
+@pytest.mark.parametrize("mask", [None, "float"])
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_outputs_and_gradients(masking, mask):
+    inputs, masking = make((3, 2), ROWS, KEYS, 6, 5, heads=True), MASKINGS[masking]
+    if mask == "float":
+        inputs["attn_mask"] = torch.where(FLOAT_MASK > 1.5, -torch.inf, FLOAT_MASK)
+    check_against_plain([inputs], function=ours, formula=theirs, masking=masking, scale=0.7)
