@@ -75,7 +75,7 @@ def append_keys(
     size = key.shape[1]
     if lengths is not None:
         attended = torch.arange(size, device=key.device) < lengths.unsqueeze(-1)
-        attended = attended.unsqueeze(1) if lengths.dim() == 2 else attended[:, None, None]
+        attended = attended if lengths.dim() == 2 else attended[:, None, None]
         mask = narrowed(mask, attended)
     if layer.bias_k is not None:
         shape = (key.shape[0], 1, -1)

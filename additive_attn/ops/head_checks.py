@@ -112,11 +112,11 @@ def check_masks(
                 f"{name} is {found}, but must be None, a bool tensor (True = do not attend) or a "
                 "float one, which is added to the scores. Convert a 0/1 mask with .bool()."
             )
-    heads = layer.num_heads
-    if attn_mask is not None and attn_mask.shape not in (scores, (batch * heads, *scores)):
+    each = (batch * layer.num_heads, *scores)
+    if attn_mask is not None and attn_mask.shape != (scores if attn_mask.dim() == 2 else each):
         raise ValueError(
             f"attn_mask has shape {tuple(attn_mask.shape)}, but must be (L, S) = {scores} or (N * "
-            f"num_heads, L, S) = {(batch * heads, *scores)}."
+            f"num_heads, L, S) = {each}."
         )
     if key_padding_mask is not None:
         wanted = (batch, scores[1]) if batched else (scores[1],)

@@ -107,7 +107,8 @@ def _pulled_back(
 def reduced(grad: Tensor, tensor: Tensor) -> Tensor:
     """The gradient over the whole batch, summed over the dims that ``tensor`` was broadcast
     along."""
-    if grad.shape != tensor.shape:
+    # Ranks first: a trace that compared unequal ranks would guard on sizes that happen to agree.
+    if grad.dim() != tensor.dim() or grad.shape != tensor.shape:
         grad = grad.sum_to_size(tensor.shape)
     return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
 
