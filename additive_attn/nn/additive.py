@@ -52,8 +52,8 @@ class AdditiveAttention(ProjectingAttention):
     ``query_layer.bias``, ``key_layer.weight (hidden_dim, key_dim)``, ``key_layer.bias``,
     ``energy_layer.weight (1, hidden_dim)``, ``energy_layer.bias (1)``. The last shifts every score
     of a row alike, so it cancels in the softmax and its gradient is zero; it is kept so that
-    state_dicts load. With normalize=True, v is ``energy_layer.weight``, g is ``energy_gain ()``, b
-    is ``energy_offset (hidden_dim)``, and there is no ``energy_layer.bias``.
+    state_dicts load. With normalize=True, v is ``energy_layer.weight``, g is ``energy_gain (1)``,
+    b is ``energy_offset (hidden_dim)``, and there is no ``energy_layer.bias``.
 
     ``query_layer`` and ``key_layer`` are called. Of ``energy_layer``, a Linear, the weight is
     read; under hooks, or replaced by another affine module (an adapter, a quantised or sharded
@@ -100,7 +100,7 @@ class AdditiveAttention(ProjectingAttention):
         )  # fmt: skip
         self.normalize = normalize
         if normalize:
-            self.energy_gain = nn.Parameter(torch.empty((), **factory))
+            self.energy_gain = nn.Parameter(torch.empty(1, **factory))  # FSDP2 shards no scalar
             self.energy_offset = nn.Parameter(torch.empty(hidden_dim, **factory))
         self.reset_parameters()
 

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+if not dist.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
+    pytest.skip("needs torch.distributed and a fork server", allow_module_level=True)
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint",
      "oracle", "additive_attn.distributed"]
 )  # fmt: skip
-available = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed")
 
 
 def _work(rank: int, world: int, module: str, names: Sequence[str], folder: str) -> None:

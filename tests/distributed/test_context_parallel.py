@@ -19,7 +19,6 @@ from additive_attn.distributed import (
     unshard_sequence,
 )
 
-pytestmark = processes.available
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 

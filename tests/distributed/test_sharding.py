@@ -1,0 +1,131 @@
+"""DTensors: batch and heads sharded over a DeviceMesh give what one process gives."""
+
+from __future__ import annotations
+
+import processes
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import (
+    DTensor,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
+
+from additive_attn import (
+    AdditiveAttention,
+    MultiheadAdditiveAttention,
+    additive_attention,
+    additive_scores,
+)
+
+CASES = {
+    "batch": ((4, 3, 5), dict(query=0, key=0, value=0)),
+    "heads": ((2, 4, 3, 5), dict(query=1, key=1, value=1, weight=0)),
+    "shared key": ((4, 3, 5), dict(query=0)),
+    "bool mask": ((4, 3, 5), dict(query=0, key=0, value=0, attn_mask=0)),
+    "float mask, shared": ((4, 3, 5), dict(query=0, key=0, value=0)),
+    "features of the values": ((2, 3, 5), dict(value=2)),
+    "mixed": ((4, 3, 5), dict(query=0, value=2)),
+}
+
+
+def inputs_of(name):
+    torch.manual_seed(0)
+    (*batch, queries, keys), placements = CASES[name]
+    inputs = {
+        "query": torch.randn(*batch, queries, 8),
+        "key": torch.randn(*([1] if name == "shared key" else batch), keys, 8),
+        "value": torch.randn(*batch, keys, 6),
+        "weight": torch.randn(batch[1], 8) if name == "heads" else torch.randn(8),
+    }
+    if "mask" in name:
+        mask = torch.randn(*(batch if "bool" in name else ()), queries, keys)
+        inputs["attn_mask"] = mask > 0 if "bool" in name else mask
+    return inputs, placements
+
+
+def results(inputs, differentiate=torch.autograd.grad):
+    leaves = {n: x.requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
+    outputs = additive_attention(**leaves, need_weights=True, need_lse=True)
+    outputs += (additive_scores(**{n: x for n, x in leaves.items() if n != "value"}),)
+    total = sum((x.nan_to_num(neginf=0) ** 2).sum() for x in outputs)
+    return [*outputs, *differentiate(total, [x for x in leaves.values() if x.requires_grad])]
+
+
+def full(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def check_one_dim(mesh, folder):
+    for name in CASES:
+        inputs, placements = inputs_of(name)
+        expected = results({n: x.clone() for n, x in inputs.items()})
+        sharded = {
+            n: distribute_tensor(
+                x, mesh, [Shard(placements[n]) if n in placements else Replicate()]
+            )
+            for n, x in inputs.items()
+        }
+        ours = results(sharded)
+        if name in ("batch", "heads"):
+            for n in (0, 3):
+                assert ours[n].placements[0] == Shard(placements["query"]), "in one piece"
+        for mine, theirs in zip(ours, expected, strict=True):
+            torch.testing.assert_close(full(mine), theirs)
+
+
+def check_two_dims(mesh, folder):
+    """Batch along one dim of the mesh, heads along the other."""
+    if mesh.size() < 4:
+        return
+    mesh = init_device_mesh("cpu", (2, mesh.size() // 2))
+    inputs, _ = inputs_of("heads")
+    expected = results({n: x.clone() for n, x in inputs.items()})
+    heads_alone = [Replicate(), Shard(0)]
+    sharded = {
+        n: distribute_tensor(x, mesh, heads_alone if n == "weight" else [Shard(0), Shard(1)])
+        for n, x in inputs.items()
+    }
+    ours = results(sharded)
+    assert ours[0].placements == (Shard(0), Shard(1)) == ours[3].placements
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(full(mine), theirs)
+
+
+def check_dropout(mesh, folder):
+    """By the position in the whole batch, with the seed of each process alike."""
+    inputs, placements = inputs_of("heads")
+    results = []
+    for sharded in (False, True):
+        torch.manual_seed(5)
+        x = {
+            n: distribute_tensor(t, mesh, [Shard(placements[n])]) if sharded else t
+            for n, t in inputs.items()
+        }
+        torch.manual_seed(5)
+        results.append(full(additive_attention(**x, dropout_p=0.5)))
+    torch.testing.assert_close(*results)
+
+
+def check_layers(mesh, folder):
+    """Parameters on every process, the batch sharded."""
+    for layer in (AdditiveAttention(8, 8), MultiheadAdditiveAttention(8, 2, batch_first=True)):
+        x = torch.randn(4, 5, 8)
+        layer(x, x, x)[0].square().sum().backward()
+        expected = [p.grad.clone() for p in layer.parameters()]
+        layer.zero_grad()
+        replicated = distribute_module(layer, mesh)
+        batch = distribute_tensor(x, mesh, [Shard(0)])
+        out = replicated(batch, batch, batch)[0]
+        assert out.placements == (Shard(0),)
+        out.square().sum().backward()
+        for parameter, grad in zip(replicated.parameters(), expected, strict=True):
+            torch.testing.assert_close(full(parameter.grad), grad)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_calls_equal_one_process(world, tmp_path):
+    processes.run(__name__, world, tmp_path)
