@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from additive_attn.nn.linear import bare_parameters, energy_of
+from additive_attn.ops.autocast import autocast, autocast_dtype
 from additive_attn.ops.checks import refuse_types
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.layer_checks import (
@@ -187,8 +188,15 @@ def prepare(layer: Any, memory: _Memory) -> Prepared | None:
     if layer.normalize:
         weight = layer.energy_gain * weight / weight.norm()
     query_weight, query_bias = parameters[2], parameters[3]
-    if torch.is_autocast_enabled(memory.key.device.type):
+    computing, copied = autocast_dtype(memory.key.device.type), [memory.key]
+    if computing is not None:
         query_weight = query_bias = None  # each query is projected under autocast
+        if autocast(memory.value, computing) is not memory.value:
+            return None
+    if computing is not None or layer.normalize:
+        copied += [x for x in parameters if x is not None]
+    if any(x.is_inference() for x in copied):
+        return None  # they do not tell whether they have been written to
     if query_weight is not None and layer.normalize:
         offset = layer.energy_offset
         query_bias = offset if query_bias is None else query_bias + offset

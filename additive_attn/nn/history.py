@@ -92,7 +92,7 @@ class HistoryAttention(ProjectingAttention):
             if memory.beams > 1 and uniform.dim() == 2 and uniform.shape[0] > 1:
                 uniform = uniform.repeat_interleave(memory.beams, 0)
             weights = weights + uniform
-        return AttentionState(weights, weights)
+        return AttentionState(weights, weights.clone())
 
     def step(
         self, query: Tensor, memory: ProjectedMemory, state: AttentionState

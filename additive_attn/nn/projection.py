@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from additive_attn.nn.decoding import ProjectedMemory, prepare
 from additive_attn.nn.linear import projected
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
+from additive_attn.ops.autocast import autocast, autocast_dtype
 from additive_attn.ops.checks import (
     Integers,
     aligned_lengths,
@@ -80,7 +81,8 @@ class ProjectingAttention(nn.Module):
 
         Returns:
             The projected keys, the values, and lengths and mask in the form that :meth:`step`
-            passes on.
+            passes on. The values are not copied unless dtype or autocast converts them: steps see
+            what is written to them later. The other arguments may be written to.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`forward`.
@@ -91,6 +93,16 @@ class ProjectingAttention(nn.Module):
             if not is_symbolic(key, value):
                 refuse_types(key=key, value=value)
             return symbolic_call(self, "project", key, value, lengths, key_padding_mask, dtype)
+        if not _is_compiling() and torch.is_inference_mode_enabled():
+            # Its tensors do not count the writes to them, of which steps must know.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._memory(key, value, lengths, key_padding_mask, dtype)
+        return self._memory(key, value, lengths, key_padding_mask, dtype)
+
+    def _memory(
+        self, key: Tensor, value: Tensor, lengths: Integers | None,
+        key_padding_mask: Tensor | None, dtype: torch.dtype | None,
+    ) -> ProjectedMemory:  # fmt: skip
         rank = key.dim()
         if not (2 <= rank <= 3 and value.dim() == rank):
             refuse_ranks(self._caller("project"), key=key, value=value)
@@ -105,9 +117,9 @@ class ProjectingAttention(nn.Module):
                 raise ValueError
             if lengths is not None:
                 lengths = as_integers("lengths", lengths, k.device)
-                lengths = aligned_lengths(lengths, k, _shared(batch, lengths), 1)
+                lengths = aligned_lengths(lengths, k, _shared(batch, lengths), 1).clone()
             if key_padding_mask is not None:
-                self._check_polarity(None, key_padding_mask, 4)
+                self._check_polarity(None, key_padding_mask, 5)
                 batch = _shared(batch, key_padding_mask)
                 attn_mask = with_padding(None, key_padding_mask, k, batch)
         except (RuntimeError, ValueError):
@@ -116,6 +128,8 @@ class ProjectingAttention(nn.Module):
         if dtype is not None:
             check_memory_dtype(dtype, k)
             k, v = k.to(dtype), v.to(dtype)
+        elif (computing := autocast_dtype(v.device.type)) is not None:
+            v = autocast(v, computing)
         memory = ProjectedMemory(k, v, lengths, attn_mask)
         if k.shape[-1] == self.hidden_dim and not _is_compiling():
             memory.prepared = prepare(self, memory)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from additive_attn.ops.autocast import autocast, autocast_dtype
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.checks import (
     Integers,
@@ -172,20 +173,14 @@ def masked_step(
 
 def _autocasted(inputs: _Inputs, attn_mask: Tensor | None) -> tuple[_Inputs, Tensor | None]:
     """The inputs in autocast's dtype where it is on, except float64. A mask is never narrowed."""
-    device = inputs[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    dtype = autocast_dtype(inputs[0].device.type)
+    if dtype is None:
         return inputs, attn_mask
-    dtype = torch.get_autocast_dtype(device)
     if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
         # bfloat16 beside float16: float32 holds both.
         narrow = attn_mask.dtype.itemsize == 2 and attn_mask.dtype != dtype
         attn_mask = attn_mask.float() if narrow else attn_mask
-
-    def cast(x: Tensor) -> Tensor:
-        keep = x.dtype == torch.float64 or not x.is_floating_point()
-        return x if keep else x.to(dtype)
-
     query, key, value, weight = inputs
-    cast_key = cast(key)
-    cast_value = cast_key if value is key else cast(value)
-    return (cast(query), cast_key, cast_value, cast(weight)), attn_mask
+    cast_key = autocast(key, dtype)
+    cast_value = cast_key if value is key else autocast(value, dtype)
+    return (autocast(query, dtype), cast_key, cast_value, autocast(weight, dtype)), attn_mask

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.autograd import Variable, forward_ad
 
 from additive_attn.ops import dispatch  # noqa: F401  registers the operators
+from additive_attn.ops.autocast import autocast, autocast_dtype
 from additive_attn.ops.second_order import SingleLevelFunction, reduced
 
 _operators = torch.ops.additive_attn
 _functorch_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_autocasts = torch._C._is_any_autocast_enabled
 _pass_number = torch._C._current_graph_task_id
 # Keys and values may be narrower than the queries.
 NARROW_MEMORY = {(x, torch.float32) for x in (torch.bfloat16, torch.float16)}
@@ -121,14 +121,10 @@ def version(tensor: Tensor) -> int:
 def _autocasted(shared: Shared) -> Shared:
     """Keys, values and weight in autocast's dtype, once for all steps; queries come projected
     under it."""
-    device = shared.key.device.type
-    if not (_autocasts() and torch.is_autocast_enabled(device)) or torch.compiler.is_compiling():
+    dtype = autocast_dtype(shared.key.device.type)
+    if dtype is None or torch.compiler.is_compiling():
         return shared
-    dtype = torch.get_autocast_dtype(device)
-    cast: list[Any] = [
-        x if not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
-        for x in shared[:3]
-    ]
+    cast = [autocast(x, dtype) for x in shared[:3]]
     return shared._replace(key=cast[0], value=cast[1], weight=cast[2])
 
 

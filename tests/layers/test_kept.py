@@ -1,0 +1,139 @@
+"""What a memory keeps of its caller: the values alone. A step computes with what the memory holds
+when it runs, however that came to be written to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decoders import LK, B, D, H, K, build
+from oracle import DEVICE
+
+from additive_attn import AdditiveAttention
+
+F64 = torch.float64
+KINDS = pytest.mark.parametrize("kind", ["content", "tacotron", "pointer"])
+MODES = pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__
+)
+
+
+def made(kind, **options):
+    options = {"dtype": F64} | options
+    if kind == "content":
+        return AdditiveAttention(D, H, key_dim=K, **options)
+    return build(kind, **options)
+
+
+def stepped(layer, query, memory):
+    if isinstance(layer, AdditiveAttention):
+        return layer.step(query, memory)
+    return layer.step(query, memory, layer.initial_state(memory))[:2]
+
+
+def ordinary(memory):
+    """The same tensors, of which nothing has been prepared."""
+    return memory._replace(key=memory.key)
+
+
+@KINDS
+@MODES
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("order", ["batch_first", "time_first"])
+@pytest.mark.parametrize("field", ["key", "value", "lengths", "attn_mask"])
+def test_what_the_memory_holds_may_be_written_to(kind, mode, beams, order, field):
+    layer = made(kind, batch_first=order == "batch_first")
+    key, value = torch.randn(B, LK, K, dtype=F64), torch.randn(B, LK, 7, dtype=F64)
+    if order == "time_first":
+        key, value = key.transpose(0, 1), value.transpose(0, 1)
+    padding = torch.arange(LK) >= torch.tensor([LK, 5, 1])[:, None]
+    masking = {"key_padding_mask": padding} if field == "attn_mask" else {"lengths": [LK, 4, 2]}
+    query = torch.randn(B * beams, D, dtype=F64)
+    with mode():
+        memory = layer.project(key, value, **masking).expand(beams)
+        before = [x.clone() for x in stepped(layer, query, memory)]
+        with torch.no_grad():
+            tensor = getattr(memory, field)
+            if field in ("key", "value"):
+                tensor.mul_(0.5)
+            else:
+                tensor.copy_(tensor.flip(0))
+        expected = stepped(layer, query, ordinary(memory))
+        found = stepped(layer, query, memory)
+    torch.testing.assert_close(found, expected)
+    assert any(not torch.equal(x, y) for x, y in zip(before, expected, strict=True))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="autocast of the CPU")
+@MODES
+@pytest.mark.parametrize("field", ["key", "value"])
+@pytest.mark.parametrize("how", ["autocast", "narrow"])
+def test_also_where_it_is_kept_in_another_dtype(mode, field, how):
+    layer = made("content", dtype=torch.float32)
+    key, value, query = torch.randn(B, LK, K), torch.randn(B, LK, 7), torch.randn(B, D)
+    dtype = torch.bfloat16 if how == "narrow" else None
+    with mode(), torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=how == "autocast"):
+        memory = layer.project(key, value, dtype=dtype)
+        stepped(layer, query, memory)
+        with torch.no_grad():
+            getattr(memory, field).mul_(0.5)
+        expected = stepped(layer, query, ordinary(memory))
+        torch.testing.assert_close(stepped(layer, query, memory), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="autocast of the CPU")
+@MODES
+def test_also_where_only_its_steps_run_under_autocast(mode):
+    layer, query = made("tacotron", dtype=torch.float32), torch.randn(2 * B, D)
+    with mode():
+        memory = layer.project(torch.randn(B, LK, K), torch.randn(B, LK, 7)).expand(2)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            stepped(layer, query, memory)
+            with torch.no_grad():
+                memory.value.mul_(0.5)
+            expected = stepped(layer, query, ordinary(memory))
+            found = stepped(layer, query, memory)
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("change", ["energy_layer.weight", "query_layer.bias", "energy_offset"])
+@pytest.mark.parametrize("casts", [False, True], ids=["", "autocast"])
+def test_parameters_that_do_not_tell_that_they_were_written_to(change, casts):
+    """Those of a layer that was made in inference mode."""
+    key, value, query = torch.randn(B, LK, K), torch.randn(B, LK, 7), torch.randn(B, D)
+    with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=casts):
+        layer = made("content", dtype=torch.float32, normalize=True)
+        memory = layer.project(key, value)
+        stepped(layer, query, memory)
+        layer.get_parameter(change).add_(torch.rand(H))
+        expected = stepped(layer, query, ordinary(memory))
+        torch.testing.assert_close(stepped(layer, query, memory), expected, rtol=1e-2, atol=1e-2)
+
+
+@KINDS
+@MODES
+@pytest.mark.parametrize("masking", ["lengths", "key_padding_mask", "unbatched"])
+def test_what_the_caller_passed_may_be_written_to(kind, mode, masking):
+    """Other than values, which are not copied: they are as large as the keys."""
+    layer, query = made(kind), torch.randn(B, D, dtype=F64)
+    key, value = torch.randn(B, LK, K, dtype=F64), torch.randn(B, LK, 7, dtype=F64)
+    given = torch.tensor([LK, 5, 1])
+    if masking == "key_padding_mask":
+        given = torch.arange(LK) >= given[:, None]
+    if masking == "unbatched":
+        key, value, query, given = key[0], value[0], query[0], given[1]
+    name = "lengths" if masking == "unbatched" else masking
+    with mode():
+        memory = layer.project(key, value, **{name: given})
+        expected = [x.clone() for x in stepped(layer, query, memory)]
+        for tensor in (key, given):
+            tensor.zero_()
+        torch.testing.assert_close(list(stepped(layer, query, memory)), expected)
+        assert memory.value.data_ptr() == value.data_ptr()
+
+
+def test_the_first_state_is_two_tensors():
+    for kind in ("tacotron", "attloc", "pointer", "attcov"):
+        layer = made(kind)
+        state = layer.initial_state(layer.project(torch.randn(B, LK, K, dtype=F64)))
+        state.cumulative.add_(1.0)
+        assert not torch.equal(state.previous, state.cumulative)
