@@ -13,6 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from additive_attn.ops.plot_checks import (
+    check_labels,
+    checked_colors,
+    checked_length,
+    checked_limit,
+    checked_weights,
+)
+
 if TYPE_CHECKING:
     import numpy
     from matplotlib.axes import Axes
@@ -83,19 +91,25 @@ def plot_attention(
         ValueError: another argument does not fit the weights, or has no such value.
     """
     plt = _import_pyplot()
-    images = _select(_as_tensor(weights), batch, head)
+    check_labels(
+        style, max_ticks, title, colorbar, source_tokens=source_tokens, target_tokens=target_tokens
+    )
+    vmin, colors = checked_limit("vmin", vmin), checked_colors(plt, cmap)
+    images = _select(checked_weights(weights), batch, head)
     images = images[:, : _length("target", target_length, target_tokens, images.shape[1])]
     images = images[..., : _length("source", source_length, source_tokens, images.shape[2])]
     labels = _Labels(target_tokens, source_tokens, title, style, max_ticks)
-    largest = _top(images, vmin, 1.0)
-    if vmax is None or vmax == "robust":
-        vmax = _top(images, vmin, 0.9) if vmax == "robust" else largest
+    largest = top = _top(images, vmin, 1.0)
+    if isinstance(vmax, str) and vmax == "robust":
+        top = _top(images, vmin, 0.9)
+    elif vmax is not None:
+        top = checked_limit("vmax", vmax)
     axes, panel = _axes(plt, ax, images, labels)
     for each, image in zip(axes, images, strict=True):
-        drawn = _draw(each, image, style, plt.get_cmap(cmap), vmin, vmax)
+        drawn = _draw(each, image, style, colors, vmin, top)
     labels.write(axes, images, panel, is_grid=head == "grid", is_own=ax is None)
     if colorbar:
-        extend = "max" if largest > vmax else "neither"
+        extend = "max" if largest > top else "neither"
         axes[0].figure.colorbar(drawn, ax=list(axes), label="weight", extend=extend, aspect=30)
     return axes if head == "grid" else axes[0]
 
@@ -111,10 +125,6 @@ class _Labels:
         style: str,
         max_ticks: int,
     ) -> None:
-        if max_ticks < 1:
-            raise ValueError(f"max_ticks is {max_ticks}, but at least one position is labelled.")
-        if style not in ("matrix", "alignment"):
-            raise ValueError(f'style is {style!r}; it may be "matrix" or "alignment".')
         self.max_ticks = max_ticks
         # What is along x and along y.
         self.names = ("target", "source") if style == "alignment" else ("source", "target")
@@ -196,25 +206,6 @@ def _import_pyplot() -> Any:
     return plt
 
 
-def _as_tensor(weights: Any) -> Tensor:
-    try:
-        if isinstance(weights, list | tuple) and getattr(weights[0], "ndim", False):
-            steps = [torch.as_tensor(step).detach().cpu() for step in weights]
-            # The steps of one sequence, (target, source), or of a batch, (batch, target, source).
-            weights = torch.stack(steps, dim=-2 if steps[0].dim() > 1 else 0)
-        weights = torch.as_tensor(weights).detach()
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        raise TypeError(
-            f"weights are a {type(weights).__name__}, but must be a tensor, an array or list of "
-            "numbers, or a list of tensors of one shape, one per decoder step. The layer returns "
-            "them second."
-        ) from None
-    if weights.is_complex() or weights.is_meta:
-        found = weights.dtype if weights.is_complex() else "on meta, where there are no values"
-        raise TypeError(f"weights are {found}, but real numbers are drawn. Pass those.")
-    return weights.float()
-
-
 def _select(weights: Tensor, batch: int | None, head: int | str | None) -> Tensor:
     """The chosen images, ``(number, target, source)``."""
     shape = tuple(weights.shape)
@@ -260,6 +251,7 @@ def _count(number: int, name: str) -> str:
 
 
 def _length(name: str, length: int | None, tokens: Sequence[Any] | None, available: int) -> int:
+    length = checked_length(f"{name}_length", length)
     given = available if tokens is None else len(tokens)
     positions = _count(available, f"{name} position")
     if length is None and given != available:

@@ -323,3 +323,9 @@ def assert_layout_free(ours: Mapping[str, Tensor], other: Mapping[str, Tensor]) 
             assert_same(ours[name], other[name], name)
         else:
             torch.testing.assert_close(ours[name], other[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_sentence(text):
+    """What was passed, what is accepted, and an end: no assertion, no code, no bare name."""
+    assert text.endswith(".") and len(text) > 40, text
+    assert text[0].isupper() or text.split()[0].replace("_", "").split(".")[0].isidentifier(), text

@@ -14,6 +14,7 @@ from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.checks import Integers, refuse_types
 from additive_attn.ops.layer_checks import (
+    checked_number,
     explain_shapes,
     refuse_memory,
     refuse_ranks,
@@ -93,10 +94,12 @@ class AdditiveAttention(ProjectingAttention):
     ) -> None:
         """Arguments are described in the docstring of the class."""
         factory: Any = {"device": device, "dtype": dtype}
+        if input_dim is not None or query_dim is None or key_dim is None:
+            checked_number("input_dim", input_dim)
         super().__init__(
             input_dim if query_dim is None else query_dim,
             input_dim if key_dim is None else key_dim,
-            hidden_dim, dropout, bias, bias and not normalize, scale, batch_first, factory,
+            hidden_dim, dropout, bias, normalize, scale, batch_first, factory,
         )  # fmt: skip
         self.normalize = normalize
         if normalize:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from additive_attn.nn.history import AttentionState, HistoryAttention
+from additive_attn.ops.layer_checks import check_coverage
 
 
 class CoverageAttention(HistoryAttention):
@@ -71,7 +72,7 @@ class CoverageAttention(HistoryAttention):
         """Arguments are described in the docstring of the class."""
         factory: Any = {"device": device, "dtype": dtype}
         super().__init__(
-            query_dim, key_dim, hidden_dim, dropout, bias, bias, scale, batch_first, factory,
+            query_dim, key_dim, hidden_dim, dropout, bias, False, scale, batch_first, factory,
             initial=initial,
         )  # fmt: skip
         self.coverage_layer = nn.Linear(1, hidden_dim, bias=False, **factory)
@@ -95,11 +96,9 @@ def coverage_loss(weights: Tensor, coverage: Tensor) -> Tensor:
         sequence, then over the sequences. Padding and empty rows add 0.
 
     Raises:
+        TypeError: they are no float tensors.
         ValueError: the shapes differ.
+        RuntimeError: they are on different devices.
     """
-    if weights.shape != coverage.shape:
-        raise ValueError(
-            f"weights have shape {tuple(weights.shape)} and coverage {tuple(coverage.shape)}, but "
-            "both must be (B, Lk): the weights of a step, and state.cumulative before it."
-        )
+    check_coverage(weights, coverage)
     return torch.minimum(weights, coverage).sum(-1)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from additive_attn.nn.linear import bare_parameters, energy_of
 from additive_attn.ops.autocast import autocast, autocast_dtype
-from additive_attn.ops.checks import refuse_types
+from additive_attn.ops.checks import refuse_flags, refuse_types
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.layer_checks import (
     check_beams,
+    check_index,
+    check_memory,
     explain_memory,
     explain_projection,
     refuse_ranks,
@@ -93,8 +95,9 @@ class ProjectedMemory(_Memory):
             ValueError: index is not of rank 1, is out of range, or holds no whole number of beams
                 for each sequence.
         """
+        check_memory("reorder", *self)
         sequences = 1 if self.key.dim() == 2 else self.key.shape[0]
-        _check_index(index, sequences * self.beams)
+        check_index(index, sequences * self.beams, self.key, waits=True)
         chosen = index.long() // self.beams
         if index.numel() % self.beams:
             raise ValueError(
@@ -123,17 +126,17 @@ class ProjectedMemory(_Memory):
         return memory
 
 
-def _check_index(index: Any, queries: int) -> None:
-    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
-        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"index is {kind}; it must be a tensor of integers, one for each query.")
-    if index.dim() != 1:
-        raise ValueError(f"index has shape {tuple(index.shape)}; it must have one dim, (N,).")
-    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < queries):
-        raise ValueError(
-            f"index holds {int(index.min())} to {int(index.max())}; the memory has {queries} "
-            f"queries, numbered from 0 to {queries - 1}."
-        )
+def attended_keys(key: Tensor, lengths: Tensor | None, attn_mask: Tensor | None) -> Tensor:
+    """The keys to attend to, bool ``(B, Lk)`` or ``(1, Lk)``, or ``(Lk,)`` unbatched."""
+    attended = torch.ones(key.shape[-2], dtype=torch.bool, device=key.device)
+    if lengths is not None:
+        if key.dim() == 3:
+            lengths = lengths.reshape(-1, 1)
+        attended = torch.arange(key.shape[-2], device=key.device) < lengths
+    if attn_mask is not None:
+        mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
+        attended = attended & mask.squeeze(-2)
+    return attended
 
 
 class Prepared(NamedTuple):
@@ -215,9 +218,12 @@ def step(
 ) -> tuple[Tensor, Tensor | None]:
     """:meth:`AdditiveAttention.step`."""
     key, value, lengths, attn_mask = memory
-    prepared, beams, rank = memory.prepared, memory.beams, key.dim()
+    prepared, beams = memory.prepared, memory.beams
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         refuse_types(query=query, key=key, value=value)
+    if type(need_weights) is not bool:
+        refuse_flags(need_weights=need_weights)
+    rank = key.dim()
     if prepared is not None and query.dim() == rank - 1 and beams == 1 and prepared.is_of(layer):
         return _prepared_step(layer, query, memory, prepared.lent, need_weights)
     if not (2 <= rank <= 3 and value.dim() == rank and rank - 1 <= query.dim() <= rank):
@@ -225,7 +231,7 @@ def step(
     # Rows of queries per sequence, (B, n, hidden_dim): several were given, or are beams, or one.
     q = layer._project("query", query)
     several, flat = query.dim() == rank, beams > 1 and query.dim() < rank == 3
-    if flat:
+    if flat or (beams > 1 and rank == 2):
         check_beams(layer._caller("step"), query, key, beams)
     if not several:
         q = q.unflatten(0, (-1, beams)) if flat else q.unsqueeze(-2)

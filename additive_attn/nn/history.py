@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from additive_attn.nn.decoding import ProjectedMemory, lent_of
+from additive_attn.nn.decoding import ProjectedMemory, attended_keys, lent_of
 from additive_attn.nn.linear import bare_parameters
 from additive_attn.nn.projection import ProjectingAttention
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
@@ -15,6 +15,10 @@ from additive_attn.ops.checks import refuse_types
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.layer_checks import (
     check_beams,
+    check_index,
+    check_masking,
+    check_memory,
+    check_state,
     explain_memory,
     explain_projection,
     refuse_memory,
@@ -42,7 +46,15 @@ class AttentionState(NamedTuple):
     def reorder(self, index: Tensor) -> AttentionState:
         """The state after beams were chosen: ``index (B * beams,)`` holds, for each query to come,
         the number of the query that it continues."""
-        return AttentionState(*(x.index_select(0, index) for x in self))
+        if not all(isinstance(x, Tensor) for x in self):
+            refuse_types(previous=self.previous, cumulative=self.cumulative)
+        if self.previous.dim() != 2 or self.cumulative.dim() != 2:
+            raise ValueError(
+                f"A state of {tuple(self.previous.shape)} is of one query, and index chooses "
+                "among several: expand the memory to its beams before initial_state."
+            )
+        check_index(index, self.previous.shape[0], self.previous)
+        return AttentionState(*(x.index_select(0, index.long()) for x in self))
 
     def detach(self) -> AttentionState:
         """The state without its graph, for truncated back-propagation."""
@@ -57,8 +69,8 @@ class HistoryAttention(ProjectingAttention):
 
     def __init__(self, *arguments: Any, initial: str, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        if initial not in INITIAL:
-            raise ValueError(f"initial is {initial!r}, but must be one of {INITIAL}.")
+        if not isinstance(initial, str) or initial not in INITIAL:
+            raise ValueError(f"initial is {initial!r:.60}, but must be one of {INITIAL}.")
         self.initial = initial
 
     def _location(self, state: AttentionState) -> tuple[Tensor, Tensor | None]:
@@ -84,10 +96,14 @@ class HistoryAttention(ProjectingAttention):
                 refuse_memory(self._caller("initial_state"), memory)
             state: AttentionState = symbolic_call(self, "initial_state", memory)
             return state
+        check_memory(self._caller("initial_state"), *memory)
+        check_masking(*memory)
         key = memory.key
         weights = key.new_zeros(_state_shape(memory), dtype=lse_dtype(key.dtype))
         if self.initial == "uniform":
-            attended = _attended(memory).to(weights.dtype)
+            attended = attended_keys(memory.key, memory.lengths, memory.attn_mask).to(
+                weights.dtype
+            )
             uniform = attended / attended.sum(-1, keepdim=True).clamp(min=1)
             if memory.beams > 1 and uniform.dim() == 2 and uniform.shape[0] > 1:
                 uniform = uniform.repeat_interleave(memory.beams, 0)
@@ -125,13 +141,15 @@ class HistoryAttention(ProjectingAttention):
             return traced
         if not isinstance(query, Tensor):
             refuse_types(query=query)
+        if memory.prepared is None:
+            check_memory(self._caller("step"), *memory)
         key, value, beams = memory.key, memory.value, memory.beams
         rank = key.dim()
         alone = rank == 2 and beams == 1  # one query without a batch dim
         if not (2 <= rank <= 3 and value.dim() == rank and query.dim() == (1 if alone else 2)):
             refuse_ranks(self._caller("step"), query=query, key=key, value=value)
         split = beams > 1 and rank == 3
-        if split:
+        if beams > 1:
             check_beams(self._caller("step"), query, key, beams)
         self._check_state(state, query, memory)
         lent, given = lent_of(self, memory), query
@@ -186,21 +204,20 @@ class HistoryAttention(ProjectingAttention):
                 f"{self._caller('step')} got a state that is a {type(state).__name__}, but needs "
                 "an AttentionState: begin with initial_state(memory)."
             )
-        wanted = *query.shape[:-1], memory.key.shape[-2]
-        for shape in {x.shape for x in state}:
-            if shape != wanted and shape != _state_shape(memory):
-                _refuse_state(self._caller("step"), state, query, memory, wanted)
-
-
-def _refuse_state(
-    caller: str, state: AttentionState, query: Tensor, memory: ProjectedMemory, wanted: Any
-) -> NoReturn:
-    raise ValueError(
-        f"{caller} got a state of {tuple(state.previous.shape)} and "
-        f"{tuple(state.cumulative.shape)}, a query {tuple(query.shape)} and a memory of keys "
-        f"{tuple(memory.key.shape)} and {memory.beams} beam(s), but they need a state of "
-        f"{tuple(wanted)}: begin with initial_state(memory), and reorder it with the beams."
-    )
+        wanted, key = (*query.shape[:-1], memory.key.shape[-2]), memory.key
+        for x in state:
+            # Fast path: what the step before returned.
+            if not (
+                type(x) is Tensor
+                and x.shape == wanted
+                and x.is_floating_point()
+                and lse_dtype(x.dtype) == lse_dtype(key.dtype)
+                and x.device == key.device
+                and x.layout is torch.strided
+            ):
+                first = _state_shape(memory)
+                check_state(self._caller("step"), state, query, key, first, memory.beams)
+                break
 
 
 def _state_shape(memory: ProjectedMemory) -> tuple[int, ...]:
@@ -213,17 +230,3 @@ def _state_shape(memory: ProjectedMemory) -> tuple[int, ...]:
     if memory.beams > 1:
         batch = torch.Size((memory.beams * batch.numel(),))
     return *batch, key.shape[-2]
-
-
-def _attended(memory: ProjectedMemory) -> Tensor:
-    """The keys to attend to, bool ``(B, Lk)`` or ``(1, Lk)``, or ``(Lk,)`` unbatched."""
-    key, _, lengths, attn_mask = memory
-    attended = torch.ones(key.shape[-2], dtype=torch.bool, device=key.device)
-    if lengths is not None:
-        if key.dim() == 3:
-            lengths = lengths.reshape(-1, 1)
-        attended = torch.arange(key.shape[-2], device=key.device) < lengths
-    if attn_mask is not None:
-        mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
-        attended = attended & mask.squeeze(-2)
-    return attended

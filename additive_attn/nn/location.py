@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from additive_attn.nn.history import AttentionState, HistoryAttention
 from additive_attn.nn.linear import bare_parameters
-from additive_attn.ops.layer_checks import checked_features
+from additive_attn.ops.layer_checks import checked_number
 
 
 class LocationSensitiveAttention(HistoryAttention):
@@ -87,21 +87,21 @@ class LocationSensitiveAttention(HistoryAttention):
         """Arguments are described in the docstring of the class."""
         factory: Any = {"device": device, "dtype": dtype}
         super().__init__(
-            query_dim, key_dim, hidden_dim, dropout, bias, bias, scale, batch_first, factory,
+            query_dim, key_dim, hidden_dim, dropout, bias, False, scale, batch_first, factory,
             initial=initial,
         )  # fmt: skip
-        filters = checked_features("filters", filters)
-        kernel_size = checked_features("kernel_size", kernel_size)
+        filters = checked_number("filters", filters, "filters")
+        kernel_size = checked_number("kernel_size", kernel_size, "keys that a filter spans")
         if kernel_size % 2 == 0:
             raise ValueError(
                 f"kernel_size is {kernel_size}, but must be odd: a filter spans as many keys "
                 "before a key as after it."
             )
         choices = ("previous", "cumulative"), ("previous",), ("cumulative",)
-        if isinstance(inputs, str) or tuple(inputs) not in choices:
+        if not isinstance(inputs, (tuple, list)) or tuple(inputs) not in choices:
             raise ValueError(
-                f'inputs is {inputs!r}, but must be ("previous", "cumulative"), ("previous",) or '
-                '("cumulative",).'
+                f'inputs is {inputs!r:.60}, but must be ("previous", "cumulative"), '
+                '("previous",) or ("cumulative",).'
             )
         self.inputs = tuple(inputs)
         self.location_conv = nn.Conv1d(

@@ -36,7 +36,7 @@ from additive_attn.ops.head_checks import (
     check_step,
     explain_projections,
 )
-from additive_attn.ops.layer_checks import check_memory_dtype, checked_features, refuse_memory
+from additive_attn.ops.layer_checks import check_memory_dtype, checked_number, refuse_memory
 
 
 class MultiheadAdditiveAttention(nn.Module):
@@ -126,12 +126,12 @@ class MultiheadAdditiveAttention(nn.Module):
         """Arguments are described in the docstring of the class."""
         super().__init__()
         factory: Any = {"device": device, "dtype": dtype}
-        self.embed_dim = embed_dim = checked_features("embed_dim", embed_dim)
-        self.num_heads = num_heads = checked_features("num_heads", num_heads, "head")
-        hidden = embed_dim if hidden_dim is None else checked_features("hidden_dim", hidden_dim)
+        self.embed_dim = embed_dim = checked_number("embed_dim", embed_dim)
+        self.num_heads = num_heads = checked_number("num_heads", num_heads, "heads")
+        hidden = embed_dim if hidden_dim is None else checked_number("hidden_dim", hidden_dim)
         self.hidden_dim = hidden
-        self.kdim = embed_dim if kdim is None else checked_features("kdim", kdim)
-        self.vdim = embed_dim if vdim is None else checked_features("vdim", vdim)
+        self.kdim = embed_dim if kdim is None else checked_number("kdim", kdim)
+        self.vdim = embed_dim if vdim is None else checked_number("vdim", vdim)
         check_division("embed_dim", embed_dim, num_heads)
         check_division("hidden_dim", hidden, num_heads)
         self.head_dim = embed_dim // num_heads

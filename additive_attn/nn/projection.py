@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from additive_attn.nn.decoding import ProjectedMemory, prepare
+from additive_attn.nn.decoding import ProjectedMemory, attended_keys, prepare
 from additive_attn.nn.linear import projected
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.autocast import autocast, autocast_dtype
 from additive_attn.ops.checks import (
+    DTYPES,
     Integers,
     aligned_lengths,
     as_integers,
     checked_probability,
     checked_scale,
+    refuse_dtypes,
+    refuse_flags,
+    refuse_layouts,
     refuse_types,
     require_one_device,
 )
 from additive_attn.ops.layer_checks import (
+    check_factory,
     check_memory_dtype,
-    checked_features,
+    check_narrowed,
+    checked_number,
     explain_projection,
     explain_shapes,
     refuse_ranks,
@@ -45,12 +52,16 @@ class ProjectingAttention(nn.Module):
 
     def __init__(
         self, query_dim: int, key_dim: int, hidden_dim: int, dropout: float, bias: bool,
-        energy_bias: bool, scale: float, batch_first: bool, factory: dict[str, Any],
+        normalize: bool, scale: float, batch_first: bool, factory: dict[str, Any],
     ) -> None:  # fmt: skip
         super().__init__()
-        self.query_dim = query_dim = checked_features("query_dim", query_dim)
-        self.key_dim = key_dim = checked_features("key_dim", key_dim)
-        self.hidden_dim = hidden_dim = checked_features("hidden_dim", hidden_dim)
+        flags = {"bias": bias, "batch_first": batch_first, "normalize": normalize}
+        if not all(type(flag) is bool for flag in flags.values()):
+            refuse_flags(**flags)
+        check_factory(**factory)
+        self.query_dim = query_dim = checked_number("query_dim", query_dim)
+        self.key_dim = key_dim = checked_number("key_dim", key_dim)
+        self.hidden_dim = hidden_dim = checked_number("hidden_dim", hidden_dim)
         self.dropout = checked_probability("dropout", dropout)
         self.scale = checked_scale(scale)
         self.batch_first = batch_first
@@ -58,7 +69,7 @@ class ProjectingAttention(nn.Module):
         # The order is that of the plain layer, so that the same seed gives the same parameters.
         self.query_layer = nn.Linear(query_dim, hidden_dim, bias, **factory)
         self.key_layer = nn.Linear(key_dim, hidden_dim, bias, **factory)
-        self.energy_layer = nn.Linear(hidden_dim, 1, energy_bias, **factory)
+        self.energy_layer = nn.Linear(hidden_dim, 1, bias and not normalize, **factory)
 
     def project(
         self,
@@ -109,6 +120,14 @@ class ProjectingAttention(nn.Module):
         k, v, attn_mask, given = self._project("key", key), value, None, lengths
         if k.device != v.device:
             require_one_device(key=k, value=v)
+        if v.layout is not torch.strided or v.is_nested:
+            refuse_layouts(value=v)
+        if dtype is not None:
+            check_memory_dtype(dtype, k)
+        if (computing := autocast_dtype(v.device.type)) is not None:
+            v = autocast(v, computing)
+        if v.dtype not in (k.dtype, dtype) or k.dtype not in DTYPES:
+            refuse_dtypes(key=k, value=v)
         if rank == 3 and not self.batch_first:
             k, v = k.transpose(0, 1), v.transpose(0, 1)
         try:
@@ -126,10 +145,11 @@ class ProjectingAttention(nn.Module):
             explain_shapes(self._caller("project"), self.batch_first, given, key=key, value=value)
             raise
         if dtype is not None:
-            check_memory_dtype(dtype, k)
-            k, v = k.to(dtype), v.to(dtype)
-        elif (computing := autocast_dtype(v.device.type)) is not None:
-            v = autocast(v, computing)
+            attended = partial(attended_keys, k, lengths, attn_mask)
+            wide, k = k, k.to(dtype)
+            check_narrowed("The projected key", wide, k, attended)
+            wide, v = v, v.to(dtype)
+            check_narrowed("value", wide, v, attended)
         memory = ProjectedMemory(k, v, lengths, attn_mask)
         if k.shape[-1] == self.hidden_dim and not _is_compiling():
             memory.prepared = prepare(self, memory)

@@ -192,7 +192,7 @@ def aligned_lengths(
     if lengths.dtype != torch.int64:
         lengths = lengths.to(torch.int64)
     if is_readable(lengths) and lengths.numel() > 0:
-        low, high = _bounds(lengths)
+        low, high = bounds(lengths)
         num_keys = key.shape[-2]
         if low < 0 or high > num_keys:
             raise ValueError(
@@ -230,7 +230,7 @@ def is_readable(tensor: Tensor) -> bool:
     return tensor.is_cpu and has_values(tensor)
 
 
-def _bounds(tensor: Tensor) -> tuple[int, int]:
+def bounds(tensor: Tensor) -> tuple[int, int]:
     """The smallest and the largest element of an integer tensor."""
     if tensor.numel() > 64:
         low, high = tensor.aminmax()

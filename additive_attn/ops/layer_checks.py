@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, NoReturn
 
@@ -11,21 +11,47 @@ import torch
 from torch import Tensor, nn
 
 from additive_attn.ops.checks import (
+    DTYPES,
     INTEGERS,
+    aligned_lengths,
+    bounds,
+    check_mask,
+    checked_batch,
     is_readable,
+    refuse_dtypes,
     refuse_layouts,
+    refuse_types,
+    require_one_device,
 )
+from additive_attn.spec.call import lse_dtype
 
 
-def checked_features(name: str, count: int, what: str = "feature") -> int:
+def checked_number(name: str, count: int, of: str = "features") -> int:
     if isinstance(count, bool) or not isinstance(count, Integral):
         raise TypeError(
-            f"{name} is {count!r}, a {type(count).__name__}, but must be an integer, the number "
-            f"of {what}s."
+            f"{name} is {count!r:.60}, a {type(count).__name__}, but must be an integer, the "
+            f"number of {of}."
         )
     if count < 1:
-        raise ValueError(f"{name} is {count}, but a layer needs at least one {what}.")
+        raise ValueError(f"{name} is {count}, but the number of {of} must be at least 1.")
     return int(count)
+
+
+def check_factory(device: Any, dtype: Any) -> None:
+    """Of parameters."""
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(
+            f"dtype is {dtype!r:.60}, but parameters need torch.float64, torch.float32, "
+            "torch.bfloat16, torch.float16, or None for torch's default."
+        )
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (TypeError, RuntimeError, AssertionError) as error:
+            raise type(error)(
+                f"device is {device!r:.60}, on which no tensor can be made: "
+                f"{str(error).splitlines()[0].rstrip('.')}."
+            ) from None
 
 
 _RANKS = {
@@ -64,12 +90,145 @@ def explain_memory(
 
 
 def check_beams(caller: str, query: Tensor, key: Tensor, beams: int) -> None:
-    """Of a memory (B, Lk, hidden_dim) that was expanded."""
-    if query.shape[0] % beams or key.shape[0] not in (1, query.shape[0] // beams):
+    """Of a memory (B, Lk, hidden_dim), or (Lk, hidden_dim), that was expanded."""
+    queries = query.shape[0] if query.dim() > 1 else 1
+    sequences = key.shape[0] if key.dim() == 3 else 1
+    if queries != sequences * beams and (sequences > 1 or queries % beams or key.dim() == 2):
         raise ValueError(
             f"{_got(caller, {'query': query, 'keys': key})}, but the memory was expanded to "
-            f"{beams} beams per sequence: it needs {key.shape[0] * beams} queries, those of a "
+            f"{beams} beams per sequence: it needs {sequences * beams} queries, those of a "
             "sequence side by side."
+        )
+
+
+def check_memory(
+    caller: str, key: Any, value: Any, lengths: Any = None, attn_mask: Any = None
+) -> None:
+    """Of a memory made by hand: types and ranks, which nothing else could tell in these terms."""
+    if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
+        refuse_types(key=key, value=value)
+    if not (key.layout is value.layout is torch.strided) or key.is_nested or value.is_nested:
+        refuse_layouts(key=key, value=value)
+    if key.dtype not in DTYPES:
+        refuse_dtypes(key=key)
+    for name, each in (("lengths", lengths), ("attn_mask", attn_mask)):
+        if each is not None and not isinstance(each, Tensor):
+            raise TypeError(
+                f"{caller} got a memory whose {name} is a {type(each).__name__}, but it must be a "
+                "tensor or None. Prepare a memory with project, which takes more."
+            )
+    if not (2 <= key.dim() <= 3 and value.dim() == key.dim()):
+        raise ValueError(
+            f"{_got(caller, {'keys': key, 'values': value})}, but needs a memory of keys "
+            "(B, Lk, hidden_dim) and values (B, Lk, Dv), or both without B."
+        )
+
+
+def check_masking(
+    key: Tensor, value: Tensor, lengths: Tensor | None, attn_mask: Tensor | None
+) -> None:
+    """Of a memory made by hand, as every step checks it."""
+    batch = checked_batch((key[..., :1, :], key, value, key.new_empty(key.shape[-1])))
+    for each in (lengths, attn_mask):
+        # One sequence may serve a batch of queries.
+        if each is not None and tuple(batch) == (1,) and each.dim() > 0:
+            batch = each.shape[:1]
+    if lengths is not None:
+        aligned_lengths(lengths, key, batch, 1)
+    if attn_mask is not None:
+        check_mask(attn_mask, key, batch, (1, key.shape[-2]))
+
+
+def check_state(
+    caller: str, state: tuple[Any, Any], query: Tensor, key: Tensor, first: Sequence[int],
+    beams: int,
+) -> None:  # fmt: skip
+    """Raises unless it may be broadcast from ``first``, the shape of a memory's first state."""
+    named = {"state.previous": state[0], "state.cumulative": state[1]}
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{caller} got a {name} that is a {type(x).__name__}, but needs a tensor: begin "
+                "with initial_state(memory)."
+            )
+        if x.layout is not torch.strided or x.is_nested:
+            refuse_layouts(**{name: x})
+        if not x.is_floating_point() or lse_dtype(x.dtype) != lse_dtype(key.dtype):
+            raise TypeError(
+                f"{caller} got a {name} of {x.dtype} with keys of {key.dtype}, but weights are "
+                f"float, of {lse_dtype(key.dtype)} here, or 16 bits. Convert them with "
+                f".to({lse_dtype(key.dtype)})."
+            )
+    require_one_device(key=key, **named)
+    shapes = {tuple(x.shape) for x in state}
+    try:
+        batch = torch.broadcast_shapes(query.shape[:-1], first[:-1])
+    except RuntimeError:
+        return  # query and memory do not fit, which is told elsewhere
+    wanted = (*batch, key.shape[-2])
+    if len(shapes) > 1 or shapes.isdisjoint((wanted, tuple(first))):
+        raise ValueError(
+            f"{caller} got a state of {tuple(state[0].shape)} and {tuple(state[1].shape)}, a "
+            f"query {tuple(query.shape)} and a memory of keys {tuple(key.shape)} and {beams} "
+            f"beam(s), but they need a state of {wanted}: begin with initial_state(memory), and "
+            "reorder it with the beams."
+        )
+
+
+def check_index(index: Any, queries: int, beside: Tensor, waits: bool = False) -> None:
+    """Of the queries before, for each of those to come. ``waits``: for a device, to look at it."""
+    if not isinstance(index, Tensor) or index.dtype not in INTEGERS:
+        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index is {kind}; it must be a tensor of integers, one for each query.")
+    if index.layout is not torch.strided or index.is_nested:
+        refuse_layouts(index=index)
+    if index.device != beside.device:
+        require_one_device(index=index, keys=beside)
+    if index.dim() != 1:
+        raise ValueError(f"index has shape {tuple(index.shape)}; it must have one dim, (N,).")
+    if index.numel() and (waits or is_readable(index)):
+        low, high = bounds(index)
+        if not 0 <= low <= high < queries:
+            raise ValueError(
+                f"index holds {low} to {high}, but there are {queries} queries, numbered from 0 "
+                f"to {queries - 1}."
+            )
+
+
+def check_coverage(weights: Any, coverage: Any) -> None:
+    if not (isinstance(weights, Tensor) and isinstance(coverage, Tensor)):
+        refuse_types(weights=weights, coverage=coverage)
+    for name, x in (("weights", weights), ("coverage", coverage)):
+        if x.layout is not torch.strided or x.is_nested:
+            refuse_layouts(**{name: x})
+        if not x.is_floating_point() or lse_dtype(x.dtype) != lse_dtype(weights.dtype):
+            raise TypeError(
+                f"{name} has dtype {x.dtype} beside weights of {weights.dtype}, but attention "
+                "weights, and their sum, are float, of one dtype, or of float32 beside 16 bits. "
+                f"Convert it with .to(dtype)."
+            )
+    if weights.shape != coverage.shape or weights.dim() == 0:
+        raise ValueError(
+            f"weights have shape {tuple(weights.shape)} and coverage {tuple(coverage.shape)}, but "
+            "both must be (B, Lk): the weights of a step, and state.cumulative before it."
+        )
+    require_one_device(weights=weights, coverage=coverage)
+
+
+def check_narrowed(
+    name: str, wide: Tensor, narrow: Tensor, attended: Callable[[], Tensor]
+) -> None:
+    """Raises where ``narrow`` cannot hold a number that is attended to: ``(..., Lk, n)``, with
+    bool ``(..., Lk)``. Only where values can be looked at without stopping a device."""
+    if narrow.dtype == wide.dtype or not is_readable(narrow) or not narrow.isinf().any():
+        return
+    lost = narrow.isinf() & wide.isfinite() & attended().unsqueeze(-1)
+    if lost.any():
+        largest = wide.expand_as(lost)[lost].abs().max().item()
+        raise ValueError(
+            f"{name} holds {largest:.4g}, and {narrow.dtype} no number beyond "
+            f"{torch.finfo(narrow.dtype).max:.4g}: it would become inf. Pass "
+            "dtype=torch.bfloat16, or leave dtype out."
         )
 
 

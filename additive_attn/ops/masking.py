@@ -21,10 +21,12 @@ def with_padding(
 ) -> Tensor:
     """``attn_mask`` narrowed to the keys that are not padding."""
     if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-        found = getattr(key_padding_mask, "dtype", type(key_padding_mask).__name__)
+        found, hint = f"a {type(key_padding_mask).__name__}", "it with torch.as_tensor"
+        if isinstance(key_padding_mask, Tensor):
+            found, hint = str(key_padding_mask.dtype), "a 0/1 mask with .bool()"
         raise TypeError(
-            f"key_padding_mask is {found}, but must be a bool tensor (True = ignore). Convert a "
-            "0/1 mask with .bool(); pass scores to be added as attn_mask."
+            f"key_padding_mask is {found}, but must be a bool tensor (True = ignore). Convert "
+            f"{hint}; pass scores to be added as attn_mask."
         )
     shape, full = tuple(key_padding_mask.shape), (*batch[:1], key.shape[-2])
     if len(shape) != len(full) or shape[-1] != full[-1] or not broadcasts(shape, full):
@@ -67,6 +69,8 @@ def checked_bias(bias: Tensor, query: Tensor) -> Tensor:
         )
     if bias.device != query.device:
         require_one_device(query=query, bias=bias)
+    if bias.layout is not torch.strided or bias.is_nested:
+        refuse_layouts(bias=bias)
     shape = bias.shape
     if shape in ((), (1,)):
         return bias

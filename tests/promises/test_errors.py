@@ -10,11 +10,12 @@ from array import array
 
 import pytest
 import torch
-from oracle import PACKAGE_PARENT, make
+from oracle import PACKAGE_PARENT, assert_sentence, make
 from torch import nn
 
 from additive_attn import (
     AdditiveAttention,
+    LocationSensitiveAttention,
     additive_attention,
     additive_attention_step,
     additive_scores,
@@ -79,7 +80,9 @@ CASES = {
     "bias 2-D": (dict(bias=t(1, 1)), ValueError, r"bias has shape \(1, 1\)"),
     "bias device": (dict(bias=t(1, device="meta")), RuntimeError, r"bias is on meta"),
     "padding float": (dict(key_padding_mask=t(2, 5)), TypeError, r"float32.*True = ignore"),
-    "padding list": (dict(key_padding_mask=[[True]]), TypeError, r"key_padding_mask is list"),
+    "padding list": (
+        dict(key_padding_mask=[[True]]), TypeError, r"key_padding_mask is a list.*as_tensor",
+    ),
     "padding size": (dict(key_padding_mask=t(2, 4).bool()), ValueError, r"\(2, 4\).*\(2, 5\)"),
     "padding 1-D": (dict(key_padding_mask=t(5).bool()), ValueError, r"\(5,\).*\(2, 5\)"),
     "padding per query": (dict(key_padding_mask=t(2, 3, 5).bool()), ValueError, r"\(2, 3, 5\)"),
@@ -216,12 +219,6 @@ def test_sentences_of_scores(changes, exception, sentence):
     assert_sentence(str(caught.value))
 
 
-def assert_sentence(text):
-    """What was passed, what is accepted, and an end: no assertion, no code, no bare name."""
-    assert text.endswith(".") and len(text) > 40, text
-    assert text[0].isupper() or text.split()[0].replace("_", "").split(".")[0].isidentifier(), text
-
-
 def layer_cases():
     layer = AdditiveAttention(8, 4)
     x, memory = t(2, 3, 8), layer.project(t(2, 5, 8))
@@ -247,6 +244,23 @@ def layer_cases():
         "padding shape": (
             lambda: layer(x, x, key_padding_mask=t(3, 2, dtype=torch.bool)), ValueError,
             r"\(3, 2\).*\(2, 3\)",
+        ),
+        "project value dtype": (
+            lambda: layer.project(x, x.double()), TypeError, "value is torch.float64",
+        ),
+        "project overflow": (
+            lambda: layer.project(x, x + 7e4, dtype=F16), ValueError,
+            "value holds 7e.04.*bfloat16",
+        ),
+        "project key overflow": (
+            lambda: huge_keys().project(x + 1.0, dtype=F16), ValueError, "projected key holds",
+        ),
+        "kernel size": (
+            lambda: LocationSensitiveAttention(8, 8, 8, kernel_size=5.0), TypeError,
+            "kernel_size is 5.0, a float.*keys that a filter spans",
+        ),
+        "flag": (
+            lambda: AdditiveAttention(8, 8, batch_first="no"), TypeError, "batch_first is 'no'",
         ),
         "time-major": (
             lambda: layer(t(7, 2, 8), t(9, 2, 8)), ValueError,
@@ -286,7 +300,7 @@ def layer_cases():
             r"attn_mask has shape \(2, 5\).*unsqueeze\(1\)",
         ),
         "hidden 0": (lambda: AdditiveAttention(8, 0), ValueError, "hidden_dim is 0"),
-        "input 0": (lambda: AdditiveAttention(0, 8), ValueError, "query_dim is 0"),
+        "input 0": (lambda: AdditiveAttention(0, 8), ValueError, "input_dim is 0"),
         "dropout": (lambda: AdditiveAttention(8, 8, dropout=1.5), ValueError, "dropout is 1.5"),
         "dropout nan": (
             lambda: AdditiveAttention(8, 8, dropout=float("nan")), ValueError, "dropout is nan",
@@ -311,7 +325,7 @@ def layer_cases():
         "jagged": (lambda: layer(x, nested(layout=torch.jagged)), TypeError, "key is nested"),
         "hidden text": (lambda: AdditiveAttention(8, "8"), TypeError, "hidden_dim is '8', a str"),
         "hidden None": (lambda: AdditiveAttention(8, None), TypeError, "hidden_dim is None"),
-        "input float": (lambda: AdditiveAttention(4.5, 8), TypeError, "query_dim is 4.5, a float"),
+        "input float": (lambda: AdditiveAttention(4.5, 8), TypeError, "input_dim is 4.5, a float"),
         "dropout None": (
             lambda: AdditiveAttention(8, 8, dropout=None), ValueError, "dropout is None",
         ),
@@ -338,6 +352,12 @@ def layer_cases():
             lambda: merge_attention([x, x], [t(2, 3), t(2, 4)]), ValueError, r"\(2, 4\)",
         ),
     }  # fmt: skip
+
+
+def huge_keys():
+    layer = AdditiveAttention(8, 4)
+    torch.nn.init.constant_(layer.key_layer.weight, 1e4)
+    return layer
 
 
 def meta_energy():
@@ -411,7 +431,7 @@ def step_cases():
     mask = t(2, 1, 5, dtype=torch.int64)
     return {
         # a memory -> (exception, what the sentence names)
-        "value dtype": (layer.project(x, x.double()), TypeError, "value is torch.float64"),
+        "value dtype": (memory._replace(value=x.double()), TypeError, "value is torch.float64"),
         "key dtype": (memory._replace(key=memory.key.double()), TypeError, "key is torch.float64"),
         "one feature": (memory._replace(key=t(2, 5, 1)), ValueError, r"\(2, 5, 1\).*is 4"),
         "another layer": (AdditiveAttention(8, 6).project(x), ValueError, "that this layer"),
@@ -483,6 +503,23 @@ def test_numbers_of_other_types():
     assert torch.equal(call(scale=numpy.float32(2)), call(scale=2))
     layer = AdditiveAttention(numpy.int64(8), numpy.int32(4), dropout=numpy.float32(0.5))
     assert type(layer.hidden_dim) is int and layer.dropout == 0.5
+    with pytest.raises(TypeError, match=r"key_padding_mask is a ndarray.*torch.as_tensor"):
+        call(key_padding_mask=numpy.zeros((2, 5), bool))
+
+
+def test_padding_may_be_beyond_sixteen_bits():
+    """What is not attended to may hold anything, and infinities are passed on."""
+    layer, value = AdditiveAttention(8, 4), t(2, 5, 8)
+    value[0, 3:], value[1, :2] = 1e5, torch.inf
+    for options in (
+        {"lengths": [3, 5]},
+        {"key_padding_mask": value[..., 0].isfinite() & (value[..., 0] > 0)},
+    ):
+        memory = layer.project(t(2, 5, 8), value, dtype=F16, **options)
+        context, _ = layer.step(t(2, 8), memory)
+        assert torch.equal(context[0], t(8)) and context[1].isinf().all()
+    with pytest.raises(ValueError, match=r"value holds 1e.05"):
+        layer.project(t(2, 5, 8), value, dtype=F16, lengths=[4, 5])
 
 
 BAD_MASKS = {
