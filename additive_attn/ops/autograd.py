@@ -1,15 +1,14 @@
 """The derivative of the operators, registered on them: every way that reaches an operator (eager
 calls, ``torch.func``, ``torch.compile``, export, traces) meets the same one.
 
-First order runs the fused kernels; ``second_order`` differentiates the backward operator. Both
-Functions are of one level: below ``torch.func`` the dispatcher calls them once per transform, with
-that transform's tensors. Forward mode takes the plain formula.
+First order runs the fused kernels; ``second_order`` has forward mode, and differentiates the
+backward operator. All Functions are of one level: below ``torch.func`` the dispatcher calls them
+once per transform, with that transform's tensors.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,12 +20,19 @@ from additive_attn.backends.plain import whole
 from additive_attn.ops import dispatch, vmap  # noqa: F401
 from additive_attn.ops.schemas import registrations
 from additive_attn.ops.second_order import (
+    ATTENTION,
     AttentionBackward,
+    AttentionTangent,
+    Layout,
     SingleLevelFunction,
-    plain_form,
+    has_tangents,
+    outputs_pushed_forward,
     reduced,
+    save,
 )
-from additive_attn.spec.call import Call
+from additive_attn.spec.call import Call, lse_dtype
+from additive_attn.spec.formula import plain_additive_attention
+from additive_attn.spec.masks import allowed_pairs
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -48,19 +54,22 @@ def attend(
     only to receive the zero gradient that a plain layer gives it.
     """
     outputs: tuple[Tensor, Tensor, Tensor]
-    if _is_compiling() or _functorch_active() or _tracing_state() is not None:
-        # A graph holds the operator, and the derivative comes with it.
+    if (
+        _is_compiling()
+        or _functorch_active()
+        or _tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        # The derivative comes with the operator, which a graph holds.
         if score_bias is not None:
             weight = call.weight + 0 * score_bias
             call = call._replace(weight=weight.to(call.weight.dtype))
-        if forward_ad._current_level >= 0 or torch.onnx.is_in_onnx_export():
+        if torch.onnx.is_in_onnx_export():
             return _formula(call)
         outputs = dispatch.forward(*call, need_weights)
         return outputs
     if type(call.query) is not Tensor and hasattr(call.query, "device_mesh"):
         importlib.import_module("additive_attn.ops.sharding").register()
-    if forward_ad._current_level >= 0:
-        return _formula(call)
     # Asked first, since most calls are on a CPU with a kernel.
     if (dispatch.cpu_is_plain or not call.query.is_cpu) and serves_whole(call):
         return whole.attend(call, need_lse, score_bias)
@@ -103,9 +112,32 @@ def _requires_grad(call: Call) -> bool:
 
 
 def _formula(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    formula, primals = plain_form(call, call.batch())
-    out, weights, lse = formula(*primals)
-    return out, weights, lse
+    """In operations that other programs know."""
+    seed, dropout_p, scale = call.options
+    query, key, value, weight = expanded(call)
+    keep = None
+    if seed is not None:
+        shape = query.shape[-2], key.shape[-2]
+        keep = torch.ops.additive_attn.keep_mask(seed, call.batch(), *shape, dropout_p)
+    return plain_additive_attention(
+        query, key, value, weight, call.attn_mask,
+        attended=allowed(call), keep=keep, dropout_p=dropout_p, scale=scale,
+    )  # fmt: skip
+
+
+def allowed(call: Call) -> Tensor | None:
+    rows, keys = (0, call.query.shape[-2]), (0, call.key.shape[-2])
+    return allowed_pairs(call.masking, rows, keys, call.query.device)
+
+
+def expanded(call: Call) -> tuple[Tensor, ...]:
+    """Query, key, value and weight over the whole batch."""
+    query, key, value, weight = call.inputs
+    batch = call.batch()
+    return (
+        *(tensor.expand(*batch, *tensor.shape[-2:]) for tensor in (query, key, value)),
+        weight.expand(*batch, weight.shape[-1]).to(lse_dtype(query.dtype)),
+    )
 
 
 class Attention(SingleLevelFunction):
@@ -114,10 +146,16 @@ class Attention(SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         out, weights, lse = dispatch.below_autograd(dispatch.forward_directly, *arguments[:15])
-        ctx.save_for_backward(*arguments[:9], arguments[11], arguments[15], lse)
+        save(ctx, *arguments[:9], arguments[11], arguments[15], lse)
         ctx.numbers = *arguments[9:11], *arguments[12:15]
-        ctx.set_materialize_grads(False)
         return out, weights, lse
+
+    @staticmethod
+    def jvp(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        *given, seed, _, lse = ctx.saved_tensors
+        left, right, dropout_p, scale, need_weights = ctx.numbers
+        call = *given, left, right, seed, dropout_p, scale, lse
+        return outputs_pushed_forward(ATTENTION, call, directions, (True, need_weights, True))
 
     @staticmethod
     def backward(
@@ -151,23 +189,24 @@ class Attention(SingleLevelFunction):
         )  # fmt: skip
 
 
-def register(name: str, function: Any, formula: Callable[..., Any] | None = None) -> None:
-    """Registers the derivative of an operator: ``function`` in reverse mode, and in forward mode
-    the plain formula. Whatever reaches ``backward`` in forward mode has passed one already."""
-    operator = getattr(dispatch, name)
+def register(operator: Any, function: Any, layout: Layout) -> None:
+    """Registers the derivative of an operator: ``function`` in reverse mode, and forward mode."""
 
     def run(*arguments: Any) -> Any:
-        if formula is not None and forward_ad._current_level >= 0:
-            return formula(*arguments)
-        if torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in arguments
+        directed = has_tangents(arguments)
+        if directed and operator is layout.tangent:
+            return layout.differentiable(*arguments)
+        if directed or (
+            torch.is_grad_enabled()
+            and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
         ):
             with enable_single_level_autograd_function():
                 return function(*arguments)
         return dispatch.below_autograd(operator, *arguments)
 
-    registrations.impl(name, run, "Autograd")
+    registrations.impl(operator._schema.name.split("::")[1], run, "Autograd")
 
 
-register("forward", lambda *x: Attention.apply(*x, None), lambda *x: _formula(Call(*x[:14])))
-register("backward", AttentionBackward.apply)
+register(dispatch.forward, lambda *x: Attention.apply(*x, None), ATTENTION)
+register(dispatch.backward, AttentionBackward.apply, ATTENTION)
+register(dispatch.tangent, AttentionTangent.apply, ATTENTION)

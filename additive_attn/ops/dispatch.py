@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from additive_attn.backends.plain import blocks, steps
+from additive_attn.backends.plain import blocks, steps, tangents
 from additive_attn.backends.plain import scores as plain_scores
 from additive_attn.ops.library import find_library, how_to_build
 from additive_attn.ops.schemas import registrations
@@ -22,6 +22,8 @@ PLAIN: dict[str, Any] = {
     "backward": blocks.backward,
     "scores": plain_scores.scores,
     "scores_backward": plain_scores.scores_backward,
+    "tangent": tangents.tangent,
+    "scores_tangent": tangents.scores_tangent,
     "prepare_keys": steps.prepare_keys,
     "step": steps.step,
     "step_backward": steps.step_backward,
@@ -166,3 +168,5 @@ forward_directly, backward_directly = forward._op, backward._op
 scores = torch.ops.additive_attn.scores.default
 scores_backward = torch.ops.additive_attn.scores_backward.default
 scores_directly, scores_backward_directly = scores._op, scores_backward._op
+tangent = torch.ops.additive_attn.tangent.default
+scores_tangent = torch.ops.additive_attn.scores_tangent.default

@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from additive_attn.ops.checks import require_one_device
-from additive_attn.spec.call import Call, backward_arguments, call_of_scores, lse_dtype
+from additive_attn.spec.call import (
+    Call,
+    TangentCall,
+    backward_arguments,
+    call_of_scores,
+    lse_dtype,
+)
 from additive_attn.spec.dropout import keep_mask
 
 _MASKING = (
@@ -60,6 +66,24 @@ registrations.define(f"scores({_SCORED}) -> Tensor", tags=(torch.Tag.pt2_complia
 registrations.define(
     f"scores_backward(Tensor grad_scores, {_SCORED}, bool need_query, bool need_key, "
     "bool need_weight, bool need_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# Forward mode and second derivatives: tangents of the outputs, and of the gradients.
+_TANGENTS = "Tensor? query_tangent, Tensor? key_tangent, "
+registrations.define(
+    f"tangent(Tensor? grad_out, Tensor? grad_weights, Tensor? grad_lse, {_CALL}, Tensor lse, "
+    "Tensor? grad_out_tangent, Tensor? grad_weights_tangent, Tensor? grad_lse_tangent, "
+    f"{_TANGENTS}Tensor? value_tangent, Tensor? weight_tangent, Tensor? mask_tangent, "
+    "bool need_out, bool need_weights, bool need_lse, bool need_query, bool need_key, "
+    "bool need_value, bool need_weight, bool need_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+registrations.define(
+    f"scores_tangent(Tensor? grad_scores, {_SCORED}, Tensor? grad_scores_tangent, {_TANGENTS}"
+    "Tensor? weight_tangent, Tensor? mask_tangent, bool need_scores, bool need_query, "
+    "bool need_key, bool need_weight, bool need_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # What follows is called by ops.decoding alone, which knows its derivative.
@@ -136,6 +160,41 @@ def _scores_backward_shapes(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]
     return (
         *_gradient_shapes(call, batch, *needs[:2]),
         *_other_gradient_shapes(call, batch, *needs[2:]),
+    )
+
+
+@torch.library.register_fake("additive_attn::tangent", lib=registrations)
+def _tangent_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    made = TangentCall.of(arguments)
+    call, batch, needs = made.call, made.call.batch(), made.needs
+    query, key, value, _ = call.inputs
+    require_one_device(**_tensors(call))
+    sizes = (query.shape[-2], value.shape[-1]), (query.shape[-2], key.shape[-2])
+    out, weights = (
+        query.new_empty((*batch, *size) if need else (0,))
+        for size, need in zip(sizes, made.need_outputs[:2], strict=True)
+    )
+    shape = (*batch, query.shape[-2]) if made.need_outputs[2] else (0,)
+    return (
+        out,
+        weights,
+        query.new_empty(shape, dtype=lse_dtype(query.dtype)),
+        *_gradient_shapes(call, batch, needs.query, needs.key),
+        query.new_empty((*batch, *value.shape[-2:]) if needs.value else (0,)),
+        *_other_gradient_shapes(call, batch, needs.weight, needs.mask),
+    )
+
+
+@torch.library.register_fake("additive_attn::scores_tangent", lib=registrations)
+def _scores_tangent_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    made = TangentCall.of_scores(arguments)
+    call, batch, needs = made.call, made.call.batch(), made.needs
+    require_one_device(**_tensors(call))
+    shape = (*batch, call.query.shape[-2], call.key.shape[-2])
+    return (
+        call.query.new_empty(shape if made.need_outputs[0] else (0,)),
+        *_gradient_shapes(call, batch, needs.query, needs.key),
+        *_other_gradient_shapes(call, batch, needs.weight, needs.mask),
     )
 
 

@@ -11,14 +11,18 @@ from torch.autograd import forward_ad
 
 from additive_attn.backends.plain import whole
 from additive_attn.ops import dispatch
-from additive_attn.ops.autograd import in_graph, register, serves_whole
+from additive_attn.ops.autograd import allowed, expanded, in_graph, register, serves_whole
 from additive_attn.ops.second_order import (
+    SCORES,
     ScoresBackward,
+    ScoresTangent,
     SingleLevelFunction,
-    plain_scores_form,
+    outputs_pushed_forward,
     reduced,
+    save,
 )
-from additive_attn.spec.call import Call, call_of_scores
+from additive_attn.spec.call import Call
+from additive_attn.spec.formula import plain_additive_scores
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -31,9 +35,9 @@ def score(call: Call, *_: Any) -> tuple[Tensor, ...]:
     arguments = query, key, weight, *call[4:11], call.scale
     if type(query) is not Tensor and hasattr(query, "device_mesh"):
         importlib.import_module("additive_attn.ops.sharding").register()
-    if forward_ad._current_level >= 0 or torch.onnx.is_in_onnx_export():
-        return (_formula(*arguments),)
-    if in_graph():
+    if torch.onnx.is_in_onnx_export():
+        return (_formula(call),)
+    if in_graph() or forward_ad._current_level >= 0:
         return (dispatch.scores(*arguments),)
     if (dispatch.cpu_is_plain or not query.is_cpu) and serves_whole(call):
         return (whole.score(call),)
@@ -45,10 +49,11 @@ def score(call: Call, *_: Any) -> tuple[Tensor, ...]:
         return (dispatch.scores_directly(*arguments),)
 
 
-def _formula(*arguments: Any) -> Tensor:
-    call = call_of_scores(*arguments)
-    formula, primals = plain_scores_form(call, call.batch())
-    return formula(*primals)[0]
+def _formula(call: Call) -> Tensor:
+    query, key, _, weight = expanded(call)
+    return plain_additive_scores(
+        query, key, weight, call.attn_mask, attended=allowed(call), scale=call.scale
+    )
 
 
 class Scores(SingleLevelFunction):
@@ -57,10 +62,14 @@ class Scores(SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         scores: Tensor = dispatch.below_autograd(dispatch.scores_directly, *arguments)
-        ctx.save_for_backward(*arguments[:8])
+        save(ctx, *arguments[:8])
         ctx.numbers = arguments[8:]
-        ctx.set_materialize_grads(False)
         return scores
+
+    @staticmethod
+    def jvp(ctx: Any, *directions: Tensor | None) -> Tensor | None:
+        call = *ctx.saved_tensors, *ctx.numbers
+        return outputs_pushed_forward(SCORES, call, directions, (True,))[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -81,5 +90,6 @@ class Scores(SingleLevelFunction):
         )  # fmt: skip
 
 
-register("scores", Scores.apply, _formula)
-register("scores_backward", ScoresBackward.apply)
+register(dispatch.scores, Scores.apply, SCORES)
+register(dispatch.scores_backward, ScoresBackward.apply, SCORES)
+register(dispatch.scores_tangent, ScoresTangent.apply, SCORES)

@@ -1,107 +1,286 @@
-"""The derivatives of ``additive_attn::backward`` and ``scores_backward``: those of the plain
-formula's derivative."""
+"""Forward mode, and the derivatives of the derivatives: those of ``backward`` and of ``tangent``.
+
+The pull-back of ``backward`` is the tangent of forward and backward in the direction of the
+cotangents (math.md, eq. 28). That of a tangent of the outputs is likewise. Third derivatives
+differentiate equations 22 to 27 themselves, which takes tensors (..., Lq, Lk, H).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
+from additive_attn.backends.plain import tangents
 from additive_attn.ops import dispatch
-from additive_attn.spec.call import Call, backward_arguments, call_of_scores, lse_dtype
-from additive_attn.spec.formula import plain_additive_attention, plain_additive_scores
-from additive_attn.spec.masks import allowed_pairs
+from additive_attn.spec.call import Call
 
 # Its metaclass makes `apply`, which type checkers do not see.
 SingleLevelFunction: Any = _SingleLevelFunction
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Formula = Callable[..., tuple[Tensor, ...]]
+_functorch_active = torch._C._are_functorch_transforms_active
+Arguments = tuple[Any, ...]
+Results = tuple[Tensor, ...]
+
+
+class Layout(NamedTuple):
+    """Operators of one kind. The arguments of ``backward`` are upstream gradients, the call with
+    its lse, and which results are needed. ``tangent`` takes tangents before the last."""
+
+    forward: Any
+    backward: Any
+    tangent: Any
+    differentiable: Callable[..., Results]  # the tangent in operations that have derivatives
+    outputs: int
+    call: int
+    inputs: tuple[int, ...]  # arguments of the call that have gradients
+
+    def upstream_and_call(self, arguments: Arguments) -> tuple[Arguments, Arguments]:
+        end = self.outputs + self.call
+        return arguments[: self.outputs], arguments[self.outputs : end]
+
+    def of_inputs(self, of_call: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(of_call[i] for i in self.inputs)
+
+
+_FIELDS = len(Call._fields)
+ATTENTION = Layout(
+    dispatch.forward, dispatch.backward, dispatch.tangent, tangents.differentiable_tangent,
+    outputs=3, call=_FIELDS + 1, inputs=(0, 1, 2, 3, 4),
+)  # fmt: skip
+SCORES = Layout(
+    dispatch.scores, dispatch.scores_backward, dispatch.scores_tangent,
+    tangents.differentiable_scores_tangent,
+    outputs=1, call=_FIELDS - 3, inputs=(0, 1, 2, 3),
+)  # fmt: skip
 
 
 class AttentionBackward(SingleLevelFunction):
-    """``additive_attn::backward``; its own derivative builds tensors (..., Lq, Lk, H)."""
+    """``additive_attn::backward``."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Gradients:
-        gradients: Gradients = _computed(ctx, dispatch.backward, arguments)
-        return gradients
+    def forward(ctx: Any, *arguments: Any) -> Results:
+        return _computed(ctx, dispatch.backward, arguments)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        arguments = _arguments(ctx)
-        upstream, call, lse, _ = backward_arguments(arguments)
-        return _pulled_back(arguments, upstream, plain_form(call, lse.shape[:-1]), cotangents)
+        return _backward_pulled_back(ATTENTION, ctx, cotangents)
+
+    @staticmethod
+    def jvp(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward_pushed_forward(ATTENTION, ctx, directions)
+
+
+class AttentionTangent(SingleLevelFunction):
+    """``additive_attn::tangent``."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Results:
+        return _computed(ctx, dispatch.tangent, arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _tangent_pulled_back(ATTENTION, ctx, cotangents)
 
 
 class ScoresBackward(SingleLevelFunction):
-    """``additive_attn::scores_backward``, likewise."""
+    """``additive_attn::scores_backward``."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = _computed(
-            ctx, dispatch.scores_backward, arguments
-        )
-        return gradients
+    def forward(ctx: Any, *arguments: Any) -> Results:
+        return _computed(ctx, dispatch.scores_backward, arguments)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        arguments = _arguments(ctx)
-        upstream, call = arguments[:1], call_of_scores(*arguments[1:12])
-        form = plain_scores_form(call, upstream[0].shape[:-2])
-        return _pulled_back(arguments, upstream, form, cotangents)
+        return _backward_pulled_back(SCORES, ctx, cotangents)
+
+    @staticmethod
+    def jvp(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward_pushed_forward(SCORES, ctx, directions)
 
 
-def _computed(ctx: Any, operator: Any, arguments: tuple[Any, ...]) -> Any:
-    gradients = dispatch.below_autograd(operator, *arguments)
+class ScoresTangent(SingleLevelFunction):
+    """``additive_attn::scores_tangent``."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Results:
+        return _computed(ctx, dispatch.scores_tangent, arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _tangent_pulled_back(SCORES, ctx, cotangents)
+
+
+def _computed(ctx: Any, operator: Any, arguments: Arguments) -> Results:
+    results: Results = dispatch.below_autograd(operator, *arguments)
     ctx.numbers = [None if isinstance(x, Tensor) else x for x in arguments]
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arguments))
+    save(ctx, *(x if isinstance(x, Tensor) else None for x in arguments))
+    return results
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
-    return gradients
+    if _forward_mode():
+        ctx.save_for_forward(*tensors)
 
 
-def _arguments(ctx: Any) -> tuple[Any, ...]:
+def _arguments(ctx: Any) -> Arguments:
     return tuple(
         number if tensor is None else tensor
         for tensor, number in zip(ctx.saved_tensors, ctx.numbers, strict=True)
     )
 
 
-def _pulled_back(
-    arguments: tuple[Any, ...],
-    upstream: tuple[Tensor | None, ...],
-    form: tuple[Formula, tuple[Tensor, ...]],
-    cotangents: tuple[Tensor | None, ...],
+def _run(operator: Any, *arguments: Any) -> Results:
+    if torch.is_grad_enabled() or _functorch_active():
+        results: Results = operator(*arguments)
+        return results
+    return dispatch.below_autograd(operator, *arguments)
+
+
+def _backward_pulled_back(
+    layout: Layout, ctx: Any, cotangents: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The derivative of an operator whose arguments start with the upstream gradients of a
-    formula, and go on with its primals."""
-    given = [i for i, grad in enumerate(upstream) if grad is not None]
-    wanted = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+    """Equation 28."""
+    arguments, needs, n = _arguments(ctx), ctx.needs_input_grad, layout.outputs
+    upstream, call = layout.upstream_and_call(arguments)
+    cotangents = _of_needed(cotangents, arguments)
     grads: list[Tensor | None] = [None] * len(arguments)
-    if not wanted:
+    if all(cotangent is None for cotangent in cotangents):
         return tuple(grads)
-    # The operator returns gradients over the whole batch, so it is differentiated as a function
-    # of the whole batch.
-    formula, primals = form
+    need_inputs = layout.of_inputs(needs[n:])
+    results = _run(
+        layout.tangent, *upstream, *call, *(None,) * n, *cotangents, *needs[:n], *need_inputs
+    )
+    places = *range(n), *(n + i for i in layout.inputs)
+    return _placed(grads, arguments, places, needs, results)
 
-    def derivative(grads: tuple[Tensor, ...], primals: tuple[Tensor, ...]) -> list[Tensor]:
-        def outputs(*primals: Tensor) -> tuple[Tensor, ...]:
-            results = formula(*primals)
-            return tuple(results[i] for i in given)
 
-        pulled = torch.func.vjp(outputs, *primals)[1](grads)
-        return [pulled[i] for i in wanted]
-
-    pull_back = torch.func.vjp(derivative, tuple(upstream[i] for i in given), primals)[1]
-    grad_upstream, grad_primals = pull_back([cotangents[i] for i in wanted])
-    for i, grad in zip(given, grad_upstream, strict=True):
-        grads[i] = grad
-    for i, grad in enumerate(grad_primals, len(upstream)):
-        grads[i] = reduced(grad, arguments[i])
+def _tangent_pulled_back(
+    layout: Layout, ctx: Any, cotangents: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Of the tangents of outputs, by equation 28; of those of gradients, through equations 22 to
+    27."""
+    arguments, needs, n = _arguments(ctx), ctx.needs_input_grad, layout.outputs
+    _, call = layout.upstream_and_call(arguments)
+    cotangents = _of_needed(cotangents, arguments)
+    grads: list[Tensor | None] = [None] * len(arguments)
+    if any(cotangent is not None for cotangent in cotangents[n:]):
+        return _third_order(layout, arguments, needs, cotangents)
+    if all(cotangent is None for cotangent in cotangents):
+        return tuple(grads)
+    first = n + layout.call + n
+    last = first + len(layout.inputs)
+    if any(needs[first:last]):
+        results = _run(layout.backward, *cotangents[:n], *call, *needs[first:last])
+        _placed(grads, arguments, range(first, last), needs, results)
+    need_inputs = layout.of_inputs(needs[n:])
+    if any(need_inputs):
+        results = _run(
+            layout.tangent, *cotangents[:n], *call, *(None,) * n, *arguments[first:last],
+            *(False,) * n, *need_inputs,
+        )  # fmt: skip
+        _placed(grads, arguments, [n + i for i in layout.inputs], needs, results[n:])
     return tuple(grads)
+
+
+def _of_needed(results: Sequence[Tensor | None], needs: Sequence[bool]) -> Any:
+    """None for the empty tensors of results that are not needed, for which a compiled graph passes
+    cotangents of zeros."""
+    needed = needs[len(needs) - len(results) :]
+    return tuple(x if need else None for x, need in zip(results, needed, strict=True))
+
+
+def _placed(
+    grads: list[Tensor | None], arguments: Arguments, places: Sequence[int], needs: Sequence[bool],
+    results: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    for place, result in zip(places, results, strict=True):
+        if needs[place]:
+            grads[place] = reduced(result, arguments[place])
+    return tuple(grads)
+
+
+def _third_order(
+    layout: Layout, arguments: Arguments, needs: Sequence[bool],
+    cotangents: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    places = [i for i, need in enumerate(needs) if need]
+
+    def results(*tensors: Tensor) -> list[Tensor]:
+        replaced = list(arguments)
+        for place, tensor in zip(places, tensors, strict=True):
+            replaced[place] = tensor
+        found = layout.differentiable(*replaced)
+        return [x for x, cotangent in zip(found, cotangents, strict=True) if cotangent is not None]
+
+    pull_back = torch.func.vjp(results, *(arguments[i] for i in places))[1]
+    grads: list[Tensor | None] = [None] * len(arguments)
+    for place, grad in zip(
+        places, pull_back([x for x in cotangents if x is not None]), strict=True
+    ):
+        grads[place] = grad
+    return tuple(grads)
+
+
+def has_tangents(arguments: Arguments) -> bool:
+    return _forward_mode() and any(x is not None for _, x in map(_unpacked, arguments))
+
+
+def _forward_mode() -> bool:
+    """Whether there may be tangents. A compiled graph enters forward mode without ``forward_ad``,
+    so that level says too little."""
+    return _functorch_active() or forward_ad._current_level >= 0
+
+
+def _unpacked(argument: Any) -> tuple[Any, Tensor | None]:
+    if isinstance(argument, Tensor) and argument.is_floating_point():
+        primal, tangent = torch._VF._unpack_dual(argument, level=0)
+        return primal, tangent
+    return argument, None
+
+
+@contextlib.contextmanager
+def primals(arguments: Arguments) -> Iterator[Arguments]:
+    """The arguments of a Function without their tangents. A Function turns forward mode off for
+    all transforms of ``torch.func``, so the outer ones get it back."""
+    with _set_fwd_grad_enabled(True):
+        yield tuple(_unpacked(x)[0] for x in arguments)
+
+
+def outputs_pushed_forward(
+    layout: Layout, call: Arguments, directions: Arguments, need_outputs: Sequence[bool]
+) -> Results:
+    """The tangents of the outputs, equations 22 and 23."""
+    none = (None,) * layout.outputs
+    with primals(call) as call:
+        results = layout.tangent(
+            *none, *call, *none, *layout.of_inputs(directions), *need_outputs,
+            *(False,) * len(layout.inputs),
+        )  # fmt: skip
+    return results[: layout.outputs]
+
+
+def _backward_pushed_forward(
+    layout: Layout, ctx: Any, directions: tuple[Tensor | None, ...]
+) -> Results:
+    """The tangents of the gradients, equations 24 to 27."""
+    with primals(_arguments(ctx)) as arguments:
+        upstream, call = layout.upstream_and_call(arguments)
+        upstream_directions, of_call = layout.upstream_and_call(directions)
+        needs = arguments[-len(layout.inputs) :]
+        results = layout.tangent(
+            *upstream, *call, *upstream_directions, *layout.of_inputs(of_call),
+            *(False,) * layout.outputs, *needs,
+        )  # fmt: skip
+    return results[layout.outputs :]
 
 
 def reduced(grad: Tensor, tensor: Tensor) -> Tensor:
@@ -111,55 +290,3 @@ def reduced(grad: Tensor, tensor: Tensor) -> Tensor:
     if grad.dim() != tensor.dim() or grad.shape != tensor.shape:
         grad = grad.sum_to_size(tensor.shape)
     return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
-
-
-def plain_form(call: Call, batch: Sequence[int]) -> tuple[Formula, tuple[Tensor, ...]]:
-    """The forward operator as a plain differentiable function, and its arguments: query, key,
-    value and weight over the whole batch, and the mask if it is float."""
-    seed, dropout_p, scale = call.options
-    attended, keep = _allowed(call), None
-    if seed is not None:
-        shape = call.query.shape[-2], call.key.shape[-2]
-        keep = torch.ops.additive_attn.keep_mask(seed, batch, *shape, dropout_p)
-
-    def formula(
-        query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *float_mask: Tensor
-    ) -> tuple[Tensor, ...]:
-        mask = float_mask[0] if float_mask else call.attn_mask
-        return plain_additive_attention(
-            query, key, value, weight, mask,
-            attended=attended, keep=keep, dropout_p=dropout_p, scale=scale,
-        )  # fmt: skip
-
-    return formula, _primals(call, batch)
-
-
-def plain_scores_form(call: Call, batch: Sequence[int]) -> tuple[Formula, tuple[Tensor, ...]]:
-    """The same of ``scores``, whose arguments have no value."""
-    attended = _allowed(call)
-
-    def formula(
-        query: Tensor, key: Tensor, weight: Tensor, *float_mask: Tensor
-    ) -> tuple[Tensor, ...]:
-        mask = float_mask[0] if float_mask else call.attn_mask
-        score = plain_additive_scores(
-            query, key, weight, mask, attended=attended, scale=call.scale
-        )
-        return (score,)
-
-    query, key, _, *rest = _primals(call, batch)
-    return formula, (query, key, *rest)
-
-
-def _allowed(call: Call) -> Tensor | None:
-    rows, keys = (0, call.query.shape[-2]), (0, call.key.shape[-2])
-    return allowed_pairs(call.masking, rows, keys, call.query.device)
-
-
-def _primals(call: Call, batch: Sequence[int]) -> tuple[Tensor, ...]:
-    (query, key, value, weight), attn_mask = call.inputs, call.attn_mask
-    return (
-        *(tensor.expand(*batch, *tensor.shape[-2:]) for tensor in (query, key, value)),
-        weight.expand(*batch, weight.shape[-1]).to(lse_dtype(query.dtype)),
-        *(() if attn_mask is None or attn_mask.dtype == torch.bool else (attn_mask,)),
-    )

@@ -24,7 +24,8 @@ _RANKS = {
     "block_table": 2, "block_tiles": 3, "seed": 0,
 }  # fmt: skip
 _ORDER = tuple(name if name in _RANKS else None for name in Call._fields)
-_SEED, _MASK = _ORDER.index("seed"), _ORDER.index("attn_mask")
+_SEED = _ORDER.index("seed")
+_DIFFERENTIABLE = "query", "key", "value", "weight", "attn_mask"
 _SCORES = (*_ORDER[:2], *_ORDER[3:11], None)  # without the value, seed and dropout_p
 
 
@@ -32,9 +33,14 @@ _SCORES = (*_ORDER[:2], *_ORDER[3:11], None)  # without the value, seed and drop
 def register() -> None:
     """Registers the rules, once."""
     register_sharding(dispatch.forward)(_forward)
-    register_sharding(dispatch.backward)(_backward)
     register_sharding(dispatch.scores)(_scores)
-    register_sharding(dispatch.scores_backward)(_scores_backward)
+    for operator, order, outputs, tangents in (
+        (dispatch.backward, _ORDER, 3, False),
+        (dispatch.tangent, _ORDER, 3, True),
+        (dispatch.scores_backward, _SCORES, 1, False),
+        (dispatch.scores_tangent, _SCORES, 1, True),
+    ):
+        register_sharding(operator)(functools.partial(_derivative, order, outputs, tangents))
 
 
 def _batch_dims(arguments: Any, order: Sequence[str | None] = _ORDER) -> int:
@@ -76,24 +82,6 @@ def _forward(*arguments: Any) -> list[Strategy]:
     return strategies
 
 
-def _backward(*arguments: Any) -> list[Strategy]:
-    upstream, call, needs = arguments[:3], arguments[3:17], arguments[18:]
-    nothing = [None] * 5
-    strategies: list[Strategy] = [
-        ([Replicate()] * 5, [*_replicated(upstream), *_replicated(call), Replicate(), *nothing])
-    ]
-    if call[_SEED] is not None:
-        return strategies
-    dims, mask = _batch_dims(call), call[_MASK]
-    for d in range(dims):
-        of_call = _on_batch_dim(call, dims, d)
-        grads: Placements = [Shard(d) if need else Replicate() for need in needs[:4]]
-        grads.append(_of_mask(of_call[_MASK], needs[4], mask))
-        sharded = [None if x is None else Shard(d) for x in upstream]
-        strategies.append((grads, [*sharded, *of_call, Shard(d), *nothing]))
-    return strategies
-
-
 def _of_mask(placement: Any, need: bool, attn_mask: Any) -> Any:
     """Its gradient has the shape of the mask: summed along dims that it broadcasts along."""
     if not need or attn_mask is None:
@@ -109,13 +97,29 @@ def _scores(*arguments: Any) -> list[Strategy]:
     ]
 
 
-def _scores_backward(grad: Any, *arguments: Any) -> list[Strategy]:
-    call, needs, nothing = arguments[:11], arguments[11:], [None] * 4
-    strategies: list[Strategy] = [([Replicate()] * 4, [Replicate(), *_replicated(call), *nothing])]
-    dims = _batch_dims(call, _SCORES)
+def _derivative(
+    order: Sequence[str | None], outputs: int, tangents: bool, *arguments: Any
+) -> list[Strategy]:
+    """Upstream gradients, the call, lse if there are three of those, then their tangents, and
+    which results are needed; the last is of the mask."""
+    names = [name for name in order if name in _DIFFERENTIABLE] if tangents else []
+    end = outputs + len(order)
+    upstream, call, rest = arguments[:outputs], arguments[outputs:end], arguments[end:]
+    lse = rest[: outputs == 3]
+    rest = rest[len(lse) :]
+    moved = rest[:outputs] if tangents else ()
+    directions, needs = rest[len(moved) :][: len(names)], rest[len(moved) + len(names) :]
+    given = [*_replicated([*upstream, *call, *lse, *moved, *directions]), *[None] * len(needs)]
+    strategies: list[Strategy] = [([Replicate()] * len(needs), given)]
+    if "seed" in order and call[order.index("seed")] is not None:
+        return strategies
+    dims, mask = _batch_dims(call, order), order.index("attn_mask")
     for d in range(dims):
-        of_call = _on_batch_dim(call, dims, d, _SCORES)
-        grads: Placements = [Shard(d) if need else Replicate() for need in needs[:3]]
-        grads.append(_of_mask(of_call[3], needs[3], call[3]))
-        strategies.append((grads, [Shard(d), *of_call, *nothing]))
+        of_call = _on_batch_dim(call, dims, d, order)
+        results: Placements = [Shard(d) if need else Replicate() for need in needs[:-1]]
+        results.append(_of_mask(of_call[mask], needs[-1], call[mask]))
+        whole = [[None if x is None else Shard(d) for x in xs] for xs in (upstream, lse, moved)]
+        of_directions = _on_batch_dim(directions, dims, d, names)
+        placements = [*whole[0], *of_call, *whole[1], *whole[2], *of_directions]
+        strategies.append((results, [*placements, *[None] * len(needs)]))
     return strategies

@@ -14,9 +14,11 @@ from additive_attn.ops.schemas import registrations
 # Dims of each argument of a call that are not batch dims; None for what is no tensor.
 _CALL_RANKS = (2, 2, 2, 1, 2, 1, 1, 2, 3, None, None, 0, None, None)
 _BACKWARD_RANKS = (2, 2, 1, *_CALL_RANKS, 1)
-_SEED = 11
+_TANGENT_RANKS = (*_BACKWARD_RANKS, 2, 2, 1, 2, 2, 2, 1, 2)
+_SEED, _LSE = 11, len(_BACKWARD_RANKS) - 1
 _SCORES_RANKS = (2, 2, 1, *_CALL_RANKS[4:11], None)
 _SCORES_BACKWARD_RANKS = (2, *_SCORES_RANKS)
+_SCORES_TANGENT_RANKS = (*_SCORES_BACKWARD_RANKS, 2, 2, 2, 1, 2)
 
 
 def _forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -32,24 +34,15 @@ def _forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tup
 
 
 def _backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-    call, needs = list(arguments[:18]), arguments[18:]
-    dims = list(in_dims[:18])
-    out_dims = tuple(0 if need else None for need in needs)
-    if call[3 + _SEED] is not None and dims[3 + _SEED] is None:
-        # One dropout mask for all mapped entries, as in a Jacobian: folding would give each its
-        # own.
-        entries = []
-        for i in range(info.batch_size):
-            entry = [x if d is None else x.select(d, i) for x, d in zip(call, dims, strict=True)]
-            entries.append(dispatch.backward(*entry, *needs))
-        stacked = zip(zip(*entries, strict=True), needs, strict=True)
-        return tuple(torch.stack(g) if need else g[0] for g, need in stacked), out_dims
     # Upstream gradients, query and lse carry the whole batch.
-    whole = (0, 1, 2, 3, 17)
-    grads = _folded_backward(
-        info, dispatch.backward, call, dims, needs, _BACKWARD_RANKS, whole, mask=7
+    return _derivative(
+        info, in_dims, arguments, dispatch.backward, _BACKWARD_RANKS, (0, 1, 2, 3, _LSE), mask=7
     )
-    return grads, out_dims
+
+
+def _tangent(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    whole = 0, 1, 2, 3, _LSE, _LSE + 1, _LSE + 2, _LSE + 3
+    return _derivative(info, in_dims, arguments, dispatch.tangent, _TANGENT_RANKS, whole, mask=7)
 
 
 def _scores(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -59,31 +52,51 @@ def _scores(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tupl
 def _scores_backward(
     info: Any, in_dims: tuple[int | None, ...], *arguments: Any
 ) -> tuple[Any, Any]:
-    call, dims, needs = list(arguments[:12]), list(in_dims[:12]), arguments[12:]
-    grads = _folded_backward(
-        info, dispatch.scores_backward, call, dims, needs, _SCORES_BACKWARD_RANKS, (0, 1), mask=4
+    return _derivative(
+        info, in_dims, arguments, dispatch.scores_backward, _SCORES_BACKWARD_RANKS, (0, 1), mask=4
     )
-    return grads, tuple(0 if need else None for need in needs)
 
 
-def _folded_backward(
-    info: Any, operator: Any, call: list[Any], dims: list[int | None], needs: Sequence[bool],
+def _scores_tangent(
+    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[Any, Any]:
+    whole = 0, 1, len(_SCORES_BACKWARD_RANKS)
+    return _derivative(
+        info, in_dims, arguments, dispatch.scores_tangent, _SCORES_TANGENT_RANKS, whole, mask=4
+    )
+
+
+def _derivative(
+    info: Any, in_dims: Sequence[int | None], arguments: Sequence[Any], operator: Any,
     ranks: Sequence[int | None], whole: Sequence[int], mask: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """``whole`` are the arguments that carry the whole batch; the gradient of the mask comes in
-    the shape of the mask."""
+) -> tuple[Any, Any]:  # fmt: skip
+    """``whole`` are the arguments that carry the whole batch; the gradient of the mask, which is
+    the last result, comes in the shape of the mask."""
+    count = len(ranks)
+    call, dims, needs = list(arguments[:count]), list(in_dims[:count]), arguments[count:]
+    out_dims = tuple(0 if need else None for need in needs)
+    seed = ranks.index(0) if 0 in ranks else None
+    if seed is not None and call[seed] is not None and dims[seed] is None:
+        # One dropout mask for all mapped entries, as in a Jacobian: folding would give each its
+        # own.
+        entries = []
+        for i in range(info.batch_size):
+            entry = [x if d is None else x.select(d, i) for x, d in zip(call, dims, strict=True)]
+            entries.append(operator(*entry, *needs))
+        stacked = zip(zip(*entries, strict=True), needs, strict=True)
+        return tuple(torch.stack(x) if need else x[0] for x, need in stacked), out_dims
     attn_mask, mask_dim = call[mask], dims[mask]
     for i in [*whole, *([mask] if needs[-1] else [])]:
         if call[i] is not None and dims[i] is None:
             call[i] = call[i].expand(info.batch_size, *call[i].shape)
             dims[i] = 0
-    *grads, grad_mask = operator(*_fold(call, dims, ranks), *needs)
+    *results, grad_mask = operator(*_fold(call, dims, ranks), *needs)
     if needs[-1] and attn_mask is not None:
         shape = list(attn_mask.shape)
         if mask_dim is not None:
             del shape[mask_dim]
         grad_mask = grad_mask.reshape(info.batch_size, *shape)
-    return (*grads, grad_mask)
+    return (*results, grad_mask), out_dims
 
 
 def _keep_mask(
@@ -133,6 +146,8 @@ def _one_set_of_tiles(
     return arguments, dims
 
 
-for _rule in (_forward, _backward, _scores, _scores_backward, _keep_mask):
+for _rule in (
+    _forward, _backward, _tangent, _scores, _scores_backward, _scores_tangent, _keep_mask,
+):  # fmt: skip
     _name = _rule.__name__.removeprefix("_")
     torch.library.register_vmap(f"additive_attn::{_name}", _rule, lib=registrations)

@@ -98,6 +98,51 @@ class Needs(NamedTuple):
     mask: bool = True
 
 
+class Tangents(NamedTuple):
+    """Of the inputs and of a float mask, in their shapes or over the whole batch; None counts as
+    zeros."""
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    weight: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class TangentCall(NamedTuple):
+    """One call of ``tangent``: of the outputs of ``forward``, and of the gradients that
+    ``backward`` returns. ``scores_tangent`` has the scores in the place of the outputs."""
+
+    upstream: tuple[Tensor | None, ...]
+    call: Call
+    upstream_tangents: tuple[Tensor | None, ...]
+    tangents: Tangents
+    need_outputs: tuple[bool, ...]
+    needs: Needs
+
+    @classmethod
+    def of(cls, arguments: tuple[Any, ...]) -> TangentCall:
+        """From the flat arguments of ``tangent``."""
+        end = 3 + len(Call._fields) + 1
+        rest = arguments[end:]
+        return cls(
+            Upstream(*arguments[:3]), Call(*arguments[3 : end - 1]), Upstream(*rest[:3]),
+            Tangents(*rest[3:8]), rest[8:11], Needs(*rest[11:]),
+        )  # fmt: skip
+
+    @classmethod
+    def of_scores(cls, arguments: tuple[Any, ...]) -> TangentCall:
+        """From those of ``scores_tangent``."""
+        end = 1 + len(Call._fields) - 3
+        query, key, weight, mask = arguments[end + 1 : end + 5]
+        need_query, need_key, need_weight, need_mask = arguments[end + 6 :]
+        return cls(
+            arguments[:1], call_of_scores(*arguments[1:end]), arguments[end : end + 1],
+            Tangents(query, key, None, weight, mask), arguments[end + 5 : end + 6],
+            Needs(need_query, need_key, False, need_weight, need_mask),
+        )  # fmt: skip
+
+
 def backward_arguments(arguments: tuple[Any, ...]) -> tuple[Upstream, Call, Tensor, Needs]:
     """Upstream gradients, the call, its lse and the gradients needed, from the flat arguments."""
     call = Call(*arguments[3:17])
