@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import rows, run, table
+from benchmarks import heads, rows, run, table
 from benchmarks.cases import SPEED, parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,3 +145,18 @@ def test_a_file_without_rows_is_named(tmp_path, content):
     path.write_text(content)
     with pytest.raises(SystemExit, match=r"x\.csv"):
         rows.read(path)
+
+
+def test_heads_are_compared_before_they_are_timed(tmp_path, monkeypatch, capsys):
+    path, options = tmp_path / "heads.csv", "--quick --rounds 2 --budget 0.01 --threads 1".split()
+    monkeypatch.setattr(sys, "argv", ["heads", *options, "--output", str(path)])
+    threads = heads.torch.get_num_threads()
+    try:
+        heads.main()
+    finally:
+        heads.torch.set_num_threads(threads)
+    shown = capsys.readouterr().out
+    assert all(shown.count(f"{name} ") for name in heads.CASES) and "tiny: the layer" in shown
+    monkeypatch.setattr(heads, "plain", lambda query, key, value, weight: query * 0)
+    with pytest.raises(AssertionError, match="fused: 0 is off by"):
+        list(heads.measure_case(heads.CASES["call"], 0.01, 2, quick=True))
