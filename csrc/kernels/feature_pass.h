@@ -1,12 +1,7 @@
 // The gradients of query, key and weight from G.
 
-constexpr std::int64_t gradient_keys = 128;  // keys of a tile in the pass over features
-constexpr std::int64_t rows_summed = 64;     // rows of a partial sum there
-constexpr std::int64_t keys_ahead = 8;       // fetched so early: few features of a key lie together
-
-// The pass over features works on two vectors of features at once, which share a reciprocal. It joins factors of a
-// single pair (i, j), so no pair depends on what another one holds, not even by rounding.
-constexpr int feature_vectors = 2;
+constexpr std::int64_t rows_summed = 64;  // rows of a partial sum
+constexpr std::int64_t keys_ahead = 8;    // fetched so early: few features of a key lie together
 
 template <class T>
 inline void reciprocals(const Vec<T>* y, Vec<T>* r) {
@@ -74,37 +69,14 @@ inline void pair_direct(const T* q, const T* k, T g, Vec<T>* z, T* sum_weight) {
   }
 }
 
-// What the sums over pairs are multiplied by: G by `early` in the direct form, the sums by `late` and then by w, in the
-// plain layer's order. The scale comes early where it is extreme. A weight that is not finite has made G NaN wherever
-// it matters; as a factor it is 0, so that sums of nothing stay 0.
-template <class T>
-struct FeatureFactors {
-  T early, late;       // G times early, in the direct form alone; dq, dk = late w sum
-  double of_weight;    // dw = of_weight sum
-  std::int64_t width;  // of a padded row of features
-  const T* weight;     // [entry][width]
-
-  FeatureFactors(const Backward<T>& p, const Workspace<T>& ws, std::int64_t padded, Buffer<T>& memory) : width(padded) {
-    const T size = std::fabs(p.scale);
-    const bool regular = size >= T(0x1p-40) && size <= T(0x1p40);
-    early = regular ? T(1) : p.scale;
-    late = regular ? T(4) * p.scale : T(4);
-    of_weight = regular ? double(p.scale) : 1;
-    T* to = memory.get(ws.entries * width);
-    for (std::int64_t n = 0; n < ws.entries; ++n)
-      for (std::int64_t h = 0; h < width; ++h) {
-        const T w = h < p.hidden ? p.weight.at(ws.entry0 + n, 0)[h] : T(0);
-        to[n * width + h] = std::isfinite(w) ? w : T(0);
-      }
-    weight = to;
-  }
-};
-
 // |G| between these loses nothing in row_factored: its products with r^2 neither underflow nor overflow.
 template <class T>
 constexpr T factored_least = T(sizeof(T) == 4 ? 0x1p-60 : 0x1p-400);
 template <class T>
 constexpr T factored_most = T(sizeof(T) == 4 ? 0x1p50 : 0x1p400);
+
+// dw is computed again where its square is below so many times less than `slopes_`: tanh is below 1 / 128.
+constexpr double cancelling = 0x1p10;
 
 // For keys [key_begin, key_end): dk for good, and the keys' share of dq and dw for add_feature_parts.
 template <class T>
@@ -172,10 +144,12 @@ class FeaturePass {
       if (r + 1 < ws.rows) prefetch(gradient(r + 1) + key0, keys);
       if (ws.largest_gradient[ws.index(entry, ws.row0 + r)] == T(0)) continue;
       if (++summed % rows_summed == 0) flush_rows(keys);
-      row(r, h, key0, keys, part_query + r * width + h, part_weight);
+      row(r, h, key0, keys, part_query + r * width + h);
     }
     flush_rows(keys);
-    finish_keys(h, key0, keys, part_weight);
+    finish_keys(h, key0, keys);
+    if (weight_cancels(h, key0, keys)) direct_weight(h, key0, keys);
+    for (int l = 0; l < F; ++l) part_weight[h + l] += weight_[l];
   }
 
   // The exponentials of the keys within the factored form's range, and sums of zero.
@@ -187,6 +161,8 @@ class FeaturePass {
     sum_direct_ = b_ + 4 * size;
     std::memset(sum_key_, 0, 2 * size * sizeof(T));
     std::memset(correction_, 0, sizeof correction_);
+    std::memset(slopes_, 0, sizeof slopes_);
+    std::memset(weight_, 0, sizeof weight_);
     any_direct_ = any_direct_pair_ = false;
     for (std::int64_t j = 0; j < keys; ++j) {
       T copy[F];
@@ -199,7 +175,7 @@ class FeaturePass {
     }
   }
 
-  void row(std::int64_t r, std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query, double* part_weight) {
+  void row(std::int64_t r, std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query) {
     // Aligned, because row_factored reads them for every key.
     alignas(64) T q[F], a[2 * F], sum_query[F] = {}, sum_query_direct[F] = {}, sum_weight[F] = {};
     const T size = ws.largest_gradient[ws.index(entry, ws.row0 + r)];
@@ -226,10 +202,11 @@ class FeaturePass {
       }
       j = round_up(end, K);
     }
-    for (int l = 0; l < F; ++l) part_weight[h + l] += sum_weight[l];
+    for (int l = 0; l < F; ++l) weight_[l] += sum_weight[l];
     for (int v = 0; v < feature_vectors; ++v) {
       const Vec<T> s = load(sum_query + v * L);
       const Vec<T> factored = direct_i ? Vec<T>{} : s * load(a + v * L);
+      store(slopes_ + v * L, load(slopes_ + v * L) + factored * factored);
       store(part_query + v * L, load(part_query + v * L) + (factored + load(sum_query_direct + v * L)));
       if (!direct_i) store(correction_ + v * L, load(correction_ + v * L) - s * load(a + F + v * L));
     }
@@ -248,19 +225,69 @@ class FeaturePass {
     }
   }
 
-  void finish_keys(std::int64_t h, std::int64_t key0, std::int64_t keys, double* part_weight) {
+  void finish_keys(std::int64_t h, std::int64_t key0, std::int64_t keys) {
+    Vec<T> slopes[feature_vectors] = {};
     for (std::int64_t j = 0; j < keys; ++j) {
       Vec<T> z[feature_vectors];
       for (int v = 0; v < feature_vectors; ++v) {
         const std::int64_t at = j * F + v * L;
         const Vec<T> s = load(sum_key_ + at);
         z[v] = s * load(b_ + at);
+        slopes[v] += z[v] * z[v];
         if (any_direct_pair_) z[v] += load(sum_direct_ + at);
         store(correction_ + v * L, load(correction_ + v * L) + s * load(b_error_ + at));
       }
       if (p.grad_key) add_grad_key(key0 + j, h, z, ws.row0 == 0);  // the first rows set dk, the others add to it
     }
-    for (int l = 0; l < F; ++l) part_weight[h + l] += 2 * correction_[l];
+    for (int v = 0; v < feature_vectors; ++v) store(slopes_ + v * L, load(slopes_ + v * L) + slopes[v]);
+    for (int l = 0; l < F; ++l) weight_[l] += 2 * correction_[l];
+  }
+
+  // Is this tile's share of dw so small beside its sums of G (1 - t^2) that what the correction leaves of the errors of
+  // a and b would show? That is below 1 / 16 ulp, and less for small q, and so for the k that cancel with them.
+  bool weight_cancels(std::int64_t h, std::int64_t key0, std::int64_t keys) {
+    const int some = int(std::min<std::int64_t>(F, p.hidden - h));
+    double share = 0, all = 0, limited = 0;
+    for (int l = 0; l < some; ++l) {
+      share += weight_[l] * weight_[l];
+      all += slopes_[l];
+    }
+    if (!(all > cancelling * share)) return false;
+    alignas(64) T q[F], most[F] = {};
+    for (std::int64_t r = 0; r < ws.rows; ++r)
+      if (contributes(r, key0, keys) && !load_query(r, h, q, nullptr))
+        for (int v = 0; v < F; v += L) {
+          const Vec<T> x = load(q + v) * load(q + v), y = load(most + v);
+          store(most + v, x > y ? x : y);
+        }
+    for (int l = 0; l < some; ++l) {
+      const double part = std::min(1.0, 32.0 * most[l]);
+      limited += part * part * slopes_[l];
+    }
+    return limited > cancelling * share;
+  }
+
+  // The tile's share of dw again, from q + k.
+  void direct_weight(std::int64_t h, std::int64_t key0, std::int64_t keys) {
+    std::memset(weight_, 0, sizeof weight_);
+    for (std::int64_t r = 0; r < ws.rows; ++r) {
+      if (!contributes(r, key0, keys)) continue;
+      alignas(64) T q[F], k[F], sum_weight[F] = {};
+      load_query(r, h, q, nullptr);
+      const T* g = gradient(r) + key0;
+      for (std::int64_t j = 0; j < keys; ++j) {
+        Vec<T> z[feature_vectors];
+        if (attended(r)[(key0 + j) / K] && g[j] != T(0))
+          pair_direct<T>(q, load_key(key0 + j, h, k), g[j] * factors.early, z, sum_weight);
+      }
+      for (int l = 0; l < F; ++l) weight_[l] += sum_weight[l];
+    }
+  }
+
+  // Does row r have a G other than 0 in this tile?
+  bool contributes(std::int64_t r, std::int64_t key0, std::int64_t keys) const {
+    return ws.largest_gradient[ws.index(entry, ws.row0 + r)] != T(0) &&
+           std::memchr(attended(r) + key0 / K, 1, (keys + K - 1) / K) != nullptr;
   }
 
   // Key sums over rows_summed rows go into those over all rows: single precision is for short sums.
@@ -321,51 +348,9 @@ class FeaturePass {
   std::int64_t entry = 0;
   bool direct_j_[gradient_keys], any_direct_ = false;  // keys out of the factored form's range
   bool any_direct_pair_ = false;
-  alignas(64) T correction_[F];
+  alignas(64) T correction_[F], slopes_[F];       // of dw; sums over rows and keys of (sum of G (1 - t^2) / 4)^2
+  alignas(64) double weight_[F];                  // the tile's share of dw
   T *b_ = nullptr, *b_error_ = nullptr;           // [key][F]
   T *sum_key_ = nullptr, *sum_direct_ = nullptr;  // [all rows, the last rows][key][F]
   Buffer<T> a_, keys_;
 };
-
-// How the pass over features is shared out: by groups of features and, where these are few, by ranges of keys, whose
-// shares of dq and dw are added up afterwards. A function of the shape alone.
-template <class T>
-struct FeatureTasks {
-  std::int64_t pieces, piece;  // of the features
-  std::int64_t splits, split;  // of the keys
-  std::int64_t width;          // of a padded row of features
-
-  FeatureTasks(const Backward<T>& p, std::int64_t entries, std::int64_t rows) {
-    constexpr std::int64_t F = feature_vectors * lanes<T>;
-    width = round_up(p.hidden, F);
-    piece = rows == 1 ? width : F;
-    pieces = width / piece;
-    splits = std::max<std::int64_t>(1, std::min(tasks_wanted / (entries * pieces), p.keys / split_keys));
-    split = round_up((std::max<std::int64_t>(p.keys, 1) + splits - 1) / splits, gradient_keys);
-    splits = (p.keys + split - 1) / split;
-  }
-};
-
-// dq and dw from their sums over ranges of keys, in their order; dw goes to weight_sum until the last rows are done.
-template <class T>
-void add_feature_parts(const Backward<T>& p, const Workspace<T>& ws, const FeatureTasks<T>& share,
-                       const FeatureFactors<T>& factors, std::int64_t n, const T* part_query, const double* part_weight,
-                       double* weight_sum) {
-  const T* w = factors.weight + n * share.width;
-  for (std::int64_t r = 0; r < ws.rows && p.grad_query; ++r) {
-    T* out = p.grad_query + ((ws.entry0 + n) * p.queries + ws.row0 + r) * p.hidden;
-    for (std::int64_t h = 0; h < p.hidden; ++h) out[h] = 0;
-    for (std::int64_t k = 0; k < share.splits; ++k) {
-      const T* part = part_query + ((k * ws.entries + n) * ws.rows + r) * share.width;
-      for (std::int64_t h = 0; h < p.hidden; ++h) out[h] += part[h];
-    }
-    for (std::int64_t h = 0; h < p.hidden; ++h) out[h] = out[h] * factors.late * w[h];
-  }
-  if (!p.grad_weight) return;
-  for (std::int64_t h = 0; h < p.hidden; ++h) {
-    double sum = ws.row0 > 0 ? weight_sum[n * share.width + h] : 0;
-    for (std::int64_t k = 0; k < share.splits; ++k) sum += part_weight[(k * ws.entries + n) * share.width + h];
-    weight_sum[n * share.width + h] = sum;
-    if (ws.row0 + ws.rows == p.queries) p.grad_weight[(ws.entry0 + n) * p.hidden + h] = T(sum * factors.of_weight);
-  }
-}

@@ -1,0 +1,76 @@
+// How the pass over features is shared out, and what becomes of its sums.
+
+constexpr std::int64_t gradient_keys = 128;  // keys of a tile in the pass over features
+
+// The pass over features works on two vectors of features at once, which share a reciprocal. It joins factors of a
+// single pair (i, j), so no pair depends on what another one holds, not even by rounding.
+constexpr int feature_vectors = 2;
+
+// What the sums over pairs are multiplied by: G by `early` in the direct form, the sums by `late` and then by w, in the
+// plain layer's order. The scale comes early where it is extreme. A weight that is not finite has made G NaN wherever
+// it matters; as a factor it is 0, so that sums of nothing stay 0.
+template <class T>
+struct FeatureFactors {
+  T early, late;       // G times early, in the direct form alone; dq, dk = late w sum
+  double of_weight;    // dw = of_weight sum
+  std::int64_t width;  // of a padded row of features
+  const T* weight;     // [entry][width]
+
+  FeatureFactors(const Backward<T>& p, const Workspace<T>& ws, std::int64_t padded, Buffer<T>& memory) : width(padded) {
+    const T size = std::fabs(p.scale);
+    const bool regular = size >= T(0x1p-40) && size <= T(0x1p40);
+    early = regular ? T(1) : p.scale;
+    late = regular ? T(4) * p.scale : T(4);
+    of_weight = regular ? double(p.scale) : 1;
+    T* to = memory.get(ws.entries * width);
+    for (std::int64_t n = 0; n < ws.entries; ++n)
+      for (std::int64_t h = 0; h < width; ++h) {
+        const T w = h < p.hidden ? p.weight.at(ws.entry0 + n, 0)[h] : T(0);
+        to[n * width + h] = std::isfinite(w) ? w : T(0);
+      }
+    weight = to;
+  }
+};
+
+// By groups of features and, where these are few, by ranges of keys, whose shares of dq and dw are added up afterwards.
+// A function of the shape alone.
+template <class T>
+struct FeatureTasks {
+  std::int64_t pieces, piece;  // of the features
+  std::int64_t splits, split;  // of the keys
+  std::int64_t width;          // of a padded row of features
+
+  FeatureTasks(const Backward<T>& p, std::int64_t entries, std::int64_t rows) {
+    constexpr std::int64_t F = feature_vectors * lanes<T>;
+    width = round_up(p.hidden, F);
+    piece = rows == 1 ? width : F;
+    pieces = width / piece;
+    splits = std::max<std::int64_t>(1, std::min(tasks_wanted / (entries * pieces), p.keys / split_keys));
+    split = round_up((std::max<std::int64_t>(p.keys, 1) + splits - 1) / splits, gradient_keys);
+    splits = (p.keys + split - 1) / split;
+  }
+};
+
+// dq and dw from their sums over ranges of keys, in their order; dw goes to weight_sum until the last rows are done.
+template <class T>
+void add_feature_parts(const Backward<T>& p, const Workspace<T>& ws, const FeatureTasks<T>& share,
+                       const FeatureFactors<T>& factors, std::int64_t n, const T* part_query, const double* part_weight,
+                       double* weight_sum) {
+  const T* w = factors.weight + n * share.width;
+  for (std::int64_t r = 0; r < ws.rows && p.grad_query; ++r) {
+    T* out = p.grad_query + ((ws.entry0 + n) * p.queries + ws.row0 + r) * p.hidden;
+    for (std::int64_t h = 0; h < p.hidden; ++h) out[h] = 0;
+    for (std::int64_t k = 0; k < share.splits; ++k) {
+      const T* part = part_query + ((k * ws.entries + n) * ws.rows + r) * share.width;
+      for (std::int64_t h = 0; h < p.hidden; ++h) out[h] += part[h];
+    }
+    for (std::int64_t h = 0; h < p.hidden; ++h) out[h] = out[h] * factors.late * w[h];
+  }
+  if (!p.grad_weight) return;
+  for (std::int64_t h = 0; h < p.hidden; ++h) {
+    double sum = ws.row0 > 0 ? weight_sum[n * share.width + h] : 0;
+    for (std::int64_t k = 0; k < share.splits; ++k) sum += part_weight[(k * ws.entries + n) * share.width + h];
+    weight_sum[n * share.width + h] = sum;
+    if (ws.row0 + ws.rows == p.queries) p.grad_weight[(ws.entry0 + n) * p.hidden + h] = T(sum * factors.of_weight);
+  }
+}

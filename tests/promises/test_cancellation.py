@@ -1,0 +1,128 @@
+"""q near c and k near -c, so that tanh is small and the exponentials of q and k are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exact import inputs_of, judge
+from oracle import assert_all_same, fused
+
+pytestmark = pytest.mark.kernel
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+
+
+@BOTH
+@pytest.mark.parametrize("offset", [0.8, 3.0, 9.0, 30.0])
+@pytest.mark.parametrize(
+    ("deviation", "weight"), [(1e-3, 100.0), (1e-2, 10.0), (0.1, 1.0), (0.1, 10.0), (1.0, 1.0)]
+)
+def test_opposite_offsets(offset, deviation, weight, dtype):
+    cases = []
+    for seed in range(3):
+        inputs = inputs_of(seed, torch.float64, 6, 140, 72, spread=deviation, weight=weight)
+        g = torch.Generator().manual_seed(100 + seed)
+        c = offset * (1 if seed == 0 else torch.randn(72, generator=g, dtype=torch.float64))
+        inputs["query"] = inputs["query"] + c
+        inputs["key"] = inputs["key"] - c
+        cases.append({name: x.to(dtype) for name, x in inputs.items()})
+
+    size = max(1.0, 2 * weight * deviation)  # of the terms of a score
+    judge(cases, size=size)
+
+
+# Which keys are far from cancelling beside those that cancel: the ends of tiles, every third, all
+# but two; or half of the keys and rows cancel with the other sign.
+MIXES = {
+    "none": lambda j: j < 0,
+    "ends": lambda j: (j % 30 == 0) | (j % 30 == 29),
+    "third": lambda j: j % 3 == 0,
+    "half": lambda j: j % 2 == 0,
+    "most": lambda j: (j != 40) & (j != 77),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("mix", [*MIXES, "alternate"])
+@pytest.mark.parametrize("hidden", [5, 72])
+@pytest.mark.parametrize(
+    ("deviation", "weight"), [(1e-3, 1.0), (1e-3, 10.0), (1e-3, 100.0), (0.03, 10.0)]
+)
+def test_opposite_offsets_among_others(deviation, weight, hidden, mix, dtype):
+    """Rows whose weight lies on cancelling keys, whatever other keys their tile holds."""
+    cases = []
+    for seed in range(3):
+        inputs = inputs_of(seed, torch.float64, 12, 150, hidden, spread=deviation)
+        g = torch.Generator().manual_seed(200 + seed)
+        w = torch.randn(hidden, generator=g, dtype=torch.float64) / hidden**0.5
+        inputs["weight"] = -weight * w.abs()  # other keys have lower scores
+        inputs["query"] += 3.0
+        inputs["key"] -= 3.0
+        if mix == "alternate":  # here others have the higher scores for half of the rows
+            inputs["weight"] *= min(1.0, 10 / weight)
+            inputs["query"][::2] *= -1
+            inputs["key"][::2] *= -1
+        else:
+            other = torch.randn(150, hidden, generator=g, dtype=torch.float64)
+            inputs["key"] = torch.where(
+                MIXES[mix](torch.arange(150))[:, None], other, inputs["key"]
+            )
+        cases.append({name: x.to(dtype) for name, x in inputs.items()})
+    judge(cases, size=0.25)
+
+
+@pytest.mark.parametrize("masked", ["mask", "length", "window"])
+def test_masked_keys_do_not_choose_the_form(masked):
+    """Cancelling keys among masked ones change no bit of the result."""
+    inputs = inputs_of(0, torch.float32, 40, 300, 72, weight=3.0)
+    row, column = torch.arange(40)[:, None], torch.arange(300)
+    allowed = {
+        "mask": (column % 7 != 3).expand(40, 300),
+        "length": (column < 200).expand(40, 300),
+        "window": (column - row).abs() <= 20,
+    }[masked]
+    options = {
+        "mask": {"attn_mask": allowed},
+        "length": {"lengths": torch.tensor(200)},
+        "window": {"window": (20, 20)},
+    }[masked]
+    expected = fused(inputs, **options)
+    never = ~allowed.any(0)
+    inputs["key"] = torch.where(never[:, None], -inputs["query"][0], inputs["key"])
+    assert_all_same(fused(inputs, **options), expected)
+
+
+@pytest.mark.parametrize("outlier", ["first", "last", "middle"])
+def test_one_large_key_among_small_ones(outlier):
+    """One key must not decide the accuracy of the others' scores."""
+    cases = []
+    for seed in range(3):
+        inputs = inputs_of(seed, torch.float32, 12, 150, 72, spread=0.003, weight=30.0)
+        inputs["key"][{"first": 0, "last": 149, "middle": 75}[outlier]] = -2.0
+        inputs["weight"].abs_()
+        cases.append(inputs)
+    judge(cases)
+
+
+@BOTH
+@pytest.mark.parametrize("mix", ["none", "third", "most"])
+@pytest.mark.parametrize(("hidden", "queries"), [(1, 12), (5, 200), (72, 12)])
+@pytest.mark.parametrize("deviation", [1e-6, 1e-4, pytest.param(1e-2, marks=pytest.mark.sweep)])
+def test_weight_gradient(deviation, hidden, queries, mix, dtype):
+    """It is a sum of small tanh, while exponentials have errors of their own size. The weights of
+    all rows lie on keys that cancel."""
+    for size in (0.05, 0.5, 3.0):
+        cases = []
+        for seed in range(8 if hidden == 1 else 2):
+            inputs = inputs_of(seed, torch.float64, queries, 150, hidden, spread=deviation)
+            g = torch.Generator().manual_seed(300 + seed)
+            c, other = (
+                size * torch.randn(n, hidden, generator=g, dtype=torch.float64).abs()
+                for n in (1, 150)
+            )
+            if mix != "none":
+                inputs["weight"] = -30 - inputs["weight"].abs()  # other keys have lower scores
+            inputs["query"] += c
+            away = MIXES[mix](torch.arange(150))[:, None]
+            inputs["key"] = torch.where(away, 1 + other, inputs["key"] - c)
+            cases.append({name: x.to(dtype) for name, x in inputs.items()})
+        judge(cases, ("out",), size=deviation, only="dweight")
