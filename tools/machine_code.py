@@ -49,12 +49,17 @@ LOCATION = 32, 1, 270, 128, 512  # with 32 filters of 31 over two channels
 
 @dataclass(frozen=True)
 class Code:
-    """``loops``: the instructions of each innermost loop, counted by their full names."""
+    """Of an NVIDIA GPU, with the binary: to disassemble it takes longer than to compile it."""
 
     registers: int
     spilled: int
     shared: int
-    loops: list[Counter[str]]
+    cubin: bytes = b""
+
+    @functools.cached_property
+    def loops(self) -> list[Counter[str]]:
+        """The instructions of each innermost loop, counted by their full names."""
+        return _loops(self.cubin)
 
     def hot_loop(self, reciprocals: int) -> Counter[str]:
         """Of the innermost loops with so many reciprocals, the shortest."""
@@ -218,22 +223,30 @@ def _code(built: Any, target: str) -> Code:
     return _nvidia(built.asm["cubin"], built.metadata.shared)
 
 
-def _nvidia(cubin: bytes, shared: int) -> Code:
+def _read(cubin: bytes, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
+        command = [str(TOOLS / tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        def run(tool: str, *options: str) -> str:
-            command = [str(TOOLS / tool), *options, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        assembly, usage = run("nvdisasm", "-c"), run("cuobjdump", "-res-usage")
-    registers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert registers is not None, usage
+def _nvidia(cubin: bytes, shared: int) -> Code:
+    usage = _read(cubin, "cuobjdump", "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    registers, spilled = int(found[1]), int(found[2])
+    if spilled:  # without a stack there is nothing to load from it
+        assembly = _read(cubin, "nvdisasm", "-c")
+        spilled = max(spilled, len(re.findall(r"\b(?:LDL|STL)\b", assembly)))
+    return Code(registers, spilled, shared, cubin)
+
+
+def _loops(cubin: bytes) -> list[Counter[str]]:
     instructions: list[str] = []
     labels: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
-    for line in assembly.splitlines():
+    for line in _read(cubin, "nvdisasm", "-c").splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
         elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
@@ -246,12 +259,10 @@ def _nvidia(cubin: bytes, shared: int) -> Code:
         for start, end in spans
         if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans)
     ]
-    loops = [
+    return [
         Counter(re.sub(r"^@!?U?P\w+\s+", "", x).split()[0] for x in instructions[start:end])
         for start, end in inner
     ]
-    local = sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in instructions)
-    return Code(int(registers[1]), max(int(registers[2]), local), shared, loops)
 
 
 def _amd(assembly: str, shared: int) -> Code:
@@ -262,7 +273,7 @@ def _amd(assembly: str, shared: int) -> Code:
 
     # Scalar registers spill into lanes of vector registers, not to memory.
     spilled = field("vgpr_spill_count") + field("private_segment_fixed_size")
-    return Code(field("vgpr_count"), spilled, shared, [])
+    return Code(field("vgpr_count"), spilled, shared)
 
 
 def rows() -> list[dict[str, object]]:
