@@ -93,10 +93,14 @@ def serves_whole(call: Call) -> bool:
     """Whether plain PyTorch computes a small call, for which the operator costs more than the
     arithmetic. Modes and subclasses of Tensor expect the operator."""
     query, key, value, weight = call[:4]
+    on_plain_path = dispatch.cpu_is_plain if query.is_cpu else dispatch.on_plain_path(query.device)
     return (
-        dispatch.on_plain_path(query.device)
+        on_plain_path
         and _dispatch_modes() == 0
-        and {type(query), type(key), type(value), type(weight)} <= _TENSORS
+        and type(query) in _TENSORS
+        and type(key) in _TENSORS
+        and type(value) in _TENSORS
+        and type(weight) in _TENSORS
         and whole.prefers_formula(call)
     )
 

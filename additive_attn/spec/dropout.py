@@ -10,6 +10,8 @@ its word is at least ``dropout_p * 2^32``.
 from __future__ import annotations
 
 import math
+import sys
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +21,8 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xCD9E8D57, 0xD2511F53)  # of the third and the first word
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+# Counters up to which integers of Python cost less than some 80 operations of PyTorch.
+_FEW = 512
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -42,6 +46,14 @@ def keep_mask(
     """Which weights of a block are kept: bool ``(*batch_shape, rows, keys)``. ``seed`` broadcasts
     to ``batch_shape``, whose entries are numbered row-major unless ``entries`` numbers them."""
     device = seed.device
+    if type(seed) is Tensor and entries is None and device.type == "cpu" and seed.numel() == 1:
+        count, blocks = math.prod(batch_shape), range(keys[0] // 4, (keys[1] + 3) // 4)
+        if 0 < count * len(range(*rows)) * len(blocks) <= _FEW and sys.byteorder == "little":
+            few = _few_words(int(seed), count, range(*rows), blocks)
+            keep = few >= keep_threshold(dropout_p) - 2**31
+            keep = keep.view(*batch_shape, len(range(*rows)), -1)
+            start = 4 * blocks.start
+            return keep[..., keys[0] - start : keys[1] - start]
     if entries is None:
         entries = torch.arange(math.prod(batch_shape), device=device).reshape(tuple(batch_shape))
     first = keys[0] // 4
@@ -74,3 +86,32 @@ def philox(seed: Tensor, block: Tensor, row: Tensor, entry: Tensor) -> tuple[Ten
         both = both.bitwise_xor_(others).bitwise_xor_(key)  # c0 and c2
         turned, others = both.flip(0), low
     return both[0], others[0], both[1], others[1]
+
+
+def _few_words(seed: int, entries: int, rows: range, blocks: range) -> Tensor:
+    """The words of entries x rows x blocks, as int32: each less 2^31, so that their order is kept.
+    An integer of Python holds a word of all counters, 64 bits apart, which no product crosses."""
+    count = entries * len(rows) * len(blocks)
+    c0, c1, c2, ones = (
+        int.from_bytes(array("Q", words).tobytes(), "little")
+        for words in (
+            [*blocks] * (entries * len(rows)),
+            [i for i in rows for _ in blocks] * entries,
+            [n for n in range(entries) for _ in range(len(rows) * len(blocks))],
+            [1] * count,
+        )
+    )
+    c3, low = 0, ones * _WORD
+    for step in range(_ROUNDS):
+        key0 = ones * (seed + step * _WEYL[0] & _WORD)
+        key1 = ones * ((seed >> 32) + step * _WEYL[1] & _WORD)
+        product0, product2 = c0 * _MULTIPLIERS[1], c2 * _MULTIPLIERS[0]
+        c0, c1 = product2 >> 32 & low ^ c1 ^ key0, product2 & low
+        c2, c3 = product0 >> 32 & low ^ c3 ^ key1, product0 & low
+    shift = ones * 0x8000000080000000
+    halves = (
+        ((a | b << 32) ^ shift).to_bytes(8 * count, "little") for a, b in ((c0, c1), (c2, c3))
+    )
+    words = array("Q", bytes(16 * count))
+    words[::2], words[1::2] = (array("Q", half) for half in halves)
+    return torch.frombuffer(words, dtype=torch.int32)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from additive_attn import AdditiveAttention, additive_attention
 from additive_attn.ops import dispatch
 from additive_attn.ops.autograd import attend
+from additive_attn.spec import dropout
 from additive_attn.spec.call import Call
 from additive_attn.spec.dropout import draw_seed, keep_mask, keep_threshold, philox
 
@@ -86,6 +87,17 @@ def test_keep_mask_follows_the_counter(seed):
     assert torch.equal(
         keep_mask(torch.tensor(seed), batch, (2, 4), (3, 10), p), expected[..., 2:4, 3:10]
     )
+
+
+@pytest.mark.parametrize("seed", [*SEEDS, -1, 2**62 + 5, -(2**63)])
+@pytest.mark.parametrize("rows, keys", [((0, 1), (0, 1)), ((2, 5), (3, 10)), ((0, 4), (8, 31))])
+def test_few_words_are_those_of_many(rows, keys, seed, monkeypatch):
+    for batch in ((), (1,), (2, 3)):
+        few = keep_mask(torch.tensor(seed), batch, rows, keys, 0.4)
+        with monkeypatch.context() as patch:
+            patch.setattr(dropout, "_FEW", 0)
+            many = keep_mask(torch.tensor(seed), batch, rows, keys, 0.4)
+        assert few.shape == many.shape and torch.equal(few, many)
 
 
 def kernel_mask(batch, queries, keys, seed, p, dtype=torch.float32, **masking):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from additive_attn.spec.call import Call, Inputs, lse_dtype
+from additive_attn.spec.dropout import keep_mask
 from additive_attn.spec.formula import (
     add_bias,
     attended_pairs,
@@ -26,7 +27,7 @@ from additive_attn.spec.formula import (
 )
 from additive_attn.spec.masks import allowed_pairs
 
-# Elements of (..., Lq, Lk, H) up to which a call keeps the energies for autograd.
+# Elements of (..., Lq, Lk, H) up to which a call keeps the energies for autograd; below 0, never.
 ELEMENTS = 2**22
 # Pairs up to which autograd's own derivative of the scores serves, which sums them in one float.
 _SHORT_SUM = 128
@@ -35,10 +36,15 @@ _SHORT_SUM = 128
 def prefers_formula(call: Call) -> bool:
     """Whether a call has so few pairs that ``attend`` computes it fastest."""
     query, key = call.query, call.key
-    if query.shape[:-2] == key.shape[:-2]:
-        return query.numel() * key.shape[-2] <= ELEMENTS
-    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-    return batch.numel() * query.shape[-2] * key.shape[-2] * key.shape[-1] <= ELEMENTS
+    rows, keys = query.shape, key.shape
+    if rows[:-2] == keys[:-2]:
+        if query.numel() * keys[-2] <= ELEMENTS:
+            return True
+        # One row's energies are no larger than the keys, and backward need not make them again.
+        one = rows[-2] == 1 and ELEMENTS >= 0
+        return one and torch.is_grad_enabled() and _differentiable(*call[:4])
+    batch = torch.broadcast_shapes(rows[:-2], keys[:-2])
+    return batch.numel() * rows[-2] * keys[-2] * keys[-1] <= ELEMENTS
 
 
 def attend(
@@ -46,20 +52,24 @@ def attend(
 ) -> tuple[Tensor, Tensor, Any]:
     """Out, weights, and lse if needed, differentiable by autograd to any order. ``score_bias``
     gets a gradient of zeros."""
-    query, key, _, weight, attn_mask = call[:5]
-    seed, dropout_p, scale = call[11:]
-    attended, factors = _attended(call), None
+    (query, key, value, weight, attn_mask, lengths, starts, table, _, left, right, seed,
+     dropout_p, scale) = call  # fmt: skip
+    differentiable = torch.is_grad_enabled() and _differentiable(query, key, weight, score_bias)
+    attended = factors = None
+    if not (attn_mask is lengths is starts is table is None) or left >= 0 or right >= 0:
+        attended = _attended(call)
+    elif seed is None and not need_lse and query.dim() == 3 and query.itemsize > 2:
+        # The usual call; a small one would pay for every question below.
+        result = _scored(query, key, weight, None, None, differentiable, score_bias)
+        weights = torch.softmax(result if scale == 1.0 else result * scale, -1)
+        if weights.shape[0] == value.shape[0]:
+            return torch.bmm(weights, value), weights, None
     if seed is not None:
-        keep = torch.ops.additive_attn.keep_mask(
-            seed, call.batch(), query.shape[-2], key.shape[-2], dropout_p
-        )
+        batch = query.shape[:-2]
+        if not batch == key.shape[:-2] == value.shape[:-2]:
+            batch = call.batch()
+        keep = keep_mask(seed, batch, (0, query.shape[-2]), (0, key.shape[-2]), dropout_p)
         factors = keep_factors(keep, dropout_p, lse_dtype(query.dtype))
-    differentiable = torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or weight.requires_grad
-        or (score_bias is not None and score_bias.requires_grad)
-    )
     out, weights, lse = formula(
         call.inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias
     )
@@ -71,15 +81,17 @@ def attend(
     return out, weights, lse
 
 
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
 def score(call: Call) -> Tensor:
     """The scores, ``-inf`` where a pair is masked, differentiable by autograd to any order."""
     query, key, _, weight = call.inputs
     dtype, attended = query.dtype, _attended(call)
     if dtype.itemsize == 2:
         query, key, weight = query.float(), key.float(), weight.float()
-    differentiable = torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or weight.requires_grad
-    )
+    differentiable = torch.is_grad_enabled() and _differentiable(query, key, weight)
     result = _scored(query, key, weight, attended, None, differentiable)
     if attended is not None and not is_finite(result.sum()):
         result = _scored(query, key, weight, attended, attended, differentiable)
@@ -109,7 +121,10 @@ def _scored(
         result: Tensor = _Scores.apply(query, key, weight, shield, score_bias)[0]
         return result
     if query.shape[-2] == weight.dim() == 1 and shield is None:
-        return ((query + key).tanh_() @ weight).unsqueeze(-2)
+        energy = (query + key).tanh_()
+        if differentiable and energy.dim() == 3:  # bmm has the cheapest backward
+            return torch.bmm(weight.expand(energy.shape[0], 1, -1), energy.mT)
+        return (energy @ weight).unsqueeze(-2)
     return scores(energies(query, key, shield), weight)
 
 
@@ -218,7 +233,13 @@ class _Scores(torch.autograd.Function):
             product = grad_score.unsqueeze(-1) * features
             grad_energy = product if grad_energy is None else product + grad_energy
         if grad_energy is not None and (need_query or need_key):
-            slope = torch.ops.aten.tanh_backward(grad_energy, energy)
+            if grad_score is None or torch.is_grad_enabled():
+                slope = torch.ops.aten.tanh_backward(grad_energy, energy)
+            else:
+                # In place: fresh memory of this size costs as much as the arithmetic.
+                slope = torch.ops.aten.tanh_backward.grad_input(
+                    grad_energy, energy, grad_input=grad_energy
+                )
             if shield is not None:
                 slope = shielded(slope, shield)
             if need_query:
