@@ -16,18 +16,18 @@
 //     rows -> P, G        keys -> dV        features -> dq, dk, dw (lanes run over features)
 // Where the caller gives G, only the last one is left.
 
-constexpr std::int64_t workspace_elements = std::int64_t(1) << 21;  // of P, and as many of G
-
 // The mask's gradient is G, summed over what the mask broadcasts; each task owns a range of columns.
 template <class T>
 void mask_pass(const Backward<T>& p, const Workspace<T>& ws, std::int64_t key0, std::int64_t count) {
   constexpr int K = block_keys<T>;
   for (std::int64_t n = ws.entry0; n < ws.entry0 + ws.entries; ++n)
     for (std::int64_t i = ws.row0; i < ws.row0 + ws.rows; ++i) {
-      const std::int64_t at = ws.index(n, i);
+      const typename Workspace<T>::Row row = ws.row(n, i);
       double* out = p.grad_mask + p.grad_mask_offset[n] + i * p.grad_mask_row;
-      for (std::int64_t j = key0; j < key0 + count; ++j)
-        if (ws.attended[at * ws.blocks + j / K]) out[j * p.grad_mask_column] += ws.gradient[at * ws.keys + j];
+      for (std::int64_t j = key0; j < key0 + count; ++j) {
+        const std::int64_t column = row.column(j);
+        if (column >= 0 && row.attended[column / K]) out[j * p.grad_mask_column] += row.gradient[column];
+      }
     }
 }
 
@@ -44,6 +44,7 @@ class BackwardPiece {
       : p(problem), ws(workspace), parallel_for(parallel) {}
 
   void run() {
+    if (ws.row0 == 0) clear_others();
     p.grad_scores ? given_to_gradients() : rows_to_weights();
     if (p.grad_value && p.grad_out && p.values > 0) keys_to_values();
     if ((p.grad_query || p.grad_key || p.grad_weight) && p.hidden > 0) features_to_gradients();
@@ -53,9 +54,18 @@ class BackwardPiece {
  private:
   static constexpr std::int64_t TK = tile_keys<T>;
 
+  // The gradients of keys that no row of the first piece of their entries may attend to: later pieces add to them.
+  void clear_others() {
+    for (std::int64_t n = ws.entry0; n < ws.entry0 + ws.entries; ++n)
+      for (const auto& [begin, end] : {std::pair(std::int64_t(0), ws.key_begin()), std::pair(ws.key_end(), p.keys)}) {
+        if (p.grad_key) zero<T>(p.grad_key + (n * p.keys + begin) * p.hidden, (end - begin) * p.hidden);
+        if (p.grad_value) zero<T>(p.grad_value + (n * p.keys + begin) * p.values, (end - begin) * p.values);
+      }
+  }
+
   void rows_to_weights() {
     const std::int64_t rows = rows_per_block(ws.entries, ws.rows, p.threads), blocks = (ws.rows + rows - 1) / rows;
-    parallel_for(ws.entries * blocks, rows * p.keys * (p.hidden + p.values + 16), [&](Tasks& tasks) {
+    parallel_for(ws.entries * blocks, rows * ws.keys_per_row() * (p.hidden + p.values + 16), [&](Tasks& tasks) {
       RowPass<T> pass(p, ws);
       for (std::int64_t task; tasks.take(task);) {
         const std::int64_t row0 = task % blocks * rows;
@@ -65,26 +75,26 @@ class BackwardPiece {
   }
 
   void given_to_gradients() {
-    parallel_for(ws.entries * ws.rows, 2 * p.keys, [&](Tasks& tasks) {
+    parallel_for(ws.entries * ws.rows, 2 * ws.keys_per_row(), [&](Tasks& tasks) {
       Buffer<T> bias;
       for (std::int64_t task; tasks.take(task);)
-        given_row(p, ws, ws.entry0 + task / ws.rows, ws.row0 + task % ws.rows, bias.get(p.keys));
+        given_row(p, ws, ws.entry0 + task / ws.rows, ws.row0 + task % ws.rows, bias.get(strip_keys));
     });
   }
 
   void keys_to_values() {
-    const std::int64_t pieces = (p.keys + TK - 1) / TK;
+    const std::int64_t begin = ws.key_begin(), pieces = (ws.key_end() - begin + TK - 1) / TK;
     parallel_for(ws.entries * pieces, ws.rows * TK * p.values, [&](Tasks& tasks) {
       ValuePass<T> pass(p, ws);
       for (std::int64_t task; tasks.take(task);) {
-        const std::int64_t key0 = task % pieces * TK;
+        const std::int64_t key0 = begin + task % pieces * TK;
         pass.run(ws.entry0 + task / pieces, key0, std::min(TK, p.keys - key0));
       }
     });
   }
 
   void features_to_gradients() {
-    const FeatureTasks<T> share(p, ws.entries, ws.rows);
+    const FeatureTasks<T> share(p, ws);
     const FeatureFactors<T> factors(p, ws, share.width, weight_factors);
     T* part_query = query_parts.get(share.splits * ws.entries * ws.rows * share.width);
     double* part_weight = weight_parts.get(share.splits * ws.entries * share.width);
@@ -94,7 +104,8 @@ class BackwardPiece {
       for (std::int64_t task; tasks.take(task);) {
         const std::int64_t f = task % share.pieces, k = task / share.pieces % share.splits;
         const std::int64_t n = task / share.pieces / share.splits, at = k * ws.entries + n;
-        pass.run(ws.entry0 + n, f * share.piece, share.piece, k * share.split, std::min((k + 1) * share.split, p.keys),
+        pass.run(ws.entry0 + n, f * share.piece, share.piece, ws.key_begin() + k * share.split,
+                 std::min(ws.key_begin() + (k + 1) * share.split, ws.key_end()),
                  part_query + at * ws.rows * share.width, part_weight + at * share.width, share.width);
       }
     });
@@ -129,24 +140,7 @@ void backward(const Backward<T>& p, const ParallelFor& parallel_for) {
     return;
   }
 
-  Workspace<T> ws;
-  ws.keys = round_up(p.keys, tile_keys<T>);
-  ws.blocks = ws.keys / block_keys<T>;
-  const std::int64_t most = std::max<std::int64_t>(16, workspace_elements / ws.keys);  // rows that fit
-  const std::int64_t entries = std::max<std::int64_t>(1, std::min(p.batch, most / p.queries));
-  const std::int64_t rows = std::min(p.queries, most);
-  Buffer<T> weights, gradient, largest_gradient;
-  Buffer<unsigned char> attended;
-  ws.weights = p.grad_scores ? nullptr : weights.get(entries * rows * ws.keys);
-  ws.gradient = gradient.get(entries * rows * ws.keys);
-  ws.attended = attended.get(entries * rows * ws.blocks);
-  ws.largest_gradient = largest_gradient.get(entries * rows);
-
+  Workspace<T> ws(p, bool(p.grad_scores));
   BackwardPiece<T> piece(p, ws, parallel_for);
-  for (ws.entry0 = 0; ws.entry0 < p.batch; ws.entry0 += entries)
-    for (ws.row0 = 0; ws.row0 < p.queries; ws.row0 += rows) {
-      ws.entries = std::min(entries, p.batch - ws.entry0);
-      ws.rows = std::min(rows, p.queries - ws.row0);
-      piece.run();
-    }
+  while (ws.next()) piece.run();
 }

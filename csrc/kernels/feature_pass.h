@@ -111,9 +111,11 @@ class FeaturePass {
     T *q = a_.get(3 * count), *sum_query = q + count, *sum_weight = sum_query + count;
     for (std::int64_t h = 0; h < count; h += F) load_query(0, first + h, q + h, nullptr);
     std::memset(sum_query, 0, 2 * count * sizeof(T));
-    const T* g = gradient(0) + key0;
+    const typename Workspace<T>::Row row = ws.row(entry, ws.row0);
+    const std::int64_t column = row.column(key0);
+    const T* g = row.gradient + column;
     for (std::int64_t j = 0; j < keys; ++j) {
-      const bool contributes = attended(0)[(key0 + j) / K] && g[j] != T(0);
+      const bool contributes = column >= 0 && row.attended[(column + j) / K] && g[j] != T(0);
       for (std::int64_t h = 0; h < count; h += F) {
         Vec<T> z[feature_vectors] = {};
         if (contributes) {
@@ -132,24 +134,49 @@ class FeaturePass {
   // Many rows against a tile of keys, F features at a time.
   void rows(std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query, double* part_weight,
             std::int64_t width) {
-    const std::int64_t blocks = (keys + K - 1) / K;
-    bool any = false;
-    for (std::int64_t r = 0; r < ws.rows && !any; ++r) any = std::memchr(attended(r) + key0 / K, 1, blocks) != nullptr;
-    if (!any && ws.row0 > 0) return;
+    find_rows(key0, keys);
+    if (found_ == 0) return clear_keys(h, key0, keys);
     load_keys(h, key0, keys);
-    std::int64_t summed = 0;
-    for (std::int64_t r = 0; r < ws.rows; ++r) {
-      if (!std::memchr(attended(r) + key0 / K, 1, blocks)) continue;
+    for (std::int64_t f = 0; f < found_; ++f) {
       // Rows lie pages apart, which hardware prefetchers do not cross.
-      if (r + 1 < ws.rows) prefetch(gradient(r + 1) + key0, keys);
-      if (ws.largest_gradient[ws.index(entry, ws.row0 + r)] == T(0)) continue;
-      if (++summed % rows_summed == 0) flush_rows(keys);
-      row(r, h, key0, keys, part_query + r * width + h);
+      if (f + 1 < found_) prefetch(rows_.get(0)[f + 1].gradient, keys);
+      if ((f + 1) % rows_summed == 0) flush_rows(keys);
+      const TileRow& tile_row = rows_.get(0)[f];
+      row(tile_row, h, key0, keys, part_query + tile_row.r * width + h);
     }
     flush_rows(keys);
     finish_keys(h, key0, keys);
-    if (weight_cancels(h, key0, keys)) direct_weight(h, key0, keys);
+    if (weight_cancels(h)) direct_weight(h, key0, keys);
     for (int l = 0; l < F; ++l) part_weight[h + l] += weight_[l];
+  }
+
+  // A row with a G other than 0 in the tile: what it holds of the tile.
+  struct TileRow {
+    std::int64_t r;
+    const T* gradient;
+    const unsigned char* attended;
+  };
+
+  void find_rows(std::int64_t key0, std::int64_t keys) {
+    TileRow* found = rows_.get(ws.rows);
+    found_ = 0;
+    for (std::int64_t begin = 0, end; begin < ws.rows; begin = end) {
+      end = ws.group_end(ws.row0 + begin) - ws.row0;
+      const typename Workspace<T>::Row group = ws.row(entry, ws.row0 + begin);
+      const std::int64_t column = group.column(key0);
+      if (column < 0) continue;
+      TileRow row{begin, group.gradient + column, group.attended + column / K};
+      for (; row.r < end; ++row.r, row.gradient += group.width, row.attended += group.width / K)
+        if (std::memchr(row.attended, 1, (keys + K - 1) / K) &&
+            ws.largest_gradient[ws.index(entry, ws.row0 + row.r)] != T(0))
+          found[found_++] = row;
+    }
+  }
+
+  // The gradient of keys without such a row.
+  void clear_keys(std::int64_t h, std::int64_t key0, std::int64_t keys) const {
+    const Vec<T> nothing[feature_vectors] = {};
+    for (std::int64_t j = 0; j < keys && p.grad_key && ws.row0 == 0; ++j) add_grad_key(key0 + j, h, nothing, true);
   }
 
   // The exponentials of the keys within the factored form's range, and sums of zero.
@@ -175,14 +202,13 @@ class FeaturePass {
     }
   }
 
-  void row(std::int64_t r, std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query) {
+  void row(const TileRow& tile_row, std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query) {
+    const auto [r, g, on] = tile_row;
     // Aligned, because row_factored reads them for every key.
     alignas(64) T q[F], a[2 * F], sum_query[F] = {}, sum_query_direct[F] = {}, sum_weight[F] = {};
     const T size = ws.largest_gradient[ws.index(entry, ws.row0 + r)];
     const bool direct_i =
         load_query(r, h, q, a) || factors.early != T(1) || !(size >= factored_least<T> && size <= factored_most<T>);
-    const unsigned char* on = attended(r) + key0 / K;
-    const T* g = gradient(r) + key0;
     for (std::int64_t j = 0; j < keys;) {
       if (!on[j / K]) {
         j += K;
@@ -245,7 +271,7 @@ class FeaturePass {
 
   // Is this tile's share of dw so small beside its sums of G (1 - t^2) that what the correction leaves of the errors of
   // a and b would show? That is below 1 / 16 ulp, and less for small q, and so for the k that cancel with them.
-  bool weight_cancels(std::int64_t h, std::int64_t key0, std::int64_t keys) {
+  bool weight_cancels(std::int64_t h) {
     const int some = int(std::min<std::int64_t>(F, p.hidden - h));
     double share = 0, all = 0, limited = 0;
     for (int l = 0; l < some; ++l) {
@@ -254,8 +280,8 @@ class FeaturePass {
     }
     if (!(all > cancelling * share)) return false;
     alignas(64) T q[F], most[F] = {};
-    for (std::int64_t r = 0; r < ws.rows; ++r)
-      if (contributes(r, key0, keys) && !load_query(r, h, q, nullptr))
+    for (std::int64_t f = 0; f < found_; ++f)
+      if (!load_query(rows_.get(0)[f].r, h, q, nullptr))
         for (int v = 0; v < F; v += L) {
           const Vec<T> x = load(q + v) * load(q + v), y = load(most + v);
           store(most + v, x > y ? x : y);
@@ -270,24 +296,16 @@ class FeaturePass {
   // The tile's share of dw again, from q + k.
   void direct_weight(std::int64_t h, std::int64_t key0, std::int64_t keys) {
     std::memset(weight_, 0, sizeof weight_);
-    for (std::int64_t r = 0; r < ws.rows; ++r) {
-      if (!contributes(r, key0, keys)) continue;
+    for (std::int64_t f = 0; f < found_; ++f) {
+      const auto [r, g, on] = rows_.get(0)[f];
       alignas(64) T q[F], k[F], sum_weight[F] = {};
       load_query(r, h, q, nullptr);
-      const T* g = gradient(r) + key0;
       for (std::int64_t j = 0; j < keys; ++j) {
         Vec<T> z[feature_vectors];
-        if (attended(r)[(key0 + j) / K] && g[j] != T(0))
-          pair_direct<T>(q, load_key(key0 + j, h, k), g[j] * factors.early, z, sum_weight);
+        if (on[j / K] && g[j] != T(0)) pair_direct<T>(q, load_key(key0 + j, h, k), g[j] * factors.early, z, sum_weight);
       }
       for (int l = 0; l < F; ++l) weight_[l] += sum_weight[l];
     }
-  }
-
-  // Does row r have a G other than 0 in this tile?
-  bool contributes(std::int64_t r, std::int64_t key0, std::int64_t keys) const {
-    return ws.largest_gradient[ws.index(entry, ws.row0 + r)] != T(0) &&
-           std::memchr(attended(r) + key0 / K, 1, (keys + K - 1) / K) != nullptr;
   }
 
   // Key sums over rows_summed rows go into those over all rows: single precision is for short sums.
@@ -339,9 +357,6 @@ class FeaturePass {
     }
   }
 
-  const unsigned char* attended(std::int64_t r) const { return ws.attended + ws.index(entry, ws.row0 + r) * ws.blocks; }
-  const T* gradient(std::int64_t r) const { return ws.gradient + ws.index(entry, ws.row0 + r) * ws.keys; }
-
   const Backward<T>& p;
   const Workspace<T>& ws;
   const FeatureFactors<T>& factors;
@@ -353,4 +368,6 @@ class FeaturePass {
   T *b_ = nullptr, *b_error_ = nullptr;           // [key][F]
   T *sum_key_ = nullptr, *sum_direct_ = nullptr;  // [all rows, the last rows][key][F]
   Buffer<T> a_, keys_;
+  Buffer<TileRow> rows_;
+  std::int64_t found_ = 0;  // of them
 };

@@ -1,6 +1,7 @@
 // How the pass over features is shared out, and what becomes of its sums.
 
-constexpr std::int64_t gradient_keys = 128;  // keys of a tile in the pass over features
+constexpr std::int64_t gradient_keys = strip_keys;              // of a tile in the pass over features
+constexpr std::int64_t part_elements = 2 * workspace_elements;  // of dq, over the splits
 
 // The pass over features works on two vectors of features at once, which share a reciprocal. It joins factors of a
 // single pair (i, j), so no pair depends on what another one holds, not even by rounding.
@@ -33,21 +34,22 @@ struct FeatureFactors {
 };
 
 // By groups of features and, where these are few, by ranges of keys, whose shares of dq and dw are added up afterwards.
-// A function of the shape alone.
+// A function of the shape, and of which keys rows may attend to.
 template <class T>
 struct FeatureTasks {
   std::int64_t pieces, piece;  // of the features
   std::int64_t splits, split;  // of the keys
   std::int64_t width;          // of a padded row of features
 
-  FeatureTasks(const Backward<T>& p, std::int64_t entries, std::int64_t rows) {
+  FeatureTasks(const Backward<T>& p, const Workspace<T>& ws) {
     constexpr std::int64_t F = feature_vectors * lanes<T>;
     width = round_up(p.hidden, F);
-    piece = rows == 1 ? width : F;
+    piece = ws.rows == 1 ? width : F;
     pieces = width / piece;
-    splits = std::max<std::int64_t>(1, std::min(tasks_wanted / (entries * pieces), p.keys / split_keys));
-    split = round_up((std::max<std::int64_t>(p.keys, 1) + splits - 1) / splits, gradient_keys);
-    splits = (p.keys + split - 1) / split;
+    const std::int64_t keys = ws.key_end() - ws.key_begin(), most = part_elements / (ws.entries * ws.rows * width);
+    splits = std::max<std::int64_t>(1, std::min({tasks_wanted / (ws.entries * pieces), keys / split_keys, most}));
+    split = round_up((std::max<std::int64_t>(keys, 1) + splits - 1) / splits, gradient_keys);
+    splits = (keys + split - 1) / split;
   }
 };
 

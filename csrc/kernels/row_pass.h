@@ -1,18 +1,5 @@
 // P and G of the query rows, from their scores (math.md, eq. 9).
 
-// P and G of rows [row0, row0 + rows) of the entries [entry0, entry0 + entries).
-template <class T>
-struct Workspace {
-  std::int64_t entry0, entries, row0, rows;
-  std::int64_t keys;    // padded to whole tiles
-  std::int64_t blocks;  // of keys
-  T *weights, *gradient;
-  unsigned char* attended;  // per row and key block: does it have an attended key?
-  T* largest_gradient;      // per row: the largest |G|, NaN if there is one
-
-  std::int64_t index(std::int64_t n, std::int64_t i) const { return (n - entry0) * rows + i - row0; }
-};
-
 template <class T>
 class RowPass {
  public:
@@ -22,8 +9,10 @@ class RowPass {
 
   void run(std::int64_t n, std::int64_t row0, std::int64_t rows) {
     s.begin(n, row0, rows);
-    const std::int64_t at = ws.index(n, row0);
-    std::memset(ws.attended + at * ws.blocks, 0, rows * ws.blocks);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      row_[r] = ws.row(n, row0 + r);
+      std::memset(row_[r].attended, 0, row_[r].width / K);
+    }
     const std::int64_t begin = s.first / TK * TK;
     for (std::int64_t key0 = begin; key0 < s.last; key0 += TK)
       if (s.tile(key0)) tile(n, row0, rows, key0);
@@ -32,52 +21,54 @@ class RowPass {
 
  private:
   void tile(std::int64_t n, std::int64_t row0, std::int64_t rows, std::int64_t key0) {
-    const std::int64_t at = ws.index(n, row0), block0 = key0 / K;
-    T* grad = ws.gradient + at * ws.keys + key0;
     for (std::int64_t r = 0; r < rows; ++r) {
-      std::memset(grad + r * ws.keys, 0, TK * sizeof(T));
-      for (int b = 0; b < tile_blocks; ++b) ws.attended[(at + r) * ws.blocks + block0 + b] = s.attended[r][b];
+      const std::int64_t column = row_[r].column(key0);
+      weights_[r] = grad_[r] = nullptr;  // no row of the group attends to the tile
+      if (column < 0) continue;
+      weights_[r] = row_[r].weights + column;
+      grad_[r] = row_[r].gradient + column;
+      std::memset(grad_[r], 0, TK * sizeof(T));
+      for (int b = 0; b < tile_blocks; ++b) row_[r].attended[column / K + b] = s.attended[r][b];
     }
     if (p.grad_out && p.values > 0) {
       const T* v = value_reader.read(p.value, n, key0, s.count, p.values);
       if (p.queries < gemm_row_block) {
         for (std::int64_t r = 0; r < rows; ++r)
           for (std::int64_t j = 0; j < s.count; ++j)
-            if (s.attended[r][j / K])
-              grad[r * ws.keys + j] = dot(p.grad_out.at(n, row0 + r), v + j * value_reader.row, p.values);
+            if (s.attended[r][j / K]) grad_[r][j] = dot(p.grad_out.at(n, row0 + r), v + j * value_reader.row, p.values);
       } else {
         for (std::int64_t d0 = 0; d0 < p.values; d0 += values_cached)
-          add_products(n, row0, rows, v, d0, std::min(values_cached, p.values - d0), grad);
+          add_products(n, row0, rows, v, d0, std::min(values_cached, p.values - d0));
       }
     }
-    for (std::int64_t r = 0; r < rows; ++r) grad_row(n, row0, r, key0, grad + r * ws.keys);
+    for (std::int64_t r = 0; r < rows; ++r)
+      if (grad_[r]) grad_row(n, row0, r, key0, weights_[r], grad_[r]);
   }
 
   // dO V^T over values [d0, d0 + count): these are turned so that lanes run over keys.
   void add_products(std::int64_t n, std::int64_t row0, std::int64_t rows, const T* v, std::int64_t d0,
-                    std::int64_t count, T* grad) {
+                    std::int64_t count) {
     const std::int64_t panel = round_up(count, group) * K;
     T* columns = value_columns.get(tile_blocks * panel);
     for (int b = 0; b * K < s.count; ++b)
       pack_transposed<T>(v + b * K * value_reader.row + d0, value_reader.row,
                          std::min<std::int64_t>(K, s.count - b * K), count, columns + b * panel, K, Unchanged<T>{});
-    for (std::int64_t r = 0; r < rows; r += gemm_row_block) {
-      const std::int64_t some = std::min<std::int64_t>(gemm_row_block, rows - r);
+    for (std::int64_t r = 0, some; r < rows; r += some) {
+      some = std::min<std::int64_t>({gemm_row_block, rows - r, ws.group_end(row0 + r) - row0 - r});
       for (int b = 0; b < tile_blocks; ++b) {
         bool any = false;
         for (std::int64_t i = r; i < r + some; ++i) any = any || s.attended[i][b];
         if (any)
-          gemm<T>(p.grad_out.at(n, row0 + r) + d0, p.grad_out.row, 1, columns + b * panel, panel,
-                  grad + r * ws.keys + b * K, ws.keys, some, K, count);
+          gemm<T>(p.grad_out.at(n, row0 + r) + d0, p.grad_out.row, 1, columns + b * panel, panel, grad_[r] + b * K,
+                  row_[r].width, some, K, count);
       }
     }
   }
 
   // P and dP of one row and tile; both are 0 where a key is masked.
-  void grad_row(std::int64_t n, std::int64_t row0, std::int64_t r, std::int64_t key0, T* g) {
+  void grad_row(std::int64_t n, std::int64_t row0, std::int64_t r, std::int64_t key0, T* weights, T* g) {
     constexpr int L = lanes<T>;
     const std::int64_t i = row0 + r;
-    T* weights = ws.weights + ws.index(n, i) * ws.keys + key0;
     const T* score = s.scores + r * TK;
     const T lse = p.lse[n * p.queries + i];
     T keep[TK];
@@ -111,13 +102,12 @@ class RowPass {
 
   void finish_row(std::int64_t n, std::int64_t i) {
     constexpr int L = lanes<T>;
-    const std::int64_t at = ws.index(n, i);
-    const unsigned char* attended = ws.attended + at * ws.blocks;
-    T* weights = ws.weights + at * ws.keys;
-    T* gradient = ws.gradient + at * ws.keys;
+    const typename Workspace<T>::Row& row = row_[i - s.row0];
+    const auto [weights, gradient, attended, width, place] = row;
+    const std::int64_t blocks = width / K;
     // P sums to 1: dividing by the sum takes out the rounding of lse, which all keys of the row share.
     double delta = 0, total = 0;
-    for (std::int64_t b = 0; b < ws.blocks; ++b) {
+    for (std::int64_t b = 0; b < blocks; ++b) {
       if (!attended[b]) continue;
       Vec<T> part = {}, total_part = {};
       for (int j = 0; j < K; j += L) {
@@ -132,9 +122,9 @@ class RowPass {
     delta = total == 0 ? delta : delta / total;
     if (p.grad_lse) delta -= *p.grad_lse.at(n, i);
     const bool finite = std::isfinite(delta);
-    if (!finite) spread_nonfinite(at, i - s.row0, T(delta));
+    if (!finite) spread_nonfinite(row, i - s.row0, T(delta));
     UVec<T> most = {};
-    for (std::int64_t b = 0; b < ws.blocks; ++b) {
+    for (std::int64_t b = 0; b < blocks; ++b) {
       if (!attended[b]) continue;
       for (int j = b * K; j < (b + 1) * K; j += L) {
         const Vec<T> raw = load(weights + j), x = raw == T(0) ? raw : raw * normaliser;  // 0 stays 0 beside NaN
@@ -145,21 +135,24 @@ class RowPass {
         store(weights + j, p.seed ? (x > T(0) ? x : x != x ? x : (Vec<T>){}) * p.keep_scale : x);
       }
     }
-    ws.largest_gradient[at] = as_number<T>(largest_lane<T>(most));
+    ws.largest_gradient[ws.index(n, i)] = as_number<T>(largest_lane<T>(most));
   }
 
   // G where delta is NaN or Inf: that reaches all attended keys of the row, those with P = 0 too, and no masked one.
-  void spread_nonfinite(std::int64_t at, std::int64_t r, T delta) {
-    for (std::int64_t j = 0; j < ws.keys; ++j) {
-      if (!ws.attended[at * ws.blocks + j / K]) continue;
-      T& g = ws.gradient[at * ws.keys + j];
-      g = j < p.keys && s.attends(r, j) ? std::fabs(ws.weights[at * ws.keys + j]) * (g - delta) : T(0);
+  void spread_nonfinite(const typename Workspace<T>::Row& row, std::int64_t r, T delta) {
+    for (std::int64_t j = 0; j < round_up(p.keys, K); ++j) {
+      const std::int64_t column = row.column(j);
+      if (column < 0 || !row.attended[column / K]) continue;
+      T& g = row.gradient[column];
+      g = j < p.keys && s.attends(r, j) ? std::fabs(row.weights[column]) * (g - delta) : T(0);
     }
   }
 
   const Backward<T>& p;
   const Workspace<T>& ws;
   ScoreBlock<T> s;
+  typename Workspace<T>::Row row_[most_rows];
+  T *weights_[most_rows], *grad_[most_rows];  // of the tile
   Buffer<T> value_columns;
   StoredReader<T> value_reader;
 };

@@ -10,31 +10,15 @@ class ValuePass {
 
   void run(std::int64_t n, std::int64_t key0, std::int64_t count) {
     constexpr int L = lanes<T>;
-    const std::int64_t width = round_up(p.values, panel_columns<T>), blocks = (count + K - 1) / K;
+    const std::int64_t width = round_up(p.values, panel_columns<T>);
     T* sum = sum_.get(count * width);
     T* out = p.grad_value + (n * p.keys + key0) * p.values;
     std::memset(sum, 0, count * width * sizeof(T));
     if (ws.row0 > 0)
       for (std::int64_t j = 0; j < count; ++j) std::memcpy(sum + j * width, out + j * p.values, p.values * sizeof(T));
-    const std::int64_t end = ws.row0 + ws.rows;
-    for (std::int64_t i = ws.row0; i < end;) {
-      // Rows that attend to the same blocks go together; what a row holds of its other blocks is undefined.
-      std::int64_t stop = i + 1;
-      while (stop < end && stop - i < most_rows &&
-             std::memcmp(attended(n, i, key0), attended(n, stop, key0), blocks) == 0)
-        ++stop;
-      const T* grad = nullptr;
-      for (std::int64_t b = 0; b < blocks; ++b) {
-        if (!attended(n, i, key0)[b]) continue;
-        if (!grad) grad = pack_panels(p.grad_out.at(n, i), p.grad_out.row, stop - i, p.values, panels);
-        const T* weights =
-            pack_panels(ws.weights + ws.index(n, i) * ws.keys + key0 + b * K, ws.keys, stop - i, K, weights_);
-        const std::int64_t keys = std::min<std::int64_t>(K, count - b * K);
-        for (std::int64_t j = 0; j < keys; j += gemm_row_block)
-          gemm<T>(weights + j, 1, K, grad, (stop - i) * panel_columns<T>, sum + (b * K + j) * width, width,
-                  std::min<std::int64_t>(gemm_row_block, keys - j), width, stop - i);
-      }
-      i = stop;
+    for (std::int64_t i = ws.row0, end; i < ws.row0 + ws.rows; i = end) {
+      end = ws.group_end(i);
+      add_group(n, i, end, key0, count, width, sum);
     }
     for (std::int64_t j = 0; j < count; ++j)
       for (std::int64_t d = 0; d < p.values; d += L)
@@ -42,8 +26,31 @@ class ValuePass {
   }
 
  private:
-  const unsigned char* attended(std::int64_t n, std::int64_t i, std::int64_t key0) const {
-    return ws.attended + ws.index(n, i) * ws.blocks + key0 / K;
+  // Rows [i, end) of one group.
+  void add_group(std::int64_t n, std::int64_t i, std::int64_t end, std::int64_t key0, std::int64_t count,
+                 std::int64_t width, T* sum) {
+    const typename Workspace<T>::Row first = ws.row(n, i);
+    const std::int64_t column = first.column(key0), blocks = (count + K - 1) / K;
+    if (column < 0) return;
+    const unsigned char* on = first.attended + column / K;
+    const T* kept = first.weights + column;
+    for (std::int64_t stop; i < end; i = stop) {
+      // Rows that attend to the same blocks go together; what a row holds of its other blocks is undefined.
+      const unsigned char* next = on;
+      for (stop = i; stop < end && std::memcmp(on, next, blocks) == 0; ++stop) next += first.width / K;
+      const T* grad = nullptr;
+      for (std::int64_t b = 0; b < blocks; ++b) {
+        if (!on[b]) continue;
+        if (!grad) grad = pack_panels(p.grad_out.at(n, i), p.grad_out.row, stop - i, p.values, panels);
+        const T* weights = pack_panels(kept + b * K, first.width, stop - i, K, weights_);
+        const std::int64_t keys = std::min<std::int64_t>(K, count - b * K);
+        for (std::int64_t j = 0; j < keys; j += gemm_row_block)
+          gemm<T>(weights + j, 1, K, grad, (stop - i) * panel_columns<T>, sum + (b * K + j) * width, width,
+                  std::min<std::int64_t>(gemm_row_block, keys - j), width, stop - i);
+      }
+      kept += (stop - i) * first.width;
+      on += (stop - i) * (first.width / K);
+    }
   }
 
   const Backward<T>& p;

@@ -5,7 +5,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import DEVICE, OUTPUTS, check_against_plain, generator, make, plain
+from oracle import (
+    DEVICE,
+    OUTPUTS,
+    assert_all_same,
+    check_against_plain,
+    generator,
+    gradients,
+    make,
+    plain,
+    random_upstream,
+)  # fmt: skip
 
 from additive_attn.ops.attend import attend
 from additive_attn.spec.call import Call, Masking
@@ -102,3 +112,53 @@ def test_outputs_and_gradients(masking, mask):
     if mask == "float":
         inputs["attn_mask"] = torch.where(FLOAT_MASK > 1.5, -torch.inf, FLOAT_MASK)
     check_against_plain([inputs], function=ours, formula=theirs, masking=masking, scale=0.7)
+
+
+LONG = 700, 9000
+WIDE_STARTS = torch.randint(0, LONG[1], (LONG[0],), generator=generator(6)).sort()[0]
+LONG_MASKINGS = {
+    "ranges": Masking(starts=WIDE_STARTS, lengths=(WIDE_STARTS + 500).clamp(0, LONG[1])),
+    "apart": Masking(starts=WIDE_STARTS.roll(1) * (torch.arange(LONG[0]) % 2)),
+    "blocks": Masking(None, None, None, *table_of((), *LONG, (64, 96), density=0.2)),
+    "empty at first": Masking(lengths=LONG[1] * (torch.arange(LONG[0]) > 300)),
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("masking", LONG_MASKINGS)
+def test_pieces_of_a_long_backward(masking):
+    """Rows that share no keys, in pieces whose keys differ: as with a dense mask."""
+    inputs = make((), *LONG, 3, 2, dtype=torch.float64)
+    masking, results = LONG_MASKINGS[masking], []
+    mask = dense(masking, *LONG, 2)
+    upstream = random_upstream(dict(zip(OUTPUTS, attend(Call(*inputs.values())), strict=True)))
+    for given in (masking, Masking(attn_mask=mask)):
+        leaves = [x.clone().requires_grad_() for x in inputs.values()]
+        out, _, lse = attend(Call(*leaves, *given))
+        pairs = upstream["out"], torch.where(mask.any(-1), upstream["lse"], 0.0)
+        results.append([out, lse, *torch.autograd.grad((out, lse), leaves, pairs)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.core
+def test_what_is_left_out_leaks_nothing():
+    """NaN in keys and values before all starts, or in blocks that no row keeps."""
+    starts, lengths = torch.tensor([[40], [0], [150]]), torch.tensor([[120], [90], [150]])
+    table, tiles = table_of((3,), block=(16, 30))
+    table[..., 2] = 0
+    masking = Masking(lengths=lengths, starts=starts, block_table=table, block_tiles=tiles)
+    inputs = make((3,), ROWS, KEYS, 6, 5)
+    clean = gradients(
+        lambda x: ours(x, masking=masking), inputs, random_upstream(ours(inputs, masking=masking))
+    )
+    keys = torch.arange(KEYS)
+    left_out = (keys < starts) | (keys >= lengths) | ((keys >= 60) & (keys < 90))
+    dirty = dict(inputs)
+    for name in ("key", "value"):
+        dirty[name] = torch.where(left_out[..., None], torch.nan, inputs[name])
+    spoilt = gradients(lambda x: ours(x, masking=masking), dirty, random_upstream(clean[0]))
+    for before, after in zip(clean, spoilt, strict=True):
+        assert_all_same(after, before)
+    for name in ("key", "value"):
+        assert (spoilt[1][name][left_out] == 0).all()
