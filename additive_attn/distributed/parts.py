@@ -165,9 +165,8 @@ def _blocks(part: Part) -> Iterator[tuple[slice, Call, Tensor | None]]:
                 for keys in part.keys
                 if keys[0] < keys[1]
             ]
-            some, keep = _of_rows(call, rows), torch.cat(kept, -1)
-            keep = keep if some.attn_mask is None else keep & some.attn_mask
-            yield rows, some._replace(attn_mask=keep), _forward(_scored(call, rows))[1]
+            some = _of_rows(call, rows)._replace(attn_mask=torch.cat(kept, -1))
+            yield rows, some, _forward(_scored(call, rows))[1]
 
 
 def _scored(call: Call, rows: slice) -> Call:
@@ -176,12 +175,9 @@ def _scored(call: Call, rows: slice) -> Call:
 
 
 def _of_rows(call: Call, rows: slice) -> Call:
-    def of(x: Tensor | None, dim: int) -> Tensor | None:
-        if x is None or x.dim() < -dim or x.shape[dim] == 1:
-            return x
-        return x[..., rows] if dim == -1 else x[..., rows, :]
+    def of(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.dim() == 0 or x.shape[-1] == 1 else x[..., rows]
 
     return call._replace(
-        query=call.query[..., rows, :], attn_mask=of(call.attn_mask, -2),
-        lengths=of(call.lengths, -1),
-    )  # fmt: skip
+        query=call.query[..., rows, :], lengths=of(call.lengths), starts=of(call.starts)
+    )

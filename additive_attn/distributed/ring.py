@@ -50,14 +50,12 @@ class Plan(NamedTuple):
         if bounds.first >= bounds.last:
             return None
         query, key, value, weight = inputs
-        used, count = slice(*bounds), bounds.last - bounds.first
+        used = slice(*bounds)
         starts, lengths = self.masks.intervals(rows, keys, bounds, query.device)
-        mask = None
-        if starts is not None:
-            mask = torch.arange(count, device=query.device) >= starts[..., None]
         call = Call(
-            query, key[..., used, :], value[..., used, :], weight, mask, lengths, scale=scale
-        )
+            query, key[..., used, :], value[..., used, :], weight, lengths=lengths, starts=starts,
+            scale=scale,
+        )  # fmt: skip
         return parts.Part(call, rows, cut(keys, bounds), seed, dropout_p), used
 
 
@@ -75,7 +73,9 @@ class ContextParallel(torch.autograd.Function):
                 results = [result] if out is None else [(out, lse), result]
                 out, lse = merge_attention(*zip(*results, strict=True))
         if out is None or lse is None:
-            batch = Call(query, key, value, weight, None, plan.masks.lengths).batch()
+            batch = Call(
+                query, key, value, weight, None, plan.masks.lengths, plan.masks.starts
+            ).batch()
             shape = (*batch, query.shape[-2])
             out = query.new_zeros(*shape, value.shape[-1])
             lse = query.new_full(shape, -torch.inf, dtype=lse_dtype(query.dtype))
