@@ -4,6 +4,7 @@ DTensor give what one process gives."""
 from __future__ import annotations
 
 import functools
+import itertools
 
 import processes
 import pytest
@@ -157,8 +158,8 @@ def check_fsdp(mesh, folder):
     """Of the layer and the model around it, and of the model alone."""
     for name in MODELS:
         expected = trained(made(name))
-        for layer in (False, True):
-            for free in (True, False):
+        for layer, free in itertools.product((True, False), (True, False)):
+            if name == "decoder" or layer == free:
                 model = sharded(name, layer, mesh, reshard_after_forward=free)
                 compare(trained(model, cutter(mesh)), expected)
 
@@ -184,7 +185,7 @@ def check_accumulated(mesh, folder):
 def check_mixed_precision(mesh, folder):
     """What SGD changes is what it changes in float32, up to the rounding of bfloat16."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for name in MODELS:
+    for name in ("heads", "decoder", "located"):
         before = dict(made(name, torch.float32).named_parameters())
         model = made(name, torch.float32)
         expected = trained(model, optimizer=torch.optim.SGD(model.parameters(), 0.1))
