@@ -3,8 +3,7 @@
 python -m tools.doc_tables
 
 A table stands between two comments, of which the first names the command that prints it:
-<!-- table: python -m benchmarks.table FILE.csv --> and <!-- end of table -->. So do those of
-benchmarks.decoders.table.
+<!-- table: python -m benchmarks.table FILE.csv --> and <!-- end of table -->.
 """
 
 from __future__ import annotations
@@ -18,14 +17,18 @@ from pathlib import Path
 
 from benchmarks import table
 from benchmarks.decoders import table as decoders
+from tools import parallel_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "speed.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "parallel.md"]
 TABLE = re.compile(
-    r"(<!-- table: python -m benchmarks\.(decoders\.)?table (.+?) -->\n).*?"
-    r"(<!-- end of table -->)",
-    re.DOTALL,
+    r"(<!-- table: python -m ([\w.]+)(.*?) -->\n).*?(<!-- end of table -->)", re.DOTALL
 )
+MAKERS = {
+    "benchmarks.table": table.main,
+    "benchmarks.decoders.table": decoders.main,
+    "tools.parallel_table": parallel_table.main,
+}
 
 
 def renewed(page: Path) -> str:
@@ -34,13 +37,14 @@ def renewed(page: Path) -> str:
     def made_again(match: re.Match[str]) -> str:
         sys.argv[1:] = match[3].split()
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            (decoders if match[2] else table).main()
+            MAKERS[match[2]]()
         *runs, rows = printed.getvalue().strip().split("\n\n")
         lines = []
         for run in runs:
             path, machine = run.strip().split("\n")
             lines.append(f"- [{path}]({os.path.relpath(ROOT / path, page.parent)}): {machine}")
-        return f"{match[1]}\n{rows}\n\n" + "\n".join(lines) + f"\n\n{match[4]}"
+        body = "\n\n".join([rows, *(["\n".join(lines)] if lines else [])])
+        return f"{match[1]}\n{body}\n\n{match[4]}"
 
     return TABLE.sub(made_again, page.read_text(encoding="utf-8"))
 

@@ -52,7 +52,7 @@ def context_parallel_additive_attention(
     calls it with its shards, and gets the outputs of its queries over the keys of all processes.
 
     Masks and dropout go by positions in the whole sequence, so results and gradients are those of
-    one process. A process holds its shards, and two more blocks of keys and values at a time.
+    one process. Memory follows the shard: a process holds a few blocks as large as its own.
 
     Args:
         query: ``(..., Lq, H)``, the queries of this process.
