@@ -57,7 +57,7 @@ def run(module: str, world: int, folder: Path, names: Sequence[str] = ()) -> Non
     for process in group:
         process.start()
     for process in group:
-        process.join(120)
+        process.join(300)
         if process.is_alive():
             process.kill()
     bad = []
