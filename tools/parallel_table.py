@@ -22,7 +22,7 @@ DEVICES = (8, 64, 512)
 
 GPU_LINK = 50e9  # bytes per second and direction: 400 Gbit/s for each device
 CPU_LINK = 1.25e9  # 10 Gbit/s for each process
-# Instructions of one lane that an H100 starts per second: multiprocessors, schedulers, lanes, clock.
+# Of one lane, that an H100 starts per second: multiprocessors, schedulers, lanes, clock.
 GPU_INSTRUCTIONS = 132 * 4 * 32 * 1.755e9
 FORWARD_KERNELS = ("score_kernel",)
 BACKWARD_KERNELS = ("score_kernel", "query_kernel", "key_kernel")
