@@ -73,8 +73,7 @@ def test_steps_of_a_decoder():
 
 
 def overlapping(axis):
-    """Whether two labels of an axis overprint each other."""
-    axis.figure.canvas.draw()
+    """Whether two labels of an axis of a drawn figure overprint each other."""
     renderer = axis.figure.canvas.get_renderer()
     boxes = [
         label.get_window_extent(renderer) for label in axis.get_ticklabels() if label.get_text()
