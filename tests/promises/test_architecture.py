@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import fresh
 import pytest
-from oracle import PACKAGE_PARENT
 
 import additive_attn
 
@@ -109,9 +108,7 @@ def test_a_floor_stands_without_those_above(room):
     modules = [module for module in MODULES if module == own or module.startswith(own + ".")]
     assert modules
     code = ALONE.format(path=str(PACKAGE), modules=modules)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE_PARENT
-    )
+    done = fresh.python(code)
     assert done.returncode == 0, done.stderr
     loaded = done.stdout.split()
     assert set(modules) <= set(loaded)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import warnings
 from array import array
 
+import fresh
 import pytest
 import torch
-from oracle import PACKAGE_PARENT, assert_sentence, make
+from oracle import assert_sentence, make
 from torch import nn
 
 from additive_attn import (
@@ -627,10 +626,7 @@ print("backward survived", refused)
 
 
 def test_raw_operator_calls_do_not_crash():
-    result = subprocess.run(
-        [sys.executable, "-c", RAW_CALLS], capture_output=True, text=True, check=False,
-        cwd=PACKAGE_PARENT,
-    )  # fmt: skip
+    result = fresh.python(RAW_CALLS)
     assert result.returncode == 0, f"{result.returncode}: {result.stderr[-2000:]}"
     assert "forward survived" in result.stdout and "backward survived" in result.stdout
     assert int(re.search(r"forward survived (\d+)", result.stdout)[1]) > 20

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from oracle import ON_KERNEL, PACKAGE_PARENT
@@ -29,16 +30,12 @@ assert torch.isfinite(x.grad).all() and out.shape == (2, 5, 6)
 """
 
 
-def python(code, path=PACKAGE_PARENT, cpu=None, flags=()):
+def python(code, path=PACKAGE_PARENT, cpu=None, filters=()):
     env = {k: v for k, v in os.environ.items() if k != "ADDITIVE_ATTN_CPU"}
     env["PYTHONPATH"] = str(path)
     if cpu is not None:
         env["ADDITIVE_ATTN_CPU"] = cpu
-    # Python puts the working directory before PYTHONPATH.
-    return subprocess.run(
-        [sys.executable, *flags, "-c", code],
-        capture_output=True, text=True, env=env, check=False, cwd=path,
-    )  # fmt: skip
+    return fresh.python(code, path, env, filters)
 
 
 def succeeded(result):
@@ -94,7 +91,7 @@ def test_falls_back_with_one_warning(copied, library):
         broken = copied / "additive_attn" / "_C.abi3.so"
         broken.write_bytes(b"\x7fELF but no library at all" * 50)
     code = TRY + "import additive_attn; additive_attn.show_config(); print(dispatch.cpu_path())"
-    result = succeeded(python(code, copied, flags=("-W", "always")))
+    result = succeeded(python(code, copied, filters=[("always", "Warning")]))
     assert result.stderr.count("UserWarning: additive_attn") == 1, result.stderr
     assert "pip install" in result.stderr and "ADDITIVE_ATTN_CPU=pytorch" in result.stderr
     assert result.stdout.strip().endswith("pytorch")
@@ -104,7 +101,7 @@ def test_falls_back_with_one_warning(copied, library):
 
 def test_asking_for_the_fallback_is_silent():
     code = TRY + "print(dispatch.cpu_path(), dispatch.cpu_reason)"
-    result = succeeded(python(code, cpu="pytorch", flags=("-W", "error::UserWarning")))
+    result = succeeded(python(code, cpu="pytorch", filters=[("error", "UserWarning")]))
     assert result.stdout.startswith("pytorch ADDITIVE_ATTN_CPU=pytorch")
 
 

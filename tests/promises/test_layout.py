@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import fresh
 import pytest
 import torch
 from layouts import (
@@ -22,7 +20,6 @@ from layouts import (
 from oracle import (
     INPUTS,
     OUTPUTS,
-    PACKAGE_PARENT,
     assert_all_same,
     assert_layout_free,
     check_against_plain,
@@ -335,10 +332,7 @@ assert torch.equal(
 
 
 def test_offsets_beyond_int32():
-    result = subprocess.run(
-        [sys.executable, "-c", BEYOND_INT32], capture_output=True, text=True, check=False,
-        cwd=PACKAGE_PARENT,
-    )  # fmt: skip
+    result = fresh.python(BEYOND_INT32)
     if result.returncode == 77:
         pytest.skip("this system does not hand out 13 GB of addresses")
     assert result.returncode == 0, result.stderr
