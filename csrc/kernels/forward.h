@@ -35,8 +35,8 @@ class ForwardBlock {
  public:
   static constexpr int K = block_keys<T>, TK = tile_keys<T>;
 
-  explicit ForwardBlock(const Forward<T>& problem)
-      : p(problem), width(round_up(problem.values, panel_columns<T>)), s(problem) {}
+  ForwardBlock(const Forward<T>& problem, std::int64_t sharing)
+      : p(problem), width(round_up(problem.values, panel_columns<T>)), s(problem, sharing) {}
 
   void run(std::int64_t n, std::int64_t row0, std::int64_t rows, std::int64_t key_begin, std::int64_t key_end, T* out,
            T* maximum, double* sum) {
@@ -91,14 +91,14 @@ class ForwardBlock {
       for (const bool any : s.attended[r]) sum_ = any ? 1 : sum_;
     if (p.seed) {
       T keep[TK];
-      dropout_factors(p, s.entry, s.row0 + r, key0, keep);
+      dropout_factors(p, s.entry_of(r), s.row_of(r), key0, keep);
       for (int j = 0; j < end; j += L) store(row + j, load(row + j) * load(keep + j));
     }
   }
 
   // The scores wait in `weights` for the whole row's lse; an attended -Inf as NaN, to tell it from a masked one.
   void keep_scores(std::int64_t r, std::int64_t key0, const T* row) {
-    T* to = p.weights + ((s.entry * p.queries + s.row0 + r) * p.keys + key0);
+    T* to = p.weights + ((s.entry_of(r) * p.queries + s.row_of(r)) * p.keys + key0);
     std::memcpy(to, row, s.count * sizeof(T));
     for (std::int64_t j = 0; j < s.count && s.may_overflow; ++j)
       if (row[j] == T(-INFINITY) && !s.masked(r, key0 + j, key0)) to[j] = T(NAN);
@@ -130,27 +130,23 @@ class ForwardBlock {
   void add_few(std::int64_t key0, std::int64_t j, T* out) {
     const std::int64_t end = std::min(j + values_widened, s.count);
     const T* v = reader.read(p.value, s.entry, key0 + j, end - j, p.values);
-    for (std::int64_t r = 0; r < s.rows; ++r) {
-      T *total = out + r * width, *tile = p.keys <= TK ? total : panels.get(s.rows * width) + r * width;
-      if (tile != total && j == 0) std::fill(tile, tile + width, T(0));
-      gemv<T>(s.scores + r * TK + j, v, reader.row, tile, p.values, end - j);
-      for (std::int64_t d = 0; d < width && tile != total && end == s.count; d += lanes<T>)
-        store(total + d, load(total + d) + load(tile + d));
-    }
+    T* tile = p.keys <= TK ? out : panels.get(s.rows * width);
+    if (tile != out && j == 0) std::fill(tile, tile + s.rows * width, T(0));
+    gemv<T>(s.scores + j, TK, v, reader.row, tile, width, s.rows, p.values, end - j);
+    for (std::int64_t d = 0; d < s.rows * width && tile != out && end == s.count; d += lanes<T>)
+      store(out + d, load(out + d) + load(tile + d));
   }
 
   // P V of rows [first, first + rows) of the tile. Each tile is summed apart, for a long sum in one float loses digits.
   void add_rows(std::int64_t first, std::int64_t rows, const T* v, std::int64_t v_row, T* out) {
     if (p.queries < gemm_row_block) {  // not `rows`: threads must not decide the order of additions
-      for (std::int64_t r = first; r < first + rows; ++r)
-        if (const auto [from, to] = attended_keys(r, 1); from < to) {
-          const bool only = p.keys <= TK;
-          T *total = out + r * width, *tile = only ? total : panels.get(width);
-          if (!only) std::fill(tile, tile + width, T(0));
-          gemv<T>(s.scores + r * TK + from, v + from * v_row, v_row, tile, p.values, to - from);
-          for (std::int64_t d = 0; d < width && !only; d += lanes<T>)
-            store(total + d, load(total + d) + load(tile + d));
-        }
+      const auto [from, to] = attended_keys(first, rows);
+      const bool only = p.keys <= TK;
+      T *total = out + first * width, *tile = only ? total : panels.get(rows * width);
+      if (!only) std::fill(tile, tile + rows * width, T(0));
+      gemv<T>(s.scores + first * TK + from, TK, v + from * v_row, v_row, tile, width, rows, p.values, to - from);
+      for (std::int64_t d = 0; d < rows * width && !only; d += lanes<T>)
+        store(total + d, load(total + d) + load(tile + d));
       return;
     }
     v = pack_panels(v, v_row, s.count, p.values, panels);
@@ -179,11 +175,10 @@ class ForwardBlock {
   StoredReader<T> reader;
 };
 
-// Writes one row's results; `out` has been summed over all keys.
+// Writes the results of row `at` of all; `out` has been summed over all keys.
 template <class T>
-void write_row(const Forward<T>& p, std::int64_t n, std::int64_t i, const T* out, T maximum, double sum) {
+void write_row(const Forward<T>& p, std::int64_t at, const T* out, T maximum, double sum) {
   constexpr int L = lanes<T>;
-  const std::int64_t at = n * p.queries + i;
   const bool none = maximum == T(-INFINITY), empty = none && sum == 0;
   const T inverse = empty ? T(0) : none ? T(NAN) : T(1 / sum);
   const T share = empty ? T(0) : none ? T(NAN) : T(1 / (sum * double(value_scale<T>(p.keys))));
@@ -202,12 +197,34 @@ void write_row(const Forward<T>& p, std::int64_t n, std::int64_t i, const T* out
   }
 }
 
+// How many consecutive entries share keys, values and weight, as the beams of a sequence do, so that these are read once
+// for all of them.
+template <class T>
+std::int64_t entries_sharing(const Forward<T>& p) {
+  if (p.queries != 1 || p.location || p.blocks || p.batch < 2) return 1;
+  std::int64_t sharing = p.batch;
+  for (const std::int64_t* offset : {p.key.offset, p.value.offset, p.weight.offset, p.prepared.offset}) {
+    if (!offset) continue;
+    std::int64_t same = 1;  // entries up to the first that differs
+    while (same < sharing && offset[same] == offset[0]) ++same;
+    sharing = same;
+  }
+  if (sharing == 1 || p.batch % sharing != 0) return 1;
+  for (const std::int64_t* offset : {p.key.offset, p.value.offset, p.weight.offset, p.prepared.offset})
+    for (std::int64_t n = 0; offset && n < p.batch; ++n)
+      if (offset[n] != offset[n / sharing * sharing]) return 1;
+  return sharing;
+}
+
 template <class T>
 void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
-  const std::int64_t rows = rows_per_block(p.batch, p.queries, p.threads), width = round_up(p.values, panel_columns<T>);
-  const std::int64_t blocks = (p.queries + rows - 1) / rows;
+  const std::int64_t sharing = entries_sharing(p), queries = p.queries * sharing, batch = p.batch / sharing;
+  const std::int64_t width = round_up(p.values, panel_columns<T>);
   const KeySplits<T> keys(p.batch * ((p.queries + most_rows - 1) / most_rows), p.keys);
   const std::int64_t splits = keys.splits;
+  std::int64_t rows = rows_per_block(batch, queries, p.threads);
+  while (sharing > 1 && rows > 1 && batch * splits * ((queries + rows - 1) / rows) < p.threads) rows = (rows + 1) / 2;
+  const std::int64_t blocks = (queries + rows - 1) / rows;
   if (p.weights)
     for (std::int64_t x = 0; x < p.batch * p.queries * p.keys; ++x) p.weights[x] = T(-INFINITY);
 
@@ -221,21 +238,21 @@ void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
     part_sum.get(splits * all_rows);
   }
   const std::int64_t work = rows * keys.split * (p.hidden + p.values + 16);
-  parallel_for(p.batch * blocks * splits, work, [&](Tasks& tasks) {
-    ForwardBlock<T> block(p);
+  parallel_for(batch * blocks * splits, work, [&](Tasks& tasks) {
+    ForwardBlock<T> block(p, sharing);
     Buffer<T> own_out;
     T own_maximum[most_rows];
     double own_sum[most_rows];
     for (std::int64_t task; tasks.take(task);) {
       const std::int64_t k = task % splits, b = task / splits % blocks, n = task / splits / blocks;
-      const std::int64_t row0 = b * rows, count = std::min(rows, p.queries - row0);
-      const std::int64_t at = k * all_rows + n * p.queries + row0;
+      const std::int64_t row0 = b * rows, count = std::min(rows, queries - row0), first = n * queries + row0;
+      const std::int64_t at = k * all_rows + first;
       T* out = splits > 1 ? part_out.get(0) + at * width : own_out.get(rows * width);
       T* maximum = splits > 1 ? part_maximum.get(0) + at : own_maximum;
       double* sum = splits > 1 ? part_sum.get(0) + at : own_sum;
       block.run(n, row0, count, keys.begin(k), keys.end(k), out, maximum, sum);
       if (splits == 1)
-        for (std::int64_t r = 0; r < count; ++r) write_row(p, n, row0 + r, out + r * width, maximum[r], sum[r]);
+        for (std::int64_t r = 0; r < count; ++r) write_row(p, first + r, out + r * width, maximum[r], sum[r]);
     }
   });
   if (splits == 1) return;
@@ -256,7 +273,7 @@ void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
         const T* from = part_out.get(0) + (k * all_rows + at) * width;
         for (std::int64_t d = 0; d < width; ++d) out[d] += from[d] * factor;
       }
-      write_row(p, at / p.queries, at % p.queries, out, maximum, total);
+      write_row(p, at, out, maximum, total);
     }
   });
 }

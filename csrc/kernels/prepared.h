@@ -55,54 +55,96 @@ void prepare_keys(const PreparedKeys<T>& p, const ParallelFor& parallel_for) {
   });
 }
 
-// The query against one prepared key after the other: several at a time would share the query's constants, but memory
-// is read fastest in its own order.
+// Rows of memory that are fetched while scores are computed, a few lines at a time: scores are compute-bound, the
+// weighted sum is memory-bound.
+class Fetch {
+ public:
+  explicit Fetch(std::int64_t turns) : turns_(turns) {}  // in which `some` is called
+  template <class T>
+  void add(const StoredRows<T>& rows, std::int64_t n, std::int64_t i, std::int64_t columns) {
+    if (columns == 0) return;
+    next_[count_] = static_cast<const char*>(rows.at(n, i));
+    end_[count_] = next_[count_] + columns * rows.element();
+    ++count_;
+  }
+  // A share of each row: `lines` of 64 bytes in all turns.
+  void some(std::int64_t lines) {
+    const std::int64_t share = (lines + turns_ - 1) / turns_;
+    for (int i = 0; i < count_; ++i)
+      for (std::int64_t l = 0; l < share && next_[i] < end_[i]; ++l, next_[i] += 64) __builtin_prefetch(next_[i], 0, 2);
+  }
+  void all() {
+    for (int i = 0; i < count_; ++i)
+      for (; next_[i] < end_[i]; next_[i] += 64) __builtin_prefetch(next_[i], 0, 2);
+  }
+
+ private:
+  const std::int64_t turns_;
+  const char *next_[4], *end_[4];
+  int count_ = 0;
+};
+
+// A query against one prepared key after the other: several at a time would share the query's constants, but memory
+// is read fastest in its own order. Of several queries of the same keys, two meet two keys at a time.
 template <class T>
-class PreparedQuery {
+class PreparedQueries {
  public:
   static constexpr int L = lanes<T>, width_unit = group * L;
 
   // The weight is normalised; `weight_largest` is its largest magnitude. Unprepared keys need no constants.
-  void begin(const T* query, const T* weight, T weight_largest, std::int64_t features, bool prepared) {
+  void begin(const T* weight, T weight_largest, std::int64_t features, std::int64_t rows, bool prepared) {
     hidden = features;
     width = round_up(hidden, width_unit);
-    query_ = query;
     weight_ = weight;
     prepared_ = prepared && hidden > 0;
     if (!prepared_) return;
-    T* to = memory_.get(5 * width);
+    T* to = memory_.get((1 + rows * row_constants) * width);
+    for (std::int64_t h = 0; h < width; h += L) store(to + h, load_part<T>(weight + h, hidden - h, 0));
     weight_ = to;
-    factor_[small] = to + width;
-    offset_[small] = to + 2 * width;
-    factor_[wide] = to + 3 * width;
-    offset_[wide] = to + 4 * width;
-    for (std::int64_t h = 0; h < width; h += L) {
-      const Vec<T> q = load_part<T>(query + h, hidden - h, 0), w = load_part<T>(weight + h, hidden - h, 0);
-      const Vec<T> s = tanh<T>(q), a = exp<T>(q * T(-2));
-      store(to + h, w);
-      store(to + width + h, s);
-      store(to + 2 * width + h, w * s);
-      store(to + 3 * width + h, a);
-      store(to + 4 * width + h, -w * a);
-    }
-    wide_fits_ = largest(query, hidden) <= ordered_bits<T>(Range<T>::safe);
-    limit_[small] = small_energy * weight_largest * as_number<T>(largest(factor_[small], width));
-    limit_[wide] = small_tanh * weight_largest;
+    weight_largest_ = weight_largest;
     first_ = splat<T>(T(1));
     first_[0] = T(1) / lift<T>;
   }
+  // After `begin`, of each row.
+  void take(std::int64_t r, const T* query) {
+    Row& row = rows_[r];
+    row.query = query;
+    if (!prepared_) return;
+    T* to = memory_.get(0) + (1 + r * row_constants) * width;
+    for (int form : {small, wide}) row.factor[form] = to + form * width;
+    for (std::int64_t h = 0; h < width; h += L) {
+      const Vec<T> q = load_part<T>(query + h, hidden - h, 0);
+      store(to + h, tanh<T>(q));
+      store(to + width + h, exp<T>(q * T(-2)));
+    }
+    row.wide_fits = largest(query, hidden) <= ordered_bits<T>(Range<T>::safe);
+    row.limit[small] = small_energy * weight_largest_ * as_number<T>(largest(row.factor[small], width));
+    row.limit[wide] = small_tanh * weight_largest_;
+  }
 
-  // sum_h w_h t_h of one key. Scores are compute-bound, the weighted sum is memory-bound: the value is fetched meanwhile,
-  // beside a prepared key a few lines at a time.
-  T score(const Problem<T>& p, std::int64_t n, std::int64_t j) {
-    const char* value = p.values > 0 ? static_cast<const char*>(p.value.at(n, j)) : nullptr;
-    const std::int64_t bytes = p.values > 0 ? p.values * p.value.element() : 0;
+  // sum_h w_h t_h of row r and one key.
+  void score(const Problem<T>& p, std::int64_t n, std::int64_t j, std::int64_t r, Fetch& fetch, T* to) {
     const T* prepared = prepared_row(p, n, j);
-    const KeyForm form = form_of(prepared);
-    if (form == small && is_clear<small>(prepared)) return join<small>(prepared, value, bytes);
-    if (form == wide && is_clear<wide>(prepared)) return join<wide>(prepared, value, bytes);
-    prefetch(value, bytes);
-    return energy(query_, key_row(p, n, j), weight_, hidden);
+    const Row& row = rows_[r];
+    const KeyForm form = clear_form(prepared, row);
+    if (form == small) return join<small, 1, 1>(&prepared, &row, fetch, to, 0);
+    if (form == wide) return join<wide, 1, 1>(&prepared, &row, fetch, to, 0);
+    *to = energy(row.query, key_row(p, n, j), weight_, hidden);
+  }
+  // The same of rows r, r + 1 and keys j, j + 1, into to[row * stride + key]. False, and nothing is computed, unless all
+  // four have the same form.
+  bool scores(const Problem<T>& p, std::int64_t n, std::int64_t j, std::int64_t r, Fetch& fetch, T* to,
+              std::int64_t stride) {
+    if (!prepared_) return false;
+    const T* prepared[2] = {prepared_row(p, n, j), prepared_row(p, n, j + 1)};
+    const KeyForm form = clear_form(prepared[0], rows_[r]);
+    if (form == unprepared || clear_form(prepared[0], rows_[r + 1]) != form) return false;
+    if (clear_form(prepared[1], rows_[r]) != form || clear_form(prepared[1], rows_[r + 1]) != form) return false;
+    if (form == small)
+      join<small, 2, 2>(prepared, rows_ + r, fetch, to, stride);
+    else
+      join<wide, 2, 2>(prepared, rows_ + r, fetch, to, stride);
+    return true;
   }
 
   void begin_slopes() {
@@ -110,10 +152,10 @@ class PreparedQuery {
     std::memset(sums, 0, 3 * width * sizeof(T));
     for (int form = 0; form < 3; ++form) sum_[form] = sums + form * width;
   }
-  // Adds G (1 - t^2) of one key, but for what `finish_slopes` multiplies by.
+  // Of row 0: adds G (1 - t^2) of one key, but for what `finish_slopes` multiplies by.
   void add_slopes(const Problem<T>& p, std::int64_t n, std::int64_t j, T g) {
     const T* prepared = prepared_row(p, n, j);
-    const KeyForm form = form_of(prepared);
+    const KeyForm form = form_of(prepared, rows_[0]);
     if (form == small) return slopes<small>(prepared, g);
     if (form == wide) return slopes<wide>(prepared, g);
     direct_slopes(key_row(p, n, j), g);
@@ -123,9 +165,9 @@ class PreparedQuery {
     for (std::int64_t h = 0; h < width; h += L) {
       Vec<T> total = load(to + h) + load(sum_[unprepared] + h);
       if (prepared_) {
-        const Vec<T> a = load(factor_[wide] + h), r = T(1) / (a + T(1));
+        const Vec<T> a = load(rows_[0].factor[wide] + h), r = T(1) / (a + T(1));
         total += load(sum_[small] + h) * (a * r * r);
-        if (wide_fits_) total += load(sum_[wide] + h) * a;
+        if (rows_[0].wide_fits) total += load(sum_[wide] + h) * a;
       }
       store(to + h, total);
     }
@@ -134,6 +176,13 @@ class PreparedQuery {
   std::int64_t hidden = 0, width = 0;
 
  private:
+  static constexpr int row_constants = 2;
+  struct Row {
+    const T *query, *factor[2];
+    T limit[2];
+    bool wide_fits;
+  };
+
   const T* prepared_row(const Problem<T>& p, std::int64_t n, std::int64_t j) {
     return prepared_ ? stored_row(p.prepared, n, j, 0, hidden, row_.get(width)) : nullptr;
   }
@@ -141,9 +190,9 @@ class PreparedQuery {
     return stored_row(p.key, n, j, 0, hidden, row_.get(width));
   }
 
-  KeyForm form_of(const T* prepared) const {
+  KeyForm form_of(const T* prepared, const Row& row) const {
     const KeyForm form = prepared_ ? key_form(prepared) : unprepared;
-    return form == wide && !wide_fits_ ? unprepared : form;
+    return form == wide && !row.wide_fits ? unprepared : form;
   }
 
   // With `edge`, at the first features or beyond the last whole group.
@@ -155,43 +204,59 @@ class PreparedQuery {
   }
 
   template <KeyForm form>
-  void fraction(Vec<T> k, std::int64_t h, Vec<T>& z, Vec<T>& y) const {
-    const Vec<T> factor = load(factor_[form] + h);
-    z = k * load(weight_ + h) + load(offset_[form] + h);
+  void fraction(Vec<T> k, const Row& row, std::int64_t h, Vec<T>& z, Vec<T>& y) const {
+    const Vec<T> factor = load(row.factor[form] + h);
+    z = (form == small ? k + factor : k - factor) * load(weight_ + h);
     y = form == small ? k * factor + T(1) : k + factor;
   }
 
   // Is a term w t of this pair so large that the rounding of its form does not show? Mostly the first vector tells.
   template <KeyForm form>
-  bool is_clear(const T* x) const {
+  bool is_clear(const T* x, const Row& row) const {
     for (std::int64_t h = 0; h < hidden; h += L) {
       Vec<T> z, y;
-      fraction<form>(load_key<form, true>(x, h), h, z, y);
-      const Vec<T> most = form == small ? splat<T>(limit_[small]) : y * limit_[wide];
+      fraction<form>(load_key<form, true>(x, h), row, h, z, y);
+      const Vec<T> most = form == small ? splat<T>(row.limit[small]) : y * row.limit[wide];
       if (any<T>((UVec<T>)(magnitude<T>(z) > as_bits<T>(most)))) return true;
     }
     return false;
   }
 
-  template <KeyForm form>
-  T join(const T* x, const char* value, std::int64_t bytes) const {
-    const std::int64_t some = round_up(bytes * width_unit / width, 64);
-    const char* end = value + bytes;
-    Vec<T> total = add<form, true>(x, 0);
-    std::int64_t h = width_unit;
-    for (; h + width_unit <= hidden; h += width_unit, value += some) {
-      if (value < end) prefetch(value, std::min<std::int64_t>(some, end - value));
-      total += add<form, false>(x, h);
-    }
-    if (value < end) prefetch(value, end - value);
-    if (h < hidden) total += add<form, true>(x, h);
-    return sum<T>(total);
+  KeyForm clear_form(const T* prepared, const Row& row) const {
+    const KeyForm form = form_of(prepared, row);
+    const bool clear = form == small ? is_clear<small>(prepared, row) : form == wide && is_clear<wide>(prepared, row);
+    return clear ? form : unprepared;
   }
 
-  template <KeyForm form, bool edge>
-  Vec<T> add(const T* x, std::int64_t h) const {
-    Vec<T> z[group], y[group];
-    for (int g = 0; g < group; ++g) fraction<form>(load_key<form, edge>(x, h + g * L), h + g * L, z[g], y[g]);
+  template <KeyForm form, int K, int R>
+  void join(const T* const* x, const Row* row, Fetch& fetch, T* to, std::int64_t stride) const {
+    constexpr std::int64_t lines = width_unit * sizeof(T) / 64;
+    Vec<T> total[R][K] = {};
+    add<form, true>(x, row, 0, total);
+    std::int64_t h = width_unit;
+    for (; h + width_unit <= hidden; h += width_unit) {
+      fetch.some(lines);
+      add<form, false>(x, row, h, total);
+    }
+    if (h < hidden) add<form, true>(x, row, h, total);
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < K; ++k) to[r * stride + k] = sum<T>(total[r][k]);
+  }
+
+  template <KeyForm form, bool edge, int K, int R>
+  void add(const T* const* x, const Row* row, std::int64_t h, Vec<T> (&total)[R][K]) const {
+    Vec<T> z[R][K][group], y[R][K][group];
+    for (int g = 0; g < group; ++g)
+      for (int k = 0; k < K; ++k) {
+        const Vec<T> key = load_key<form, edge>(x[k], h + g * L);
+        for (int r = 0; r < R; ++r) fraction<form>(key, row[r], h + g * L, z[r][k][g], y[r][k][g]);
+      }
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < K; ++k) total[r][k] += joined(z[r][k], y[r][k]);
+  }
+
+  // The sum of four fractions.
+  static Vec<T> joined(const Vec<T>* z, const Vec<T>* y) {
     const Vec<T> z01 = z[0] * y[1] + z[1] * y[0], y01 = y[0] * y[1];
     const Vec<T> z23 = z[2] * y[3] + z[3] * y[2], y23 = y[2] * y[3];
     return (z01 * y23 + z23 * y01) * reciprocal(y01 * y23);
@@ -211,7 +276,7 @@ class PreparedQuery {
     T* to = sum_[form] + h;
     Vec<T> k[2], y[2];
     for (int v = 0; v < 2; ++v) {
-      const Vec<T> factor = load(factor_[form] + h + v * L);
+      const Vec<T> factor = load(rows_[0].factor[form] + h + v * L);
       k[v] = load_key<form, edge>(x, h + v * L);
       y[v] = form == small ? k[v] * factor + T(1) : k[v] + factor;
     }
@@ -224,16 +289,17 @@ class PreparedQuery {
 
   void direct_slopes(const T* key, T g) {
     for (std::int64_t h = 0; h < hidden; h += L) {
-      const Vec<T> x = load_part<T>(query_ + h, hidden - h, 0) + load_part<T>(key + h, hidden - h, 0);
+      const Vec<T> x = load_part<T>(rows_[0].query + h, hidden - h, 0) + load_part<T>(key + h, hidden - h, 0);
       const Vec<T> e = expm1<T>(clamp<T>(x, -Range<T>::flat, Range<T>::flat) * T(2)), r = reciprocal(e + T(2));
       store(sum_[unprepared] + h, load(sum_[unprepared] + h) + (e + T(1)) * r * r * g);
     }
   }
 
-  bool prepared_ = false, wide_fits_ = false;
-  T limit_[2] = {};
+  bool prepared_ = false;
+  T weight_largest_ = 0;
   Vec<T> first_ = {};
-  const T *query_ = nullptr, *weight_ = nullptr, *factor_[2] = {}, *offset_[2] = {};
+  const T* weight_ = nullptr;
+  Row rows_[most_rows];
   T* sum_[3] = {};  // of the slopes, for each form
   Buffer<T> memory_, sums_, row_;
 };

@@ -12,33 +12,36 @@ class ScoreBlock {
  public:
   static constexpr int K = block_keys<T>, TK = tile_keys<T>;
 
-  explicit ScoreBlock(const Problem<T>& problem)
+  // With `sharing` above 1, so many entries of one query each have the same keys, values and weight: they are the rows
+  // of a block, whose number `begin` takes as the entry.
+  explicit ScoreBlock(const Problem<T>& problem, std::int64_t sharing = 1)
       : p(problem),
+        sharing(sharing),
         features(round_up(problem.hidden, group)),
         slab(std::min<std::int64_t>(features, features_cached)),
         located_(problem.key, problem.location, problem.hidden) {}
 
   // Begins with rows [first_row, first_row + count) of entry n.
   void begin(std::int64_t n, std::int64_t first_row, std::int64_t count) {
-    entry = n;
+    entry = n * sharing;
     row0 = first_row;
     rows = count;
     first = p.keys;
     last = 0;
     for (std::int64_t r = 0; r < rows; ++r) {
-      key_range(p, n, row0 + r, start[r], stop[r]);
+      key_range(p, entry_of(r), row_of(r), start[r], stop[r]);
       if (start[r] < stop[r]) {
         first = std::min(first, start[r]);
         last = std::max(last, stop[r]);
       }
-      query_largest_[r] = largest(p.query.at(n, row0 + r), p.hidden);
     }
     prepare_weight();
     if (p.location)
       located_.begin(n);
     else if (p.queries == 1)
-      single_query_.begin(p.query.at(n, row0), weight_.get(0), as_number<T>(weight_largest_) * normaliser_, p.hidden,
-                          bool(p.prepared));
+      begin_single_queries();
+    else
+      for (std::int64_t r = 0; r < rows; ++r) query_largest_[r] = largest(p.query.at(n, row0 + r), p.hidden);
     for (bool& packed : query_packed_) packed = false;
     scores = scores_.get(rows * TK);
   }
@@ -53,7 +56,7 @@ class ScoreBlock {
     find_attended(key0, block_attended);
     if (!(block_attended[0] || block_attended[1] || block_attended[2] || block_attended[3])) return false;
     if (p.queries == 1) {
-      single_row(key0);
+      p.location ? located_row(key0) : single_rows(key0);
       return true;
     }
     bool form_used[forms] = {};
@@ -83,11 +86,15 @@ class ScoreBlock {
   }
   bool attends(std::int64_t r, std::int64_t j) const {
     T bias;
-    load_terms(p, entry, row0 + r, j, 1, &bias);
+    load_terms(p, entry_of(r), row_of(r), j, 1, &bias);
     return j >= start[r] && j < stop[r] && bias != T(-INFINITY);
   }
 
+  std::int64_t entry_of(std::int64_t r) const { return sharing > 1 ? entry + row0 + r : entry; }
+  std::int64_t row_of(std::int64_t r) const { return sharing > 1 ? 0 : row0 + r; }
+
   const Problem<T>& p;
+  const std::int64_t sharing;
   const std::int64_t features;  // padded
   const std::int64_t slab;      // of the features, packed at a time
   std::int64_t entry = 0, row0 = 0, rows = 0;
@@ -135,7 +142,7 @@ class ScoreBlock {
       const std::int64_t low = std::max(start[r], key0) - key0, high = std::min(stop[r], key0 + count) - key0;
       const T* bias = nullptr;
       if (bias_rows_ && low < high) {
-        load_terms(p, entry, row0 + r, key0 + low, high - low, bias_rows_ + r * TK + low);
+        load_terms(p, entry_of(r), row_of(r), key0 + low, high - low, bias_rows_ + r * TK + low);
         bias = bias_rows_ + r * TK;
       }
       complete = complete && low == 0 && high == count && !bias;
@@ -152,17 +159,42 @@ class ScoreBlock {
     }
   }
 
-  void single_row(std::int64_t key0) {
-    if (p.location) return located_row(key0);
-    form_[0] = direct;
-    for (std::int64_t j = 0; j < count; ++j) {
-      if (!attended[0][j / K]) continue;
-      scores[j] = single_query_.score(p, entry, key0 + j);
-    }
-    finish_row(0, key0);
+  void begin_single_queries() {
+    single_queries_.begin(weight_.get(0), as_number<T>(weight_largest_) * normaliser_, p.hidden, rows,
+                          bool(p.prepared));
+    for (std::int64_t r = 0; r < rows; ++r) single_queries_.take(r, p.query.at(entry_of(r), 0));
   }
 
-  // The same where keys have a location term.
+  void single_rows(std::int64_t key0) {
+    const std::int64_t step = rows > 1 ? 2 : 1;
+    for (std::int64_t j = 0; j < count; j += step) {
+      Fetch fetch((rows + step - 1) / step);
+      for (std::int64_t k = j; k < std::min(j + step, count); ++k) {
+        fetch.add(p.value, entry, key0 + k, p.values);
+        if (p.prepared && rows > 1 && key0 + k + step < p.keys) fetch.add(p.prepared, entry, key0 + k + step, p.hidden);
+      }
+      for (std::int64_t r = 0; r < rows; r += step)
+        single_scores(key0, j, std::min(j + step, count), r, std::min(r + step, rows), fetch);
+      fetch.all();
+    }
+    for (std::int64_t r = 0; r < rows; ++r) {
+      form_[r] = direct;
+      finish_row(r, key0);
+    }
+  }
+
+  // Of up to two rows and two keys, which are of one block.
+  void single_scores(std::int64_t key0, std::int64_t j, std::int64_t key_end, std::int64_t row, std::int64_t row_end,
+                     Fetch& fetch) {
+    const bool four = key_end - j == 2 && row_end - row == 2 && attended[row][j / K] && attended[row + 1][j / K];
+    T* to = scores + row * TK + j;
+    if (four && single_queries_.scores(p, entry, key0 + j, row, fetch, to, TK)) return;
+    for (std::int64_t r = row; r < row_end; ++r, to += TK)
+      for (std::int64_t k = j; k < key_end && attended[r][j / K]; ++k)
+        single_queries_.score(p, entry, key0 + k, r, fetch, to + k - j);
+  }
+
+  // A single row where keys have a location term.
   void located_row(std::int64_t key0) {
     form_[0] = direct;
     for (std::int64_t j = 0; j < count; j += location_keys) {
@@ -269,7 +301,7 @@ class ScoreBlock {
   Form form_[most_rows];
   typename Simd<T>::Bits query_largest_[most_rows], weight_largest_ = 0;
   T normaliser_ = 1;
-  PreparedQuery<T> single_query_;
+  PreparedQueries<T> single_queries_;
   LocatedKeys<T> located_;
   Cancellation<T> cancellation_;
   Kept kept_ = Kept::all;   // by the block table, of the tile

@@ -87,11 +87,18 @@ inline void store_part(T* p, Vec<T> v, std::int64_t n) {
   for (int l = 0; l < n; ++l) p[l] = buffer[l];
 }
 
+// The halves are added, then theirs, and so on.
 template <class T>
 inline T sum(Vec<T> v) {
-  T s = 0;
-  for (int l = 0; l < lanes<T>; ++l) s += v[l];
-  return s;
+#if VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps((__m512)v);
+  if constexpr (sizeof(T) == 8) return _mm512_reduce_add_pd((__m512d)v);
+#endif
+  T s[lanes<T>];
+  store(s, v);
+  for (int half = lanes<T> / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) s[l] += s[l + half];
+  return s[0];
 }
 
 template <class T>
