@@ -74,7 +74,7 @@ def operators(batch: int, keys: int, hidden: int, values: int, steps: int) -> Pr
     queries = [randn(batch, 1, hidden) for _ in range(steps)]
     upstream = [randn(batch, 1, values) for _ in range(steps)]
     lengths = lengths_of(batch, keys)[:, None]
-    masking = None, lengths, -1, -1
+    masking = None, lengths, None, None, None, -1, -1
 
     def at_each_step() -> list[Tensor]:
         records = [
@@ -105,7 +105,8 @@ def operators(batch: int, keys: int, hidden: int, values: int, steps: int) -> Pr
             scores.append(grad_scores)
         _, grad_key, grad_weight, _ = ops.scores_backward(
             torch.cat(scores, dim=1), torch.cat(queries, dim=1), key, weight,
-            None, lengths.expand(batch, steps), -1, -1, 1.0, False, True, True, False,
+            None, lengths.expand(batch, steps), None, None, None, -1, -1, 1.0,
+            False, True, True, False,
         )  # fmt: skip
         weights = torch.cat([weights for _, weights, _ in records], dim=1)
         grad_value = torch.bmm(weights.transpose(1, 2), torch.cat(upstream, dim=1))

@@ -56,7 +56,8 @@ def test_forward_and_backward(queries, keys, hidden, values, masking, dtype):
         mask = torch.rand(queries, keys, generator=generator(1)) > 0.3
     if masking == "dropout":
         seed = torch.tensor(7)
-    options = (mask, lengths, -1, -1, seed, 0.3 if seed is not None else 0.0, 0.7)
+    dropout_p = 0.0 if seed is None else 0.3
+    options = (mask, lengths, None, None, None, -1, -1, seed, dropout_p, 0.7)
     outputs = both(lambda k, v: OPS.forward(query, k, v, weight, *options, True), key, value)
     upstream = [torch.randn(x.shape, generator=generator(2)) for x in outputs]
 
@@ -73,7 +74,7 @@ def test_forward_and_backward(queries, keys, hidden, values, masking, dtype):
 @SHAPES
 def test_scores(queries, keys, hidden, values, dtype):
     query, key, _, weight = make(queries, keys, hidden, values, dtype)
-    options = (None, None, -1, 2, 0.7)
+    options = (None,) * 5 + (-1, 2, 0.7)
     g = torch.randn(2, queries, keys, generator=generator(1))
     both(lambda k, _: (OPS.scores(query, k, weight, *options),), key, key)
     both(
@@ -123,5 +124,6 @@ def test_every_number_is_widened_exactly(dtype):
     for width in (1, 7, 64, bits.numel()):
         value = bits[: bits.numel() // width * width].view(-1, 1, width)
         key = one.to(dtype).expand(value.shape[0], 1, 1)
-        out = OPS.forward(one, key, value, one[0, 0], None, None, -1, -1, None, 0.0, 1.0, False)[0]
+        options = (None,) * 5 + (-1, -1, None, 0.0, 1.0)
+        out = OPS.forward(one, key, value, one[0, 0], *options, False)[0]
         assert torch.equal(out, value.float())

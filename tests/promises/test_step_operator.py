@@ -61,8 +61,8 @@ class Step(torch.autograd.Function):
             *upstream, *ctx.call, weights, lse, None
         )
         _, dk, dw, _ = operators.scores_backward(
-            grad_scores, query, key, weight, attn_mask, lengths, -1, -1, scale,
-            False, True, True, False,
+            grad_scores, query, key, weight, attn_mask, lengths, None, None, None, -1, -1,
+            scale, False, True, True, False,
         )  # fmt: skip
         kept = weights if seed is None else kept.to(value.dtype)
         dv = torch.zeros_like(value) if upstream[0] is None else kept.mT @ upstream[0].contiguous()
@@ -292,6 +292,31 @@ def test_leading_dims_broadcast():
         for name, x in shared.items()
     }
     assert_all_same(step(shared), step(full))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("prepare", [True, False], ids=["prepared", "from keys"])
+@pytest.mark.parametrize(("beams", "keys"), [(2, 31), (5, 70), (3, 4200)])
+def test_entries_that_share_a_memory_give_what_copies_give(beams, keys, prepare, dtype):
+    """To the bit, with keys of every form side by side, and whatever each entry may attend to."""
+    inputs = inputs_of((3, beams), keys, 70 if keys < 100 else 7, 37, dtype=dtype)
+    inputs["key"] *= torch.logspace(-3, 1.5, keys)[:, None].to(dtype)
+    inputs["query"][:, -1] *= 30
+    copies = {
+        name: x if name in ("query", "weight") else x[:, :1].expand(3, beams, *x.shape[2:])
+        for name, x in inputs.items()
+    }
+    shared = {**copies, "key": inputs["key"][:, :1], "value": inputs["value"][:, :1]}
+    copies = {name: x.contiguous() for name, x in copies.items()}
+    lengths = torch.randint(keys + 1, (3, beams, 1))
+    mask = torch.rand(3, beams, 1, keys) < 0.5
+    seed = {"seed": torch.tensor(3), "dropout_p": 0.4}
+    for options in ({}, {"lengths": lengths}, {"attn_mask": mask, "lengths": lengths}, seed):
+        ours, expected = (step(x, prepare=prepare, **options) for x in (shared, copies))
+        assert_all_same(ours, expected)
+    shared["value"][0, 0, keys // 2] = copies["value"][0, :, keys // 2] = math.nan
+    assert_all_same(*(step(x, prepare=prepare, attn_mask=mask) for x in (shared, copies)))
 
 
 @pytest.mark.core
