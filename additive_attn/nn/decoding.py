@@ -23,6 +23,8 @@ from additive_attn.ops.layer_checks import (
 from additive_attn.ops.memory import NARROW_MEMORY, Lent, lend, version
 
 _is_compiling = torch.compiler.is_compiling
+# Of one memory in a step: beyond, an ordinary call is as fast.
+MOST_ROWS = 16
 
 
 class _Memory(NamedTuple):
@@ -228,11 +230,18 @@ def step(
         return _prepared_step(layer, query, memory, prepared.lent, need_weights)
     if not (2 <= rank <= 3 and value.dim() == rank and rank - 1 <= query.dim() <= rank):
         refuse_ranks(layer._caller("step"), query=query, key=key, value=value)
-    # Rows of queries per sequence, (B, n, hidden_dim): several were given, or are beams, or one.
-    q = layer._project("query", query)
     several, flat = query.dim() == rank, beams > 1 and query.dim() < rank == 3
     if flat or (beams > 1 and rank == 2):
         check_beams(layer._caller("step"), query, key, beams)
+    # Rows of queries per sequence, (B, n, hidden_dim): several were given, or are beams, or one.
+    number = beams if flat else query.shape[-2] if several else 0
+    if prepared is not None and 0 < number <= MOST_ROWS and prepared.is_of(layer):
+        rows = query.unflatten(0, (-1, beams)) if flat else query
+        out, weights = _prepared_step(layer, rows, memory, prepared.lent, need_weights, True)
+        if flat:
+            return out.flatten(0, 1), None if weights is None else weights.flatten(0, 1)
+        return out, weights
+    q = layer._project("query", query)
     if not several:
         q = q.unflatten(0, (-1, beams)) if flat else q.unsqueeze(-2)
     if key.dtype != q.dtype and (key.dtype, q.dtype) in NARROW_MEMORY:
@@ -250,13 +259,18 @@ def step(
 
 
 def _prepared_step(
-    layer: Any, query: Tensor, memory: ProjectedMemory, lent: Lent, need_weights: bool
+    layer: Any,
+    query: Tensor,
+    memory: ProjectedMemory,
+    lent: Lent,
+    need_weights: bool,
+    several: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     try:
         if lent.source.query_weight is None:
             query = layer._project("query", query)
         dropout_p = layer.dropout if layer.training else 0.0
-        out, weights, _ = attend_step(lent, query, dropout_p=dropout_p)
+        out, weights, _ = attend_step(lent, query, dropout_p=dropout_p, several=several)
     except (RuntimeError, ValueError):
         if lent.source.query_weight is not None:
             explain_projection(layer.query_layer, "query", query, layer.query_dim)

@@ -31,8 +31,9 @@ def attend_step(
     location_weight: Tensor | None = None,
     filters: Tensor | None = None,
     dropout_p: float = 0.0,
+    several: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attends with one query per entry.
+    """Attends with one query per entry, or with several.
 
     Args:
         query: ``(..., H)``, or ``(..., query_dim)`` where :func:`lend` got query_weight; its dims
@@ -42,15 +43,18 @@ def attend_step(
         filters: ``(F, C, width)``, of which location ``(..., C, Lk)`` are the inputs then: the
             features are made here, and again in backward, which keeps no ``(..., F, Lk)``.
         dropout_p: probability of dropping a weight.
+        several: query is ``(..., n, H)`` or ``(..., n, query_dim)``, n queries per entry, which
+            share its keys and values. Without a location.
 
     Returns:
-        out ``(..., Dv)``, weights ``(..., Lk)`` before dropout, lse ``(...)``.
+        out ``(..., Dv)``, weights ``(..., Lk)`` before dropout, lse ``(...)``; with several
+        ``(..., n, Dv)``, ``(..., n, Lk)`` and ``(..., n)``.
     """
     given = (query, location, location_weight)
     if not _records(lent, (*given, filters)):
         if location is not None and filters is not None:
             location = _each(location_features, location, filters)
-        return _ordinary(lent, query, location, location_weight, dropout_p)
+        return _ordinary(lent, query, location, location_weight, dropout_p, several)
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
         dropout_p = checked_probability("dropout_p", dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0.0 else None
@@ -58,14 +62,16 @@ def attend_step(
         lent.node is not None or any(x is not None and x.requires_grad for x in (*given, filters))
     ):
         outputs: tuple[Tensor, Tensor, Tensor] = _Step.apply(
-            lent, seed, dropout_p, *given, *lent.shared, filters
+            lent, seed, (dropout_p, several), *given, *lent.shared, filters
         )
         return outputs
     projected = _projected(query, lent.shared)
     with _below_autograd():
         location = _features(location, filters)
         out, weights, lse = _operators.step(
-            *_arguments(lent, projected, lent.shared, location, location_weight, seed, dropout_p)
+            *_arguments(
+                lent, projected, lent.shared, location, location_weight, seed, dropout_p, several
+            )
         )
     return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
 
@@ -116,26 +122,49 @@ def _projected(query: Tensor, shared: Shared) -> Tensor:
 
 def _arguments(
     lent: Lent, query: Tensor, shared: Shared, location: Tensor | None,
-    location_weight: Tensor | None, seed: Tensor | None, dropout_p: float,
+    location_weight: Tensor | None, seed: Tensor | None, dropout_p: float, several: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
+    memory = shared.key, shared.value, shared.weight, lent.prepared, lent.attn_mask, lent.lengths
+    if several:
+        memory = _for_several(*memory)
+    key, value, weight, prepared, attn_mask, lengths = memory
     return (
-        query.unsqueeze(-2), shared.key, shared.value, shared.weight, lent.prepared, location,
-        location_weight, lent.attn_mask, lent.lengths, seed, dropout_p, lent.scale,
+        query.unsqueeze(-2), key, value, weight, prepared, location, location_weight, attn_mask,
+        lengths, seed, dropout_p, lent.scale,
     )  # fmt: skip
+
+
+def _for_several(
+    key: Tensor, value: Tensor, weight: Tensor, prepared: Tensor | None,
+    attn_mask: Tensor | None, lengths: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """A memory whose queries are entries of its own: (..., n) entries share each."""
+    if prepared is not None and prepared.dim() > 1:
+        prepared = prepared.unsqueeze(-3)
+    if attn_mask is not None:
+        attn_mask = attn_mask.unsqueeze(-3)
+    if lengths is not None and lengths.dim() > 0:
+        lengths = lengths.unsqueeze(-2)
+    weight = weight if weight.dim() == 1 else weight.unsqueeze(-2)
+    return key.unsqueeze(-3), value.unsqueeze(-3), weight, prepared, attn_mask, lengths
 
 
 def _ordinary(
     lent: Lent, query: Tensor, location: Tensor | None, location_weight: Tensor | None,
-    dropout_p: float,
+    dropout_p: float, several: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same as one differentiable call."""
-    inputs, lengths = _inputs(lent.source, query, location, location_weight), lent.lengths
+    projected = _projected(query, lent.source)
+    rows = projected if several else projected.unsqueeze(-2)
+    inputs, lengths = _inputs(lent.source, rows, location, location_weight), lent.lengths
     if lengths is not None and lengths.dim() > 2:
         lengths = lengths.flatten(1)  # (B, 1, 1): of beams or heads
     out, weights, lse = masked_attention(
         inputs, lent.attn_mask, lengths, False, None, dropout_p, lent.scale, True,
         lent.source.score_bias, need_lse=True,
     )  # fmt: skip
+    if several:
+        return out, weights, lse
     return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
 
 
@@ -143,7 +172,6 @@ def _inputs(
     shared: Shared, query: Tensor, location: Tensor | None, location_weight: Tensor | None
 ) -> Inputs:
     key, value = shared.key, shared.value
-    query = _projected(query, shared).unsqueeze(-2)
     if key.dtype != query.dtype and key.dtype.itemsize == 2:
         key, value = key.to(query.dtype), value.to(query.dtype)
     if location is not None and location_weight is not None:
@@ -157,15 +185,15 @@ class _Step(SingleLevelFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, lent: Lent, seed: Tensor | None, dropout_p: float, query: Tensor,
+        ctx: Any, lent: Lent, seed: Tensor | None, options: tuple[float, bool], query: Tensor,
         location: Tensor | None, location_weight: Tensor | None, *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         shared = Shared(*tensors[:6])  # type: ignore[arg-type]
         projected, features = _projected(query, shared), _features(location, tensors[6])
         out, weights, lse = _operators.step(
-            *_arguments(lent, projected, shared, features, location_weight, seed, dropout_p)
+            *_arguments(lent, projected, shared, features, location_weight, seed, *options)
         )
-        ctx.lent, ctx.dropout_p = lent, dropout_p
+        ctx.lent, ctx.options = lent, options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             seed, query, location, location_weight, *tensors, projected, weights, lse
@@ -184,7 +212,7 @@ class _Step(SingleLevelFunction):
         shared, (filters, projected, weights, lse) = Shared(*tensors[:6]), tensors[6:]
         if torch.is_grad_enabled() or any(map(_is_batch, (grad_out, grad_weights, grad_lse))):
             return _differentiable(ctx, (grad_out, grad_weights, grad_lse))
-        lent, batch = ctx.lent, weights.shape[:-2]
+        lent, (_, several), batch = ctx.lent, ctx.options, weights.shape[:-2]
         running = None
         if lent.node is not None and _will_run(lent.node):
             running = running_pass(lent.node)
@@ -202,13 +230,19 @@ class _Step(SingleLevelFunction):
                 None if grad_weights is None else grad_weights.unsqueeze(-2),
                 None if grad_lse is None else grad_lse.unsqueeze(-1),
                 *_arguments(
-                    lent, projected, shared, features, location_weight, seed, ctx.dropout_p
+                    lent, projected, shared, features, location_weight, seed, *ctx.options
                 ),
                 weights, lse, grad_key,
             )
         )  # fmt: skip
         grad_query = reduced(grad_query.squeeze(-2), projected)
-        rows = projected.expand(*batch, -1).unsqueeze(-2)
+        rows = projected.expand(*batch, -1)
+        if several:
+            grad_scores, weights = grad_scores.squeeze(-2), weights.squeeze(-2)
+            kept = kept if seed is None else kept.squeeze(-2)
+            grad_out = None if grad_out is None else grad_out.squeeze(-2)
+        else:
+            rows = rows.unsqueeze(-2)
         if (
             shared.query_weight is not None
             and grad_query.shape[-1] != shared.query_weight.shape[0]
@@ -259,18 +293,23 @@ def _differentiable(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tens
     query, location, location_weight = views[:3]
     lent, shared, filters = ctx.lent, Shared(*views[3:9]), views[9]
     features = location if filters is None else _each(location_features, location, filters)
+    dropout_p, several = ctx.options
+    memory = (*shared[:3], None, lent.attn_mask, lent.lengths)
+    if several:
+        memory = _for_several(*memory)
+    rows = _projected(query, shared).unsqueeze(-2)
+    inputs = _inputs(Shared(*memory[:3]), rows, features, location_weight)
     call = Call(
-        *_inputs(shared, query, features, location_weight), lent.attn_mask, lent.lengths,
-        seed=seed, dropout_p=ctx.dropout_p, scale=lent.scale,
+        *inputs, *memory[4:], seed=seed, dropout_p=dropout_p, scale=lent.scale
     )  # fmt: skip
     out, weights, lse = attend(call, need_weights=True, score_bias=shared.score_bias)
     outputs = (out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1))
     given = [i for i, grad in enumerate(upstream) if grad is not None]
     sources = (None, None, None, query, location, location_weight, *shared, filters)
     wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
-    inputs: Any = [sources[i] for i in wanted]
+    leaves: Any = [sources[i] for i in wanted]
     found = torch.autograd.grad(
-        [outputs[i] for i in given], inputs, [upstream[i] for i in given],
+        [outputs[i] for i in given], leaves, [upstream[i] for i in given],
         create_graph=True, allow_unused=True,
     )  # fmt: skip
     grads: list[Tensor | None] = [None] * len(sources)

@@ -156,7 +156,8 @@ def _through_node(lent: Lent) -> tuple[Shared, Any]:
 
 
 class Record(NamedTuple):
-    """What one step leaves for the shared gradients; of one row, the dims (..., 1, n)."""
+    """What one step leaves for the shared gradients; of r rows, the dims (..., r, n), r
+    mostly 1."""
 
     query: Tensor  # projected
     grad_scores: Tensor | None  # G of equation 9; None where the keys' gradient is made already
@@ -303,7 +304,7 @@ def _masks(
     """Masks of the memory, for the rows that :func:`_rows` makes."""
     batch = records[0].query.shape[:-2]
     if key.shape[:-2].numel() == 1 and batch.numel() != 1:
-        ones, times = key.shape[:-2], len(records)
+        ones, times = key.shape[:-2], sum(record.query.shape[-2] for record in records)
         if lengths is not None and lengths.numel() != 1:
             lengths = lengths.expand(*batch, 1).reshape(*ones, -1).repeat(*ones, times)
         if attn_mask is not None and attn_mask.shape[:-2].numel() != 1:

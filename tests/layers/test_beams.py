@@ -151,6 +151,38 @@ def test_plain_reorder(kind):
     )
 
 
+@pytest.mark.parametrize("masking", ["none", "lengths", "padding", "dropout", "unbatched"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_several_queries_of_one_memory(masking, graph):
+    """Queries (B, n, query_dim): their gradients are deferred, as those of single queries are."""
+    layer = AdditiveAttention(D, H, key_dim=K, dropout=0.4 * (masking == "dropout")).double()
+    key, value, query = inputs()
+    query = query.view(B, BEAMS, D)
+    options = {}
+    if masking == "lengths":
+        options = {"lengths": LENGTHS}
+    if masking == "padding":
+        options = {"key_padding_mask": torch.rand(B, LK) < 0.4}
+    given = (key, value, query) if masking != "unbatched" else (key[0], value[0], query[0])
+    results = []
+    for ordinary in (False, True):
+        torch.manual_seed(3)
+        memory = layer.project(*given[:2], **options)
+        if ordinary and masking != "dropout":
+            memory = memory._replace(key=memory.key)
+        total, rows = 0.0, given[2]
+        for _ in range(3):
+            context, weights = layer.step(rows, memory)
+            total = total + context.square().sum() + weights.square().sum()
+            rows = rows + context[..., :1]
+        assert context.shape == (*given[2].shape[:-1], 7)
+        wanted = [key, value, query, *layer.parameters()]
+        grads = torch.autograd.grad(total, wanted, create_graph=graph or ordinary)
+        results.append([context, weights, *grads])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_state():
     previous = torch.arange(6.0).reshape(3, 2)
     state = AttentionState(previous.requires_grad_(), 2 * previous)
