@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import quick_interpreter
 import torch
 
 from additive_attn.backends.plain import whole
@@ -112,7 +113,9 @@ def _interpreted() -> Iterator[None]:
     JITFunction.__call__ = nested
     triton.knobs.runtime.interpret = True
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            quick_interpreter.patch(tl, triton.runtime.interpreter, patch)
+            yield
     finally:
         triton.knobs.runtime.interpret = False
         JITFunction.run, JITFunction.__call__ = run, call
