@@ -11,6 +11,7 @@ from additive_attn.nn.location import LocationSensitiveAttention
 from additive_attn.nn.multihead import MultiheadAdditiveAttention
 from additive_attn.nn.plain import PlainAdditiveAttention
 from additive_attn.plot import plot_attention
+from additive_attn.varlen import varlen_additive_attention
 
 __version__ = "0.1.0"
 
@@ -30,4 +31,5 @@ __all__ = [
     "merge_attention",
     "plot_attention",
     "show_config",
+    "varlen_additive_attention",
 ]

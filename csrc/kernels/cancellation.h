@@ -60,7 +60,7 @@ class Cancellation {
                     : form == centred ? small_energy_centred
                                       : small_energy_difference;
     const T limit = share * largest_weight, deep = matters(direct) ? small_energy_difference * largest_weight : T(-1);
-    std::int64_t from = 0, to = count - 1;
+    std::int64_t from = attended.first(), to = attended.last();
     while (from < to && !attended(from)) ++from;
     while (from < to && !attended(to)) --to;
     const T usual = small_energy * largest_weight;

@@ -50,7 +50,11 @@ class ForwardBlock {
     key_end = std::min(key_end, s.last);
     for (std::int64_t key0 = key_begin; key0 < key_end; key0 += TK) {
       if (!s.tile(key0)) continue;
-      for (std::int64_t r = 0; r < rows; ++r) softmax_row(r, key0, out + r * width, maximum[r], sum[r]);
+      for (std::int64_t r = 0; r < rows; ++r)
+        if (s.reached[r])
+          softmax_row(r, key0, out + r * width, maximum[r], sum[r]);
+        else
+          std::fill(s.scores + r * TK, s.scores + (r + 1) * TK, T(0));
       add_values(key0, out);
     }
   }

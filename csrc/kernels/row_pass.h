@@ -42,7 +42,7 @@ class RowPass {
       }
     }
     for (std::int64_t r = 0; r < rows; ++r)
-      if (grad_[r]) grad_row(n, row0, r, key0, weights_[r], grad_[r]);
+      if (s.reached[r]) grad_row(n, row0, r, key0, weights_[r], grad_[r]);
   }
 
   // dO V^T over values [d0, d0 + count): these are turned so that lanes run over keys.

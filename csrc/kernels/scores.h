@@ -76,7 +76,11 @@ class ScoreBlock {
           add(form_[r], r, b, h0, groups, s);
         }
     }
-    for (std::int64_t r = 0; r < rows; ++r) finish_row(r, key0);
+    for (std::int64_t r = 0; r < rows; ++r)
+      if (reached[r])
+        finish_row(r, key0);
+      else
+        std::fill(scores + r * TK, scores + (r + 1) * TK, T(-INFINITY));
     return true;
   }
 
@@ -103,6 +107,7 @@ class ScoreBlock {
   std::int64_t count = 0;                          // keys of the tile
   bool complete = false;                           // no key of the tile is masked for any row
   bool attended[most_rows][tile_blocks];           // blocks with an attended key
+  bool reached[most_rows];                         // rows with such a block
   bool may_overflow = false;                       // an attended score may be -Inf too
   T* scores = nullptr;
 
@@ -146,6 +151,7 @@ class ScoreBlock {
         bias = bias_rows_ + r * TK;
       }
       complete = complete && low == 0 && high == count && !bias;
+      reached[r] = false;
       for (int b = 0; b < tile_blocks; ++b) {
         const std::int64_t from = std::max<std::int64_t>(low, b * K), to = std::min<std::int64_t>(high, (b + 1) * K);
         bool any = from < to;
@@ -154,6 +160,7 @@ class ScoreBlock {
           for (std::int64_t j = from; j < to; ++j) any = any || bias[j] != T(-INFINITY);
         }
         attended[r][b] = any;
+        reached[r] = reached[r] || any;
         block_attended[b] = block_attended[b] || any;
       }
     }
@@ -217,6 +224,8 @@ class ScoreBlock {
     const ScoreBlock& s;
     std::int64_t r, key0;
     bool operator()(std::int64_t j) const { return s.complete || !s.masked(r, key0 + j, key0); }
+    std::int64_t first() const { return std::max<std::int64_t>(s.start[r] - key0, 0); }
+    std::int64_t last() const { return std::min(s.stop[r] - key0, s.count) - 1; }
   };
 
   // The form of each row. A masked key must not matter, not even to the form.
@@ -229,15 +238,17 @@ class ScoreBlock {
       cancellation_.take_key(j);
     }
     for (std::int64_t r = 0; r < rows; ++r) {
+      if (!reached[r]) continue;
+      const Attended attends{*this, r, key0};
       auto most = tile_largest;
       if (!complete) {
         most = 0;
-        for (std::int64_t j = 0; j < count; ++j)
-          if (!masked(r, key0 + j, key0)) most = std::max(most, key_largest[j]);
+        for (std::int64_t j = attends.first(); j <= attends.last(); ++j)
+          if (!bias_rows_ || attends(j)) most = std::max(most, key_largest[j]);
       }
       form_[r] = choose_form<T>(query_largest_[r], most, weight_largest_, p.hidden);
       form_[r] = cancellation_.row_form(form_[r], r, p.query.at(entry, row0 + r), query_largest_[r],
-                                        std::max(query_largest_[r], most), Attended{*this, r, key0});
+                                        std::max(query_largest_[r], most), attends);
       form_used[form_[r]] = true;
     }
   }
