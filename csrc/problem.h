@@ -151,6 +151,21 @@ struct StepBackward : Problem<T> {
   T *grad_weight, *grad_location, *grad_location_weight;  // (B, H), (B, F, Lk), (B, F, H)
 };
 
+// What sums over the features of pairs in forward mode and second derivatives; all tensors are contiguous.
+template <class T>
+struct Pairs {
+  std::int64_t batch, queries, keys, hidden;
+  const T *query, *key, *weight;                          // (B, Lq, H), (B, Lk, H), (B, H)
+  const T *query_tangent, *key_tangent, *weight_tangent;  // the same shapes
+  T *scores, *tangents;                                   // (B, Lq, Lk)
+};
+
+template <class T>
+struct PairGradients : Pairs<T> {
+  const T *grad, *grad_tangent;            // of the unscaled scores, (B, Lq, Lk)
+  T *grad_query, *grad_key, *grad_weight;  // the tangents, or null
+};
+
 // The items [0, count) of one parallel pass, handed out one by one to whichever thread is free: items differ in cost
 // where masks skip work. Results never depend on who takes which.
 class Tasks {
@@ -184,6 +199,10 @@ struct Kernels {
   void (*prepare64)(const PreparedKeys<double>&, const ParallelFor&);
   void (*step_backward32)(const StepBackward<float>&, const ParallelFor&);
   void (*step_backward64)(const StepBackward<double>&, const ParallelFor&);
+  void (*pair_scores32)(const Pairs<float>&, const ParallelFor&);
+  void (*pair_scores64)(const Pairs<double>&, const ParallelFor&);
+  void (*pair_gradients32)(const PairGradients<float>&, const ParallelFor&);
+  void (*pair_gradients64)(const PairGradients<double>&, const ParallelFor&);
 
   void forward(const Forward<float>& p, const ParallelFor& f) const { forward32(p, f); }
   void forward(const Forward<double>& p, const ParallelFor& f) const { forward64(p, f); }
@@ -203,6 +222,10 @@ struct Kernels {
   void prepare(const PreparedKeys<double>& p, const ParallelFor& f) const { prepare64(p, f); }
   void step_backward(const StepBackward<float>& p, const ParallelFor& f) const { step_backward32(p, f); }
   void step_backward(const StepBackward<double>& p, const ParallelFor& f) const { step_backward64(p, f); }
+  void pair_scores(const Pairs<float>& p, const ParallelFor& f) const { pair_scores32(p, f); }
+  void pair_scores(const Pairs<double>& p, const ParallelFor& f) const { pair_scores64(p, f); }
+  void pair_gradients(const PairGradients<float>& p, const ParallelFor& f) const { pair_gradients32(p, f); }
+  void pair_gradients(const PairGradients<double>& p, const ParallelFor& f) const { pair_gradients64(p, f); }
 };
 
 // Null where this build or this processor has no such instructions.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from additive_attn.backends.plain import blocks, steps, tangents
+from additive_attn.backends.plain import blocks, pairs, steps, tangents
 from additive_attn.backends.plain import scores as plain_scores
 from additive_attn.ops.library import find_library, how_to_build
 from additive_attn.ops.schemas import registrations
@@ -22,14 +22,16 @@ PLAIN: dict[str, Any] = {
     "backward": blocks.backward,
     "scores": plain_scores.scores,
     "scores_backward": plain_scores.scores_backward,
-    "tangent": tangents.tangent,
-    "scores_tangent": tangents.scores_tangent,
+    "pair_scores": pairs.pair_scores,
+    "pair_gradients": pairs.pair_gradients,
     "prepare_keys": steps.prepare_keys,
     "step": steps.step,
     "step_backward": steps.step_backward,
     "location_features": steps.location_features,
     "location_features_backward": steps.location_features_backward,
 }
+# Made of the operators above, on every device.
+_COMPOSED = {"tangent": tangents.tangent, "scores_tangent": tangents.scores_tangent}
 _CPU_PATHS = ("avx512", "avx2", "baseline", "pytorch", "triton")
 _GPU_PATHS = ("triton", "pytorch")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -159,6 +161,8 @@ cpu_is_plain = library_path is None and os.environ.get("ADDITIVE_ATTN_CPU") != "
 for _name, _operator in PLAIN.items():
     registrations.impl(_name, _operator, "CompositeExplicitAutograd")
     registrations.impl(_name, _on_gpu(_name), "CUDA")
+for _name, _operator in _COMPOSED.items():
+    registrations.impl(_name, _operator, "CompositeExplicitAutograd")
 _register_cpu()
 
 forward = torch.ops.additive_attn.forward.default

@@ -86,6 +86,16 @@ registrations.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# What sums over features there, of tensors (entries, ...).
+_PAIRS = (
+    "Tensor query, Tensor key, Tensor weight, Tensor query_tangent, Tensor key_tangent, "
+    "Tensor weight_tangent"
+)
+registrations.define(f"pair_scores({_PAIRS}) -> (Tensor, Tensor)")
+registrations.define(
+    f"pair_gradients(Tensor grad, Tensor grad_tangent, {_PAIRS}, bool need_query, bool need_key, "
+    "bool need_weight) -> (Tensor, Tensor, Tensor)"
+)
 # What follows is called by ops.decoding alone, which knows its derivative.
 _STEP = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? prepared, Tensor? location, "

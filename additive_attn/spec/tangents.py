@@ -7,13 +7,15 @@ is not needed, or zero.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from additive_attn.spec.call import Inputs, Needs, Tangents, Upstream
 from additive_attn.spec.formula import add_bias, energies, scores, softmax, weighted_sum
+
+_SHIELDED = 2**19  # elements of (..., rows, Lk, Dv)
 
 
 class Masks(NamedTuple):
@@ -38,94 +40,104 @@ class Masks(NamedTuple):
         return pairs if self.factors is None else pairs * self.factors
 
     def weighted(self, pairs: Tensor, vectors: Tensor | None) -> Tensor | None:
-        return None if vectors is None else weighted_sum(pairs, vectors, self.shield)
+        """``pairs @ vectors``. A few rows at a time where masked ones are not to be touched."""
+        if vectors is None or self.shield is None:
+            return None if vectors is None else pairs @ vectors
+        batch = pairs.shape[:-2].numel()
+        rows = max(1, _SHIELDED // max(1, batch * pairs.shape[-1] * vectors.shape[-1]))
+        shield = self.shield.expand(*self.shield.shape[:-2], *pairs.shape[-2:])
+        parts = zip(pairs.split(rows, -2), shield.split(rows, -2), strict=True)
+        return torch.cat([weighted_sum(part, vectors, some) for part, some in parts], -2)
 
 
-class Energies(NamedTuple):
-    """Of each pair and feature, (..., Lq, Lk, H)."""
+class Pairs(Protocol):
+    """What is summed over features: the scores, and what they give back."""
 
-    energy: Tensor
-    slope: Tensor  # 1 - energy^2
-    tangent: Tensor | None  # of the energy
+    def scores(self) -> tuple[Tensor, Tensor]:
+        """``w . energy`` and its tangent, equation 22 without scale and mask."""
+        ...
 
-
-def energies_of(query: Tensor, key: Tensor, tangents: Tangents, masks: Masks) -> Energies:
-    energy = energies(query, key, masks.shield)
-    slope = torch.addcmul(energy.new_ones(()), energy, energy, value=-1)
-    shift = total(
-        None if tangents.query is None else tangents.query.unsqueeze(-2),
-        None if tangents.key is None else tangents.key.unsqueeze(-3),
-    )
-    return Energies(energy, slope, None if shift is None else masks.shielded(shift * slope))
+    def gradients(
+        self, grad: Tensor | None, grad_tangent: Tensor | None, needs: Needs
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Equations 26 and 27: the tangents of dq, dk and dw, from dS and its tangent."""
+        ...
 
 
-def score_tangent(
-    pairs: Energies, weight: Tensor, tangents: Tangents, masks: Masks, scale: float
-) -> Tensor:
-    """Equation 22; 0 where a pair is masked."""
-    tangent = total(
-        None if tangents.weight is None else scores(pairs.energy, tangents.weight),
-        None if pairs.tangent is None else scores(pairs.tangent, weight),
-    )
-    if tangent is None:
-        tangent = pairs.energy.new_zeros(pairs.energy.shape[:-1])
-    return masks.cleared(add_bias(scale * tangent, tangents.mask))
+class FormulaPairs:
+    """In tensors (..., Lq, Lk, H)."""
 
-
-def feature_tangents(
-    pairs: Energies, weight: Tensor, tangents: Tangents, masks: Masks,
-    grad: Tensor | None, grad_tangent: Tensor | None, needs: Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Equations 26 and 27: the tangents of dq, dk and dw, from dS and its tangent."""
-    grad_weight = slope = None
-    if needs.weight:
-        grad_weight = total(
-            _over_pairs(grad_tangent, pairs.energy), _over_pairs(grad, pairs.tangent)
+    def __init__(self, inputs: Inputs, tangents: Tangents, masks: Masks) -> None:
+        query, key, _, self.weight = inputs
+        self.weight_tangent, self.masks = tangents.weight, masks
+        self.energy = energies(query, key, masks.shield)
+        one = self.energy.new_ones(())
+        self.slope = torch.addcmul(one, self.energy, self.energy, value=-1)
+        shift = total(
+            None if tangents.query is None else tangents.query.unsqueeze(-2),
+            None if tangents.key is None else tangents.key.unsqueeze(-3),
         )
-    if needs.query or needs.key:
-        slope = total(_outer(grad_tangent, weight), _outer(grad, tangents.weight))
-        slope = None if slope is None else slope * pairs.slope
-        if grad is not None and pairs.tangent is not None:
-            curved = pairs.energy * pairs.tangent * weight[..., None, None, :]
-            slope = total(slope, curved * (-2 * grad).unsqueeze(-1))
-    if slope is None:
-        return None, None, grad_weight
-    slope = masks.shielded(slope)
-    grad_query = slope.sum(-2) if needs.query else None
-    return grad_query, slope.sum(-3) if needs.key else None, grad_weight
+        self.tangent = None if shift is None else masks.shielded(shift * self.slope)
+
+    def scores(self) -> tuple[Tensor, Tensor]:
+        score = scores(self.energy, self.weight)
+        tangent = total(
+            None if self.weight_tangent is None else scores(self.energy, self.weight_tangent),
+            None if self.tangent is None else scores(self.tangent, self.weight),
+        )
+        return score, torch.zeros_like(score) if tangent is None else tangent
+
+    def gradients(
+        self, grad: Tensor | None, grad_tangent: Tensor | None, needs: Needs
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        grad_weight = slope = None
+        if needs.weight:
+            grad_weight = total(
+                _over_pairs(grad_tangent, self.energy), _over_pairs(grad, self.tangent)
+            )
+        if needs.query or needs.key:
+            slope = total(_outer(grad_tangent, self.weight), _outer(grad, self.weight_tangent))
+            slope = None if slope is None else slope * self.slope
+            if grad is not None and self.tangent is not None:
+                curved = self.energy * self.tangent * self.weight[..., None, None, :]
+                slope = total(slope, curved * (-2 * grad).unsqueeze(-1))
+        if slope is None:
+            return None, None, grad_weight
+        slope = self.masks.shielded(slope)
+        grad_query = slope.sum(-2) if needs.query else None
+        return grad_query, slope.sum(-3) if needs.key else None, grad_weight
 
 
 def score_tangents(
-    inputs: Inputs, tangents: Tangents, grad: Tensor | None, grad_tangent: Tensor | None,
+    pairs: Pairs, mask_tangent: Tensor | None, grad: Tensor | None, grad_tangent: Tensor | None,
     masks: Masks, scale: float, need_scores: bool, needs: Needs,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Of the scores, then of the gradients that given ones of the scores have; that of the value
     is None."""
-    query, key, _, weight = inputs
-    pairs = energies_of(query, key, tangents, masks)
-    score = score_tangent(pairs, weight, tangents, masks, scale) if need_scores else None
+    score = None
+    if need_scores:
+        score = masks.cleared(add_bias(scale * pairs.scores()[1], mask_tangent))
     grad, grad_tangent = (None if x is None else masks.cleared(x) for x in (grad, grad_tangent))
-    grad_query, grad_key, grad_weight = feature_tangents(
-        pairs, weight, tangents, masks, None if grad is None else scale * grad,
-        None if grad_tangent is None else scale * grad_tangent, needs,
-    )  # fmt: skip
+    grad_query, grad_key, grad_weight = pairs.gradients(
+        None if grad is None else scale * grad,
+        None if grad_tangent is None else scale * grad_tangent,
+        needs,
+    )
     return score, grad_query, grad_key, None, grad_weight, grad_tangent if needs.mask else None
 
 
 def attention_tangents(
-    inputs: Inputs, tangents: Tangents, upstream: Upstream, upstream_tangents: Upstream,
-    masks: Masks, scale: float, need_outputs: tuple[bool, ...], needs: Needs,
+    pairs: Pairs, value: Tensor, tangents: Tangents, upstream: Upstream,
+    upstream_tangents: Upstream, masks: Masks, scale: float, need_outputs: tuple[bool, ...],
+    needs: Needs,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Of out, weights and lse (equation 23), then of the gradients of query, key, value, weight,
     and of the scores, which is that of the mask."""
-    query, key, value, weight = inputs
-    pairs = energies_of(query, key, tangents, masks)
-    weights = softmax(
-        add_bias(scale * scores(pairs.energy, weight), masks.attn_mask), masks.attended
-    )
-    score = score_tangent(pairs, weight, tangents, masks, scale)
-    lse_tangent = (weights * score).sum(-1, keepdim=True)
-    weights_tangent = weights * (score - lse_tangent)
+    score, score_tangent = pairs.scores()
+    weights = softmax(add_bias(scale * score, masks.attn_mask), masks.attended)
+    score_tangent = masks.cleared(add_bias(scale * score_tangent, tangents.mask))
+    lse_tangent = (weights * score_tangent).sum(-1, keepdim=True)
+    weights_tangent = weights * (score_tangent - lse_tangent)
     kept, kept_tangent = masks.kept(weights), masks.kept(weights_tangent)
     outputs: list[Tensor | None] = [None] * 3
     if need_outputs[0]:
@@ -148,10 +160,11 @@ def attention_tangents(
     grad, grad_tangent = _score_gradients(
         (weights, weights_tangent), (value, tangents.value), (upstream, upstream_tangents), masks
     )
-    grad_query, grad_key, grad_weight = feature_tangents(
-        pairs, weight, tangents, masks, None if grad is None else scale * grad,
-        None if grad_tangent is None else scale * grad_tangent, needs,
-    )  # fmt: skip
+    grad_query, grad_key, grad_weight = pairs.gradients(
+        None if grad is None else scale * grad,
+        None if grad_tangent is None else scale * grad_tangent,
+        needs,
+    )
     grad_mask = grad_tangent if needs.mask else None
     return *outputs, grad_query, grad_key, grad_value, grad_weight, grad_mask
 

@@ -107,8 +107,8 @@ def check(kind, cases, ours=fused, theirs=plain_masked, **options):
         masks = () if mask is None or mask.dtype == torch.bool else ("attn_mask",)
         names = [f"d{name}" for name in (*(INPUTS if ours is fused else SCORED), *masks)]
     check_against_plain(
-        cases, upstream_of=names, function=FUNCTIONS[kind, ours],
-        formula=FUNCTIONS[kind, theirs], **options,
+        cases, upstream_of=names, function=FUNCTIONS[kind, ours], formula=FUNCTIONS[kind, theirs],
+        magnitude=4.0, **options,  # of a tangent of a score, which is a sum over features
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_plain(kind, shape, dtype, small_blocks):
     batch, *sizes = shape
-    cases = [make(batch, *sizes, dtype=dtype, seed=seed) for seed in range(2)]
+    cases = [make(batch, *sizes, dtype=dtype, seed=seed) for seed in range(4)]
     check(kind, cases, scale=0.7)
     check(kind, [scored(case) for case in cases], fused_scores, plain_scores, scale=0.7)
 
@@ -138,19 +138,21 @@ def test_small_and_large_activations(kind, spread):
     check(kind, cases)
 
 
-ROW = torch.tensor([[3], [0], [5], [9], [2], [1]])
+ROWS = torch.tensor([3, 0, 5, 9, 2, 1])
 HIDDEN = torch.rand(6, 9, generator=generator(5)) < 0.6
 HIDDEN[2] = False
-BIAS = torch.randn(2, 6, 9, generator=generator(6))
+BIAS = torch.randn(4, 6, 9, generator=generator(6))
 MASKING = {
     "bool": dict(attn_mask=HIDDEN),
     "float": dict(attn_mask=torch.where(HIDDEN, BIAS, -math.inf)),
     "float, of keys": dict(attn_mask=torch.randn(9, generator=generator(7))),
-    "lengths": dict(lengths=torch.tensor([4, 0])),
-    "lengths of rows": dict(lengths=torch.stack([ROW[:, 0], 9 - ROW[:, 0]])),
+    "lengths": dict(lengths=torch.tensor([4, 0, 9, 7])),
+    "lengths of rows": dict(lengths=torch.stack([ROWS, 9 - ROWS, ROWS // 2, ROWS])),
     "causal": dict(is_causal=True),
     "window": dict(window=(1, 0)),
-    "all": dict(attn_mask=HIDDEN, lengths=torch.tensor([8, 5]), is_causal=True, window=(4, -1)),
+    "all": dict(
+        attn_mask=HIDDEN, lengths=torch.tensor([8, 5, 9, 6]), is_causal=True, window=(4, -1)
+    ),
 }  # fmt: skip
 
 
@@ -158,7 +160,7 @@ MASKING = {
 @both
 @pytest.mark.parametrize("name", MASKING)
 def test_masked(kind, name, small_blocks):
-    cases = [make((2,), 6, 9, 12, 5, seed=seed) for seed in range(2)]
+    cases = [make((4,), 6, 9, 12, 5, seed=seed) for seed in range(3)]
     check(kind, cases, **MASKING[name])
     check(kind, [scored(case) for case in cases], fused_scores, plain_scores, **MASKING[name])
 

@@ -280,8 +280,9 @@ class Block(NamedTuple):
         return keep_factors(keep, dropout_p, dtype)
 
 
-def blocks_of(call: Call, batch: torch.Size) -> Iterator[Block]:
-    """Blocks of all rows of some entries, or of some rows of one entry."""
+def blocks_of(call: Call, batch: torch.Size, pairs: int | None = None) -> Iterator[Block]:
+    """Blocks of all rows of some entries, or of some rows of one entry: of up to ``pairs`` pairs,
+    or of as many as fit with their energies."""
     query, key, value, _ = call.inputs
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     if batch.numel() == 0 or num_queries == 0 or num_keys == 0:
@@ -296,9 +297,9 @@ def blocks_of(call: Call, batch: torch.Size) -> Iterator[Block]:
     # Masked values that are not finite take a tensor (..., Lq, Lk, Dv).
     masked = left >= 0 or right >= 0 or any(x is not None for x in masking[:4])
     features = max(query.shape[-1], value.shape[-1] if masked else 1, 1)
-    unit = batch.numel() // count * features
+    unit = batch.numel() // count * (1 if pairs else features)
     threads = torch.get_num_threads() if query.device.type == "cpu" else _MOST_THREADS
-    elements = _BLOCK_ELEMENTS * min(threads, _MOST_THREADS)
+    elements = pairs or _BLOCK_ELEMENTS * min(threads, _MOST_THREADS)
     rows_at_once = min(max(1, elements // (unit * span)), num_queries)
     entries_at_once = max(1, elements // (unit * span * num_queries))
     for entry in range(0, count, entries_at_once):

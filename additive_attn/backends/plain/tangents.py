@@ -10,10 +10,20 @@ import torch
 from torch import Tensor
 
 from additive_attn.backends.plain.blocks import Block, blocks_of, unnarrowed
+from additive_attn.backends.plain.pairs import OperatorPairs, sum_of
 from additive_attn.backends.plain.whole import is_finite
 from additive_attn.spec.call import Inputs, TangentCall, Tangents, Upstream, lse_dtype
 from additive_attn.spec.formula import widened
-from additive_attn.spec.tangents import Masks, attention_tangents, score_tangents
+from additive_attn.spec.tangents import (
+    FormulaPairs,
+    Masks,
+    Pairs,
+    attention_tangents,
+    score_tangents,
+)
+
+# Pairs of a block, for each of which a dozen numbers are kept.
+_PAIRS = 2**20
 
 Results = tuple[Tensor | None, ...]
 Compute = Callable[["Block", TangentCall, "Part"], Results]
@@ -47,7 +57,8 @@ def _without_value(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 class Part(NamedTuple):
     """What a block reads, in the dtype that is computed in."""
 
-    inputs: Inputs
+    pairs: Pairs
+    value: Tensor
     tangents: Tangents
     masks: Masks
 
@@ -55,10 +66,10 @@ class Part(NamedTuple):
 def _in_blocks(made: TangentCall, compute: Compute) -> tuple[Tensor, ...]:
     batch = made.call.batch()
     results = _zeros(made, batch, lse_dtype(made.call.query.dtype))
-    for block in blocks_of(made.call, batch):
-        part = _part(block, made, batch)
+    for block in blocks_of(made.call, batch, pairs=_PAIRS):
+        part = _part(block, made, batch, differentiable=False)
         found = compute(block, made, part)
-        if part.masks.attended is not None and not is_finite(_sum_of(found)):
+        if part.masks.attended is not None and not is_finite(sum_of(found)):
             masks = part.masks._replace(shield=part.masks.attended)
             found = compute(block, made, part._replace(masks=masks))
         _add(block, made, found, results)
@@ -70,10 +81,8 @@ def _in_one(made: TangentCall, compute: Compute) -> tuple[Tensor, ...]:
     call, batch = made.call, made.call.batch()
     rows, keys = (0, call.query.shape[-2]), (0, call.key.shape[-2])
     block = Block(len(batch) + 1, (0, 1), rows, keys)
-    part = _part(block, made, batch)
-    masks = part.masks._replace(shield=part.masks.attended)
-    results = []
-    found = compute(block, made, part._replace(masks=masks))
+    results: list[Tensor] = []
+    found = compute(block, made, _part(block, made, batch, differentiable=True))
     for result, zeros in zip(found, _zeros(made, batch), strict=True):
         if result is None or zeros.shape == (0,):
             results.append(zeros)
@@ -118,7 +127,7 @@ def _zeros(
     )
 
 
-def _part(block: Block, made: TangentCall, batch: torch.Size) -> Part:
+def _part(block: Block, made: TangentCall, batch: torch.Size, differentiable: bool) -> Part:
     call, tangents = made.call, made.tangents
     query, key, value, weight = (widened(x) for x in block.inputs(call.inputs))
     query = query.expand(*block.of_batch(batch), *query.shape[-2:])
@@ -128,17 +137,21 @@ def _part(block: Block, made: TangentCall, batch: torch.Size) -> Part:
     def part(cut: Callable[..., Tensor], tensor: Tensor | None, *rank: int) -> Tensor | None:
         return None if tensor is None else widened(cut(tensor, *rank))
 
-    return Part(
-        Inputs(query, key, value, weight),
-        Tangents(
-            part(block.of_rows, tangents.query),
-            part(block.of_keys, tangents.key),
-            part(block.of_keys, tangents.value),
-            part(block.of_entries, tangents.weight, 1),
-            part(block.of_mask, tangents.mask),
-        ),
-        Masks(attn_mask, attended, factors),
+    inputs = Inputs(query, key, value, weight)
+    tangents = Tangents(
+        part(block.of_rows, tangents.query),
+        part(block.of_keys, tangents.key),
+        part(block.of_keys, tangents.value),
+        part(block.of_entries, tangents.weight, 1),
+        part(block.of_mask, tangents.mask),
     )
+    masks = Masks(attn_mask, attended, factors, attended if differentiable else None)
+    pairs: Pairs = (
+        FormulaPairs(inputs, tangents, masks)
+        if differentiable
+        else OperatorPairs(inputs, tangents)
+    )
+    return Part(pairs, value, tangents, masks)
 
 
 def _attention(block: Block, made: TangentCall, part: Part) -> Results:
@@ -151,8 +164,8 @@ def _attention(block: Block, made: TangentCall, part: Part) -> Results:
         )
 
     return attention_tangents(
-        part.inputs, part.tangents, grads(made.upstream), grads(made.upstream_tangents),
-        part.masks, made.call.scale, made.need_outputs, made.needs,
+        part.pairs, part.value, part.tangents, grads(made.upstream),
+        grads(made.upstream_tangents), part.masks, made.call.scale, made.need_outputs, made.needs,
     )  # fmt: skip
 
 
@@ -162,13 +175,9 @@ def _scores(block: Block, made: TangentCall, part: Part) -> Results:
         for x in (*made.upstream, *made.upstream_tangents)
     )
     return score_tangents(
-        part.inputs, part.tangents, grad, grad_tangent, part.masks, made.call.scale,
+        part.pairs, part.tangents.mask, grad, grad_tangent, part.masks, made.call.scale,
         made.need_outputs[0], made.needs,
     )  # fmt: skip
-
-
-def _sum_of(results: Results) -> Tensor:
-    return torch.stack([x.sum() for x in results if x is not None]).sum()
 
 
 def _add(block: Block, made: TangentCall, found: Results, results: tuple[Tensor, ...]) -> None:
