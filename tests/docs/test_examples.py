@@ -1,4 +1,4 @@
-"""Examples answer bad input with a sentence, and print commands that can be pasted."""
+"""Examples run. They answer bad input with a sentence, and print commands that can be pasted."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from oracle import make
+
+from additive_attn import additive_attention
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "g2p"
 pytest.importorskip("tqdm", reason="the example needs tqdm")
 
 WRONG = {
@@ -25,14 +28,15 @@ WRONG = {
 
 
 @pytest.fixture
-def scripts(monkeypatch):
+def scripts(monkeypatch, request):
     """The folder of the scripts on the path, and none of their modules left behind."""
-    names = [path.stem for path in EXAMPLE.glob("*.py")]
-    monkeypatch.syspath_prepend(EXAMPLE)
+    folder = ROOT / "examples" / getattr(request, "param", "g2p")
+    names = [path.stem for path in folder.glob("*.py")]
+    monkeypatch.syspath_prepend(folder)
     monkeypatch.chdir(ROOT)
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    yield EXAMPLE
+    yield folder
     for name in names:
         sys.modules.pop(name, None)
 
@@ -53,3 +57,55 @@ def test_commands_are_those_of_the_current_folder(scripts):
     python, script, _, model, _ = shlex.split(line)
     assert (python, script) == ("python", "examples/g2p/pronounce.py")
     assert model == "examples/g2p/runs/a b.pt"
+
+
+@pytest.mark.parametrize("scripts", ["long_keys"], indirect=True)
+def test_long_keys(scripts, monkeypatch, tmp_path, capsys):
+    """Chunks give the gradients of one call; the script trains and says so."""
+    pool = __import__("pool")
+    bag = pool.make_bag(tmp_path / "bag", 2500, 1000, 0)
+    layer = pool.Pool()
+    out = layer(bag, 2500, 700, "")
+    grads = torch.autograd.grad(out[0, pool.MARK], list(layer.parameters()))
+    whole = bag[:2500]
+    expected = additive_attention(None, layer.to_key(whole), whole, layer.energy)
+    torch.testing.assert_close(out, expected)
+    expected = torch.autograd.grad(expected[0, pool.MARK], list(layer.parameters()))
+    torch.testing.assert_close(grads, expected)
+
+    line = "pool.py --instances 5000 --chunk 1000 --steps 5 --file".split()
+    monkeypatch.setattr(sys, "argv", [*line, str(tmp_path / "other")])
+    pool.main()
+    steps = [row for row in capsys.readouterr().out.splitlines() if row.startswith("step ")]
+    missed = [1.5 - float(row.split()[3]) for row in steps]
+    assert len(steps) == 5 and missed[-1] < missed[0] / 2
+
+
+@pytest.mark.parametrize("scripts", ["long_documents"], indirect=True)
+def test_long_documents(scripts, monkeypatch, capsys):
+    """Window and global tokens are one softmax; the script trains on files of this machine."""
+    model = __import__("model")
+    layer = model.WindowAndGlobal(8, 2, window=3)
+    inputs = make((2,), 20, 4, 8, 8)
+    tokens, globals_, lengths = inputs["query"], inputs["key"], torch.tensor([20, 13])
+    (q, k, v), (gq, gk, gv) = layer.split(tokens), layer.split(globals_)
+    place = torch.arange(20)
+    mask = ((place - place[:, None]).abs() <= 3) & (place < lengths[:, None, None])
+    mask = torch.cat([torch.ones(2, 20, 4, dtype=torch.bool), mask], -1)[:, None]
+    keys, values = torch.cat([gk, k], -2), torch.cat([gv, v], -2)
+    expected = (
+        additive_attention(q, keys, values, layer.energy, attn_mask=mask),
+        additive_attention(gq, keys, values, layer.energy, lengths=lengths + 4),
+    )
+    ours = layer(tokens, globals_, lengths)
+    torch.testing.assert_close(ours, tuple(layer.joined(x) for x in expected))
+
+    data, train = __import__("data"), __import__("train")
+    documents = data.read_documents(classes=2, most=8)
+    line = "train.py --tokens 128 --epochs 6 --batch-size 4".split()
+    monkeypatch.setattr(sys, "argv", line)
+    monkeypatch.setattr(train, "read_documents", lambda: documents)
+    train.main()
+    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("epoch")]
+    losses = [float(row.split()[3].rstrip(",")) for row in rows]
+    assert len(losses) == 6 and min(losses[3:]) < losses[0]
