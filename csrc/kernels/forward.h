@@ -29,18 +29,19 @@ T value_scale(std::int64_t keys) {
 }
 
 // One block of rows over one range of keys: unnormalised out, running maximum and running sum. A row whose attended
-// scores are all -Inf has a sum of 1, an empty row one of 0.
+// scores are all -Inf has a sum of 1, an empty row one of 0. Where weights bound the scores, the maximum is 0 instead.
 template <class T>
 class ForwardBlock {
  public:
   static constexpr int K = block_keys<T>, TK = tile_keys<T>;
 
-  ForwardBlock(const Forward<T>& problem, std::int64_t sharing)
-      : p(problem), width(round_up(problem.values, panel_columns<T>)), s(problem, sharing) {}
+  ForwardBlock(const Forward<T>& problem, std::int64_t sharing, bool bounded)
+      : p(problem), width(round_up(problem.values, panel_columns<T>)), bounded(bounded), s(problem, sharing) {}
 
   void run(std::int64_t n, std::int64_t row0, std::int64_t rows, std::int64_t key_begin, std::int64_t key_end, T* out,
            T* maximum, double* sum) {
     s.begin(n, row0, rows);
+    bits = bounded ? s.bound_bits : 0;
     std::fill(out, out + rows * width, T(0));
     for (std::int64_t r = 0; r < rows; ++r) {
       maximum[r] = T(-INFINITY);
@@ -61,8 +62,10 @@ class ForwardBlock {
 
   const Forward<T>& p;
   const std::int64_t width;
+  int bits = 0;  // above 0: no maximum is looked for, and the sums are those of e^score 2^-bits
 
  private:
+  const bool bounded;  // rows of several tiles, not split: bounds may take the place of maxima
   const T scale_of_values = value_scale<T>(p.keys);
 
   void softmax_row(std::int64_t r, std::int64_t key0, T* out, T& maximum, double& sum_) {
@@ -70,6 +73,17 @@ class ForwardBlock {
     T* row = s.scores + r * TK;
     if (p.weights) keep_scores(r, key0, row);
     const int end = int(round_up(s.count, L));  // scores beyond the last key are -Inf
+    if (bits > 0) {
+      for (const bool any : s.attended[r]) maximum = any ? T(0) : maximum;
+      Vec<T> total = {};
+      for (int j = 0; j < end; j += L) {
+        const Vec<T> e = exp_scaled<T>(load(row + j), bits);
+        total += e;
+        store(row + j, e * scale_of_values);
+      }
+      sum_ += sum<T>(total);
+      return drop(r, key0, row, end);
+    }
     Vec<T> most = load(row);
     for (int j = L; j < end; j += L) {
       const Vec<T> x = load(row + j);
@@ -93,11 +107,14 @@ class ForwardBlock {
     sum_ += sum<T>(total);
     if (s.may_overflow && m == T(-INFINITY) && sum_ == 0)
       for (const bool any : s.attended[r]) sum_ = any ? 1 : sum_;
-    if (p.seed) {
-      T keep[TK];
-      dropout_factors(p, s.entry_of(r), s.row_of(r), key0, keep);
-      for (int j = 0; j < end; j += L) store(row + j, load(row + j) * load(keep + j));
-    }
+    drop(r, key0, row, end);
+  }
+
+  void drop(std::int64_t r, std::int64_t key0, T* row, int end) const {
+    if (!p.seed) return;
+    T keep[TK];
+    dropout_factors(p, s.entry_of(r), s.row_of(r), key0, keep);
+    for (int j = 0; j < end; j += lanes<T>) store(row + j, load(row + j) * load(keep + j));
   }
 
   // The scores wait in `weights` for the whole row's lse; an attended -Inf as NaN, to tell it from a masked one.
@@ -158,7 +175,7 @@ class ForwardBlock {
       const std::int64_t some = std::min<std::int64_t>(gemm_row_block, first + rows - r);
       if (const auto [from, to] = attended_keys(r, some); from < to)
         gemm<T>(s.scores + r * TK + from, TK, 1, v + from * panel_columns<T>, s.count * panel_columns<T>,
-                out + r * width, width, some, width, to - from);
+                out + r * width, width, some, p.values, to - from);
     }
   }
 
@@ -181,12 +198,12 @@ class ForwardBlock {
 
 // Writes the results of row `at` of all; `out` has been summed over all keys.
 template <class T>
-void write_row(const Forward<T>& p, std::int64_t at, const T* out, T maximum, double sum) {
+void write_row(const Forward<T>& p, std::int64_t at, const T* out, T maximum, double sum, int bits = 0) {
   constexpr int L = lanes<T>;
   const bool none = maximum == T(-INFINITY), empty = none && sum == 0;
-  const T inverse = empty ? T(0) : none ? T(NAN) : T(1 / sum);
+  const T inverse = empty ? T(0) : none ? T(NAN) : T(std::ldexp(1 / sum, -bits));
   const T share = empty ? T(0) : none ? T(NAN) : T(1 / (sum * double(value_scale<T>(p.keys))));
-  p.lse[at] = empty ? T(-INFINITY) : T(double(maximum) + std::log(sum));
+  p.lse[at] = empty ? T(-INFINITY) : T(double(maximum) + bits * std::log(2.0) + std::log(sum));
   for (std::int64_t d = 0; d < p.values; d += L)
     store_part<T>(p.out + at * p.values + d, load(out + d) * share, p.values - d);
   if (!p.weights) return;
@@ -243,7 +260,7 @@ void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
   }
   const std::int64_t work = rows * keys.split * (p.hidden + p.values + 16);
   parallel_for(batch * blocks * splits, work, [&](Tasks& tasks) {
-    ForwardBlock<T> block(p, sharing);
+    ForwardBlock<T> block(p, sharing, splits == 1 && p.keys > tile_keys<T>);
     Buffer<T> own_out;
     T own_maximum[most_rows];
     double own_sum[most_rows];
@@ -256,7 +273,8 @@ void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
       double* sum = splits > 1 ? part_sum.get(0) + at : own_sum;
       block.run(n, row0, count, keys.begin(k), keys.end(k), out, maximum, sum);
       if (splits == 1)
-        for (std::int64_t r = 0; r < count; ++r) write_row(p, first + r, out + r * width, maximum[r], sum[r]);
+        for (std::int64_t r = 0; r < count; ++r)
+          write_row(p, first + r, out + r * width, maximum[r], sum[r], block.bits);
     }
   });
   if (splits == 1) return;

@@ -17,36 +17,43 @@ const T* pack_panels(const T* x, std::int64_t row, std::int64_t count, std::int6
   return packed;
 }
 
-template <class T, int R>
+template <class T, int R, int V>
 inline void gemm_block(const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, T* c, std::int64_t c_row,
                        std::int64_t inner) {
   constexpr int L = lanes<T>;
-  Vec<T> sum[R][2] = {};
+  Vec<T> sum[R][V] = {};
   for (std::int64_t k = 0; k < inner; ++k) {
-    const Vec<T> b0 = load(b + k * 2 * L), b1 = load(b + k * 2 * L + L);
+    Vec<T> right[V];
+    for (int v = 0; v < V; ++v) right[v] = load(b + k * 2 * L + v * L);
     for (int i = 0; i < R; ++i) {
       const T left = a[i * a_row + k * a_column];
-      sum[i][0] += b0 * left;
-      sum[i][1] += b1 * left;
+      for (int v = 0; v < V; ++v) sum[i][v] += right[v] * left;
     }
   }
   for (int i = 0; i < R; ++i)
-    for (int v = 0; v < 2; ++v) store(c + i * c_row + v * L, load(c + i * c_row + v * L) + sum[i][v]);
+    for (int v = 0; v < V; ++v) store(c + i * c_row + v * L, load(c + i * c_row + v * L) + sum[i][v]);
 }
 
 constexpr int gemm_row_block = 4;
 constexpr std::int64_t values_cached = 256;  // so many values of a tile's keys are turned at a time
 
-// Up to gemm_row_block rows of C, whose rows are whole panels wide. The panels of B are `panel` elements apart.
+template <class T, int R>
+inline void gemm_panels(const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, std::int64_t panel, T* c,
+                        std::int64_t c_row, std::int64_t columns, std::int64_t inner) {
+  for (; columns > lanes<T>; columns -= panel_columns<T>, b += panel, c += panel_columns<T>)
+    gemm_block<T, R, 2>(a, a_row, a_column, b, c, c_row, inner);
+  if (columns > 0) gemm_block<T, R, 1>(a, a_row, a_column, b, c, c_row, inner);
+}
+
+// Up to gemm_row_block rows of C, whose rows are whole panels wide; of the last one, columns beyond a vector that holds
+// the last column are not touched. The panels of B are `panel` elements apart.
 template <class T>
 void gemm(const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, std::int64_t panel, T* c,
           std::int64_t c_row, std::int64_t rows, std::int64_t columns, std::int64_t inner) {
-  for (; columns > 0; columns -= panel_columns<T>, b += panel, c += panel_columns<T>) {
-    if (rows == 4) gemm_block<T, 4>(a, a_row, a_column, b, c, c_row, inner);
-    if (rows == 3) gemm_block<T, 3>(a, a_row, a_column, b, c, c_row, inner);
-    if (rows == 2) gemm_block<T, 2>(a, a_row, a_column, b, c, c_row, inner);
-    if (rows == 1) gemm_block<T, 1>(a, a_row, a_column, b, c, c_row, inner);
-  }
+  if (rows == 4) gemm_panels<T, 4>(a, a_row, a_column, b, panel, c, c_row, columns, inner);
+  if (rows == 3) gemm_panels<T, 3>(a, a_row, a_column, b, panel, c, c_row, columns, inner);
+  if (rows == 2) gemm_panels<T, 2>(a, a_row, a_column, b, panel, c, c_row, columns, inner);
+  if (rows == 1) gemm_panels<T, 1>(a, a_row, a_column, b, panel, c, c_row, columns, inner);
 }
 
 // C += A B for R rows of A and C, and B as it lies in memory, read once and in order; columns beyond the last are not

@@ -84,7 +84,7 @@ class RowPass {
     for (int j = 0; j < end && !s.may_overflow; j += L) {
       const Vec<T> x = load(score + j);
       const auto masked = x == T(-INFINITY);
-      store(weights + j, masked ? (Vec<T>){} : exp<T>(x - lse));
+      store(weights + j, masked ? (Vec<T>){} : exp_scaled<T>(x - lse));
       store(g + j, masked ? (Vec<T>){} : load(g + j));  // whatever a masked value holds
     }
     for (std::int64_t j = 0; j < TK && s.may_overflow; ++j) {

@@ -7,6 +7,8 @@ inline std::int64_t rows_per_block(std::int64_t batch, std::int64_t queries, int
   return rows;
 }
 
+constexpr double most_bound = 16;  // of scores whose exponentials need no maximum taken off
+
 template <class T>
 class ScoreBlock {
  public:
@@ -109,6 +111,7 @@ class ScoreBlock {
   bool attended[most_rows][tile_blocks];           // blocks with an attended key
   bool reached[most_rows];                         // rows with such a block
   bool may_overflow = false;                       // an attended score may be -Inf too
+  int bound_bits = 0;                              // above 0: every |score| < bound_bits ln 2
   T* scores = nullptr;
 
  private:
@@ -137,6 +140,8 @@ class ScoreBlock {
       cancellation_.begin(normalised, p.hidden, as_number<T>(weight_largest_) * normaliser_,
                           std::max(std::sqrt(squares), std::fabs(total)) * unit);
     may_overflow = !(reach * unit < bound);
+    const bool added = p.mask.type != MaskType::none && p.mask.type != MaskType::boolean;
+    bound_bits = reach * unit <= most_bound && !added && !p.location ? 1 + int(reach * unit * 1.4427) : 0;
   }
 
   // Loads the masks of the tile, and finds the blocks of keys to compute, for each row and for any.

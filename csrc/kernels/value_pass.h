@@ -46,7 +46,7 @@ class ValuePass {
         const std::int64_t keys = std::min<std::int64_t>(K, count - b * K);
         for (std::int64_t j = 0; j < keys; j += gemm_row_block)
           gemm<T>(weights + j, 1, K, grad, (stop - i) * panel_columns<T>, sum + (b * K + j) * width, width,
-                  std::min<std::int64_t>(gemm_row_block, keys - j), width, stop - i);
+                  std::min<std::int64_t>(gemm_row_block, keys - j), p.values, stop - i);
       }
       kept += (stop - i) * first.width;
       on += (stop - i) * (first.width / K);
