@@ -16,10 +16,11 @@ from pathlib import Path
 from oracle import PACKAGE_PARENT
 
 PARENT = """
-import json, os, sys, traceback, warnings
+import json, os, signal, sys, traceback, warnings
 import torch
 
 def run(code, path, env, filters, out, err):
+    signal.alarm(300)  # what hangs is not to outlive the tests
     for number, name in ((1, out), (2, err)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()

@@ -1,0 +1,81 @@
+"""DistributedDataParallel over a decoder's steps, whose gradients are made at the end of a
+backward pass: in every mode it gives the gradients of one process."""
+
+from __future__ import annotations
+
+import processes
+import torch
+from test_training import compare, cutter, data, made, trained
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+MODES = {
+    "find unused": dict(find_unused_parameters=True),
+    "static graph": dict(static_graph=True),
+    "a bucket for each": dict(bucket_cap_mb=1e-5),
+    "views of buckets": dict(gradient_as_bucket_view=True),
+}
+KINDS = ("decoder", "located", "covered")
+
+
+class Spare(nn.Module):
+    """A model with parameters that take no part."""
+
+    def __init__(self, name: str, freeze: bool = False) -> None:
+        super().__init__()
+        self.model, self.spare = made(name), nn.Linear(3, 3).double()
+        self.model.attention.key_layer.requires_grad_(not freeze)
+        self.spare.requires_grad_(not freeze)
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def same(ours, expected):
+    compare({name.removeprefix("module."): x for name, x in ours.items()}, expected)
+
+
+def check_modes(mesh, folder):
+    for name in KINDS:
+        expected = trained(made(name))
+        for options in MODES.values():
+            model = DistributedDataParallel(made(name), **options)
+            same(trained(model, cutter(mesh)), expected)
+
+
+def check_unused_and_frozen_parameters(mesh, folder):
+    for name in KINDS:
+        for freeze in (False, True):
+            expected = trained(Spare(name, freeze))
+            model = DistributedDataParallel(Spare(name, freeze), find_unused_parameters=True)
+            same(trained(model, cutter(mesh)), expected)
+
+
+def gradients(model, cut, skip):
+    """Of three batches, the first of which is passed back twice; exchanged with the last."""
+    for number in range(3):
+        with skip(number < 2):
+            loss = model(cut(data(number).double())).square().mean()
+            if number == 0:
+                loss.backward(retain_graph=True)
+            loss.backward()
+    return {name: x.grad.clone() for name, x in model.named_parameters()}
+
+
+def check_accumulated(mesh, folder):
+    for name in KINDS:
+        expected = gradients(made(name), lambda x: x, lambda skipped: torch.enable_grad())
+        for options in MODES.values():
+            model = DistributedDataParallel(made(name), **options)
+            if options.get("static_graph"):
+                trained(model, cutter(mesh), 1, torch.optim.SGD(model.parameters(), 0.0))
+                model.zero_grad()  # its first pass must exchange gradients
+
+            def skip(skipped, model=model):
+                return model.no_sync() if skipped else torch.enable_grad()
+
+            same(gradients(model, cutter(mesh), skip), expected)
+
+
+def test_two_processes(tmp_path):
+    processes.run(__name__, 2, tmp_path)
