@@ -153,7 +153,7 @@ def call(
             torch.zeros(hidden, dtype=dtype),
             None if mask is None else torch.zeros(batch, queries, keys, dtype=mask),
             torch.zeros(batch, queries, dtype=torch.int64) if lengths else None,
-            left, right,
+            None, None, None, left, right,
             torch.zeros((), dtype=torch.int64) if dropout_p else None, dropout_p, 1.0,
         ]  # fmt: skip
         out, weights, lse = operators.forward(*inputs, need_weights)
@@ -208,7 +208,8 @@ def scores_call(
             torch.zeros(batch, queries, hidden), torch.zeros(batch, keys, hidden),
             torch.zeros(hidden),
             None if mask is None else torch.zeros(batch, queries, keys, dtype=mask),
-            torch.zeros(batch, queries, dtype=torch.int64) if lengths else None, -1, -1, 1.0,
+            torch.zeros(batch, queries, dtype=torch.int64) if lengths else None,
+            None, None, None, -1, -1, 1.0,
         )  # fmt: skip
         scores = operators.scores(*arguments)
         operators.scores_backward(scores, *arguments, True, True, True, True)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from oracle import check_against_plain, fused, gradients, make, plain, random_upstream
+from oracle import (
+    check_against_plain,
+    fused,
+    fused_scores,
+    gradients,
+    make,
+    plain,
+    plain_scores,
+    random_upstream,
+)
 
 pytestmark = pytest.mark.triton
 
@@ -25,6 +36,48 @@ def opposed(offset, deviation, weight, queries, hidden, seed):
 def test_opposite_offsets(offset, deviation, weight, queries, hidden):
     cases = [opposed(offset, deviation, weight, queries, hidden, seed) for seed in range(3)]
     check_against_plain(cases, magnitude=deviation * weight)
+
+
+def opposite_pairs(queries, deviation, hidden, mix):
+    """Rows whose weight lies on opposite keys, beside other keys."""
+    for seed in range(2):
+        case = make((), queries, 24, hidden, 5, spread=deviation, seed=seed)
+        other = make((), queries, 24, hidden, 5, seed=9 + seed)["key"]
+        j = torch.arange(24)[:, None]
+        away = {"one": j != 13, "third": j % 3 == 0, "most": (j != 2) & (j != 21)}[mix]
+        case["query"] += 3.0
+        case["key"] = torch.where(away, other, case["key"] - 3.0)
+        case["weight"] = -20 * case["weight"].abs()  # other keys have lower scores
+        yield case
+
+
+@pytest.mark.parametrize(
+    ("queries", "deviation", "hidden", "mix"),
+    [
+        (3, 1e-2, 20, "most"),
+        (3, 1e-4, 72, "one"),
+        (24, 1e-2, 72, "third"),
+        *(
+            pytest.param(*each, marks=pytest.mark.sweep)
+            for each in itertools.product(
+                (3, 24), (1e-4, 1e-2), (20, 72), ("one", "third", "most")
+            )
+        ),
+    ],
+)
+def test_opposite_pairs_among_others(queries, deviation, hidden, mix):
+    cases = list(opposite_pairs(queries, deviation, hidden, mix))
+    check_against_plain(cases, magnitude=20 * deviation)
+
+
+def test_scores_of_opposite_pairs_among_others():
+    cases = list(opposite_pairs(3, 1e-3, 24, "third"))
+    for case in cases:
+        del case["value"]
+    check_against_plain(
+        cases, function=fused_scores, formula=plain_scores, upstream_of=["scores"],
+        magnitude=0.1, attn_mask=(torch.arange(24) % 3 != 0).expand(3, 24),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("queries", [1, 3])

@@ -20,7 +20,7 @@ from additive_attn.backends.triton.feature_gradients import key_kernel, query_ke
 from additive_attn.backends.triton.launch import launch, target
 from additive_attn.backends.triton.plan import Piece, splits
 from additive_attn.backends.triton.row_gradient import given_kernel, row_gradient_kernel
-from additive_attn.backends.triton.score_tiles import tile_scores
+from additive_attn.backends.triton.score_tiles import Flags, flagged_scores, opposite_tiles
 from additive_attn.spec.call import Needs, Upstream, backward_arguments, call_of_scores
 
 
@@ -99,7 +99,8 @@ def scores_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             key, end = p.key_range(piece)
             if key < end:
                 gradient = _given(p, piece, grad_scores, _padded(piece, end - key))
-                _add_from_scores(p, piece, gradient, sums)
+                flags = None if p.wide else opposite_tiles(p, piece, key, end - key)
+                _add_from_scores(p, piece, gradient, flags, sums)
         results = _results(p, sums)
     return (*results[:2], *results[3:])
 
@@ -153,7 +154,7 @@ def _add_piece(
     if count <= 0:
         return
     of_entries, of_keys = slice(entry, entry + entries), slice(key, end)
-    scores = tile_scores(p, piece, key, count)
+    scores, flags = flagged_scores(p, piece, key, count)
     if upstream.out is None:
         products = scores.new_zeros(entries, rows, count)
     else:
@@ -170,10 +171,12 @@ def _add_piece(
     )  # fmt: skip
     if sums.value is not None and upstream.out is not None:
         sums.value[of_entries, of_keys] += scores[..., :count].mT @ grad_out
-    _add_from_scores(p, piece, gradient, sums)
+    _add_from_scores(p, piece, gradient, flags, sums)
 
 
-def _add_from_scores(p: Problem, piece: Piece, gradient: Tensor, sums: Gradients) -> None:
+def _add_from_scores(
+    p: Problem, piece: Piece, gradient: Tensor, flags: Flags | None, sums: Gradients
+) -> None:
     """Adds what comes from G of a piece, padded: the gradients of mask, query, key and weight."""
     entry, entries, row, rows = piece
     key, end = p.key_range(piece)
@@ -185,6 +188,7 @@ def _add_from_scores(p: Problem, piece: Piece, gradient: Tensor, sums: Gradients
         return
     inputs = (
         *p.inputs(), *p.prepared_rows_arguments(), p.weight, *p.weight_strides, gradient,
+        *(flags or (None, 1, 1)),
     )  # fmt: skip
     row_padded, key_padded = gradient.shape[1:]
     sizes = (

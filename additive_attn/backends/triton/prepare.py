@@ -10,9 +10,9 @@ which shows where t is small: there 1 - t^2 is near 1, and one correction per ro
 take it out of the scores (math.md, eq. 8). From the gradient of the weight, where the roundings of
 a row or a key add up over all its pairs, they are always taken out.
 
-All t of a tile are small where all |q|, |k| <= 1, and where queries and keys are opposite: q near
-c and k near -c in every feature. ``projections`` tell without a look at the features: of opposite
-rows they are opposite too, and of others most unlikely so.
+All t of a tile are small where all |q|, |k| <= 1. Of an opposite pair, q near -k in every feature
+that matters, they are small too, but q and k are not. A ``sketch`` of rows and keys tells such
+pairs without a look at the features (``score_tiles.py``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SAFE = tl.constexpr(10.0)  # (e^{2 SAFE} + e^{2 SAFE})^4 < 2^120
 DIFFERENCE_MAX_FEATURES = 64  # up to so many the plain layer rounds so little that w (b - a) helps
 FEATURES_PER_SUM = 32  # partial sums are centred after so many features, which keeps them small
 STEP = 4  # the gradient's loops take so many rows at a time, and may begin anywhere
-PROJECTIONS = tl.constexpr(4)
+SKETCH = tl.constexpr(32)  # numbers of a sketch
 
 
 class PreparedWeight(NamedTuple):
@@ -53,13 +53,15 @@ class PreparedRows(NamedTuple):
     """Of queries (e^{-2q}) or keys (e^{2k}): ``exponential`` (outer, inner, LP, HP), 1 in rows
     that are not within SAFE and in the rows beyond the last, so that loops need no bounds;
     ``size`` (outer, inner, LP) = max |x|, Inf for NaN; ``correction`` (outer, inner, LP);
-    ``projections`` (outer, inner, LP, 4): the mean over the features, and three sums with random
-    signs over the root of their number."""
+    ``sketch`` (outer, inner, LP, 32), in float16: sums of w x / |w| over every 32nd feature, with
+    random signs; ``distance`` (outer, inner, LP): the square of a key's sketch, and what twice its
+    product with a query's and this square must stay below for a pair to be opposite."""
 
     exponential: Tensor
     size: Tensor
     correction: Tensor
-    projections: Tensor
+    distance: Tensor
+    sketch: Tensor
 
 
 @kernel
@@ -98,15 +100,17 @@ def weight_kernel(
 
 
 @triton.jit
-def _signed(x, h, BIT: tl.constexpr):
-    """x or -x, by a bit of a hash of the feature."""
-    hash = h.to(tl.uint32) * 2654435769
-    return tl.where(((hash >> BIT) & 1) != 0, -x, x)
+def _opposite_limit(square, hidden):
+    """Below what squared distance from -k a query with this square is opposite to a key: so small
+    that of ordinary rows and keys, which have only ``hidden`` ways to differ, hardly any are."""
+    share = tl.where(hidden >= 16, 0.04, tl.where(hidden >= 8, 0.01, 0.0025))
+    share = tl.where(hidden >= 4, share, tl.where(hidden >= 2, 1e-5, 0.0))
+    return share * tl.minimum(2.0 * square, 1.0)
 
 
 @kernel
 def rows_kernel(
-    x, weight, exponential, size, correction, projections,
+    x, weight, exponential, size, correction, distance, sketch,
     stride_outer, stride_inner, stride_row, stride_h,
     weight_outer, weight_inner, inner, length, length_padded, hidden, padded,
     SIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -120,10 +124,9 @@ def rows_kernel(
     source = x + o * stride_outer + m * stride_inner
     source += row[:, None].to(tl.int64) * stride_row
     largest = tl.zeros([ROWS, BLOCK], tl.float32)
-    sum0 = tl.zeros([ROWS, BLOCK], tl.float32)
-    sum1 = tl.zeros([ROWS, BLOCK], tl.float32)
-    sum2 = tl.zeros([ROWS, BLOCK], tl.float32)
-    sum3 = tl.zeros([ROWS, BLOCK], tl.float32)
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    w_row = weight + o * weight_outer + m * weight_inner
     for h0 in range(0, padded, BLOCK):
         f = (h0 + h)[None, :]
         v = tl.load(
@@ -133,22 +136,24 @@ def rows_kernel(
         absolute = tl.abs(v)
         absolute = tl.where(absolute < float("inf"), absolute, float("inf"))
         largest = tl.maximum(largest, absolute)
-        sum0 += v
-        sum1 += _signed(v, f, 31)
-        sum2 += _signed(v, f, 30)
-        sum3 += _signed(v, f, 29)
+        w = tl.load(w_row + h0 + h, mask=h0 + h < padded, other=0.0)
+        squares += w * w
+        w = tl.where(((h0 + h).to(tl.uint32) * 2654435769) >> 31 != 0, -w, w)
+        sums += w[None, :] * v
     most = tl.max(largest, 1)
     at = n * length_padded + row
     stored = row < length_padded
     tl.store(size + at, most, mask=stored)
-    root = tl.sqrt(hidden + tl.zeros([ROWS], tl.float32))
-    tl.store(projections + PROJECTIONS * at, tl.sum(sum0, 1) / hidden, mask=stored)
-    tl.store(projections + PROJECTIONS * at + 1, tl.sum(sum1, 1) / root, mask=stored)
-    tl.store(projections + PROJECTIONS * at + 2, tl.sum(sum2, 1) / root, mask=stored)
-    tl.store(projections + PROJECTIONS * at + 3, tl.sum(sum3, 1) / root, mask=stored)
+    of_row = tl.sum(tl.reshape(sums, [ROWS, BLOCK // SKETCH, SKETCH]), 1)
+    of_row = (of_row / tl.sqrt(tl.sum(squares, 0))).to(tl.float16)  # [ROWS, SKETCH]
+    place = SKETCH * at[:, None] + tl.arange(0, SKETCH)[None, :]
+    tl.store(sketch + place, of_row, mask=stored[:, None])
+    square = tl.sum(of_row.to(tl.float32) * of_row.to(tl.float32), 1)
+    if SIGN < 0:
+        square = _opposite_limit(square, hidden) - square
+    tl.store(distance + at, square, mask=stored)
 
     total = tl.zeros([ROWS, BLOCK], tl.float32)
-    w_row = weight + o * weight_outer + m * weight_inner
     safe = inside & (most <= SAFE)
     for h0 in range(0, padded, BLOCK):
         f = (h0 + h)[None, :]
@@ -196,12 +201,12 @@ def prepare_rows(x: Tensor, sign: int, weight: Tensor, batch: BatchShape) -> Pre
     exponential = torch.empty(
         outer, inner, length_padded, padded, dtype=torch.float32, device=x.device
     )
-    size, correction = exponential.new_empty(2, outer, inner, length_padded)
-    projections = exponential.new_empty(outer, inner, length_padded, PROJECTIONS.value)
-    rows, block = 8, min(128, power_of_two(padded))
+    size, correction, distance = exponential.new_empty(3, outer, inner, length_padded)
+    sketch = exponential.new_empty(outer, inner, length_padded, SKETCH.value, dtype=torch.float16)
+    rows, block = 8, max(SKETCH.value, min(128, power_of_two(padded)))
     launch(
         rows_kernel, outer * inner * -(-length_padded // rows), x, view, weight,
-        exponential, size, correction, projections, *view.stride(), *weight.stride()[:2], inner,
-        length, length_padded, hidden, padded, SIGN=sign, ROWS=rows, BLOCK=block,
+        exponential, size, correction, distance, sketch, *view.stride(), *weight.stride()[:2],
+        inner, length, length_padded, hidden, padded, SIGN=sign, ROWS=rows, BLOCK=block,
     )  # fmt: skip
-    return PreparedRows(*map(batch.expand, (exponential, size, correction, projections)))
+    return PreparedRows(*map(batch.expand, (exponential, size, correction, distance, sketch)))

@@ -3,17 +3,21 @@
 A tile takes one of three forms (math.md, eq. 3 to 7, which say why each is needed):
 
     factored    z = w a         y = a + b    sum (w - 2 z/y)    3.75 instructions a tanh
-    difference  z = w (b - a)   y = a + b    sum z/y            few features; small tanh
-    direct      tanh(q + k)                  float64; rows or keys beyond SAFE, NaN, Inf
+    difference  z = w (b - a)   y = a + b    sum z/y            few features; all |q|, |k| <= 1
+    direct      tanh(q + k)                  float64; rows or keys beyond SAFE, NaN, Inf;
+                                             opposite pairs
 
 with a = e^{-2q} and b = e^{2k} (``prepare.py``). The fractions of four features are joined, so
-that they share one reciprocal.
+that they share one reciprocal. One small product of sketches tells whether a tile holds an
+opposite pair. If so its pairs are computed in both forms, and each takes its own.
 
 A thread keeps RM rows by RN keys in registers: tiles are [RM, RN, TM, TN], since Triton gives the
 last dims to the threads, and become [RM TM, RN TN] = [BM, BN] when the sum is complete.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,7 +31,7 @@ from additive_attn.backends.triton.launch import kernel, launch
 from additive_attn.backends.triton.masks import attended_pairs, interval, stored
 from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, split4, tanh
 from additive_attn.backends.triton.plan import Piece
-from additive_attn.backends.triton.prepare import PROJECTIONS, SAFE
+from additive_attn.backends.triton.prepare import SAFE, SKETCH
 
 
 @triton.jit
@@ -90,19 +94,33 @@ def _square(x, RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.cons
 
 
 @triton.jit
-def extremes(projections, i, counted):
-    """The largest of the projections of the rows i that count, and of their negatives: [8]."""
-    f = tl.arange(0, 2 * PROJECTIONS)
-    place = projections + i[:, None].to(tl.int64) * PROJECTIONS + (f % PROJECTIONS)[None, :]
-    x = tl.load(place, mask=counted[:, None], other=0.0)
-    x = tl.where(f[None, :] < PROJECTIONS, x, -x)
-    return tl.max(tl.where(counted[:, None], x, float("-inf")), 0)
+def holds_opposite(
+    query_rows, key_rows, at_query, at_key, row0, key0, rows, keys,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Whether a pair of a tile may be opposite, masked ones included: nearly |q + k|^2 is too
+    small. A product takes at least 16 rows."""
+    LEAST: tl.constexpr = 16 if BM < 16 else BM
+    f = tl.arange(0, SKETCH)
+    i = at_query + tl.minimum(row0 + tl.arange(0, LEAST), rows - 1)
+    j = at_key + tl.minimum(key0 + tl.arange(0, BN), keys - 1)
+    of_rows = tl.load(query_rows.sketch + i[:, None] * SKETCH + f[None, :])  # [LEAST, SKETCH]
+    of_keys = tl.load(key_rows.sketch + j[None, :] * SKETCH + f[:, None])  # [SKETCH, BN]
+    square = tl.load(key_rows.distance + j)[None, :] + 2.0 * tl.dot(of_rows, of_keys)
+    limit = tl.load(query_rows.distance + i)
+    # Sums in another order differ by a rounding.
+    return tl.max((tl.min(square, 1) < limit + 1e-4 * tl.abs(limit)).to(tl.int32), 0) != 0
 
 
 @triton.jit
-def small_tanh(largest, rows, keys):
-    """Whether no |q|, |k| is above 1, or queries and keys of these ``extremes`` are opposite."""
-    return tl.minimum(largest, tl.max(rows + keys, 0) - 0.5) <= 1.0
+def _opposite(query_rows, key_rows, i, j):
+    """Which pairs (i, j) are opposite, [BM, BN]."""
+    square = tl.load(key_rows.distance + j)[None, :] + 0.0 * i[:, None].to(tl.float32)
+    for f in range(0, SKETCH):
+        a = tl.load(query_rows.sketch + i * SKETCH + f).to(tl.float32)
+        b = tl.load(key_rows.sketch + j * SKETCH + f).to(tl.float32)
+        square += 2.0 * a[:, None] * b[None, :]
+    return square < tl.load(query_rows.distance + i)[:, None]
 
 
 @triton.jit
@@ -110,8 +128,8 @@ def _forms(
     query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, attended,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Whether a row or key of a tile takes the direct form, and whether all tanh of the others are
-    small. What rows and keys hold that attend to nothing here decides nothing."""
+    """Whether a pair of a tile takes the direct form, and whether no |q|, |k| of the others is
+    above 1. What rows and keys hold that attend to nothing here decides nothing."""
     ci = tl.minimum(tl.arange(0, BM), rows - 1 - row0)
     cj = tl.minimum(tl.arange(0, BN), keys - 1 - key0)
     row_counts = tl.max(attended.to(tl.int32), 1) != 0
@@ -121,22 +139,18 @@ def _forms(
     near_i = tl.where(size_i > SAFE, 0.0, size_i)
     near_j = tl.where(size_j > SAFE, 0.0, size_j)
     any_direct = tl.maximum(tl.max(size_i, 0), tl.max(size_j, 0)) > SAFE
-    row_counts = row_counts & (size_i <= SAFE)
-    key_counts = key_counts & (size_j <= SAFE)
-    small = small_tanh(
-        tl.maximum(tl.max(near_i, 0), tl.max(near_j, 0)),
-        extremes(query_rows.projections + (at_query + row0) * PROJECTIONS, ci, row_counts),
-        extremes(key_rows.projections + (at_key + key0) * PROJECTIONS, cj, key_counts),
+    any_direct |= holds_opposite(
+        query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, BM, BN
     )
-    return any_direct, small
+    return any_direct, tl.maximum(tl.max(near_i, 0), tl.max(near_j, 0)) <= 1.0
 
 
 @triton.jit
-def _rounding(rows, keys, ri, rj, limit):
+def _rounding(rows, keys, ri, rj):
     """What the roundings of the exponentials leave out of the scores of rows ri and keys rj, [RM,
-    RN, TM, TN] (math.md, eq. 8); 0 where a size is beyond ``limit``."""
+    RN, TM, TN] (math.md, eq. 8); 0 where a size is beyond 1."""
     rounding = _rows_of(tl.load(rows.correction + ri)) + _keys_of(tl.load(keys.correction + rj))
-    near = _rows_of(tl.load(rows.size + ri) <= limit) & _keys_of(tl.load(keys.size + rj) <= limit)
+    near = _rows_of(tl.load(rows.size + ri) <= 1.0) & _keys_of(tl.load(keys.size + rj) <= 1.0)
     return tl.where(near, rounding, 0.0)
 
 
@@ -162,14 +176,15 @@ def score_kernel(
     prepared, weight_outer, weight_inner,
     mask, mask_outer, mask_inner, mask_row, mask_column,
     lengths, length_outer, length_inner, length_row,
-    scores, inner, entry_begin, rows, row_begin, row_count, keys, key_begin, score_padded,
+    scores, flags, inner, entry_begin, rows, row_begin, row_count, keys, key_begin, score_padded,
     hidden, padded, left, right,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
     DIFFERENCE: tl.constexpr, FEATURES_PER_SUM: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """scores [entry][row][key] of rows from row_begin and keys from key_begin, tile by tile:
     scale * score + mask as ``masks.stored`` keeps them. ``query_rows``, ``key_rows`` and
-    ``prepared`` are the tensors of ``prepare.py``; the first two are None in float64."""
+    ``prepared`` are the tensors of ``prepare.py``; the first two are None in float64. ``flags``
+    [entry][row tile][key tile], if given: whether an attended pair of the tile is opposite."""
     BM: tl.constexpr = RM * TM
     BN: tl.constexpr = RN * TN
     ACC: tl.constexpr = scores.dtype.element_ty
@@ -188,6 +203,7 @@ def score_kernel(
     place = ((n - entry_begin) * row_count + i - row_begin)[:, None] * score_padded
     place += (j - key_begin)[None, :]
     inside = (i < row_begin + row_count)[:, None] & (tl.full([BN], 1, tl.int1))[None, :]
+    any_opposite = 0
     if (tl.max(tl.minimum(high, key0 + BN) - tl.maximum(low, key0), 0)) > 0:
         if mask is not None:
             mask += o * mask_outer + m * mask_inner
@@ -235,9 +251,7 @@ def score_kernel(
                         RM, TM, RN, TN, False, False, TARGET,
                     )  # fmt: skip
                     total += 2.0 * (tl.load(centre + block) - part)
-            total += _rounding(
-                query_rows, key_rows, at_query + ri, at_key + rj, tl.where(small, SAFE, 1.0)
-            )
+            total += _rounding(query_rows, key_rows, at_query + ri, at_key + rj)
             energy = _square(total, RM, TM, RN, TN)  # [BM, BN]
 
         # Which pairs are attended is computed again, from an i that the compiler cannot know to
@@ -247,20 +261,24 @@ def score_kernel(
             lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
         )
         if any_direct:
+            chosen = attended
+            if query_rows is not None:
+                ci = at_query + tl.minimum(i, rows - 1)
+                cj = at_key + tl.minimum(j, keys - 1)
+                chosen = _opposite(query_rows, key_rows, ci, cj)
+                if flags is not None:
+                    any_opposite = tl.max(tl.max((chosen & attended).to(tl.int32), 1), 0)
+                direct_j = (tl.load(key_rows.size + cj) > SAFE)[None, :] & attended
+                direct_i = tl.load(query_rows.size + ci) > SAFE
+                direct_i |= tl.max(direct_j.to(tl.int32), 1) != 0
+                chosen |= direct_i[:, None]
             exact = _direct(
                 query + o * query_outer + m * query_inner + ri * query_row,
                 key + o * key_outer + m * key_inner + rj * key_row,
                 weight, hidden, query_h, key_h, tl.zeros([RM, RN, TM, TN], ACC),
                 RM, TM, RN, TN, TARGET,
             )  # fmt: skip
-            if query_rows is None:
-                energy = exact
-            else:
-                size_i = tl.load(query_rows.size + at_query + tl.minimum(i, rows - 1))
-                size_j = tl.load(key_rows.size + at_key + tl.minimum(j, keys - 1))
-                direct_j = (size_j > SAFE)[None, :] & attended
-                direct_i = (size_i > SAFE) | (tl.max(direct_j.to(tl.int32), 1) != 0)
-                energy = tl.where(direct_i[:, None], exact, energy)
+            energy = exact if query_rows is None else tl.where(chosen, exact, energy)
 
         score_scale = prepared.score_scale + 2 * at_weight
         score = energy * tl.load(score_scale) * tl.load(score_scale + 1)
@@ -270,10 +288,66 @@ def score_kernel(
         tl.store(scores + place, stored(score, attended), mask=inside)
     else:
         tl.store(scores + place, float("-inf"), mask=inside)
+    if flags is not None:
+        entry_tile = key_tile // key_tiles * row_tiles + program % row_tiles
+        tl.store(flags + entry_tile * key_tiles + key_tile % key_tiles, any_opposite)
+
+
+@kernel
+def opposite_kernel(
+    query_rows, key_rows, query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
+    flags, inner, entry_begin, rows, row_begin, row_tiles, keys, key_begin, key_tiles,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The flags of ``score_kernel``, of masked pairs too."""
+    program = tl.program_id(0)
+    row_tile = program // key_tiles % row_tiles
+    _n, o, m = batch_entry(entry_begin + program // (key_tiles * row_tiles), inner)
+    found = holds_opposite(
+        query_rows, key_rows, o * query_exp_outer + m * query_exp_inner,
+        o * key_exp_outer + m * key_exp_inner, row_begin + row_tile * BM,
+        key_begin + program % key_tiles * BN, rows, keys, BM, BN,
+    )  # fmt: skip
+    tl.store(flags + program, found.to(tl.int32))
+
+
+class Flags(NamedTuple):
+    """Which tiles of ``rows`` x ``keys`` pairs of a piece hold an opposite pair."""
+
+    tiles: Tensor  # (entries, row tiles, key tiles)
+    rows: int
+    keys: int
+
+
+def _flags(p: Problem, piece: Piece, keys: int) -> Flags:
+    tile = tiles.score_tile(piece.rows, p.wide)
+    shape = piece.entries, -(-piece.rows // tile.rows), -(-keys // tile.keys)
+    return Flags(torch.empty(shape, dtype=torch.int32, device=p.device), tile.rows, tile.keys)
+
+
+def opposite_tiles(p: Problem, piece: Piece, key: int, keys: int) -> Flags:
+    """The flags of keys [key, key + keys), without their scores; those of masked pairs too."""
+    flags = _flags(p, piece, keys)
+    launch(
+        opposite_kernel, flags.tiles.numel(), flags.tiles, *p.prepared_rows_arguments(),
+        flags.tiles, p.batch.inner, piece.entry, p.rows, piece.row, flags.tiles.shape[1],
+        p.keys, key, flags.tiles.shape[2], BM=flags.rows, BN=flags.keys,
+    )  # fmt: skip
+    return flags
 
 
 def tile_scores(p: Problem, piece: Piece, key: int, keys: int) -> Tensor:
     """(entries, rows, keys and padding): scale * score + mask, -inf where the pair is masked."""
+    return _tile_scores(p, piece, key, keys, None)
+
+
+def flagged_scores(p: Problem, piece: Piece, key: int, keys: int) -> tuple[Tensor, Flags | None]:
+    """``tile_scores``, and which of the tiles hold an opposite pair; float64 takes no notice."""
+    flags = None if p.wide else _flags(p, piece, keys)
+    return _tile_scores(p, piece, key, keys, flags), flags
+
+
+def _tile_scores(p: Problem, piece: Piece, key: int, keys: int, flags: Flags | None) -> Tensor:
     entry, entries, row, rows = piece
     tile = tiles.score_tile(rows, p.wide)
     padded = -(-keys // tile.keys) * tile.keys
@@ -282,7 +356,8 @@ def tile_scores(p: Problem, piece: Piece, key: int, keys: int) -> Tensor:
     launch(
         score_kernel, programs, scores,
         *p.inputs(), *p.prepared_arguments(), *p.mask_arguments(), *p.length_arguments(),
-        scores, p.batch.inner, entry, p.rows, row, rows, p.keys, key, padded,
+        scores, None if flags is None else flags.tiles,
+        p.batch.inner, entry, p.rows, row, rows, p.keys, key, padded,
         p.hidden, p.padded, p.left, p.right,
         **tile.sizes(), **p.form(), num_warps=tile.warps,
     )  # fmt: skip
