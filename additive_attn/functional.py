@@ -53,6 +53,8 @@ def additive_attention(
             over it.
         attn_mask: broadcastable to ``(..., Lq, Lk)``: bool, **True = attend**; or the dtype of
             query, or float32 beside 16 bits, added to the scores, where ``-inf`` = do not attend.
+            Or a BlockMask of ``torch.nn.attention.flex_attention``: time and memory follow the
+            blocks that it keeps.
         lengths: ``(B,)`` or ``(B, Lq)`` integers in [0, Lk], B the first leading dim (without
             leading dims: ``()`` or ``(Lq,)``), each dim also 1: the number of leading keys to
             attend to. A tensor, or a list, tuple or NumPy array. The range is checked on the CPU

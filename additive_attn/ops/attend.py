@@ -11,6 +11,7 @@ from torch import Tensor
 
 from additive_attn.ops.autocast import autocast, autocast_dtype
 from additive_attn.ops.autograd import attend
+from additive_attn.ops.block_mask import block_terms, is_block_mask
 from additive_attn.ops.checks import (
     Integers,
     aligned_lengths,
@@ -70,8 +71,14 @@ def masked_attention(
         inputs, attn_mask = _autocasted(inputs, attn_mask)
         query, key = inputs[:2]
     batch = checked_batch(inputs)
+    table = tiles = None
     if attn_mask is not None:
-        check_mask(attn_mask, query, batch, (query.shape[-2], key.shape[-2]))
+        if is_block_mask(attn_mask):
+            shape = query.shape[-2], key.shape[-2]
+            table, tiles = block_terms(attn_mask, query, batch, *shape)
+            attn_mask = None
+        else:
+            check_mask(attn_mask, query, batch, (query.shape[-2], key.shape[-2]))
     if lengths is not None:
         lengths = aligned_lengths(lengths, key, batch, query.shape[-2])
     if starts is not None:
@@ -91,7 +98,7 @@ def masked_attention(
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
         dropout_p = checked_probability("dropout_p", dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0.0 else None
-    masking = attn_mask, lengths, starts, None, None, left, right
+    masking = attn_mask, lengths, starts, table, tiles, left, right
     call = _tuple(Call, (*inputs, *masking, seed, dropout_p, scale))
     if autocasts and not torch.compiler.is_compiling():
         with torch.autocast(query.device.type, enabled=False):  # no backend narrows further

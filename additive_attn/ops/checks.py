@@ -127,7 +127,7 @@ def check_mask(
 ) -> None:
     if not isinstance(attn_mask, Tensor):
         kind = type(attn_mask).__name__
-        raise TypeError(f"attn_mask is a {kind}, but must be a tensor or None.")
+        raise TypeError(f"attn_mask is a {kind}, but must be a tensor, a BlockMask or None.")
     if attn_mask.layout is not torch.strided:
         refuse_layouts(attn_mask=attn_mask)
     dtype = attn_mask.dtype
