@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import heads, rows, run, table
+from benchmarks import heads, rows, run, second_order, table
 from benchmarks.cases import SPEED, parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,3 +160,19 @@ def test_heads_are_compared_before_they_are_timed(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(heads, "plain", lambda query, key, value, weight: query * 0)
     with pytest.raises(AssertionError, match="fused: 0 is off by"):
         list(heads.measure_case(heads.CASES["call"], 0.01, 2, quick=True))
+
+
+def test_second_order_is_compared_before_it_is_timed(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "second.csv"
+    options = ["--quick", "--threads", "1", "--output", str(path)]
+    monkeypatch.setattr(sys, "argv", ["second_order", *options])
+    threads = second_order.torch.get_num_threads()
+    try:
+        second_order.main()
+    finally:
+        second_order.torch.set_num_threads(threads)
+    shown = capsys.readouterr().out
+    assert all(f"{name} " in shown for name in second_order.CASES) and "tiny: forward" in shown
+    monkeypatch.setattr(second_order, "plain", lambda query, key, value, weight: query * 1.0)
+    with pytest.raises(AssertionError, match="fused: 0 is off by"):
+        list(second_order.measure_case(second_order.CASES["jvp-1024"], quick=True))
