@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import decoders
+import paths
 import pytest
 import torch
 from decoders import (
@@ -158,7 +159,8 @@ def test_gradcheck(kind, path):
                for s in ((2, 2), (2, 3, 2), (2, 3, 2))]  # fmt: skip
     tensors += layer.parameters()
     assert torch.autograd.gradcheck(loop, tensors)
-    assert torch.autograd.gradgradcheck(loop, tensors)
+    if path == paths.native():  # made of ordinary calls, which are tested on every path
+        assert torch.autograd.gradgradcheck(loop, tensors)
 
 
 @SOME

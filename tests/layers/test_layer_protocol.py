@@ -5,12 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
-from oracle import PACKAGE_PARENT
 from torch import fx, nn
 
 from additive_attn import AdditiveAttention, PlainAdditiveAttention, additive_attention
@@ -134,73 +131,6 @@ def test_a_replica_without_parameters_of_its_own():
         child.weight, child.bias = module.weight * 1, module.bias * 1
         replica._modules[name] = child
     torch.testing.assert_close(replica(x, x), layer(x, x))
-
-
-SHARDED = """
-import sys, torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from additive_attn import AdditiveAttention, PlainAdditiveAttention
-
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-torch.manual_seed(0)
-plain, x = PlainAdditiveAttention(6, 8), torch.randn(2, 5, 6)
-expected = plain(x, x, x)[0]
-expected.square().sum().backward()
-
-def layer():
-    made = AdditiveAttention(6, 8)
-    made.load_state_dict(plain.state_dict())
-    return made
-
-def check(made, out):
-    torch.testing.assert_close(out, expected)
-    out.square().sum().backward()
-    for (name, p), q in zip(made.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p.grad.full_tensor(), q.grad, atol=1e-5, rtol=1e-4)
-
-root = layer()
-fully_shard(root, mesh=mesh)
-try:
-    root.project(x)
-except TypeError as error:
-    assert "register_fsdp_forward_method" in str(error), error
-else:
-    raise AssertionError("no error")
-check(root, root(x, x)[0])
-
-each = layer()
-for child in each.children():
-    fully_shard(child, mesh=mesh)
-fully_shard(each, mesh=mesh)
-check(each, each(x, x)[0])
-
-stepped = layer()
-fully_shard(stepped, mesh=mesh)
-for name in ("project", "step"):
-    register_fsdp_forward_method(stepped, name)
-memory = stepped.project(x)
-check(stepped, torch.stack([stepped.step(x[:, i], memory)[0] for i in range(5)], 1))
-dist.destroy_process_group()
-print("sharded")
-"""
-
-
-def test_fully_shard(tmp_path):
-    if not torch.distributed.is_available():
-        pytest.skip("torch was built without torch.distributed")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARDED, str(rank), str(tmp_path / "store")],
-            cwd=PACKAGE_PARENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in processes:
-        out, errors = process.communicate(timeout=300)
-        assert out.strip() == "sharded", errors[-3000:]
 
 
 def test_a_decoder_compiles_with_dynamic_lengths():

@@ -1,13 +1,17 @@
 """DistributedDataParallel over a decoder's steps, whose gradients are made at the end of a
-backward pass: in every mode it gives the gradients of one process."""
+backward pass: in every mode it gives the gradients of one process; so do layers under FSDP2."""
 
 from __future__ import annotations
 
 import processes
+import pytest
 import torch
 from test_training import compare, cutter, data, made, trained
 from torch import nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
+
+from additive_attn import AdditiveAttention, PlainAdditiveAttention
 
 MODES = {
     "find unused": dict(find_unused_parameters=True),
@@ -75,6 +79,39 @@ def check_accumulated(mesh, folder):
                 return model.no_sync() if skipped else torch.enable_grad()
 
             same(gradients(model, cutter(mesh), skip), expected)
+
+
+def check_sharded_layers(mesh, folder):
+    """Under FSDP2: the layer, each of its Linears, and a decoder's steps."""
+    torch.manual_seed(0)
+    plain, x = PlainAdditiveAttention(6, 8), torch.randn(2, 5, 6)
+    expected = plain(x, x, x)[0]
+    expected.square().sum().backward()
+
+    def layer():
+        made = AdditiveAttention(6, 8)
+        made.load_state_dict(plain.state_dict())
+        return made
+
+    def check(made, out):
+        torch.testing.assert_close(out, expected)
+        out.square().sum().backward()
+        grads = {n: p.grad.full_tensor() for n, p in made.named_parameters()}
+        compare(grads, {n: p.grad for n, p in plain.named_parameters()}, 1e-5)
+
+    root, each, stepped = layer(), layer(), layer()
+    fully_shard(root, mesh=mesh)
+    with pytest.raises(TypeError, match="register_fsdp_forward_method"):
+        root.project(x)
+    check(root, root(x, x)[0])
+    for child in (*each.children(), each):
+        fully_shard(child, mesh=mesh)
+    check(each, each(x, x)[0])
+    fully_shard(stepped, mesh=mesh)
+    for name in ("project", "step"):
+        register_fsdp_forward_method(stepped, name)
+    memory = stepped.project(x)
+    check(stepped, torch.stack([stepped.step(x[:, i], memory)[0] for i in range(5)], 1))
 
 
 def test_two_processes(tmp_path):
