@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from additive_attn.compat._base import (
     Lease,
@@ -26,6 +25,7 @@ from additive_attn.compat._base import (
 from additive_attn.compat.espnet import Cached, Lengths, convolution, uniform
 from additive_attn.nn.linear import energy_of
 from additive_attn.ops.decoding import attend_step
+from additive_attn.ops.linear import linear
 from additive_attn.ops.memory import lend
 
 Affine = tuple[Tensor, Tensor | None]

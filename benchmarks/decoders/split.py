@@ -10,7 +10,13 @@ import torch
 
 NODE = "autograd::engine::evaluate_function: "
 PART = "part: "
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear", "aten::convolution", "aten::mkldnn")
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::linear",
+    "aten::convolution",
+    "mkldnn::_linear_pointwise",
+)
 GROUPS = (
     "attention forward", "attention backward", "projections", "cells", "accumulation", "engine",
 )  # fmt: skip
