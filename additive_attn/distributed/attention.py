@@ -22,12 +22,12 @@ from additive_attn.ops.checks import (
     refuse_flags,
     refuse_types,
 )
-from additive_attn.spec.call import Call, Options
+from additive_attn.spec.call import Call, Inputs, Options
 
-# Keys and values of all processes together, in bytes, up to which every process gathers them: less
-# takes longer to send in turns than to send.
+# Bytes of all processes together up to which every process gathers keys and values, or queries:
+# so little takes longer to send in turns than to send.
 GATHER_BYTES = 4 * 2**20
-_EXCHANGES = ("auto", "ring", "gather")
+_EXCHANGES = ("auto", "ring", "keys", "queries")
 
 
 @torch.compiler.disable
@@ -58,9 +58,9 @@ def context_parallel_additive_attention(
         query: ``(..., Lq, H)``, the queries of this process.
         key, value: ``(..., Lk, H)`` and ``(..., Lk, Dv)``, its keys and values. Shards may differ
             in size, also be empty; other dims are equal on all processes.
-        weight: ``(H,)``, or ``(heads, H)``, the same on all processes. Each gets the gradient of
-            its own rows, as of all parameters of a model whose sequence is sharded: their sum is
-            the whole, which DistributedDataParallel and FSDP make.
+        weight: ``(H,)``, or ``(heads, H)``, the same on all processes. Each gets a part of its
+            gradient, as of all parameters of a model whose sequence is sharded: the sum is the
+            whole, which DistributedDataParallel and FSDP make.
         mesh: of one dim; of a mesh of several dims that of the sequence, ``mesh["sequence"]``.
         lengths, starts: as in :func:`additive_attention`, counted in the whole sequence: ``(B,)``,
             or ``(B, Lq)`` for the queries of this process.
@@ -70,9 +70,10 @@ def context_parallel_additive_attention(
         scale, need_lse: as in :func:`additive_attention`.
         balanced: whether shards are those of ``shard_sequence(..., balanced=True)``. Otherwise
             the processes hold successive parts of the sequence.
-        exchange: "ring": blocks are sent from process to process while others are computed with;
-            "gather": every process gets all keys and values first; "auto": gather where they
-            take 4 MiB or less together.
+        exchange: "ring": blocks of keys and values are sent from process to process while others
+            are computed with; "keys": every process gets all of them first; "queries": every
+            process gets all queries, and attends to its own keys. "auto": keys where those of all
+            processes take 4 MiB or less, else queries where they and their outputs do, else ring.
 
     Returns:
         out ``(..., Lq, Dv)``, and lse ``(..., Lq)`` if need_lse, of this process's queries.
@@ -84,36 +85,41 @@ def context_parallel_additive_attention(
     """
     group = checked_group(mesh)
     try:
-        given = {"query": query, "key": key, "value": value, "weight": weight}
-        if not all(isinstance(x, Tensor) for x in given.values()):
-            refuse_types(**given)
         if type(balanced) is not bool:
             refuse_flags(balanced=balanced)
         if exchange not in _EXCHANGES:
             raise ValueError(f"exchange is {exchange!r}, but must be one of {_EXCHANGES}.")
-        # Checks, autocast and the seed; what depends on the whole sequence comes below.
-        call: Call = masked_attention(
-            (query, key, value, weight), None, None, is_causal, None, dropout_p, scale, False,
-            None, need_lse, compute=lambda call, *_: call,
-        )  # fmt: skip
+        call = _checked((query, key, value, weight), mesh, is_causal, dropout_p, scale, need_lse)
         left, right = (-1, -1) if window is None else checked_window(window)
-        aligned = [
-            None if x is None else _aligned(x, name, call)
-            for name, x in (("starts", starts), ("lengths", lengths))
-        ]
-        if call.query.device.type != mesh.device_type:
-            raise RuntimeError(
-                f"query is on {call.query.device}, but the mesh is one of {mesh.device_type} "
-                "devices. Move the tensors with .to(device)."
-            )
+        given = {"starts": starts, "lengths": lengths}
+        aligned = [None if x is None else _aligned(x, n, call) for n, x in given.items()]
+        masks = Masks(left, 0 if is_causal else right, *aligned)
+        per_query = any(x is not None and _is_per_query(x, call) for x in given.values())
     except Exception as error:
-        agree(group, _device(mesh, query), error, (0,) * 5)
+        agree(group, _device(mesh, query), error, (0,) * 6)
         raise
-    masks = Masks(left, 0 if is_causal else right, *aligned)
-    plan = _agreed(group, call, masks, balanced, exchange)
+    plan = _agreed(group, call, masks, per_query, balanced, exchange)
     with torch.autocast(call.query.device.type, enabled=False):
         out, lse = ContextParallel.apply(plan, *call.inputs)
     return (out, lse) if need_lse else out
+
+
+def _checked(
+    inputs: Any, mesh: DeviceMesh, is_causal: bool, dropout_p: float, scale: float, need_lse: bool
+) -> Call:
+    """The call of this process's shards, without masks, cast under autocast, with a seed."""
+    if not all(isinstance(x, Tensor) for x in inputs):
+        refuse_types(**dict(zip(Inputs._fields, inputs, strict=True)))
+    call: Call = masked_attention(
+        inputs, None, None, is_causal, None, dropout_p, scale, False, None, need_lse,
+        compute=lambda call, *_: call,
+    )  # fmt: skip
+    if call.query.device.type != mesh.device_type:
+        raise RuntimeError(
+            f"query is on {call.query.device}, but the mesh is one of {mesh.device_type} "
+            "devices. Move the tensors with .to(device)."
+        )
+    return call
 
 
 def _device(mesh: DeviceMesh, query: Any) -> torch.device:
@@ -132,6 +138,10 @@ def _aligned(given: Integers, name: str, call: Call) -> Tensor:
     return aligned_lengths(given, anywhere, call.batch(), call.query.shape[-2], name)
 
 
+def _is_per_query(given: Integers, call: Call) -> bool:
+    return as_integers("lengths", given, call.key.device).dim() > len(call.batch()[:1])
+
+
 def _extreme(numbers: Tensor | None, of: Any) -> int:
     """The smallest or the largest of 0 and integers that are cheap to look at."""
     readable = numbers is not None and numbers.numel() and is_readable(numbers)
@@ -139,8 +149,9 @@ def _extreme(numbers: Tensor | None, of: Any) -> int:
 
 
 def _agreed(
-    group: dist.ProcessGroup, call: Call, masks: Masks, balanced: bool, exchange: str
-) -> Plan:
+    group: dist.ProcessGroup, call: Call, masks: Masks, per_query: bool, balanced: bool,
+    exchange: str,
+) -> Plan:  # fmt: skip
     """What all processes call with."""
     query, key, value, weight = call.inputs
     common = {
@@ -159,7 +170,10 @@ def _agreed(
     }
     drawn = 0 if call.seed is None else int(call.seed)
     highest = (_extreme(x, max) for x in masks[2:])
-    told = agree(group, key.device, common, (query.shape[-2], key.shape[-2], drawn, *highest))
+    told = agree(
+        group, key.device, common, (query.shape[-2], key.shape[-2], drawn, *highest, per_query)
+    )
+    per_row = any(x[5] for x in told)
     rows = layout_of([x[0] for x in told], balanced, "queries")
     keys = layout_of([x[1] for x in told], balanced, "keys")
     total = sum(x[1] for x in told)
@@ -168,10 +182,22 @@ def _agreed(
             raise ValueError(
                 f"{name} holds {most}, but the keys of all processes have {total} positions."
             )
-    features = key[..., :1, :].numel() + value[..., :1, :].numel()
-    small = total * features * key.element_size() <= GATHER_BYTES
     seed, dropout_p, scale = call.options
     if seed is not None:
         seed = torch.full_like(seed, told[0][2])
-    gathers = exchange == "gather" or (exchange == "auto" and small)
-    return Plan(group, Options(seed, dropout_p, scale), masks, rows, keys, gathers)
+    if exchange == "auto":
+        features = _row(key) + _row(value), _row(query) + call.batch().numel() * value.shape[-1]
+        sizes = total * features[0], sum(x[0] for x in told) * features[1]
+        small = [size * key.element_size() <= GATHER_BYTES for size in sizes]
+        exchange = "keys" if small[0] else "queries" if small[1] and not per_row else "ring"
+    elif exchange == "queries" and per_row:
+        raise ValueError(
+            'exchange is "queries", which takes starts and lengths per sequence, (B,), but some '
+            'are per query. Pass exchange="auto" or "ring".'
+        )
+    return Plan(group, Options(seed, dropout_p, scale), masks, rows, keys, exchange)
+
+
+def _row(tensor: Tensor) -> int:
+    """Elements of one position."""
+    return tensor.shape[:-2].numel() * tensor.shape[-1]

@@ -84,7 +84,7 @@ def forward(part: Part) -> tuple[Tensor, Tensor]:
         out = out.to(kept_lse.dtype)
         if lse is None:
             return out, kept_lse
-        outs.append((_share(kept_lse, lse) * _keep_scale(part)).unsqueeze(-1) * out)
+        outs.append((share(kept_lse, lse) * _keep_scale(part)).unsqueeze(-1) * out)
         lses.append(lse)
     return torch.cat(outs, -2), torch.cat(lses, -1)
 
@@ -97,19 +97,19 @@ def backward(part: Part, whole: Whole, sums: Sums, keys: slice, alone: bool) -> 
         dropped = lse is not None
         if some.grad_out is not None or not dropped:
             out, own_lse = (some.out, some.lse) if alone and not dropped else _forward(kept)
-            share = _share(own_lse, some.lse) * (_keep_scale(part) if dropped else 1.0)
+            worth = share(own_lse, some.lse) * (_keep_scale(part) if dropped else 1.0)
             grad_out, grad_lse = some.grad_out, None if dropped else some.base
             if grad_out is not None:
                 product = products(grad_out, out)
                 grad_lse = product if grad_lse is None else product + grad_lse
-                grad_out = (share.unsqueeze(-1) * grad_out).to(grad_out.dtype)
+                grad_out = (worth.unsqueeze(-1) * grad_out).to(grad_out.dtype)
             if grad_lse is not None:
-                grad_lse = share * grad_lse
+                grad_lse = worth * grad_lse
             sums.add(_backward(kept, grad_out, grad_lse, own_lse, sums.needs), rows, keys)
         if lse is not None and some.base is not None:
             # All keys take part in the softmax, also those that dropout leaves out of the sum.
             scored, needs = _scored(part.call, rows), sums.needs._replace(value=False)
-            grad_lse = _share(lse, some.lse) * some.base
+            grad_lse = share(lse, some.lse) * some.base
             sums.add(_backward(scored, None, grad_lse, lse, needs), rows, keys)
 
 
@@ -124,7 +124,7 @@ def products(grad_out: Tensor, out: Tensor) -> Tensor:
     return (grad_out.to(dtype) * out.to(dtype)).sum(-1)
 
 
-def _share(lse: Tensor, whole: Tensor) -> Tensor:
+def share(lse: Tensor, whole: Tensor) -> Tensor:
     """What a part's weights are worth in the whole; 0 where its row is empty."""
     return torch.where(lse == -torch.inf, 0.0, (lse - whole).exp())
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,15 +26,11 @@ class Plan(NamedTuple):
     masks: Masks
     rows: tuple[Ranges, ...]  # of each process
     keys: tuple[Ranges, ...]
-    gathers: bool
+    exchange: str  # ring, keys or queries
 
     @property
     def rank(self) -> int:
         return dist.get_rank(self.group)
-
-    @property
-    def whole_keys(self) -> Ranges:
-        return ((0, sum(length(x) for x in self.keys)),)
 
     def ring(self) -> Ring:
         return Ring(self.group, self.needed, [length(x) for x in self.keys])
@@ -43,9 +40,11 @@ class Plan(NamedTuple):
         bounds = self.masks.bounds(self.rows[a], self.keys[b])
         return bounds.first < bounds.last
 
-    def part(self, inputs: Inputs, keys: Ranges) -> tuple[parts.Part, slice] | None:
-        """The call of this process's rows and these keys, and which of them are used."""
-        rows, (seed, dropout_p, scale) = self.rows[self.rank], self.options
+    def part(
+        self, inputs: Inputs, keys: Ranges, rows: Ranges | None = None
+    ) -> tuple[parts.Part, slice] | None:
+        """The call of rows, this process's unless given, and keys; and which keys are used."""
+        rows, (seed, dropout_p, scale) = rows or self.rows[self.rank], self.options
         bounds = self.masks.bounds(rows, keys)
         if bounds.first >= bounds.last:
             return None
@@ -65,23 +64,21 @@ class ContextParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         query, key, value, weight = inputs
-        out = lse = None
-        for keys, block in _blocks(plan, key, value):
-            found = block and plan.part(Inputs(query, block[0], block[1], weight), keys)
-            if found:
-                result = parts.forward(found[0])
-                results = [result] if out is None else [(out, lse), result]
-                out, lse = merge_attention(*zip(*results, strict=True))
-        if out is None or lse is None:
-            batch = Call(
-                query, key, value, weight, None, plan.masks.lengths, plan.masks.starts
-            ).batch()
-            shape = (*batch, query.shape[-2])
-            out = query.new_zeros(*shape, value.shape[-1])
-            lse = query.new_full(shape, -torch.inf, dtype=lse_dtype(query.dtype))
+        all_lse = None
+        if plan.exchange == "queries":
+            out, lse, all_lse = _by_queries(plan, Inputs(*inputs))
+        else:
+            merged = None
+            for keys, block in _blocks(plan, key, value):
+                found = block and plan.part(Inputs(query, block[0], block[1], weight), keys)
+                if found:
+                    result = parts.forward(found[0])
+                    results = [result] if merged is None else [merged, result]
+                    merged = merge_attention(*zip(*results, strict=True))
+            out, lse = merged or _empty(plan, Inputs(*inputs))
         out = out.to(query.dtype)
         ctx.plan = plan
-        ctx.save_for_backward(*inputs, out, lse)
+        ctx.save_for_backward(*inputs, out, lse, all_lse)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -89,7 +86,7 @@ class ContextParallel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         plan: Plan = ctx.plan
-        *inputs, out, lse = ctx.saved_tensors
+        *inputs, out, lse, all_lse = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[1:5])._replace(mask=False)
         base = grad_lse
         if grad_out is not None:
@@ -97,7 +94,11 @@ class ContextParallel(torch.autograd.Function):
             base = -product if grad_lse is None else grad_lse - product
         whole = parts.Whole(out, lse, grad_out, base)
         sums = parts.Sums(Inputs(*inputs), needs)
-        (_gathered_gradients if plan.gathers else _ring_gradients)(plan, inputs, whole, sums)
+        if plan.exchange == "queries":
+            _query_gradients(plan, inputs, whole._replace(lse=all_lse), sums)
+        else:
+            made = _ring_gradients if plan.exchange == "ring" else _key_gradients
+            made(plan, inputs, whole, sums)
         totals = sums.query, sums.key, sums.value, sums.weight
         gradients = (
             None if total is None else total.to(x.dtype)
@@ -106,39 +107,92 @@ class ContextParallel(torch.autograd.Function):
         return (None, *gradients)
 
 
+def _empty(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Out and lse of rows that no key is for."""
+    query, masks = inputs.query, plan.masks
+    batch = Call(*inputs, lengths=masks.lengths, starts=masks.starts).batch()
+    shape, dtype = (*batch, query.shape[-2]), lse_dtype(query.dtype)
+    out = query.new_zeros(*shape, inputs.value.shape[-1], dtype=dtype)
+    return out, query.new_full(shape, -torch.inf, dtype=dtype)
+
+
 Blocks = Iterator[tuple[Ranges, Any]]
 
 
 def _blocks(plan: Plan, key: Tensor, value: Tensor) -> Blocks:
     """Keys and values that this process gets one after another, and their positions."""
-    if plan.gathers:
-        yield plan.whole_keys, _gather(plan, key, value)
+    if plan.exchange == "keys":
+        yield _whole(plan.keys), _gather(plan, (key, value), plan.keys)
         return
     ring = plan.ring()
     for step, block in enumerate(ring.blocks((key, value))):
         yield plan.keys[ring.before(step)], block
 
 
-def _gather(plan: Plan, key: Tensor, value: Tensor) -> list[Any]:
-    sizes = [length(x) for x in plan.keys]
-    shards = gathered(packed((key, value)), sizes, plan.group)
-    return unpacked(in_order(shards, plan.keys), (key, value))
+def _whole(layout: Sequence[Ranges]) -> Ranges:
+    return ((0, sum(length(x) for x in layout)),)
 
 
-def _gathered_gradients(
-    plan: Plan, inputs: list[Tensor], whole: parts.Whole, sums: parts.Sums
-) -> None:
+def _gather(plan: Plan, own: Sequence[Tensor], layout: Sequence[Ranges]) -> list[Any]:
+    """Tensors (..., L, n) of the whole sequence, out of this process's."""
+    shards = gathered(packed(own), [length(x) for x in layout], plan.group)
+    return unpacked(in_order(shards, layout), own)
+
+
+def _own(plan: Plan, whole: Tensor, layout: Sequence[Ranges]) -> Tensor:
+    """This process's positions (..., L, n) of the whole sequence."""
+    return torch.cat([whole[..., slice(*x), :] for x in layout[plan.rank]], -2)
+
+
+def _key_gradients(plan: Plan, inputs: list[Tensor], whole: parts.Whole, sums: parts.Sums) -> None:
     query, key, value, weight = inputs
-    block: Any = _gather(plan, key, value)
+    block: Any = _gather(plan, (key, value), plan.keys)
     of_all = sums.of_keys(*block)
-    found = plan.part(Inputs(query, block[0], block[1], weight), plan.whole_keys)
+    found = plan.part(Inputs(query, block[0], block[1], weight), _whole(plan.keys))
     if found:
         parts.backward(found[0], whole, of_all, found[1], alone=True)
-    if sums.needs.key or sums.needs.value:
-        total = packed((of_all.key, of_all.value))
-        dist.all_reduce(total, group=plan.group)
-        own = torch.cat([total[slice(*x)] for x in plan.keys[plan.rank]])
-        sums.key, sums.value = unpacked(own, (sums.key, sums.value))
+    for name in ("key", "value"):
+        total = getattr(of_all, name)
+        if total is not None:
+            dist.all_reduce(total, group=plan.group)
+            setattr(sums, name, _own(plan, total, plan.keys))
+
+
+def _by_queries(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Out and lse of this process's rows, and the lse of all: every process attends with all
+    queries to its own keys."""
+    (query,) = _gather(plan, (inputs.query,), plan.rows)
+    inputs = inputs._replace(query=query)
+    found = plan.part(inputs, plan.keys[plan.rank], _whole(plan.rows))
+    out, lse = parts.forward(found[0]) if found else _empty(plan, inputs)
+    of_parts = torch.cat(gathered(lse[None], [1] * len(plan.rows), plan.group))
+    whole = of_parts.logsumexp(0)
+    out = parts.share(lse, whole).unsqueeze(-1) * out
+    dist.all_reduce(out, group=plan.group)
+    own_lse = _own(plan, whole.unsqueeze(-1), plan.rows).squeeze(-1)
+    return _own(plan, out, plan.rows), own_lse, whole
+
+
+def _query_gradients(
+    plan: Plan, inputs: list[Tensor], whole: parts.Whole, sums: parts.Sums
+) -> None:
+    """Those of keys are made where they are; those of queries are added up."""
+    query, key, value, weight = inputs
+    grad_out, base = whole.grad_out, whole.base
+    if grad_out is None or base is None:
+        grad_out = torch.zeros_like(whole.out)
+        base = whole.lse.new_zeros(whole.out.shape[:-1]) if base is None else base
+    (query,) = _gather(plan, (query,), plan.rows)
+    grad_out, base = _gather(plan, (grad_out.to(base.dtype), base.unsqueeze(-1)), plan.rows)
+    given = parts.Whole(grad_out, whole.lse, grad_out.to(query.dtype), base.squeeze(-1))
+    of_all = copy.copy(sums)
+    of_all.query = None if sums.query is None else torch.zeros_like(query, dtype=base.dtype)
+    found = plan.part(Inputs(query, key, value, weight), plan.keys[plan.rank], _whole(plan.rows))
+    if found:
+        parts.backward(found[0], given, of_all, found[1], alone=False)
+    if of_all.query is not None:
+        dist.all_reduce(of_all.query, group=plan.group)
+        sums.query = _own(plan, of_all.query, plan.rows)
 
 
 def _ring_gradients(

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from additive_attn import additive_attention
 from additive_attn.distributed import (
+    attention,
     context_parallel_additive_attention,
     shard_sequence,
     unshard_sequence,
@@ -100,7 +101,7 @@ def check_masks(mesh, folder):
 
 def check_exchanges(mesh, folder):
     for options in ({}, {"is_causal": True, "window": (6, -1)}, {"dropout_p": 0.4}):
-        for exchange, balanced in itertools.product(("gather", "auto"), (False, True)):
+        for exchange, balanced in itertools.product(("keys", "queries", "auto"), (False, True)):
             compare(mesh, make((2,), 21, 21, 8, 6, dtype=torch.float64), balanced, exchange,
                     **options)  # fmt: skip
 
@@ -115,8 +116,8 @@ def check_shapes(mesh, folder):
         "one key": make((2,), 30, 1, 8, 6),
         "tiles": make((1,), 300, 530, 16, 16),
     }.items():
-        for balanced in (False, True):
-            compare(mesh, inputs, balanced, is_causal=name != "one query")
+        for balanced, exchange in itertools.product((False, True), ("ring", "queries")):
+            compare(mesh, inputs, balanced, exchange, is_causal=name != "one query")
     shared = make((3,), 12, 20, 8, 6, dtype=torch.float64)
     shared = {**shared, "key": shared["key"][:1], "value": shared["value"][:1]}
     compare(mesh, shared, True)
@@ -142,11 +143,15 @@ def check_uneven(mesh, folder):
         return x.split(sizes, -2)[rank]
 
     out = additive_attention(**inputs, window=(-1, 5), lengths=[20, 24])
-    ours = context_parallel_additive_attention(
-        cut(inputs["query"], queries), cut(inputs["key"], keys), cut(inputs["value"], keys),
-        inputs["weight"], mesh, window=(-1, 5), lengths=[20, 24], exchange="ring",
-    )  # fmt: skip
-    torch.testing.assert_close(ours, cut(out, queries), atol=1e-13, rtol=0)
+    before = attention.GATHER_BYTES
+    for limit, exchange in ((before, "ring"), (before, "queries"), (0, "auto"), (3000, "auto")):
+        attention.GATHER_BYTES = limit
+        ours = context_parallel_additive_attention(
+            cut(inputs["query"], queries), cut(inputs["key"], keys), cut(inputs["value"], keys),
+            inputs["weight"], mesh, window=(-1, 5), lengths=[20, 24], exchange=exchange,
+        )  # fmt: skip
+        torch.testing.assert_close(ours, cut(out, queries), atol=1e-13, rtol=0)
+    attention.GATHER_BYTES = before
 
 
 def check_sixteen_bits(mesh, folder):
@@ -257,6 +262,8 @@ def check_errors(mesh, folder):
         inputs["key"] = inputs["key"].detach()
     refused(ValueError, "have 10 positions" if mesh.size() == 2 else "have 20 positions", call,
             lengths=[5, 99])  # fmt: skip
+    refused(ValueError, "takes starts and lengths per sequence", call, lengths=[[1] * 4] * 2,
+            exchange="queries")  # fmt: skip
     uneven = inputs["query"][:, : 4 if first else 1]
     refused(ValueError, "Make them with shard_sequence", call, {"query": uneven}, balanced=True)
     x = inputs["query"].requires_grad_()
