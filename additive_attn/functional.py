@@ -40,6 +40,9 @@ def additive_attention(
         s_{ij} = \mathrm{scale} \sum_h w_h \tanh(q_{ih} + k_{jh}) + \mathrm{mask}_{ij} + b, \quad
         p_i = \mathrm{softmax}_j(s_{ij}), \quad \mathrm{out}_i = \sum_j p_{ij} v_j
 
+    query, key and value may be nested tensors of the layout jagged, ``(B, L, n)`` or ``(B, heads,
+    L, n)``, or one of them dense. Then out has the lengths of query.
+
     Never builds the tensor (..., Lq, Lk, H). Differentiable twice in query, key, value, weight, a
     float mask and the bias.
 

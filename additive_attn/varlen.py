@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from additive_attn.ops.attend import packed_attention
+from additive_attn.ops.packed import packed_attention
 
 fx.wrap("packed_attention")
 

@@ -27,7 +27,6 @@ from additive_attn.ops.checks import (
     refuse_types,
 )
 from additive_attn.ops.masking import checked_bias, with_bias, with_padding
-from additive_attn.ops.packed import checked_sequences, ranges, refuse_packed
 from additive_attn.ops.scores import score
 from additive_attn.spec.call import Call, Inputs
 from additive_attn.spec.dropout import draw_seed
@@ -71,6 +70,16 @@ def masked_attention(
         inputs, attn_mask = _autocasted(inputs, attn_mask)
         query, key = inputs[:2]
     batch = checked_batch(inputs)
+    if batch is None:
+        # Imported here, since it calls this function.
+        from additive_attn.ops.packed import jagged_attention
+
+        if compute is not attend:
+            refuse_layouts(**dict(zip(Inputs._fields, inputs, strict=True)))
+        without = attn_mask, lengths, key_padding_mask, starts, need_weights or None
+        return jagged_attention(
+            inputs, without, is_causal, window, dropout_p, scale, need_lse, bias
+        )
     table = tiles = None
     if attn_mask is not None:
         if is_block_mask(attn_mask):
@@ -177,40 +186,6 @@ def masked_step(
     # What is not needed may be anything.
     weights = weights.squeeze(-2) if need_weights else weights
     return out.squeeze(-2), weights, lse.squeeze(-1) if need_lse else lse
-
-
-def packed_attention(
-    inputs: _Inputs, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, is_causal: bool,
-    window: tuple[int, int] | None, scale: float, dropout_p: float, need_lse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Of sequences one after the other: one entry per head, whose rows have ranges of keys."""
-    if not all(isinstance(x, Tensor) for x in inputs):
-        refuse_types(**Inputs(*inputs)._asdict())
-    query, key, value, weight = inputs
-    dims = query.dim()
-    if not dims == key.dim() == value.dim() or dims not in (2, 3):
-        refuse_packed(query, key, value)
-    rows, keys = query.shape[0], key.shape[0]
-    cu_seq_q = checked_sequences("q", cu_seq_q, rows, max_q, query)
-    cu_seq_k = checked_sequences("k", cu_seq_k, keys, max_k, query)
-    if cu_seq_q.shape != cu_seq_k.shape:
-        raise ValueError(
-            f"cu_seq_q has {cu_seq_q.shape[0] - 1} sequences and cu_seq_k {cu_seq_k.shape[0] - 1},"
-            " but sequence n of queries attends to sequence n of keys."
-        )
-    left, right = (-1, -1) if window is None else checked_window(window)
-    if type(is_causal) is not bool:
-        refuse_flags(is_causal=is_causal)
-    right = 0 if is_causal else right
-    starts, lengths = ranges(cu_seq_q, cu_seq_k, rows, keys, left, right, at_end=True)
-    if dims == 3:
-        query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        starts, lengths = starts.unsqueeze(0), lengths.unsqueeze(0)
-    out, _, lse = masked_attention(
-        (query, key, value, weight), None, lengths, False, None, dropout_p, scale, False, None,
-        need_lse, starts=starts,
-    )  # fmt: skip
-    return (out.transpose(0, 1), lse.transpose(0, 1)) if dims == 3 else (out, lse)
 
 
 def _autocasted(inputs: _Inputs, attn_mask: Tensor | None) -> tuple[_Inputs, Tensor | None]:

@@ -31,10 +31,13 @@ def require_one_device(**tensors: Tensor | None) -> None:
         )
 
 
-def checked_batch(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> torch.Size:
-    """The leading dims that dense tensors of one dtype and device broadcast to."""
+def checked_batch(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> torch.Size | None:
+    """The leading dims that dense tensors of one dtype and device broadcast to; None for nested
+    tensors."""
     query, key, value, weight = inputs
     if not (query.layout is key.layout is value.layout is weight.layout is torch.strided):
+        if torch.jagged in (query.layout, key.layout, value.layout):
+            return None
         refuse_layouts(**_named(inputs))
     try:
         q, k, v, w = query.shape, key.shape, value.shape, weight.shape

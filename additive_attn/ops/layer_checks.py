@@ -129,6 +129,8 @@ def check_masking(
 ) -> None:
     """Of a memory made by hand, as every step checks it."""
     batch = checked_batch((key[..., :1, :], key, value, key.new_empty(key.shape[-1])))
+    if batch is None:
+        refuse_layouts(key=key, value=value)
     for each in (lengths, attn_mask):
         # One sequence may serve a batch of queries.
         if each is not None and tuple(batch) == (1,) and each.dim() > 0:

@@ -8,7 +8,17 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from additive_attn.ops.checks import is_readable, require_one_device
+from additive_attn.ops.attend import masked_attention
+from additive_attn.ops.checks import (
+    checked_window,
+    is_readable,
+    refuse_flags,
+    refuse_types,
+    require_one_device,
+)
+from additive_attn.spec.call import Inputs
+
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Ranges(NamedTuple):
@@ -88,4 +98,112 @@ def refuse_packed(query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
         f"query, key and value have shapes {shapes}, but packed sequences are (total, H) or "
         "(total, heads, H), all three alike, with (total_k, Dv) or (total_k, heads, Dv) for the "
         "value. For padded sequences, take additive_attention."
+    )
+
+
+def packed_attention(
+    inputs: _Inputs, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, is_causal: bool,
+    window: tuple[int, int] | None, scale: float, dropout_p: float, need_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of sequences one after the other: one entry per head, whose rows have ranges of keys."""
+    if not all(isinstance(x, Tensor) for x in inputs):
+        refuse_types(**Inputs(*inputs)._asdict())
+    query, key, value, weight = inputs
+    dims = query.dim()
+    if not dims == key.dim() == value.dim() or dims not in (2, 3):
+        refuse_packed(query, key, value)
+    rows, keys = query.shape[0], key.shape[0]
+    cu_seq_q = checked_sequences("q", cu_seq_q, rows, max_q, query)
+    cu_seq_k = checked_sequences("k", cu_seq_k, keys, max_k, query)
+    if cu_seq_q.shape != cu_seq_k.shape:
+        raise ValueError(
+            f"cu_seq_q has {cu_seq_q.shape[0] - 1} sequences and cu_seq_k {cu_seq_k.shape[0] - 1},"
+            " but sequence n of queries attends to sequence n of keys."
+        )
+    left, right = (-1, -1) if window is None else checked_window(window)
+    if type(is_causal) is not bool:
+        refuse_flags(is_causal=is_causal)
+    right = 0 if is_causal else right
+    starts, lengths = ranges(cu_seq_q, cu_seq_k, rows, keys, left, right, at_end=True)
+    if dims == 3:
+        query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        starts, lengths = starts.unsqueeze(0), lengths.unsqueeze(0)
+    out, _, lse = masked_attention(
+        (query, key, value, weight), None, lengths, False, None, dropout_p, scale, False, None,
+        need_lse, starts=starts,
+    )  # fmt: skip
+    return (out.transpose(0, 1), lse.transpose(0, 1)) if dims == 3 else (out, lse)
+
+
+def jagged_attention(
+    inputs: _Inputs, without: tuple[Any, ...], is_causal: bool,
+    window: tuple[int, int] | None, dropout_p: float, scale: float, need_lse: bool,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of nested tensors, or a dense one beside them, ``(B, L, n)`` or ``(B, heads, L, n)``."""
+    names = "attn_mask", "lengths", "key_padding_mask", "starts", "need_weights"
+    if given := [name for name, x in zip(names, without, strict=True) if x is not None]:
+        raise ValueError(
+            f"{' and '.join(given)} was passed beside nested tensors, but their sequences have "
+            "lengths already, and weights would be ragged in two dims. Leave it out "
+            "(need_weights=False in a layer), or pad the tensors with .to_padded_tensor(0.0)."
+        )
+    query, key, value, weight = inputs
+    if weight.dim() == 2 and weight.shape[0] == 1:
+        weight = weight[0]
+    (q, cu_seq_q), (k, cu_seq_k), (v, cu_seq_v) = _flat(query), _flat(key), _flat(value)
+    if len({x.dim() for x in (q, k, v)}) > 1 or not (
+        cu_seq_q.shape == cu_seq_k.shape == cu_seq_v.shape and k.shape[-2] == v.shape[-2]
+    ):
+        _refuse_jagged(query, key, value)
+    if cu_seq_k is not cu_seq_v and is_readable(cu_seq_k) and not cu_seq_k.equal(cu_seq_v):
+        raise ValueError(
+            "key and value are nested tensors of different lengths, but each key belongs to one "
+            "value."
+        )
+    left, right = (-1, -1) if window is None else checked_window(window)
+    if type(is_causal) is not bool:
+        refuse_flags(is_causal=is_causal)
+    right = 0 if is_causal else right
+    rows, keys = q.shape[-2], k.shape[-2]
+    starts, lengths = ranges(cu_seq_q, cu_seq_k, rows, keys, left, right, at_end=False)
+    if q.dim() == 3:
+        starts, lengths = starts.unsqueeze(0), lengths.unsqueeze(0)
+    out, weights, lse = masked_attention(
+        (q, k, v, weight), None, lengths, False, None, dropout_p, scale, False, None, need_lse,
+        starts=starts, bias=bias,
+    )  # fmt: skip
+    if query.layout is torch.jagged:
+        dim, offsets = query.dim() - 2, cu_seq_q
+        whole = torch.nested.nested_tensor_from_jagged
+        lse = whole(lse, offsets, jagged_dim=dim) if need_lse else lse
+        return whole(out, offsets, jagged_dim=dim), weights, lse
+    shape = query.shape[0], query.shape[-2]
+    if q.dim() == 2:
+        return out.unflatten(0, shape), weights, lse.unflatten(0, shape)
+    return (
+        out.unflatten(1, shape).transpose(0, 1), weights, lse.unflatten(1, shape).transpose(0, 1),
+    )  # fmt: skip
+
+
+def _flat(x: Any) -> tuple[Tensor, Tensor]:
+    """(total, n), or (heads, total, n), and where each sequence begins and the last ends."""
+    if x.dim() not in (3, 4):
+        _refuse_jagged(x)
+    if x.layout is not torch.jagged:
+        ends = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[-2]
+        return (x if x.dim() == 3 else x.transpose(0, 1)).flatten(-3, -2), ends
+    if x._ragged_idx != x.dim() - 2:
+        _refuse_jagged(x)
+    if x.lengths() is not None:
+        x = x.contiguous()
+    return x.values(), x.offsets()
+
+
+def _refuse_jagged(*tensors: Tensor) -> NoReturn:
+    shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+    raise ValueError(
+        f"Beside nested tensors of the layout jagged, query, key and value are (B, L, n) or (B, "
+        f"heads, L, n), each nested along L or dense, of equal B and heads, but found {shapes}. "
+        "Heads come before the nested dim: .transpose(1, 2)."
     )

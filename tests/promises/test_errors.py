@@ -149,7 +149,7 @@ CASES = {
     "sparse key": (dict(key=t(2, 5, 8).to_sparse()), TypeError, r"key is torch.sparse_coo"),
     "sparse mask": (dict(attn_mask=t(3, 5).to_sparse()), TypeError, r"attn_mask is torch.sparse"),
     "nested key": (dict(key=nested()), TypeError, r"key is nested"),
-    "jagged key": (dict(key=nested(layout=torch.jagged)), TypeError, r"key is nested"),
+    "jagged key": (dict(key=nested(layout=torch.jagged)), ValueError, r"each nested along L"),
     "lengths of a subclass": (
         dict(lengths=torch.nn.Parameter(torch.tensor([99, -3]), requires_grad=False)),
         ValueError, r"from -3 to 99",
@@ -321,7 +321,7 @@ def layer_cases():
         "value array": (lambda: layer(x, x, array("f")), TypeError, "value is a array"),
         "sparse": (lambda: layer(x.to_sparse(), x), TypeError, "query is torch.sparse_coo"),
         "nested": (lambda: layer(x, nested()), TypeError, "key is nested"),
-        "jagged": (lambda: layer(x, nested(layout=torch.jagged)), TypeError, "key is nested"),
+        "jagged": (lambda: layer(x, nested(layout=torch.jagged)), ValueError, "need_weights"),
         "hidden text": (lambda: AdditiveAttention(8, "8"), TypeError, "hidden_dim is '8', a str"),
         "hidden None": (lambda: AdditiveAttention(8, None), TypeError, "hidden_dim is None"),
         "input float": (lambda: AdditiveAttention(4.5, 8), TypeError, "input_dim is 4.5, a float"),

@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from oracle import DEVICE, check_against_plain, gradients, make, random_upstream
 from torch.autograd import gradcheck, gradgradcheck
 
-from additive_attn import additive_attention, varlen_additive_attention
+from additive_attn import (
+    AdditiveAttention,
+    additive_attention,
+    additive_scores,
+    varlen_additive_attention,
+)
 from additive_attn.spec.dropout import keep_mask
 
 QUERIES, KEYS = (3, 0, 130, 1, 40), (5, 4, 90, 0, 300)
@@ -191,3 +196,80 @@ def test_as_padded_sequences_with_lengths():
     cu_seq = F.pad(lengths.cumsum(0), (1, 0))
     out = varlen_additive_attention(*(x[inside] for x in padded), weight, cu_seq, cu_seq, 9, 9)
     torch.testing.assert_close(out, additive_attention(*padded, weight, lengths=lengths)[inside])
+
+
+def jagged(parts):
+    return torch.nested.nested_tensor(list(parts), layout=torch.jagged, requires_grad=True)
+
+
+@pytest.mark.parametrize("heads", [0, 2])
+@pytest.mark.parametrize("masking", [{}, dict(is_causal=True), dict(window=(2, 1))], ids=str)
+@pytest.mark.parametrize("dense_query", [False, True])
+def test_nested_tensors(dense_query, masking, heads):
+    """As each sequence alone, upper left aligned; gradients reach the nested inputs."""
+    queries = (4, 4, 4) if dense_query else (3, 1, 8)
+    own, keys = (heads,) if heads else (), (5, 2, 6)
+    parts = [[torch.randn(n, *own, 4) for n in lengths] for lengths in (queries, keys, keys)]
+    nested = [jagged(each) for each in parts]
+    if dense_query:
+        nested[0] = torch.stack(parts[0]).requires_grad_()
+    given = [x.transpose(1, 2) for x in nested] if heads else nested
+    weight = torch.randn(*own, 4)
+    out, lse = additive_attention(*given, weight, need_lse=True, **masking)
+    alone, leaves = [], [[x.clone().requires_grad_() for x in each] for each in parts]
+    for q, k, v in zip(*leaves, strict=True):
+        each = [x.transpose(0, 1) for x in (q, k, v)] if heads else (q, k, v)
+        alone.append(additive_attention(*each, weight, need_lse=True, **masking))
+    for mine, other in zip(zip(out.unbind(), lse.unbind(), strict=True), alone, strict=True):
+        torch.testing.assert_close(mine, other)
+    if not dense_query:
+        assert out.is_nested and out.offsets() is given[0].offsets()
+        assert (given[0] + out).is_nested  # of the same lengths
+    cost = sum(x.square().sum() for x in out.unbind())
+    cost.backward()
+    sum(x.square().sum() for x, _ in alone).backward()
+    for tensor, each in zip(nested, leaves, strict=True):
+        for mine, other in zip(tensor.grad.unbind(), each, strict=True):
+            torch.testing.assert_close(mine, other.grad)
+
+
+def test_nested_tensors_compiled():
+    torch._dynamo.reset()
+    nested = [jagged([torch.randn(n, 4) for n in (3, 1, 8)]) for _ in range(1)] * 3
+    compiled = torch.compile(additive_attention, fullgraph=True, backend="aot_eager")
+    weight = torch.randn(4)
+    ours, theirs = compiled(*nested, weight), additive_attention(*nested, weight)
+    torch.testing.assert_close(ours.values(), theirs.values())
+
+
+def test_nested_tensors_with_holes():
+    padded = torch.randn(2, 6, 4)
+    firsts, lengths = torch.tensor([1, 0]), torch.tensor([3, 5])
+    views = torch.nested.narrow(padded, 1, firsts, lengths, torch.jagged)
+    out = additive_attention(views, views, views, QUERY[0])
+    for each, part in zip(out.unbind(), (padded[0, 1:4], padded[1, :5]), strict=True):
+        torch.testing.assert_close(each, additive_attention(part, part, part, QUERY[0]))
+
+
+def test_sentences_about_nested_tensors():
+    x = jagged([torch.randn(n, 4) for n in (3, 2)])
+    other, three = (jagged([torch.randn(n, 4) for n in ns]) for ns in ((2, 3), (1, 2, 2)))
+    heads = jagged([torch.randn(n, 2, 4) for n in (3, 2)])
+    for inputs, options, sentence in (
+        ((x, x, x), dict(lengths=[1, 1]), "lengths was passed beside nested tensors"),
+        ((x, x, other), {}, "different lengths"),
+        ((x, three, three), {}, "equal B"),
+        ((heads, heads, heads), {}, "Heads come before"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            additive_attention(*inputs, QUERY[0], **options)
+    with pytest.raises(TypeError, match="query is nested"):
+        additive_scores(x, x, QUERY[0])
+
+
+def test_layer_of_nested_tensors():
+    layer, lengths = AdditiveAttention(4, 6), (3, 1, 8)
+    x = jagged([torch.randn(n, 4) for n in lengths])
+    out = layer(x, x, need_weights=False)[0]
+    for mine, each in zip(out.unbind(), x.unbind(), strict=True):
+        torch.testing.assert_close(mine, layer(each[None], each[None], need_weights=False)[0][0])
