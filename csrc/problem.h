@@ -131,6 +131,14 @@ struct LocationFeaturesBackward : LocationFeatures<T> {
   T *grad_inputs, *grad_filters;  // (B, C, Lk), (F, C, width), or null
 };
 
+// Which weights dropout keeps; contiguous.
+struct KeepEntries {
+  std::int64_t entries, rows, keys;
+  const std::int64_t* seed;  // one per entry
+  std::uint32_t drop_below;
+  bool* kept;  // (entries, rows, keys)
+};
+
 // The keys as steps read them.
 template <class T>
 struct PreparedKeys {
@@ -203,6 +211,7 @@ struct Kernels {
   void (*pair_scores64)(const Pairs<double>&, const ParallelFor&);
   void (*pair_gradients32)(const PairGradients<float>&, const ParallelFor&);
   void (*pair_gradients64)(const PairGradients<double>&, const ParallelFor&);
+  void (*keep_entries)(const KeepEntries&, const ParallelFor&);
 
   void forward(const Forward<float>& p, const ParallelFor& f) const { forward32(p, f); }
   void forward(const Forward<double>& p, const ParallelFor& f) const { forward64(p, f); }

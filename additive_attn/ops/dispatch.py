@@ -27,6 +27,7 @@ PLAIN: dict[str, Any] = {
     "prepare_keys": steps.prepare_keys,
     "step": steps.step,
     "step_backward": steps.step_backward,
+    "keep_entries": steps.keep_entries,
     "location_features": steps.location_features,
     "location_features_backward": steps.location_features_backward,
 }

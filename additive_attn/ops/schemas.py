@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from additive_attn.ops.checks import require_one_device
+from additive_attn.ops.checks import has_values, require_one_device
 from additive_attn.spec.call import (
     Call,
     TangentCall,
@@ -119,10 +119,15 @@ registrations.define(
 def _keep_mask(
     seed: Tensor, batch: Sequence[int], rows: int, keys: int, dropout_p: float
 ) -> Tensor:
+    if seed.is_cpu and has_values(seed) and not torch.jit.is_tracing():
+        seeds = seed.expand(list(batch)).reshape(-1)
+        kept: Tensor = torch.ops.additive_attn.keep_entries(seeds, rows, keys, dropout_p)
+        return kept.reshape(*batch, rows, keys)
     return keep_mask(seed, batch, (0, rows), (0, keys), dropout_p)
 
 
 registrations.impl("keep_mask", _keep_mask, "CompositeExplicitAutograd")
+registrations.define("keep_entries(Tensor seed, int rows, int keys, float dropout_p) -> Tensor")
 
 
 # A single meta argument dispatches the whole call here, and the result would be memory that nobody

@@ -6,6 +6,11 @@
 
 namespace additive_attn {
 
+// The smallest random word that keeps a weight.
+inline uint32_t keep_threshold(double dropout_p) {
+  return static_cast<uint32_t>(std::min(std::floor(dropout_p * 4294967296.0), 4294967295.0));
+}
+
 struct Arguments {
   const Tensor &query, &key;
   const Tensor* value;  // null where only scores are asked for
@@ -142,7 +147,7 @@ struct Inputs {
       p.seed = static_cast<const int64_t*>(a.seed->const_data_ptr());
       p.seed_offset = offsets.back().data();
     }
-    p.drop_below = static_cast<uint32_t>(std::min(std::floor(a.dropout_p * 4294967296.0), 4294967295.0));
+    p.drop_below = keep_threshold(a.dropout_p);
     p.keep_scale = a.dropout_p < 1 ? T(1 / (1 - a.dropout_p)) : T(0);
     p.scale = T(a.scale);
   }

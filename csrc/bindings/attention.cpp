@@ -79,11 +79,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
              need_mask);
 }
 
+Tensor keep(const Tensor& seed, int64_t rows, int64_t keys, double dropout_p) {
+  STD_TORCH_CHECK(seed.is_cpu() && seed.scalar_type() == ScalarType::Long && seed.dim() == 1,
+                  "seed must be int64 on the CPU, one for each entry.");
+  STD_TORCH_CHECK(rows >= 0 && keys >= 0 && dropout_p >= 0 && dropout_p <= 1,
+                  "rows and keys must be sizes, and dropout_p a probability.");
+  const Tensor each = torch::stable::contiguous(seed);
+  const Tensor kept = torch::stable::new_empty(each, Sizes{each.size(0), rows, keys}, ScalarType::Bool);
+  const KeepEntries p{each.size(0),
+                      rows,
+                      keys,
+                      static_cast<const int64_t*>(each.const_data_ptr()),
+                      keep_threshold(dropout_p),
+                      static_cast<bool*>(kept.mutable_data_ptr())};
+  kernels().keep_entries(p, parallel_for);
+  return kept;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(additive_attn, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("keep_entries", TORCH_BOX(&keep));
 }
 
 }  // namespace additive_attn

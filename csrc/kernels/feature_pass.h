@@ -12,26 +12,30 @@ inline void reciprocals(const Vec<T>* y, Vec<T>* r) {
 
 // A query row (a = e^{-2q}) against `count` keys (b = e^{2k}) with their G. Adds G b r^2 to sum_query, for dq = 4 w a
 // sum_query; G a r^2 to sum_key, for dk = 4 w b sum_key; and G t to sum_weight.
-template <class T>
+// Of the vectors of features, the first `vectors` alone.
+template <int vectors, class T>
 void row_factored(const T* a, const T* b, const T* g, std::int64_t count, T* sum_query, T* sum_key, T* sum_weight) {
   constexpr int L = lanes<T>;
-  Vec<T> query[feature_vectors], weight[feature_vectors];
-  for (int v = 0; v < feature_vectors; ++v) {
+  Vec<T> query[vectors], weight[vectors];
+  for (int v = 0; v < vectors; ++v) {
     query[v] = load(sum_query + v * L);
     weight[v] = load(sum_weight + v * L);
   }
   for (std::int64_t j = 0; j < count; ++j, b += feature_vectors * L, sum_key += feature_vectors * L) {
-    Vec<T> y[feature_vectors], r[feature_vectors];
-    for (int v = 0; v < feature_vectors; ++v) y[v] = load(b + v * L) + load(a + v * L);
-    reciprocals<T>(y, r);
-    for (int v = 0; v < feature_vectors; ++v) {
+    Vec<T> y[vectors], r[vectors];
+    for (int v = 0; v < vectors; ++v) y[v] = load(b + v * L) + load(a + v * L);
+    if constexpr (vectors == 1)
+      r[0] = reciprocal(y[0]);
+    else
+      reciprocals<T>(y, r);
+    for (int v = 0; v < vectors; ++v) {
       const Vec<T> u = r[v] * g[j], z = u * r[v];
       weight[v] += u * (load(b + v * L) - load(a + v * L));
       query[v] += z * load(b + v * L);
       store(sum_key + v * L, load(sum_key + v * L) + z * load(a + v * L));
     }
   }
-  for (int v = 0; v < feature_vectors; ++v) {
+  for (int v = 0; v < vectors; ++v) {
     store(sum_query + v * L, query[v]);
     store(sum_weight + v * L, weight[v]);
   }
@@ -218,11 +222,11 @@ class FeaturePass {
       while (end < keys && on[end / K]) end += K;
       end = std::min(end, keys);
       if (!direct_i && !any_direct_) {
-        row_factored(a, b_ + j * F, g + j, end - j, sum_query, sum_rows() + j * F, sum_weight);
+        factored(h, a, j, end - j, g, sum_query, sum_weight);
       } else {
         for (std::int64_t i = j; i < end; ++i)
           if (!direct_i && !direct_j_[i])
-            row_factored(a, b_ + i * F, g + i, 1, sum_query, sum_rows() + i * F, sum_weight);
+            factored(h, a, i, 1, g, sum_query, sum_weight);
           else if (g[i] != T(0))  // pairs with G = 0 contribute exactly 0
             pair(q, key0, i, h, g[i] * factors.early, sum_query_direct, sum_weight);
       }
@@ -236,6 +240,13 @@ class FeaturePass {
       store(part_query + v * L, load(part_query + v * L) + (factored + load(sum_query_direct + v * L)));
       if (!direct_i) store(correction_ + v * L, load(correction_ + v * L) - s * load(a + F + v * L));
     }
+  }
+
+  // Keys [j, j + count). Features that only pad the second vector are left out.
+  void factored(std::int64_t h, const T* a, std::int64_t j, std::int64_t count, const T* g, T* sum_query,
+                T* sum_weight) {
+    const auto run = p.hidden - h <= L ? row_factored<1, T> : row_factored<feature_vectors, T>;
+    run(a, b_ + j * F, g + j, count, sum_query, sum_rows() + j * F, sum_weight);
   }
 
   void pair(const T* q, std::int64_t key0, std::int64_t j, std::int64_t h, T g, T* sum_query, T* sum_weight) {

@@ -74,3 +74,20 @@ void dropout_factors(const Problem<T>& p, std::int64_t entry, std::int64_t row, 
   const T keep_scale = p.keep_scale;
   for (int j = 0; j < tile_keys<T>; ++j) factors[j] = words[j] < drop_below ? T(0) : keep_scale;
 }
+
+// Which pairs of all entries are kept.
+inline void keep_entries(const KeepEntries& p, const ParallelFor& parallel_for) {
+  constexpr int tile = 128;
+  parallel_for(p.entries * p.rows, 8 * p.keys, [&](Tasks& tasks) {
+    std::uint32_t words[tile];
+    for (std::int64_t at; tasks.take(at);) {
+      const std::int64_t n = at / p.rows, i = at % p.rows;
+      bool* kept = p.kept + at * p.keys;
+      for (std::int64_t key0 = 0; key0 < p.keys; key0 += tile) {
+        philox<tile / 4>(std::uint64_t(p.seed[n]), std::uint64_t(n), std::uint64_t(i), std::uint64_t(key0), words);
+        const std::int64_t count = std::min<std::int64_t>(tile, p.keys - key0);
+        for (std::int64_t j = 0; j < count; ++j) kept[key0 + j] = words[j] >= p.drop_below;
+      }
+    }
+  });
+}

@@ -315,3 +315,14 @@ def test_without_dropout_accuracy_is_untouched():
         additive_attention(*inputs.values(), dropout_p=0.0), additive_attention(*inputs.values())
     )
     check_against_plain([inputs])
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("shape", [((), 1, 1), ((3,), 2, 127), ((2, 3), 4, 129), ((2,), 0, 5)])
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_the_operator_keeps_what_the_description_says(shape, p):
+    batch, rows, keys = shape
+    seed = torch.randint(-(2**62), 2**62, batch)
+    for each in (seed, torch.tensor(-5)):
+        ours = torch.ops.additive_attn.keep_mask(each, batch, rows, keys, p)
+        assert torch.equal(ours, keep_mask(each, batch, (0, rows), (0, keys), p))

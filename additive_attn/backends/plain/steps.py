@@ -127,6 +127,10 @@ def _windows(inputs: Tensor, width: int) -> Tensor:
     return padded.unfold(-1, width, 1).transpose(-1, -2).flatten(-3, -2)
 
 
+def keep_entries(seed: Tensor, rows: int, keys: int, dropout_p: float) -> Tensor:
+    return keep_mask(seed, seed.shape, (0, rows), (0, keys), dropout_p)
+
+
 def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
     """Cross-correlation along the keys, ``(B, C, Lk)`` with ``(F, C, width)``. The convolutions of
     libraries are slow where inputs have one channel."""
