@@ -19,7 +19,8 @@ from additive_attn.spec.formula import keep_factors
 
 def split(packed: Tensor, heads: int) -> Tensor:
     """``(..., L, heads * n)`` as a view ``(..., heads, L, n)``."""
-    return packed.unflatten(-1, (heads, packed.shape[-1] // heads)).transpose(-3, -2)
+    *batch, size = packed.shape
+    return packed.view(*batch, heads, size // heads).transpose(-3, -2)
 
 
 def merged_masks(

@@ -359,24 +359,29 @@ class MultiheadAdditiveAttention(nn.Module):
     ) -> list[Any]:
         """Packed queries, keys and values; neighbours that are one tensor in one product."""
         sizes, packed = (self.hidden_dim, self.hidden_dim, self.embed_dim), self.in_proj_weight
-        runs: list[tuple[Tensor | None, list[int]]] = []
-        for x, size in zip((query, key, value), sizes, strict=True):
-            if runs and packed is not None and x is runs[-1][0]:
-                runs[-1][1].append(size)
-            else:
-                runs.append((x, [size]))
-        rows = [sum(parts) for _, parts in runs]
-        weights: Any = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        weights = weights if packed is None else packed.split(rows)
         bias = self.in_proj_bias
-        biases = [None] * len(runs) if bias is None else bias.split(rows)
+        if packed is not None and query is key is value is not None:
+            runs: list[tuple[Tensor | None, list[int]]] = [(query, list(sizes))]
+            weights: Any = [packed]
+            biases: Any = [bias]
+        else:
+            runs = []
+            for x, size in zip((query, key, value), sizes, strict=True):
+                if runs and packed is not None and x is runs[-1][0]:
+                    runs[-1][1].append(size)
+                else:
+                    runs.append((x, [size]))
+            rows = [sum(parts) for _, parts in runs]
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            weights = weights if packed is None else packed.split(rows)
+            biases = [None] * len(runs) if bias is None else bias.split(rows)
         made: list[Any] = []
         try:
             for (x, parts), weight, b in zip(runs, weights, biases, strict=True):
                 if x is None:
                     made += [None] * len(parts)
                 else:
-                    made += F.linear(x, weight, b).split(parts, -1)
+                    made += torch.split_with_sizes(F.linear(x, weight, b), parts, -1)
         except RuntimeError:
             given = {"query": query, "key": key, "value": value}
             explain_projections(self, **{n: x for n, x in given.items() if x is not None})

@@ -30,7 +30,8 @@ def check_heads(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
             f"{_got(query, key, value)}, but all three must have 3 dims, "
             f"{_order(layer)}, or all three 2, (L, E), unbatched."
         )
-    _check_features(layer, query=query, key=key, value=value)
+    if (q[-1], k[-1], v[-1]) != (layer.embed_dim, layer.kdim, layer.vdim):
+        _check_features(layer, query=query, key=key, value=value)
     if k[:-1] != v[:-1]:
         raise ValueError(
             f"{_got(query, key, value)}, but each key belongs to one value: they may differ in "
