@@ -21,6 +21,7 @@ from additive_attn import (
     merge_attention,
 )
 from additive_attn.ops import dispatch
+from additive_attn.spec.call import Call
 
 
 def call(**changes):
@@ -480,7 +481,7 @@ def test_step_and_project_refuse_other_settings():
 def test_operators_refuse_tensors_on_several_devices():
     """One meta tensor calls for shapes alone, and the result would be unwritten memory."""
     inputs = make((2,), 3, 5, 8, 6)
-    tensors = [*inputs.values(), None, None]
+    tensors = [*inputs.values(), *[None] * 5]
     options = -1, -1, None, 0.0, 1.0
     saved = dispatch.forward(*tensors, *options, False)[2]
     mixed = [*tensors[:2], tensors[2].to("meta"), *tensors[3:]]
@@ -488,7 +489,8 @@ def test_operators_refuse_tensors_on_several_devices():
         dispatch.forward(*mixed, *options, False)
     with pytest.raises(RuntimeError, match=r"query is on cpu.*value is on meta"):
         dispatch.backward(t(2, 3, 6), None, None, *mixed, *options, saved, *[True] * 5)
-    assert dispatch.forward(*(x.to("meta") for x in inputs.values()), None, None, *options, True)
+    empty = [x.to("meta") for x in inputs.values()]
+    assert dispatch.forward(*empty, *[None] * 5, *options, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
@@ -555,8 +557,28 @@ import itertools, torch
 from additive_attn.ops import dispatch
 t = torch.zeros
 good = dict(query=t(2, 3, 8), key=t(2, 5, 8), value=t(2, 5, 6), weight=t(8), attn_mask=None,
-            lengths=None, left=-1, right=-1, seed=None, dropout_p=0.0, scale=1.0)
-i64 = dict(dtype=torch.int64)
+            lengths=None, starts=None, block_table=None, block_tiles=None, left=-1, right=-1,
+            seed=None, dropout_p=0.0, scale=1.0)
+i64, i32, tiles = dict(dtype=torch.int64), dict(dtype=torch.int32), torch.ones(2, 2, 4).bool()
+blocks = [
+    dict(starts=t(2, 3)), dict(starts=t(4, **i64)), dict(starts=t(0, **i64)),
+    dict(starts=torch.tensor([-7, 2**62, 5])), dict(starts=torch.tensor(-(2**63))),
+    dict(starts=t(3, **i64, device="meta")), dict(block_table=t(2, 2, **i32)),
+    dict(block_tiles=tiles), dict(block_table=t(2, 2), block_tiles=tiles),
+    dict(block_table=t(2, 2, **i64), block_tiles=tiles),
+    dict(block_table=t(3, 2, **i32), block_tiles=tiles),
+    dict(block_table=t(2, **i32), block_tiles=tiles),
+    dict(block_table=t(0, 0, **i32), block_tiles=tiles),
+    dict(block_table=torch.full((2, 2), 9, **i32), block_tiles=tiles),
+    dict(block_table=torch.full((2, 2), -(2**31), **i32), block_tiles=tiles),
+    dict(block_table=torch.full((2, 2), 2**31 - 1, **i32), block_tiles=tiles),
+    dict(block_table=t(2, 2, **i32), block_tiles=tiles.float()),
+    dict(block_table=t(2, 2, **i32), block_tiles=t(2, 0, 4).bool()),
+    dict(block_table=t(2, 2, **i32), block_tiles=t(2, 2, 0).bool()),
+    dict(block_table=torch.full((2, 2), 2, **i32), block_tiles=t(0, 2, 4).bool()),
+    dict(block_table=t(2, 2, **i32), block_tiles=t(2, 4).bool()),
+    dict(block_table=t(2, 2, **i32), block_tiles=tiles.to("meta")),
+]
 bad = [
     dict(query=t(8)), dict(query=t(())), dict(key=t(5)), dict(value=t(6)), dict(weight=t(())),
     dict(key=t(2, 5, 7)), dict(weight=t(7)), dict(weight=t(9)), dict(weight=t(1)),
@@ -583,12 +605,12 @@ bad = [
     dict(query=t(2, 3, 0), key=t(2, 5, 0), weight=t(0)), dict(value=t(2, 5, 0)),
 ]
 refused = 0
-for case in [{}, *bad]:
+for case in [{}, *bad, *blocks]:
     arguments = good | case
     try:
         out, weights, lse = dispatch.forward(*arguments.values(), True)
     except Exception as error:
-        assert str(error), case
+        assert str(error) and case, error
         refused += 1
 print("forward survived", refused)
 
@@ -612,14 +634,14 @@ bad = [
     dict(lse=torch.full((2, 3), -float("inf"))),
 ]
 refused = 0
-for case in [{}, *bad]:
+for case in [{}, *bad, *blocks]:
     a = grads | good | {"lse": saved} | case
     order = [*(a[k] for k in grads), *(a[k] for k in good), a["lse"]]
     for need in ([True] * 5, [False] * 5, [True, False, False, False, False]):
         try:
             dispatch.backward(*order, *need)
         except Exception as error:
-            assert str(error), case
+            assert str(error) and case, error
             refused += 1
 print("backward survived", refused)
 """
@@ -638,8 +660,8 @@ def test_operator_clamps_lengths():
     wild = torch.tensor([-4, 99, 3])
     tame = torch.tensor([0, 5, 3])
     for ours, expected in zip(
-        dispatch.forward(*inputs.values(), None, wild, -1, -1, None, 0.0, 1.0, True),
-        dispatch.forward(*inputs.values(), None, tame, -1, -1, None, 0.0, 1.0, True),
+        dispatch.forward(*Call(*inputs.values(), None, wild), True),
+        dispatch.forward(*Call(*inputs.values(), None, tame), True),
         strict=True,
     ):
         assert torch.equal(ours, expected)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from additive_attn.backends.plain.blocks import forward, score_gradient, unnarrowed
 from additive_attn.backends.plain.whole import is_finite, shielded, weight_gradient
-from additive_attn.spec.call import lse_dtype
+from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import keep_mask
 from additive_attn.spec.formula import attended_pairs, energies, keep_factors, scores, widened
 from additive_attn.spec.masks import interval_mask
@@ -41,9 +41,10 @@ def step(
     key, value = key.to(query.dtype), value.to(query.dtype)  # a memory may be narrower
     if location is not None:
         key = (widened(key) + _term(location, location_weight)).to(key.dtype)
-    outputs: tuple[Tensor, Tensor, Tensor] = forward(
-        query, key, value, weight, attn_mask, lengths, -1, -1, seed, dropout_p, scale, True
+    call = Call(
+        query, key, value, weight, attn_mask, lengths, seed=seed, dropout_p=dropout_p, scale=scale
     )
+    outputs: tuple[Tensor, Tensor, Tensor] = forward(*call, True)
     return outputs
 
 
