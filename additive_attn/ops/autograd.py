@@ -28,7 +28,6 @@ from additive_attn.ops.second_order import (
     has_tangents,
     outputs_pushed_forward,
     reduced,
-    save,
 )
 from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.formula import plain_additive_attention
@@ -150,16 +149,10 @@ class Attention(SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         out, weights, lse = dispatch.below_autograd(dispatch.forward_directly, *arguments[:15])
-        save(ctx, *arguments[:9], arguments[11], arguments[15], lse)
+        ctx.save_for_backward(*arguments[:9], arguments[11], arguments[15], lse)
         ctx.numbers = *arguments[9:11], *arguments[12:15]
+        ctx.set_materialize_grads(False)
         return out, weights, lse
-
-    @staticmethod
-    def jvp(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
-        *given, seed, _, lse = ctx.saved_tensors
-        left, right, dropout_p, scale, need_weights = ctx.numbers
-        call = *given, left, right, seed, dropout_p, scale, lse
-        return outputs_pushed_forward(ATTENTION, call, directions, (True, need_weights, True))
 
     @staticmethod
     def backward(
@@ -193,6 +186,23 @@ class Attention(SingleLevelFunction):
         )  # fmt: skip
 
 
+class DirectedAttention(Attention):
+    """The same where there may be tangents."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = Attention.forward(ctx, *arguments)
+        ctx.save_for_forward(*ctx.to_save)
+        return outputs
+
+    @staticmethod
+    def jvp(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        *given, seed, _, lse = ctx.saved_tensors
+        left, right, dropout_p, scale, need_weights = ctx.numbers
+        call = *given, left, right, seed, dropout_p, scale, lse
+        return outputs_pushed_forward(ATTENTION, call, directions, (True, need_weights, True))
+
+
 def register(operator: Any, function: Any, layout: Layout) -> None:
     """Registers the derivative of an operator: ``function`` in reverse mode, and forward mode."""
 
@@ -211,6 +221,6 @@ def register(operator: Any, function: Any, layout: Layout) -> None:
     registrations.impl(operator._schema.name.split("::")[1], run, "Autograd")
 
 
-register(dispatch.forward, lambda *x: Attention.apply(*x, None), ATTENTION)
+register(dispatch.forward, lambda *x: DirectedAttention.apply(*x, None), ATTENTION)
 register(dispatch.backward, AttentionBackward.apply, ATTENTION)
 register(dispatch.tangent, AttentionTangent.apply, ATTENTION)

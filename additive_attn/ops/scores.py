@@ -19,7 +19,6 @@ from additive_attn.ops.second_order import (
     SingleLevelFunction,
     outputs_pushed_forward,
     reduced,
-    save,
 )
 from additive_attn.spec.call import Call
 from additive_attn.spec.formula import plain_additive_scores
@@ -62,14 +61,10 @@ class Scores(SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         scores: Tensor = dispatch.below_autograd(dispatch.scores_directly, *arguments)
-        save(ctx, *arguments[:8])
+        ctx.save_for_backward(*arguments[:8])
         ctx.numbers = arguments[8:]
+        ctx.set_materialize_grads(False)
         return scores
-
-    @staticmethod
-    def jvp(ctx: Any, *directions: Tensor | None) -> Tensor | None:
-        call = *ctx.saved_tensors, *ctx.numbers
-        return outputs_pushed_forward(SCORES, call, directions, (True,))[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -90,6 +85,21 @@ class Scores(SingleLevelFunction):
         )  # fmt: skip
 
 
-register(dispatch.scores, Scores.apply, SCORES)
+class DirectedScores(Scores):
+    """The same where there may be tangents."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        scores = Scores.forward(ctx, *arguments)
+        ctx.save_for_forward(*ctx.to_save)
+        return scores
+
+    @staticmethod
+    def jvp(ctx: Any, *directions: Tensor | None) -> Tensor | None:
+        call = *ctx.saved_tensors, *ctx.numbers
+        return outputs_pushed_forward(SCORES, call, directions, (True,))[0]
+
+
+register(dispatch.scores, DirectedScores.apply, SCORES)
 register(dispatch.scores_backward, ScoresBackward.apply, SCORES)
 register(dispatch.scores_tangent, ScoresTangent.apply, SCORES)

@@ -120,15 +120,11 @@ class ScoresTangent(SingleLevelFunction):
 def _computed(ctx: Any, operator: Any, arguments: Arguments) -> Results:
     results: Results = dispatch.below_autograd(operator, *arguments)
     ctx.numbers = [None if isinstance(x, Tensor) else x for x in arguments]
-    save(ctx, *(x if isinstance(x, Tensor) else None for x in arguments))
-    return results
-
-
-def save(ctx: Any, *tensors: Tensor | None) -> None:
+    tensors = [x if isinstance(x, Tensor) else None for x in arguments]
     ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
-    if _forward_mode():
-        ctx.save_for_forward(*tensors)
+    return results
 
 
 def _arguments(ctx: Any) -> Arguments:
@@ -231,13 +227,10 @@ def _third_order(
 
 
 def has_tangents(arguments: Arguments) -> bool:
-    return _forward_mode() and any(x is not None for _, x in map(_unpacked, arguments))
-
-
-def _forward_mode() -> bool:
-    """Whether there may be tangents. A compiled graph enters forward mode without ``forward_ad``,
-    so that level says too little."""
-    return _functorch_active() or forward_ad._current_level >= 0
+    # A compiled graph enters forward mode without forward_ad, whose level says too little then.
+    return (_functorch_active() or forward_ad._current_level >= 0) and any(
+        x is not None for _, x in map(_unpacked, arguments)
+    )
 
 
 def _unpacked(argument: Any) -> tuple[Any, Tensor | None]:

@@ -44,15 +44,20 @@ def inputs_of(name):
     if "mask" in name:
         mask = torch.randn(*(batch if "bool" in name else ()), queries, keys)
         inputs["attn_mask"] = mask > 0 if "bool" in name else mask
-    return inputs, placements
+    # Second derivatives of sums in another order agree in double precision.
+    return {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}, placements
 
 
-def results(inputs, differentiate=torch.autograd.grad):
+def results(inputs):
+    """Outputs, gradients, and those of a penalty on gradients."""
     leaves = {n: x.requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
     outputs = additive_attention(**leaves, need_weights=True, need_lse=True)
     outputs += (additive_scores(**{n: x for n, x in leaves.items() if n != "value"}),)
     total = sum((x.nan_to_num(neginf=0) ** 2).sum() for x in outputs)
-    return [*outputs, *differentiate(total, [x for x in leaves.values() if x.requires_grad])]
+    wanted = [x for x in leaves.values() if x.requires_grad]
+    grads = torch.autograd.grad(total, wanted, create_graph=True)
+    penalty = sum((x**2).sum() for x in grads)
+    return [*outputs, *grads, *torch.autograd.grad(penalty, wanted)]
 
 
 def full(x):
