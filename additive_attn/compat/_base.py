@@ -175,6 +175,7 @@ def step(
     inputs: Tensor | None = None,
     window: Tensor | None = None,
     scale: float = 1.0,
+    need_context: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One step of a layer with one head.
 
@@ -184,9 +185,10 @@ def step(
         padding, attended: bool ``(B, Lk)``, one of them: True = ignore, or True = attend.
         inputs: ``(B, C, Lk)``, of the location term.
         window: bool, broadcastable to ``(B, 1, Lk)``: what this step attends to, at most.
+        need_context: if not, the same for all steps, the values are not read.
 
     Returns:
-        context ``(B, Dv)`` and weights ``(B, Lk)``.
+        context ``(B, Dv)``, or ``(B, 0)``, and weights ``(B, Lk)``.
     """
     energy, projection = affine(modules.energy), affine(modules.query)
     dense, filters = affine(modules.dense), filters_of(modules.filters)
@@ -206,8 +208,9 @@ def step(
             # The same for all keys: as well added to the query.
             query_bias = dense[1] if query_bias is None else query_bias + dense[1]
         lengths, attn_mask = masks(padding, attended)
+        read = value if need_context else key.detach().narrow(-1, 0, 0)
         lent = lend(
-            key, value, vector(weight, bias), lengths=lengths, attn_mask=attn_mask, scale=scale,
+            key, read, vector(weight, bias), lengths=lengths, attn_mask=attn_mask, scale=scale,
             query_weight=query_weight, query_bias=query_bias,
         )  # fmt: skip
         return Lease(lent, None if dense is None else dense[0].t(), kernels(filters))

@@ -180,7 +180,11 @@ class OriginalAttention(nn.Module):
             modules = modules._replace(
                 dense=location.location_dense, filters=location.location_conv1d
             )
-        return step(self, modules, query, processed_inputs, inputs, attended=mask, inputs=weighs)
+        # Forward attention makes another context, of other weights.
+        return step(
+            self, modules, query, processed_inputs, inputs, attended=mask, inputs=weighs,
+            need_context=not self.forward_attn,
+        )  # fmt: skip
 
     def _scores(
         self, query: Tensor, key: Tensor, mask: Tensor | None, weighs: Tensor | None

@@ -95,7 +95,7 @@ class _Single(Cached):
         return self.start(enc_hs_pad, dec_z)
 
     def attend(
-        self, query: Tensor, enc_hs_len: Lengths, scaling: float, **options: Tensor | None
+        self, query: Tensor, enc_hs_len: Lengths, scaling: float, **options: Any
     ) -> tuple[Tensor, Tensor]:
         return step(
             self, self.modules_of(), query, self.pre_compute_enc_h, self.enc_h,

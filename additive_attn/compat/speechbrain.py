@@ -59,7 +59,7 @@ class ContentBasedAttention(nn.Module):
         self._padding = self.mask, attended.logical_not()
 
     def attend(
-        self, modules: Modules, enc_states: Tensor, dec_states: Tensor, **options: Tensor
+        self, modules: Modules, enc_states: Tensor, dec_states: Tensor, **options: Any
     ) -> tuple[Tensor, Tensor]:
         if self._padding[0] is not self.mask:
             self._padding = self.mask, self.mask == 0
