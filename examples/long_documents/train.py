@@ -11,8 +11,10 @@ files that were not trained on after every epoch.
 from __future__ import annotations
 
 import argparse
+import csv
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from data import VOCABULARY, Document, Documents, batches, read_documents
@@ -61,6 +63,10 @@ def train(documents: Documents, options: argparse.Namespace) -> float:
         print(f"epoch {epoch + 1}: loss {sum(losses) / len(losses):.3f}, accuracy on "
               f"{len(documents.test)} other files {right:.1%}, "
               f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+        if options.csv:
+            numbers = [round(sum(losses) / len(losses), 4), round(right, 4), len(documents.test)]
+            with options.csv.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow([options.tokens, options.seed, epoch + 1, *numbers])
     return right
 
 
@@ -69,10 +75,11 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=4096, help="of each document (4096)")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--csv", type=Path, help="add tokens, seed, epoch, loss, accuracy, files")
     parser.add_argument("--demo", action="store_true", help="four classes, three epochs")
     options = parser.parse_args()
     if min(options.tokens, options.epochs, options.batch_size) < 1:

@@ -133,24 +133,22 @@ def check_dropout(mesh, folder):
 
 
 def check_uneven(mesh, folder):
-    """Successive parts of any size: one process has all queries, one has no keys."""
+    """Successive parts of any size: one process has all queries, others have no keys."""
     inputs = make((2,), 10, 24, 8, 6, dtype=torch.float64)
     world, rank = mesh.size(), mesh.get_local_rank()
-    queries = [10] + [0] * (world - 1)
-    keys = [7, *[0] * (world - 2), 17]
-
-    def cut(x, sizes):
-        return x.split(sizes, -2)[rank]
-
-    out = additive_attention(**inputs, window=(-1, 5), lengths=[20, 24])
+    queries, options = [10] + [0] * (world - 1), {"window": (-1, 5), "lengths": [20, 24]}
+    expected = additive_attention(**inputs, **options).split(queries, -2)[rank]
     before = attention.GATHER_BYTES
+    # All choose the same, whatever their own sizes are.
     for limit, exchange in ((before, "ring"), (before, "queries"), (0, "auto"), (3000, "auto")):
-        attention.GATHER_BYTES = limit
-        ours = context_parallel_additive_attention(
-            cut(inputs["query"], queries), cut(inputs["key"], keys), cut(inputs["value"], keys),
-            inputs["weight"], mesh, window=(-1, 5), lengths=[20, 24], exchange=exchange,
-        )  # fmt: skip
-        torch.testing.assert_close(ours, cut(out, queries), atol=1e-13, rtol=0)
+        for keys in ([7, *[0] * (world - 2), 17], [24, *[0] * (world - 1)]):
+            attention.GATHER_BYTES = limit
+            cuts = {"query": queries, "key": keys, "value": keys}
+            own = {n: x.split(cuts[n], -2)[rank] if n in cuts else x for n, x in inputs.items()}
+            ours = context_parallel_additive_attention(
+                **own, mesh=mesh, exchange=exchange, **options
+            )
+            torch.testing.assert_close(ours, expected, atol=1e-13, rtol=0)
     attention.GATHER_BYTES = before
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as checkpoints
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
@@ -24,7 +25,9 @@ from additive_attn import (
     CoverageAttention,
     LocationSensitiveAttention,
     MultiheadAdditiveAttention,
+    additive_attention,
 )
+from additive_attn.distributed import context_parallel_additive_attention, shard_sequence
 
 
 class Encoder(nn.Module):
@@ -103,7 +106,7 @@ def data(step):
     return torch.randn(8, 9, 5, generator=torch.Generator().manual_seed(step))
 
 
-def trained(model, cut=lambda x: x, steps=3, optimizer=None):
+def trained(model, cut=lambda x: x, steps=3, optimizer=None, data=data):
     """Parameters after some steps; the loss is the mean over a process's sequences."""
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=0.01)
     for step in range(steps):
@@ -133,7 +136,7 @@ def compare(ours, expected, tolerance=1e-9):
 
 def made(name, dtype=torch.float64):
     torch.manual_seed(3)
-    return MODELS[name]().to(dtype)
+    return MODELS.get(name, name)().to(dtype)
 
 
 def check_ddp(mesh, folder):
@@ -180,6 +183,52 @@ def check_accumulated(mesh, folder):
         expected = step(made(name), lambda x: x, lambda model, skipped: None)
         model = sharded(name, True, mesh)
         compare(step(model, cutter(mesh), skip_fsdp), expected)
+
+
+class Sequence(nn.Module):
+    """Attention over a sequence that the processes of ``mesh`` share; in one process without."""
+
+    mesh = None
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(5, 3 * 8)
+        self.energy = nn.Parameter(torch.randn(8) / 3)
+
+    def forward(self, x):
+        inputs = (*self.project(x).chunk(3, -1), self.energy)
+        if self.mesh is None:
+            return additive_attention(*inputs, is_causal=True)
+        return context_parallel_additive_attention(
+            *inputs, self.mesh, is_causal=True, balanced=True, exchange="ring"
+        )
+
+
+def check_sequence(mesh, folder):
+    """Gradients of parameters are parts, which DDP and FSDP2 add up; alone, and beside a sharded
+    batch."""
+    positions = 4 * 2 * mesh.size()
+
+    def long(step):
+        generator = torch.Generator().manual_seed(step)
+        return torch.randn(4, positions, 5, generator=generator, dtype=torch.float64)
+
+    expected = trained(made(Sequence), data=long)
+    both = init_device_mesh("cpu", (2, mesh.size() // 2), mesh_dim_names=("batch", "sequence"))
+    for batch, sequence in ((None, mesh), (both["batch"], both["sequence"])):
+
+        def cut(x, batch=batch, sequence=sequence):
+            x = x if batch is None else cutter(batch)(x)
+            return shard_sequence(x, sequence, balanced=True)
+
+        model = made(Sequence)
+        model.mesh = sequence
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        ours = trained(wrapped, cut, data=long)
+        compare({n.removeprefix("module."): x for n, x in ours.items()}, expected)
+        model = made(Sequence)
+        model.mesh = sequence
+        compare(trained(fully_shard(model, mesh=mesh), cut, data=long), expected)
 
 
 def check_mixed_precision(mesh, folder):
