@@ -23,8 +23,9 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
             with its own.
         lses: their log-sum-exps ``(..., Lq)``, from ``need_lse=True``. A set that a row may not
             attend to has ``-inf``. Shares are exact to the spacing of lse: in float32 2e-6 at 20,
-            1e-3 at 1e4. Where a finite mask value stands for -inf (spacing 64 at -1e9), the number
-            of keys is lost and such sets weigh the same: mask with bool, -inf or lengths.
+            1e-3 at 1e4. Where all keys of a row, in all sets, are masked with a finite value
+            (spacing 64 at -1e9), the number of keys is lost and the sets weigh the same: mask with
+            bool, -inf or lengths.
 
     Returns:
         out ``(..., Lq, Dv)`` in the dtype of ``outs`` and lse ``(..., Lq)``, differentiable. A row

@@ -116,3 +116,14 @@ def test_sets_masked_with_a_finite_value(finite):
     else:
         spacing = 2.0 ** (math.floor(math.log2(abs(finite))) - 23)
         assert (merged - fused(inputs)["out"]).abs().max() <= 8 * spacing + 1e-5
+
+
+@pytest.mark.parametrize("finite", [-1e4, -1e9])
+def test_a_set_masked_with_a_finite_value_beside_others(finite):
+    """Exact: beside a key that is not masked, such a set counts nothing."""
+    inputs = make((), 3, 7, 8, 5)
+    mask = torch.zeros(3, 7)
+    mask[:, :4] = finite
+    merged = merge_attention(*chunks(inputs, (0, 4, 7), attn_mask=mask))
+    whole = fused(inputs, attn_mask=mask)
+    torch.testing.assert_close(merged, (whole["out"], whole["lse"]))
