@@ -109,7 +109,8 @@ def test_values_that_are_not_finite(strange):
     mask = torch.rand(20, 37, generator=generator(1)) > 0.5
     seed = draw_seed(torch.device(DEVICE))
     for chosen, dropout_p in ((None, 0.0), (seed, 0.5)):
-        arguments = (*case.values(), mask, None, -1, -1, chosen, dropout_p, 1.0, False)
+        options = mask, *(None,) * 4, -1, -1, chosen, dropout_p, 1.0, False
+        arguments = *case.values(), *options
         torch.testing.assert_close(
             dispatch.forward(*arguments)[0], blocks.forward(*arguments)[0], equal_nan=True
         )
@@ -122,7 +123,7 @@ def test_dropout_is_that_of_every_backend(queries, keys, monkeypatch):
     monkeypatch.setattr(triton_tiles, "WORKSPACE_ELEMENTS", 1024)
     seed = draw_seed(torch.device(DEVICE))
     case = make((2,), queries, keys, 9, 5)
-    inputs = (*case.values(), None, None, 6, 2, seed, 0.4, 0.3)
+    inputs = (*case.values(), *(None,) * 5, 6, 2, seed, 0.4, 0.3)
 
     expected = blocks.forward(*inputs, True)
     for ours, theirs in zip(dispatch.forward(*inputs, True), expected, strict=True):
@@ -219,7 +220,7 @@ def test_offsets_beyond_int32(queries):
     far = dict(case)
     far["key"] = room.as_strided((2, 9, 7), (2**31 + 16, 7, 1)).copy_(case["key"])
     far["value"] = room[10**6 :].as_strided((2, 9, 5), (5, 2**28, 1)).copy_(case["value"])
-    options = (None, None, -1, -1, None, 0.0, 1.0)
+    options = (None, None, None, None, None, -1, -1, None, 0.0, 1.0)
     expected = dispatch.forward(*case.values(), *options, True)
     for ours, theirs in zip(
         dispatch.forward(*far.values(), *options, True), expected, strict=True
@@ -242,7 +243,7 @@ def test_lengths_out_of_range(queries):
     given, meant = torch.tensor([[-3], [4], [2**40]]), torch.tensor([[0], [4], [9]])
 
     def run(lengths):
-        arguments = (*case, None, lengths, -1, -1, None, 0.0, 1.0)
+        arguments = (*case, None, lengths, None, None, None, -1, -1, None, 0.0, 1.0)
         outputs = dispatch.forward(*arguments, True)
         arguments = (*outputs, *arguments, outputs[2])
         return *outputs, *dispatch.backward(*arguments, True, True, True, True, False)
@@ -256,7 +257,7 @@ def test_lengths_out_of_range(queries):
 def test_opcheck(needs, queries):
     """What the operators return has the shapes that traces expect, and shares no memory."""
     case = make((2,), queries, 5, 4, 3).values()
-    inputs = (*case, torch.randn(queries, 5), None, -1, -1, None, 0.0, 1.0)
+    inputs = (*case, torch.randn(queries, 5), None, None, None, None, -1, -1, None, 0.0, 1.0)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(dispatch.forward, (*inputs, needs[0]), test_utils=checks)
     out, _, lse = dispatch.forward(*inputs, False)
@@ -276,7 +277,9 @@ def test_repeats_to_the_bit(queries):
 
 def test_backward_under_autocast():
     """Some run backward there, and compiled graphs do: nothing is rounded to 16 bits."""
-    arguments = (*make((2,), 5, 9, 7, 5).values(), None, None, -1, -1, None, 0.0, 1.0)
+    arguments = (
+        *make((2,), 5, 9, 7, 5).values(), None, None, None, None, None, -1, -1, None, 0.0, 1.0,
+    )  # fmt: skip
     outputs = dispatch.forward(*arguments, True)
     arguments = (*outputs, *arguments, outputs[2], True, True, True, True, False)
     expected = dispatch.backward(*arguments)

@@ -172,7 +172,7 @@ def test_offsets_beyond_int32_compile(queries):
     value = room.as_strided((2, 9, 5), (5, 2**28, 1))
 
     def function():
-        inputs = (query, key, value, weight, None, None, -1, -1, None, 0.0, 1.0)
+        inputs = (query, key, value, weight, None, None, None, None, None, -1, -1, None, 0.0, 1.0)
         out, _, lse = operators.forward(*inputs, False)
         needs = (True, True, True, True, False)
         operators.backward(out, None, None, *inputs, lse, *needs)
@@ -230,7 +230,8 @@ def test_a_mask_is_not_copied():
 
     def function():
         with peak:
-            operators.forward(*inputs, torch.zeros(8), mask, None, -1, -1, None, 0.0, 1.0, False)
+            options = mask, *(None,) * 4, -1, -1, None, 0.0, 1.0, False
+            operators.forward(*inputs, torch.zeros(8), *options)
 
     compiled_calls("sm_90", function)
     assert peak.peak <= 4 * tiles.WORKSPACE_ELEMENTS + 8 * sum(x.nbytes for x in inputs)

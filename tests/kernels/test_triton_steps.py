@@ -219,7 +219,7 @@ def test_scores_in_pieces(queries, window, monkeypatch):
     )
     mask[:, 3] = -torch.inf
     lengths = torch.tensor([[5], [28]])
-    arguments = (query, key, weight, mask, lengths, *window, 0.7)
+    arguments = (query, key, weight, mask, lengths, None, None, None, *window, 0.7)
     expected = plain_scores.scores(*arguments)
     torch.testing.assert_close(operators.scores(*arguments), expected)
     grad[expected == -torch.inf] = torch.nan
@@ -233,9 +233,11 @@ def test_scores_in_pieces(queries, window, monkeypatch):
 def test_scores_that_overflow(queries):
     query, key = torch.ones(queries, 4), torch.ones(6, 4)
     weight = torch.tensor([-3e38, -3e38, -3e38, 1.0])
-    scores = operators.scores(query, key, weight, None, None, -1, -1, 1.0)
+    scores = operators.scores(query, key, weight, None, None, None, None, None, -1, -1, 1.0)
     assert (scores == -torch.inf).all()
     lowest = torch.finfo(torch.float32).min
     mask = torch.full((queries, 6), lowest)
-    scores = operators.scores(query, key, torch.zeros(4), mask, None, -1, -1, 1.0)
+    scores = operators.scores(
+        query, key, torch.zeros(4), mask, None, None, None, None, -1, -1, 1.0
+    )
     assert scores.isfinite().all()

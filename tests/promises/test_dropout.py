@@ -23,7 +23,7 @@ from additive_attn import AdditiveAttention, additive_attention
 from additive_attn.ops import dispatch
 from additive_attn.ops.autograd import attend
 from additive_attn.spec import dropout
-from additive_attn.spec.call import Call
+from additive_attn.spec.call import Call, Masking
 from additive_attn.spec.dropout import draw_seed, keep_mask, keep_threshold, philox
 
 
@@ -106,8 +106,7 @@ def kernel_mask(batch, queries, keys, seed, p, dtype=torch.float32, **masking):
     inputs["weight"] *= 0.1  # no weight underflows
     out, weights, _ = dispatch.forward(
         inputs["query"], inputs["key"], torch.eye(keys, dtype=dtype), inputs["weight"],
-        masking.get("attn_mask"), masking.get("lengths"),
-        masking.get("left", -1), masking.get("right", -1), seed, p, 1.0, True,
+        *Masking(**masking), seed, p, 1.0, True,
     )  # fmt: skip
     return out, weights
 
@@ -151,8 +150,8 @@ def test_masking_keeps_the_random_stream():
     inputs["weight"] *= 0.1
     value = torch.randn(keys, 3)
     out, weights, _ = dispatch.forward(
-        inputs["query"], inputs["key"], value, inputs["weight"], None, None, -1, -1,
-        seed, 0.5, 1.0, True,
+        inputs["query"], inputs["key"], value, inputs["weight"], None, None,
+        None, None, None, -1, -1, seed, 0.5, 1.0, True,
     )  # fmt: skip
     keep = keep_mask(seed, (), (0, 1), (0, keys), 0.5)
     torch.testing.assert_close(out, (weights * keep * 2) @ value, atol=1e-6, rtol=1e-4)
@@ -168,7 +167,21 @@ def test_entries_are_numbered_over_the_broadcast_batch():
     seed, p = torch.tensor(8), 0.5
     query, key = torch.randn(2, 1, 4, 6), torch.randn(3, 21, 6)
     out, _, _ = dispatch.forward(
-        query, key, torch.eye(21), torch.randn(6) * 0.1, None, None, -1, -1, seed, p, 1.0, True
+        query,
+        key,
+        torch.eye(21),
+        torch.randn(6) * 0.1,
+        None,
+        None,
+        None,
+        None,
+        None,
+        -1,
+        -1,
+        seed,
+        p,
+        1.0,
+        True,
     )
     assert torch.equal(out != 0, keep_mask(seed, (2, 3), (0, 4), (0, 21), p))
 
@@ -264,7 +277,9 @@ def test_seeds_come_from_torch_and_advance():
     assert torch.equal(additive_attention(*inputs.values(), dropout_p=0.5), first)
     torch.manual_seed(5)
     seed = draw_seed(torch.device(DEVICE))
-    out = dispatch.forward(*inputs.values(), None, None, -1, -1, seed, 0.5, 1.0, False)[0]
+    out = dispatch.forward(
+        *inputs.values(), None, None, None, None, None, -1, -1, seed, 0.5, 1.0, False
+    )[0]
     assert torch.equal(out, first)
 
 

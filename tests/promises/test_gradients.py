@@ -247,12 +247,12 @@ def test_kernel_backward_against_the_formula_in_float32():
     """The operator itself, with nothing between it and the test."""
     inputs = make((3,), 10, 37, 21, 11)
     out, weights, lse = dispatch.forward(
-        *inputs.values(), None, None, -1, -1, None, 0.0, 1.0, True
+        *inputs.values(), None, None, None, None, None, -1, -1, None, 0.0, 1.0, True
     )
     upstream = random_upstream({"out": out, "weights": weights, "lse": lse})
     grads = dispatch.backward(
-        *upstream.values(), *inputs.values(), None, None, -1, -1, None, 0.0, 1.0, lse,
-        True, True, True, True, False,
+        *upstream.values(), *inputs.values(), None, None, None, None, None, -1, -1, None, 0.0,
+        1.0, lse, True, True, True, True, False,
     )  # fmt: skip
     _, exact = gradients(
         lambda x: plain(*x.values()), {k: v.double() for k, v in inputs.items()}, upstream

@@ -284,8 +284,8 @@ def test_operator_broadcasts_every_argument():
     weight = torch.randn(2, 1, 6)
     lengths = torch.randint(0, 10, (3, 1))
     out, weights, lse = dispatch.forward(
-        inputs["query"], inputs["key"][:1], inputs["value"][0], weight, None, lengths, -1, -1,
-        None, 0.0, 1.0, True,
+        inputs["query"], inputs["key"][:1], inputs["value"][0], weight, None, lengths,
+        None, None, None, -1, -1, None, 0.0, 1.0, True,
     )  # fmt: skip
     for b in range(2):
         for h in range(3):

@@ -27,7 +27,7 @@ def part(request, monkeypatch):
     library.impl("backward", lambda *a: blocks.backward(*a), "CPU", allow_override=True)
     if request.param == "blocks":
         monkeypatch.setattr(whole, "ELEMENTS", -1)
-        monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", 4000)
+        monkeypatch.setattr("additive_attn.backends.plain.plan._BLOCK_ELEMENTS", 4000)
     yield request.param
     library._destroy()
     assert calls

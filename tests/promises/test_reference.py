@@ -12,6 +12,7 @@ from torch import nn
 
 from additive_attn import AdditiveAttention, PlainAdditiveAttention
 from additive_attn.backends.plain import blocks
+from additive_attn.spec.call import Masking
 from additive_attn.spec.formula import plain_additive_attention
 
 PAGE = Path(__file__).parents[2] / "docs" / "migration.md"
@@ -70,7 +71,9 @@ def test_implementations_agree(implementation, masked, batch):
         got = dict(zip(OUTPUTS, got, strict=True))
     else:
         left, right = (3, 4) if masked else (-1, -1)
-        got = blocks.forward(*inputs.values(), bias, None, left, right, None, 0.0, 0.7, True)
+        got = blocks.forward(
+            *inputs.values(), *Masking(bias, left=left, right=right), None, 0.0, 0.7, True
+        )
         got = dict(zip(OUTPUTS, got, strict=True))
     for name in OUTPUTS:
         assert error(got[name], expected[name]) < 1e-13, name
@@ -79,16 +82,16 @@ def test_implementations_agree(implementation, masked, batch):
 @pytest.mark.parametrize("block", [1, 40, 300])
 def test_fallback_in_blocks(block, monkeypatch):
     """Blocks of one, some and all rows give the same, forward and backward."""
-    monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("additive_attn.backends.plain.plan._BLOCK_ELEMENTS", block)
     inputs = make((2,), 6, 11, 3, 5, dtype=torch.float64)
     lengths = torch.tensor([[11], [4]])
     mask = torch.randn(6, 11, dtype=torch.float64)
     seed = torch.tensor(3)
-    arguments = (*inputs.values(), mask, lengths, 4, 2, seed, 0.3, 0.7)
+    arguments = *inputs.values(), *Masking(mask, lengths, left=4, right=2), seed, 0.3, 0.7
     upstream = torch.randn(2, 6, 5).double(), torch.randn(2, 6, 11).double(), torch.randn(2, 6)
     results = []
     for elements in (block, 2**20):
-        monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr("additive_attn.backends.plain.plan._BLOCK_ELEMENTS", elements)
         outputs = blocks.forward(*arguments, True)
         grads = blocks.backward(*upstream, *arguments, outputs[2], *[True] * 5)
         results.append([*outputs, *grads])

@@ -482,10 +482,10 @@ def test_flops_are_those_of_the_plain_formula():
 def test_fallback_in_blocks(elements, monkeypatch):
     inputs = inputs_of((2,), 6, 11, 3, dtype=torch.float64)
     mask, lengths = torch.randn(6, 11, dtype=torch.float64), torch.tensor([[11], [4]])
-    arguments = (*inputs.values(), mask, lengths, 4, 2, 0.7)
+    arguments = (*inputs.values(), *Masking(mask, lengths, left=4, right=2), 0.7)
     upstream, results = torch.randn(2, 6, 11, dtype=torch.float64), []
     for size in (elements, 2**20):
-        monkeypatch.setattr("additive_attn.backends.plain.blocks._BLOCK_ELEMENTS", size)
+        monkeypatch.setattr("additive_attn.backends.plain.plan._BLOCK_ELEMENTS", size)
         grads = blocks.scores_backward(upstream, *arguments, *[True] * 4)
         results.append([blocks.scores(*arguments), *grads])
     for ours, expected in zip(*results, strict=True):

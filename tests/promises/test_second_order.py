@@ -27,7 +27,6 @@ from oracle import (
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from additive_attn import AdditiveAttention, additive_attention, additive_scores
-from additive_attn.backends.plain import blocks
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.scores import score
 from additive_attn.spec.call import Call, Masking
@@ -38,7 +37,7 @@ from additive_attn.spec.masks import allowed_pairs
 @pytest.fixture
 def small_blocks(monkeypatch):
     """A few rows at a time."""
-    monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", 2**9)
+    monkeypatch.setattr("additive_attn.backends.plain.plan._BLOCK_ELEMENTS", 2**9)
 
 
 def fixed(like, number):

@@ -241,7 +241,7 @@ def test_plain_operators_narrow_nothing_under_autocast():
     """The inputs are cast before the operators, which a compiled graph, and a backward under
     autocast, call while it is on."""
     inputs = tuple(make((2,), 20, 40, 24, 5).values())
-    options = (None, None, -1, -1, None, 0.0, 1.0)
+    options = (None, None, None, None, None, -1, -1, None, 0.0, 1.0)
 
     def run():
         out, weights, lse = blocks.forward(*inputs, *options, True)

@@ -115,12 +115,14 @@ MIX = [
 def test_operator_takes_strided_saved_tensors():
     """A compiled graph may hand the backward operator any strides, also of the saved lse."""
     inputs = make((4,), 6, 19, 8, 6)
-    out, _, lse = dispatch.forward(*inputs.values(), None, None, -1, -1, None, 0.0, 1.0, False)
+    out, _, lse = dispatch.forward(
+        *inputs.values(), None, None, None, None, None, -1, -1, None, 0.0, 1.0, False
+    )
     grad = torch.randn_like(out)
 
     def backward(lse, inputs):
         return dispatch.backward(
-            grad, None, None, *inputs, None, None, -1, -1, None, 0.0, 1.0, lse,
+            grad, None, None, *inputs, None, None, None, None, None, -1, -1, None, 0.0, 1.0, lse,
             True, True, True, True, False,
         )  # fmt: skip
 

@@ -7,12 +7,13 @@ block computes its energies again. Keys that no row of a block may attend to are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from additive_attn.backends.plain.plan import Block, blocks_of
 from additive_attn.backends.plain.whole import (
     formula,
     is_finite,
@@ -22,30 +23,18 @@ from additive_attn.backends.plain.whole import (
 )
 from additive_attn.spec.call import (
     Call,
-    Inputs,
-    Masking,
-    Options,
     Upstream,
     backward_arguments,
     lse_dtype,
 )
-from additive_attn.spec.dropout import keep_mask
 from additive_attn.spec.formula import (
     add_bias,
-    attended_pairs,
     energies,
-    keep_factors,
     scores,
     softmax,
     weighted_sum,
     widened,
 )
-from additive_attn.spec.masks import allowed_pairs, mask_block
-
-# Elements of a block's energies for each thread; one row of one entry is the least that a block
-# can hold. More threads share larger blocks, since torch gives none of them a small part.
-_BLOCK_ELEMENTS = 2**19
-_MOST_THREADS = 32
 
 
 def unnarrowed(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +66,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         block.of_rows(out).copy_(out_block)
         block.of_rows(lse[..., None]).squeeze(-1).copy_(lse_block)
         if need_weights:
-            block.of_pairs(weights).copy_(weights_block)
+            block.write("of_pairs", weights, weights_block, add=False)
     return out, weights, lse
 
 
@@ -139,7 +128,11 @@ def _backward_block(
     grad_out = None if upstream.out is None else widened(block.of_rows(upstream.out))
     if gradients.value is not None and grad_out is not None:
         kept = weights if factors is None else weights * factors
-        _add_value_gradient(block.of_keys(gradients.value), kept, grad_out, attended)
+        whole = len(block.spans) == 1
+        part = block.of_keys(gradients.value)
+        _add_value_gradient(part if whole else part.zero_(), kept, grad_out, attended)
+        if not whole:
+            block.write("of_keys", gradients.value, part)
     if all(gradient is None for gradient in gradients[:2] + gradients[3:]):
         return
     grad_score = score_gradient(
@@ -148,8 +141,7 @@ def _backward_block(
         None if upstream.lse is None else block.of_rows(upstream.lse.unsqueeze(-1)),
     )  # fmt: skip
     if gradients.mask is not None:
-        target = block.of_mask(gradients.mask)
-        target += grad_score.sum_to_size(target.shape)
+        block.write("of_mask", gradients.mask, grad_score)
     grad_score = grad_score * scale
     if gradients.weight is not None:
         block.of_entries(gradients.weight, 1).add_(weight_gradient(grad_score, energy))
@@ -210,145 +202,5 @@ def add_feature_gradients(
     if gradients.query is not None:
         torch.sum(slope, -2, out=block.of_rows(gradients.query))
     if gradients.key is not None:
-        target = block.of_keys(gradients.key)
-        target += slope.squeeze(-3) if slope.shape[-3] == 1 else slope.sum(-3)
-
-
-class Block(NamedTuple):
-    """Rows and keys of some entries, computed at one time."""
-
-    dim: int  # batch dim that is divided, counted from the last, which is 1
-    entries: tuple[int, int]  # range of this dim
-    rows: tuple[int, int]
-    keys: tuple[int, int]
-
-    def of_entries(self, tensor: Tensor, rank: int) -> Tensor:
-        """The part of the entries; ``rank`` is the number of dims that are not of the batch."""
-        dim = tensor.dim() - rank - self.dim
-        if dim < 0 or tensor.shape[dim] == 1:
-            return tensor
-        first, last = self.entries
-        return tensor.narrow(dim, first, last - first)
-
-    def of_rows(self, tensor: Tensor) -> Tensor:
-        return self.of_entries(tensor, 2)[..., slice(*self.rows), :]
-
-    def of_keys(self, tensor: Tensor) -> Tensor:
-        return self.of_entries(tensor, 2)[..., slice(*self.keys), :]
-
-    def of_pairs(self, tensor: Tensor) -> Tensor:
-        return self.of_entries(tensor, 2)[..., slice(*self.rows), slice(*self.keys)]
-
-    def of_mask(self, attn_mask: Tensor) -> Tensor:
-        return mask_block(self.of_entries(attn_mask, 2), self.rows, self.keys)
-
-    def of_batch(self, batch: torch.Size) -> torch.Size:
-        sizes = list(batch)
-        if self.dim <= len(sizes):
-            sizes[-self.dim] = self.entries[1] - self.entries[0]
-        return torch.Size(sizes)
-
-    def inputs(self, inputs: Inputs) -> Inputs:
-        query, key, value, weight = inputs
-        return Inputs(
-            self.of_rows(query), self.of_keys(key), self.of_keys(value), self.of_entries(weight, 1)
-        )
-
-    def masks(self, masking: Masking, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """The part of the dense mask, and the attended pairs; None where all are."""
-        attn_mask, lengths, starts, table = masking[:4]
-        if attn_mask is not None:
-            attn_mask = self.of_mask(attn_mask)
-        masking = masking._replace(
-            lengths=None if lengths is None else self.of_entries(lengths, 1),
-            starts=None if starts is None else self.of_entries(starts, 1),
-            block_table=None if table is None else self.of_entries(table, 2),
-        )
-        allowed = allowed_pairs(masking, self.rows, self.keys, device)
-        return attn_mask, attended_pairs(attn_mask, allowed)
-
-    def factors(self, options: Options, batch: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """The dropout factors D of equation 15."""
-        seed, dropout_p, _ = options
-        if seed is None:
-            return None
-        numbers = torch.arange(batch.numel(), device=seed.device).reshape(batch)
-        keep = keep_mask(
-            self.of_entries(seed, 0), (), self.rows, self.keys, dropout_p,
-            entries=self.of_entries(numbers, 0),
-        )  # fmt: skip
-        return keep_factors(keep, dropout_p, dtype)
-
-
-def blocks_of(call: Call, batch: torch.Size, pairs: int | None = None) -> Iterator[Block]:
-    """Blocks of all rows of some entries, or of some rows of one entry: of up to ``pairs`` pairs,
-    or of as many as fit with their energies."""
-    query, key, value, _ = call.inputs
-    num_queries, num_keys = query.shape[-2], key.shape[-2]
-    if batch.numel() == 0 or num_queries == 0 or num_keys == 0:
-        return
-    # The first dim of more than one entry is divided.
-    dim = next((len(batch) - i for i, size in enumerate(batch) if size > 1), len(batch) + 1)
-    count = batch[-dim] if dim <= len(batch) else 1
-    masking = call.masking
-    ranges = KeyRanges(masking, dim, count, num_keys)
-    left, right = masking.left, masking.right
-    span = num_keys if left < 0 or right < 0 else min(num_keys, left + right + 1)
-    # Masked values that are not finite take a tensor (..., Lq, Lk, Dv).
-    masked = left >= 0 or right >= 0 or any(x is not None for x in masking[:4])
-    features = max(query.shape[-1], value.shape[-1] if masked else 1, 1)
-    unit = batch.numel() // count * (1 if pairs else features)
-    threads = torch.get_num_threads() if query.device.type == "cpu" else _MOST_THREADS
-    elements = pairs or _BLOCK_ELEMENTS * min(threads, _MOST_THREADS)
-    rows_at_once = min(max(1, elements // (unit * span)), num_queries)
-    entries_at_once = max(1, elements // (unit * span * num_queries))
-    for entry in range(0, count, entries_at_once):
-        entries = entry, min(entry + entries_at_once, count)
-        row = 0
-        while row < num_queries:
-            some = rows_at_once
-            while row + some < num_queries:  # where ranges are short, more rows fit
-                start, stop = ranges.of(entries, (row, min(row + 2 * some, num_queries)))
-                if 2 * some * (stop - start) * unit > elements:
-                    break
-                some *= 2
-            rows = row, min(row + some, num_queries)
-            keys = ranges.of(entries, rows)
-            if keys[0] < keys[1]:
-                yield Block(dim, entries, rows, keys)
-            row = rows[1]
-
-
-class KeyRanges:
-    """The smallest ranges of keys outside of which no row of a block may attend."""
-
-    def __init__(self, masking: Masking, dim: int, count: int, num_keys: int) -> None:
-        self.left, self.right, self.keys = masking.left, masking.right, num_keys
-
-        def listed(numbers: Tensor | None, reduce: Callable[..., Tensor]) -> list[list[int]]:
-            """For each index of the divided dim, the numbers of the rows, or one for all."""
-            if numbers is None:
-                return []
-            numbers = torch.atleast_1d(numbers).clamp(0, num_keys)
-            divided = numbers.dim() - 1 - dim
-            numbers = numbers.movedim(divided, 0) if divided >= 0 else numbers.unsqueeze(0)
-            lists = reduce(numbers.reshape(numbers.shape[0], -1, numbers.shape[-1]), 1).tolist()
-            return lists * count if len(lists) == 1 else lists
-
-        self.starts = listed(masking.starts, torch.amin)
-        self.stops = listed(masking.lengths, torch.amax)
-
-    def of(self, entries: tuple[int, int], rows: tuple[int, int]) -> tuple[int, int]:
-        first, last = rows[0], rows[1] - 1
-        start = max(first - self.left, 0) if self.left >= 0 else 0
-        stop = min(last + self.right + 1, self.keys) if self.right >= 0 else self.keys
-        own = slice(*entries)
-        if self.starts:
-            start = max(start, min(min(_part(x, rows)) for x in self.starts[own]))
-        if self.stops:
-            stop = min(stop, max(max(_part(x, rows)) for x in self.stops[own]))
-        return min(start, stop), stop
-
-
-def _part(numbers: list[int], rows: tuple[int, int]) -> list[int]:
-    return numbers if len(numbers) == 1 else numbers[slice(*rows)]
+        grad_key = slope.squeeze(-3) if slope.shape[-3] == 1 else slope.sum(-3)
+        block.write("of_keys", gradients.key, grad_key)

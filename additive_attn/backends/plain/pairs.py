@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from additive_attn.backends.plain.blocks import Block, blocks_of, unnarrowed
+from additive_attn.backends.plain.blocks import unnarrowed
+from additive_attn.backends.plain.plan import Block, blocks_of
 from additive_attn.backends.plain.whole import is_finite
 from additive_attn.spec.call import Call, Inputs, Needs, Tangents
 from additive_attn.spec.tangents import FormulaPairs, Masks

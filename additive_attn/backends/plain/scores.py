@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from additive_attn.backends.plain.blocks import (
-    Block,
     Gradients,
     add_feature_gradients,
-    blocks_of,
     unnarrowed,
 )
+from additive_attn.backends.plain.plan import Block, blocks_of
 from additive_attn.backends.plain.whole import is_finite, weight_gradient
 from additive_attn.spec.call import Call, call_of_scores, lse_dtype
 from additive_attn.spec.formula import add_bias, energies, mask_scores, widened
@@ -31,7 +30,7 @@ def scores(*arguments: Any) -> Tensor:
         query, key, _, weight = (widened(tensor) for tensor in block.inputs(call.inputs))
         attn_mask, attended = block.masks(call.masking, query.device)
         score = add_bias(call.scale * formula(energies(query, key), weight), attn_mask)
-        block.of_pairs(result).copy_(mask_scores(score, attended))
+        block.write("of_pairs", result, mask_scores(score, attended), add=False)
     return result
 
 
@@ -79,8 +78,7 @@ def _backward_block(
     if attended is not None:
         grad_score = torch.where(attended, grad_score, 0.0)
     if gradients.mask is not None:
-        target = block.of_mask(gradients.mask)
-        target += grad_score.sum_to_size(target.shape)
+        block.write("of_mask", gradients.mask, grad_score)
     energy = energies(query, key)
     shield = None if attended is None or is_finite(formula(energy, weight).sum()) else attended
     if shield is not None:

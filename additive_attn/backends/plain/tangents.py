@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from additive_attn.backends.plain.blocks import Block, blocks_of, unnarrowed
+from additive_attn.backends.plain.blocks import unnarrowed
 from additive_attn.backends.plain.pairs import OperatorPairs, sum_of
+from additive_attn.backends.plain.plan import Block, blocks_of
 from additive_attn.backends.plain.whole import is_finite
 from additive_attn.spec.call import Inputs, TangentCall, Tangents, Upstream, lse_dtype
 from additive_attn.spec.formula import widened
@@ -80,7 +81,7 @@ def _in_blocks(made: TangentCall, compute: Compute) -> tuple[Tensor, ...]:
 def _in_one(made: TangentCall, compute: Compute) -> tuple[Tensor, ...]:
     call, batch = made.call, made.call.batch()
     rows, keys = (0, call.query.shape[-2]), (0, call.key.shape[-2])
-    block = Block(len(batch) + 1, (0, 1), rows, keys)
+    block = Block(len(batch) + 1, (0, 1), rows, (keys,))
     results: list[Tensor] = []
     found = compute(block, made, _part(block, made, batch, differentiable=True))
     for result, zeros in zip(found, _zeros(made, batch), strict=True):
@@ -182,7 +183,7 @@ def _scores(block: Block, made: TangentCall, part: Part) -> Results:
 
 def _add(block: Block, made: TangentCall, found: Results, results: tuple[Tensor, ...]) -> None:
     """A row of an output is one block's alone."""
-    rows, keys, pairs = block.of_rows, block.of_keys, block.of_pairs
+    rows, keys, pairs = block.of_rows, "of_keys", "of_pairs"
 
     def numbers(tensor: Tensor) -> Tensor:
         return rows(tensor.unsqueeze(-1)).squeeze(-1)
@@ -190,9 +191,18 @@ def _add(block: Block, made: TangentCall, found: Results, results: tuple[Tensor,
     def entries(tensor: Tensor) -> Tensor:
         return block.of_entries(tensor, 1)
 
-    parts = (pairs,) if len(made.need_outputs) == 1 else (rows, pairs, numbers)
-    parts = *parts, rows, keys, keys, entries, block.of_mask
+    outputs: tuple[Any, ...] = (rows, pairs, numbers)
+    parts = (
+        *(outputs if len(made.need_outputs) > 1 else (pairs,)),
+        rows,
+        keys,
+        keys,
+        entries,
+        "of_mask",
+    )
     for part, tensor, result in zip(parts, results, found, strict=True):
-        if result is not None:
+        if isinstance(part, str) and result is not None:
+            block.write(part, tensor, result)
+        elif result is not None:
             place = part(tensor)
-            place += result.sum_to_size(place.shape) if part == block.of_mask else result
+            place += result
