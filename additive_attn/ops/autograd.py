@@ -25,6 +25,7 @@ from additive_attn.ops.second_order import (
     AttentionTangent,
     Layout,
     SingleLevelFunction,
+    forward_mode_alone,
     has_tangents,
     outputs_pushed_forward,
     reduced,
@@ -209,7 +210,7 @@ def register(operator: Any, function: Any, layout: Layout) -> None:
     def run(*arguments: Any) -> Any:
         directed = has_tangents(arguments)
         if directed and operator is layout.tangent:
-            return layout.differentiable(*arguments)
+            return layout.differentiable(*arguments, in_blocks=forward_mode_alone(arguments))
         if directed or (
             torch.is_grad_enabled()
             and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
@@ -230,6 +231,17 @@ def has_tangents(arguments: Arguments) -> bool:
     # A compiled graph enters forward mode without forward_ad, whose level says too little then.
     return (_functorch_active() or forward_ad._current_level >= 0) and any(
         x is not None for _, x in map(_unpacked, arguments)
+    )
+
+
+def forward_mode_alone(arguments: Arguments) -> bool:
+    """Whether neither a gradient nor a mapped dim, nor a tracer, is to see the operations."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    forward = torch._C._functorch.TransformType.Jvp
+    return (
+        all(each.key() == forward for each in retrieve_all_functorch_interpreters())
+        and not any(x.requires_grad for x in tensors)
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 

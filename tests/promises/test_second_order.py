@@ -303,7 +303,7 @@ HIGHER = {
 
 
 @pytest.mark.parametrize("name", HIGHER)
-def test_composed(name):
+def test_composed(name, small_blocks):
     inputs = tuple(make((), 2, 3, 3, 2, dtype=torch.float64).values())
     transform = HIGHER[name]
     ours, theirs = transform(additive_attention)(*inputs), transform(of_plain)(*inputs)
@@ -367,8 +367,11 @@ length, hidden, what = int(sys.argv[1]), 128, sys.argv[2]
 def run(length):
     shapes = (length, hidden), (length, hidden), (length, hidden), (hidden,)
     tensors = [torch.randn(s) for s in shapes]
-    if what == "jvp":
-        tangent = torch.func.jvp(additive_attention, tuple(tensors), tuple(tensors))[1]
+    if what.startswith("jvp"):
+        function, pair = additive_attention, (tuple(tensors), tuple(tensors))
+        if what == "jvp of jvp":
+            function = lambda *x: torch.func.jvp(additive_attention, x, pair[1])[1]
+        tangent = torch.func.jvp(function, *pair)[1]
         assert tangent.isfinite().all()
         return
     leaves = [x.requires_grad_() for x in tensors]
@@ -390,7 +393,9 @@ print(resident("VmHWM") - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to measure memory")
-@pytest.mark.parametrize("what", ["jvp", "penalty"])
+@pytest.mark.parametrize(
+    "what", ["jvp", pytest.param("jvp of jvp", marks=pytest.mark.sweep), "penalty"]
+)
 def test_never_the_energies(what):
     """Lq x Lk x H is 134 MB here."""
     result = subprocess.run(

@@ -40,14 +40,18 @@ def scores_tangent(*arguments: Any) -> tuple[Tensor, ...]:
     return _without_value(_in_blocks(TangentCall.of_scores(arguments), _scores))
 
 
-def differentiable_tangent(*arguments: Any) -> tuple[Tensor, ...]:
-    """``tangent`` in one block, of operations that have derivatives and batching rules."""
-    return _in_one(TangentCall.of(arguments), _attention)
+def differentiable_tangent(*arguments: Any, in_blocks: bool = False) -> tuple[Tensor, ...]:
+    """``tangent`` in operations that have derivatives. In one block they have batching rules too;
+    in blocks, forward mode keeps no tensor (..., Lq, Lk, H)."""
+    made = TangentCall.of(arguments)
+    return _in_blocks(made, _attention, True) if in_blocks else _in_one(made, _attention)
 
 
-def differentiable_scores_tangent(*arguments: Any) -> tuple[Tensor, ...]:
+def differentiable_scores_tangent(*arguments: Any, in_blocks: bool = False) -> tuple[Tensor, ...]:
     """``scores_tangent`` likewise."""
-    return _without_value(_in_one(TangentCall.of_scores(arguments), _scores))
+    made = TangentCall.of_scores(arguments)
+    results = _in_blocks(made, _scores, True) if in_blocks else _in_one(made, _scores)
+    return _without_value(results)
 
 
 def _without_value(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -64,13 +68,15 @@ class Part(NamedTuple):
     masks: Masks
 
 
-def _in_blocks(made: TangentCall, compute: Compute) -> tuple[Tensor, ...]:
+def _in_blocks(
+    made: TangentCall, compute: Compute, differentiable: bool = False
+) -> tuple[Tensor, ...]:
     batch = made.call.batch()
     results = _zeros(made, batch, lse_dtype(made.call.query.dtype))
-    for block in blocks_of(made.call, batch, pairs=_PAIRS):
-        part = _part(block, made, batch, differentiable=False)
+    for block in blocks_of(made.call, batch, pairs=None if differentiable else _PAIRS):
+        part = _part(block, made, batch, differentiable)
         found = compute(block, made, part)
-        if part.masks.attended is not None and not is_finite(sum_of(found)):
+        if part.masks.shield is not part.masks.attended and not is_finite(sum_of(found)):
             masks = part.masks._replace(shield=part.masks.attended)
             found = compute(block, made, part._replace(masks=masks))
         _add(block, made, found, results)
