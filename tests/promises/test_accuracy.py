@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import check_against_plain, fused, make
+from oracle import check_against_plain, fused, generator, make
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SEEDS = range(3)
@@ -143,3 +143,19 @@ def test_large_values_do_not_overflow(queries, keys):
     case["value"] = torch.full((keys, 3), 3e36)
     expected = torch.full((queries, 3), 3e36)
     torch.testing.assert_close(fused(case)["out"], expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("reach", [0.0, 0.5, 15.9, 16.1, 40.0])
+def test_scores_that_the_weights_bound(reach, dtype):
+    """The kernel looks for no maximum up to a sum of |w| of 16; rows without keys stay empty."""
+    cases = []
+    for seed in range(2):
+        inputs = make((2,), 6, 300, 16, 16, dtype=dtype, seed=seed)
+        weight = inputs["weight"]
+        inputs["weight"] = reach * weight / weight.abs().sum()
+        cases.append(inputs)
+    mask = torch.rand(6, 300, generator=generator(2)) < 0.7
+    mask[1] = False
+    check_against_plain(cases, attn_mask=mask, magnitude=max(1.0, reach))
