@@ -35,7 +35,7 @@ class AttentionState(NamedTuple):
     """The weights of the steps so far, ``(B, Lk)`` each, or ``(Lk,)`` unbatched.
 
     Attributes:
-        previous: of the last step.
+        previous: of the last step, the tensor that it returned.
         cumulative: their sum over all steps, float32 where weights have 16 bits. It is the
             coverage of See et al. 2017.
     """

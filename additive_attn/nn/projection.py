@@ -88,7 +88,8 @@ class ProjectingAttention(nn.Module):
                 or a list.
             key_padding_mask: bool ``(B, Lk)``, or ``(Lk,)``: **True = ignore**.
             dtype: of the memory, bfloat16 or float16 beside a float32 layer: a step then reads
-                half as many bytes, and computes in float32 as before.
+                half as many bytes of values, and computes in float32 as before. On the CPU, a
+                number that it cannot hold raises ValueError.
 
         Returns:
             The projected keys, the values, and lengths and mask in the form that :meth:`step`
