@@ -2,16 +2,69 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from additive_attn.nn.decoding import Prepared, ProjectedMemory, parameter_state
-from additive_attn.nn.heads import attend_heads, split
+from additive_attn.nn.decoding import (
+    Prepared,
+    ProjectedMemory,
+    attended_keys,
+    parameter_state,
+)
+from additive_attn.nn.heads import append_keys, attend_heads, merged_masks, split
 from additive_attn.nn.linear import projected
+from additive_attn.ops.autocast import autocast_dtype
+from additive_attn.ops.checks import Integers, aligned_lengths, as_integers
 from additive_attn.ops.decoding import attend_step
+from additive_attn.ops.head_checks import check_masks
+from additive_attn.ops.layer_checks import check_memory_dtype, check_narrowed
 from additive_attn.ops.memory import NARROW_MEMORY, lend
+
+
+def project_heads(
+    layer: Any, key: Tensor, value: Tensor, lengths: Integers | None,
+    key_padding_mask: Tensor | None, dtype: torch.dtype | None,
+) -> ProjectedMemory:  # fmt: skip
+    """:meth:`MultiheadAdditiveAttention.project`, of tensors whose shapes fit."""
+    compiles = torch.compiler.is_compiling()
+    if not compiles and torch.is_inference_mode_enabled():
+        # Its tensors do not count the writes to them, of which steps must know.
+        with torch.inference_mode(False), torch.no_grad():
+            return project_heads(layer, key, value, lengths, key_padding_mask, dtype)
+    _, k, v = layer._projected(None, key, value)
+    batched = k.dim() == 3
+    if not batched:
+        k, v = k.unsqueeze(0), v.unsqueeze(0)
+    elif not layer.batch_first:
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
+    mask = counts = None
+    if key_padding_mask is not None:
+        check_masks(layer, None, key_padding_mask, k.shape[0], (1, k.shape[1]), batched)
+        merged: Any = merged_masks(None, key_padding_mask, k.shape[0], 1)
+        mask = merged.squeeze(1)
+        if mask.dtype != torch.bool:
+            mask = mask.clone()  # not the caller's
+    if lengths is not None:
+        counts = as_integers("lengths", lengths, k.device)
+        counts = counts if batched else counts.unsqueeze(0)
+        counts = aligned_lengths(counts, k, k.shape[:1], 1).reshape(-1, 1).clone()
+    k, v, mask, counts = append_keys(layer, k, v, mask, counts)
+    if dtype is not None:
+        check_memory_dtype(dtype, k)
+        attended = partial(attended_keys, k, counts, mask)
+        for name, wide in (("The projected key", k), ("The projected value", v)):
+            check_narrowed(name, wide, wide.to(dtype), attended)
+        k, v = k.to(dtype), v.to(dtype)
+    rows: Any = (k, v, counts, mask)
+    if not batched:
+        rows = (None if x is None else x.squeeze(0) for x in rows)
+    memory = ProjectedMemory(*rows)
+    if not compiles:
+        memory.prepared = prepare_heads(layer, memory)
+    return memory
 
 
 def prepare_heads(layer: Any, memory: ProjectedMemory) -> Prepared | None:
@@ -25,8 +78,12 @@ def prepare_heads(layer: Any, memory: ProjectedMemory) -> Prepared | None:
     weight: Any = layer.q_proj_weight
     if weight is None:
         weight = layer.in_proj_weight[: layer.hidden_dim]
-    if torch.is_autocast_enabled(key.device.type):
+    copied = [key]
+    if autocast_dtype(key.device.type) is not None:
         weight = bias = None  # each query is projected under autocast
+        copied.append(layer.energy_weight)
+    if any(x.is_inference() for x in copied):
+        return None  # they do not tell whether they have been written to
     if key.dim() == 3:
         lengths = None if lengths is None else lengths.unsqueeze(1)
         mask = None if mask is None else mask.unsqueeze(1)

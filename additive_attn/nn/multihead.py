@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from additive_attn.nn.decoding import ProjectedMemory
-from additive_attn.nn.head_steps import prepare_heads, step_heads
+from additive_attn.nn.head_steps import project_heads, step_heads
 from additive_attn.nn.heads import (
     append_keys,
     attend_heads,
@@ -22,8 +22,6 @@ from additive_attn.nn.linear import projected
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.checks import (
     Integers,
-    aligned_lengths,
-    as_integers,
     checked_probability,
     refuse_types,
 )
@@ -36,7 +34,12 @@ from additive_attn.ops.head_checks import (
     check_step,
     explain_projections,
 )
-from additive_attn.ops.layer_checks import check_memory_dtype, checked_number, refuse_memory
+from additive_attn.ops.layer_checks import (
+    check_factory,
+    check_flags,
+    checked_number,
+    refuse_memory,
+)
 
 
 class MultiheadAdditiveAttention(nn.Module):
@@ -136,6 +139,9 @@ class MultiheadAdditiveAttention(nn.Module):
         check_division("hidden_dim", hidden, num_heads)
         self.head_dim = embed_dim // num_heads
         self.dropout = checked_probability("dropout", dropout)
+        check_flags(bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn,
+                    batch_first=batch_first)  # fmt: skip
+        check_factory(**factory)
         self.batch_first, self.add_zero_attn = batch_first, add_zero_attn
 
         packed = self.kdim == embed_dim == self.vdim
@@ -219,6 +225,10 @@ class MultiheadAdditiveAttention(nn.Module):
                 refuse_types(**tensors)
             masking = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             return symbolic_call(self, "forward", query, key, value, *masking)
+        check_flags(
+            need_weights=need_weights, average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )  # fmt: skip
         nested, lengths = query.is_nested or key.is_nested or value.is_nested, None
         if nested:
             masked = attn_mask is not None or key_padding_mask is not None or is_causal
@@ -281,32 +291,7 @@ class MultiheadAdditiveAttention(nn.Module):
                 refuse_types(key=key, value=value)
             return symbolic_call(self, "project", key, value, lengths, key_padding_mask, dtype)
         check_memory(self, key, value)
-        _, k, v = self._projected(None, key, value)
-        batched = k.dim() == 3
-        if not batched:
-            k, v = k.unsqueeze(0), v.unsqueeze(0)
-        elif not self.batch_first:
-            k, v = k.transpose(0, 1), v.transpose(0, 1)
-        mask = counts = None
-        if key_padding_mask is not None:
-            check_masks(self, None, key_padding_mask, k.shape[0], (1, k.shape[1]), batched)
-            merged: Any = merged_masks(None, key_padding_mask, k.shape[0], 1)
-            mask = merged.squeeze(1)
-        if lengths is not None:
-            counts = as_integers("lengths", lengths, k.device)
-            counts = counts if batched else counts.unsqueeze(0)
-            counts = aligned_lengths(counts, k, k.shape[:1], 1).reshape(-1, 1)
-        k, v, mask, counts = append_keys(self, k, v, mask, counts)
-        if dtype is not None:
-            check_memory_dtype(dtype, k)
-            k, v = k.to(dtype), v.to(dtype)
-        rows: Any = (k, v, counts, mask)
-        if not batched:
-            rows = (None if x is None else x.squeeze(0) for x in rows)
-        memory = ProjectedMemory(*rows)
-        if not torch.compiler.is_compiling():
-            memory.prepared = prepare_heads(self, memory)
-        return memory
+        return project_heads(self, key, value, lengths, key_padding_mask, dtype)
 
     def step(
         self,
@@ -342,8 +327,13 @@ class MultiheadAdditiveAttention(nn.Module):
             return symbolic_call(self, "step", query, memory, need_weights, average_attn_weights)
         if not isinstance(query, Tensor):
             refuse_types(query=query)
+        check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights)
         check_step(self, query, memory.key, memory.value, memory.beams)
-        return step_heads(self, query, memory, need_weights, average_attn_weights)
+        try:
+            return step_heads(self, query, memory, need_weights, average_attn_weights)
+        except RuntimeError:
+            explain_projections(self, query=query)
+            raise
 
     def extra_repr(self) -> str:
         usual = {

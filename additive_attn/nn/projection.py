@@ -20,13 +20,13 @@ from additive_attn.ops.checks import (
     checked_probability,
     checked_scale,
     refuse_dtypes,
-    refuse_flags,
     refuse_layouts,
     refuse_types,
     require_one_device,
 )
 from additive_attn.ops.layer_checks import (
     check_factory,
+    check_flags,
     check_memory_dtype,
     check_narrowed,
     checked_number,
@@ -55,9 +55,7 @@ class ProjectingAttention(nn.Module):
         normalize: bool, scale: float, batch_first: bool, factory: dict[str, Any],
     ) -> None:  # fmt: skip
         super().__init__()
-        flags = {"bias": bias, "batch_first": batch_first, "normalize": normalize}
-        if not all(type(flag) is bool for flag in flags.values()):
-            refuse_flags(**flags)
+        check_flags(bias=bias, batch_first=batch_first, normalize=normalize)
         check_factory(**factory)
         self.query_dim = query_dim = checked_number("query_dim", query_dim)
         self.key_dim = key_dim = checked_number("key_dim", key_dim)

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from additive_attn.ops.checks import INTEGERS
+from additive_attn.ops.checks import INTEGERS, refuse_layouts, require_one_device
 from additive_attn.ops.layer_checks import explain_projection
 
 _NAME = "MultiheadAdditiveAttention"
@@ -113,6 +113,10 @@ def check_masks(
                 f"{name} is {found}, but must be None, a bool tensor (True = do not attend) or a "
                 "float one, which is added to the scores. Convert a 0/1 mask with .bool()."
             )
+        if mask is not None and (mask.layout is not torch.strided or mask.is_nested):
+            refuse_layouts(**{name: mask})
+        if mask is not None and mask.device != layer.energy_weight.device:
+            require_one_device(**{"the layer": layer.energy_weight, name: mask})
     each = (batch * layer.num_heads, *scores)
     if attn_mask is not None and attn_mask.shape != (scores if attn_mask.dim() == 2 else each):
         raise ValueError(

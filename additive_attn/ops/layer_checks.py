@@ -19,6 +19,7 @@ from additive_attn.ops.checks import (
     checked_batch,
     is_readable,
     refuse_dtypes,
+    refuse_flags,
     refuse_layouts,
     refuse_types,
     require_one_device,
@@ -35,6 +36,11 @@ def checked_number(name: str, count: int, of: str = "features") -> int:
     if count < 1:
         raise ValueError(f"{name} is {count}, but the number of {of} must be at least 1.")
     return int(count)
+
+
+def check_flags(**flags: Any) -> None:
+    if not all(type(flag) is bool for flag in flags.values()):
+        refuse_flags(**flags)
 
 
 def check_factory(device: Any, dtype: Any) -> None:

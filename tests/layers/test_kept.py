@@ -8,10 +8,10 @@ import torch
 from decoders import LK, B, D, H, K, build
 from oracle import DEVICE
 
-from additive_attn import AdditiveAttention
+from additive_attn import AdditiveAttention, MultiheadAdditiveAttention
 
 F64 = torch.float64
-KINDS = pytest.mark.parametrize("kind", ["content", "tacotron", "pointer"])
+KINDS = pytest.mark.parametrize("kind", ["content", "tacotron", "pointer", "heads"])
 MODES = pytest.mark.parametrize(
     "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__
 )
@@ -21,11 +21,14 @@ def made(kind, **options):
     options = {"dtype": F64} | options
     if kind == "content":
         return AdditiveAttention(D, H, key_dim=K, **options)
+    if kind == "heads":
+        options = {"batch_first": True} | options
+        return MultiheadAdditiveAttention(D, 2, kdim=K, vdim=7, hidden_dim=H, **options)
     return build(kind, **options)
 
 
 def stepped(layer, query, memory):
-    if isinstance(layer, AdditiveAttention):
+    if isinstance(layer, (AdditiveAttention, MultiheadAdditiveAttention)):
         return layer.step(query, memory)
     return layer.step(query, memory, layer.initial_state(memory))[:2]
 
@@ -51,6 +54,13 @@ def test_what_the_memory_holds_may_be_written_to(kind, mode, beams, order, field
     with mode():
         memory = layer.project(key, value, **masking).expand(beams)
         before = [x.clone() for x in stepped(layer, query, memory)]
+        if kind == "heads" and mode is torch.enable_grad and field in ("key", "value"):
+            # Views of one projection: autograd refuses an ordinary step.
+            with torch.no_grad():
+                getattr(memory, field).mul_(0.5)
+            with pytest.raises(RuntimeError, match="modified inplace"):
+                stepped(layer, query, ordinary(memory))
+            return
         with torch.no_grad():
             tensor = getattr(memory, field)
             if field in ("key", "value"):
@@ -128,7 +138,7 @@ def test_what_the_caller_passed_may_be_written_to(kind, mode, masking):
         for tensor in (key, given):
             tensor.zero_()
         torch.testing.assert_close(list(stepped(layer, query, memory)), expected)
-        assert memory.value.data_ptr() == value.data_ptr()
+        assert kind == "heads" or memory.value.data_ptr() == value.data_ptr()
 
 
 def test_the_first_state_is_two_tensors():

@@ -18,6 +18,7 @@ from additive_attn import (
     AttentionState,
     CoverageAttention,
     LocationSensitiveAttention,
+    MultiheadAdditiveAttention,
     ProjectedMemory,
     additive_attention,
     additive_attention_step,
@@ -114,6 +115,7 @@ def plotted(**options: Any) -> Any:
 def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     layer = layer_of(AdditiveAttention)
     located, covered = layer_of(LocationSensitiveAttention), layer_of(CoverageAttention)
+    heads = MultiheadAdditiveAttention(D, 2, batch_first=True)
     memory = located.project(X)
     state = located.initial_state(memory)
     index = torch.tensor([1, 0])
@@ -167,6 +169,22 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             {k: x for k, x in stepped(CoverageAttention)[1].items()
              if k in ("key", "value", "lengths", "attn_mask")},
         ),
+        "MultiheadAdditiveAttention": (
+            MultiheadAdditiveAttention,
+            dict(embed_dim=D, num_heads=2, dropout=0.0, bias=True, add_bias_kv=False,
+                 add_zero_attn=False, kdim=D, vdim=D, batch_first=True, device="cpu",
+                 dtype=torch.float32, hidden_dim=D),
+        ),
+        "MultiheadAdditiveAttention.forward": (
+            heads.forward,
+            dict(query=X, key=X, value=X, key_padding_mask=PADDING, need_weights=True,
+                 attn_mask=torch.zeros(LK, LK, dtype=torch.bool), average_attn_weights=True,
+                 is_causal=False),
+        ),
+        "MultiheadAdditiveAttention.project": (heads.project, project),
+        "MultiheadAdditiveAttention.step": (
+            heads.step, dict(query=Q, memory=heads.project(X), need_weights=True),
+        ),
         "plot_attention": (plotted, dict(
             weights=torch.rand(B, 2, LQ, LK), source_tokens=list("abcde"),
             target_tokens=list("abc"), ax=None, source_length=4, target_length=2, batch=0, head=1,
@@ -181,7 +199,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
 OPTIONAL = {
     "query", "value", "lengths", "key_padding_mask", "starts", "attn_mask", "window", "bias",
     "device", "dtype", "input_dim", "query_dim", "key_dim", "source_tokens", "target_tokens",
-    "ax", "source_length", "target_length", "vmax", "title",
+    "kdim", "vdim", "ax", "source_length", "target_length", "vmax", "title",
 }  # fmt: skip
 TAKEN = {
     ("scale", "number"), ("scale", "integer"), ("vmin", "number"), ("vmin", "integer"),
@@ -193,6 +211,9 @@ TAKEN = {
     ("weights", "more dims"), ("weights", "integers"), ("weights", "double"),  # of plots
     ("query", "sparse"),  # a Linear takes it
 }  # fmt: skip
+
+
+HEADS = {("hidden_dim", "None"), ("key_padding_mask", "floats")}
 
 
 def outcome(call: Callable[..., Any], arguments: dict[str, Any], name: str, kind: str) -> str:
@@ -224,6 +245,8 @@ def test_every_argument(name):
         for kind, bad in others(value).items():
             found = outcome(call, good | {argument: bad}, argument, kind)
             taken = (argument, kind) in TAKEN or (kind == "None" and argument in OPTIONAL)
+            if name.startswith("Multihead"):  # its keys may be masked by floats
+                taken |= (argument, kind) in HEADS
             if found != "refused" and not (taken and found == "went well"):
                 wrong.append(f"{argument}={kind}: {found}")
     assert not wrong, "\n".join(wrong)
