@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from additive_attn.distributed.exchange import agree, checked_group
-from additive_attn.distributed.layout import Masks, layout_of
+from additive_attn.distributed.layout import Masks, layout_of, length
 from additive_attn.distributed.ring import ContextParallel, Plan
 from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.checks import (
@@ -55,7 +55,8 @@ def context_parallel_additive_attention(
     one process. Memory follows the shard: a process holds a few blocks as large as its own.
 
     Args:
-        query: ``(..., Lq, H)``, the queries of this process.
+        query: ``(..., Lq, H)``, the queries of this process. DTensors are taken too, sharded along
+            the sequence, with a replicated weight; the results are DTensors then.
         key, value: ``(..., Lk, H)`` and ``(..., Lk, Dv)``, its keys and values. Shards may differ
             in size, also be empty; other dims are equal on all processes.
         weight: ``(H,)``, or ``(heads, H)``, the same on all processes. Each gets a part of its
@@ -89,7 +90,11 @@ def context_parallel_additive_attention(
             refuse_flags(balanced=balanced)
         if exchange not in _EXCHANGES:
             raise ValueError(f"exchange is {exchange!r}, but must be one of {_EXCHANGES}.")
-        call = _checked((query, key, value, weight), mesh, is_causal, dropout_p, scale, need_lse)
+        inputs = [
+            _local(name, x, mesh, balanced)
+            for name, x in zip(Inputs._fields, (query, key, value, weight), strict=True)
+        ]
+        call = _checked(inputs, mesh, is_causal, dropout_p, scale, need_lse)
         left, right = (-1, -1) if window is None else checked_window(window)
         given = {"starts": starts, "lengths": lengths}
         aligned = [None if x is None else _aligned(x, n, call) for n, x in given.items()]
@@ -101,7 +106,39 @@ def context_parallel_additive_attention(
     plan = _agreed(group, call, masks, per_query, balanced, exchange)
     with torch.autocast(call.query.device.type, enabled=False):
         out, lse = ContextParallel.apply(plan, *call.inputs)
+    if hasattr(query, "device_mesh"):
+        rows = sum(length(x) for x in plan.rows)
+        out, lse = _sharded(out, mesh, rows, -2), _sharded(lse, mesh, rows, -1)
     return (out, lse) if need_lse else out
+
+
+def _local(name: str, tensor: Any, mesh: DeviceMesh, balanced: bool) -> Any:
+    """The shard of a DTensor; other tensors are shards."""
+    if not hasattr(tensor, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    wanted = Replicate() if name == "weight" else Shard(tensor.dim() - 2)
+    if tensor.device_mesh != mesh or tensor.placements != (wanted,) or balanced:
+        raise ValueError(
+            f"{name} is a DTensor of placements {tensor.placements} on {tensor.device_mesh}, with "
+            f"balanced={balanced}, but must be {wanted} on {mesh}, whose shards are not balanced. "
+            "Call .redistribute, or pass local tensors."
+        )
+    return tensor.to_local(grad_placements=[Partial() if name == "weight" else wanted])
+
+
+def _sharded(local: Tensor, mesh: DeviceMesh, size: int, dim: int) -> Tensor:
+    """A DTensor, sharded along ``dim``, which has ``size`` positions in all."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    shape = list(local.shape)
+    shape[dim] = size
+    strides = torch.empty(shape, device="meta").stride()
+    made: Tensor = DTensor.from_local(
+        local, mesh, [Shard(local.dim() + dim)], shape=torch.Size(shape), stride=strides
+    )
+    return made
 
 
 def _checked(

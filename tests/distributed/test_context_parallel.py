@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from oracle import make
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from additive_attn import additive_attention
 from additive_attn.distributed import (
@@ -184,6 +185,28 @@ def check_padding(mesh, folder):
     for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty)
     assert not results[0][0][1].any() and (results[0][1][1] == -torch.inf).all()
+
+
+def check_dtensors(mesh, folder):
+    """DTensors in, DTensors out; the gradient of the weight is whole."""
+    inputs = make((2,), 11, 14, 8, 6, dtype=torch.float64)
+
+    def results(x, function, **options):
+        x = {n: t.requires_grad_() for n, t in x.items()}
+        out, lse = function(*x.values(), need_lse=True, is_causal=True, **options)
+        return out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), list(x.values()))
+
+    expected = results({n: x.clone() for n, x in inputs.items()}, additive_attention)
+    placed = {
+        n: distribute_tensor(x, mesh, [Replicate() if n == "weight" else Shard(1)])
+        for n, x in inputs.items()
+    }
+    ours = results(placed, context_parallel_additive_attention, mesh=mesh, exchange="ring")
+    assert ours[0].placements == (Shard(1),) == ours[3].placements
+    for mine, right in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine.full_tensor(), right)
+    wrong = {**placed, "key": distribute_tensor(inputs["key"].detach(), mesh, [Shard(0)])}
+    refused(ValueError, "must be S(1)", context_parallel_additive_attention, **wrong, mesh=mesh)
 
 
 def check_repeatable(mesh, folder):
