@@ -4,6 +4,7 @@ prepared tensors, masks. Something that is not given is None, which kernels are 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,18 @@ from additive_attn.backends.triton.prepare import (
     prepare_rows,
     prepare_weight,
 )
-from additive_attn.spec.call import Call, Masking, lse_dtype
+from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import keep_threshold
-from additive_attn.spec.masks import allowed_pairs
+from additive_attn.spec.masks import block_mask
+
+
+class BlockTiles(NamedTuple):
+    """What a block table's numbers refer to."""
+
+    pairs: Tensor  # (number, rows, keys), uint8
+    number: int
+    rows: int
+    keys: int
 
 
 class Problem:
@@ -32,7 +42,7 @@ class Problem:
         self, call: Call, location: Tensor | None = None, location_weight: Tensor | None = None
     ) -> None:
         query, key, value, weight = call.inputs
-        given, call = call.attn_mask, _with_dense_mask(call)
+        given, call = call.attn_mask, _with_dense_table(call)
         attn_mask, lengths = call.attn_mask, call.lengths
         left, right = call.left, call.right
         seed, dropout_p, scale = call.options
@@ -41,7 +51,7 @@ class Problem:
             key.shape[:-2] != shape
             or value.shape[:-2] != shape
             or weight.dim() > 1
-            or not (attn_mask is lengths is seed is None)
+            or not (attn_mask is lengths is seed is call.starts is call.block_table is None)
         ):
             shape = call.batch()
         if location is not None and location_weight is not None:
@@ -61,10 +71,17 @@ class Problem:
         self.value, self.value_strides = self.batch.strided(value, 2)
         self.weight, self.weight_strides = self.batch.strided(weight, 1)
         self.mask = None if attn_mask is None else _mask_view(attn_mask, self)
+        self.block_tiles = None
+        if call.block_table is not None and call.block_tiles is not None:
+            self.mask = self.batch.view(call.block_table, 2)
+            pairs = call.block_tiles.contiguous().view(torch.uint8)
+            self.block_tiles = BlockTiles(pairs, *pairs.shape)
         # A mask of booleans has no gradient.
         self.float_mask = None
         if given is not None and given.is_floating_point():
             self.float_mask = given
+        if call.starts is not None:
+            lengths = _packed(call.starts, lengths, self.keys)
         self.lengths = None if lengths is None else _lengths_view(lengths, self)
         self.seed = None if seed is None else self.batch.view(seed, 0)
         self.left = self.rows if left < 0 else min(left, self.rows)
@@ -124,11 +141,11 @@ class Problem:
         )  # fmt: skip
 
     def mask_arguments(self) -> tuple[object, ...]:
-        """Parameters ``mask`` to ``mask_column``."""
+        """Parameters ``mask`` to ``mask_column`` and ``tiles``."""
         if self.mask is None:
-            return (None, 0, 0, 0, 0)
+            return (None, 0, 0, 0, 0, None)
         mask = self.mask.view(torch.uint8) if self.mask.dtype == torch.bool else self.mask
-        return (mask, *mask.stride())
+        return (mask, *mask.stride(), self.block_tiles)
 
     def length_arguments(self) -> tuple[object, ...]:
         """Parameters ``lengths`` to ``length_row``."""
@@ -170,19 +187,23 @@ class Problem:
         )
 
 
-def _with_dense_mask(call: Call) -> Call:
-    """Starts and block tables as a dense mask."""
-    if call.starts is None and call.block_table is None:
+def _with_dense_table(call: Call) -> Call:
+    """A block table beside a mask, or of a single row, as a dense mask."""
+    mask, table, block_tiles = call.attn_mask, call.block_table, call.block_tiles
+    if table is None or block_tiles is None or (mask is None and call.query.shape[-2] > 1):
         return call
-    rows, keys = (0, call.query.shape[-2]), (0, call.key.shape[-2])
-    narrowing = Masking(None, None, *call.masking[2:5])
-    mask, allowed = call.attn_mask, allowed_pairs(narrowing, rows, keys, call.query.device)
-    assert allowed is not None
+    allowed = block_mask(table, block_tiles, (0, call.query.shape[-2]), (0, call.key.shape[-2]))
     if mask is not None:
         allowed = (
             mask & allowed if mask.dtype == torch.bool else torch.where(allowed, mask, -torch.inf)
         )
-    return call._replace(attn_mask=allowed, starts=None, block_table=None, block_tiles=None)
+    return call._replace(attn_mask=allowed, block_table=None, block_tiles=None)
+
+
+def _packed(starts: Tensor, lengths: Tensor | None, keys: int) -> Tensor:
+    """Starts and lengths in one tensor (``masks.interval``)."""
+    ends = keys if lengths is None else lengths.clamp(0, keys)
+    return ((starts.clamp(0, keys) << 32) | ends).view(torch.uint64)
 
 
 def _mask_view(mask: Tensor, problem: Problem) -> Tensor:

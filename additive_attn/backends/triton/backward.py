@@ -207,7 +207,8 @@ def _add_from_scores(
         launch(
             kernel, programs * ranges, total,
             *inputs, parts, of_weight, *sizes, ranges, per_range,
-            **tile, BLOCK=block, padded=p.padded, TARGET=target(),
+            **tile, BLOCK=block, padded=p.padded, SPARSE=p.block_tiles is not None,
+            TARGET=target(),
         )  # fmt: skip
         if ranges > 1:
             torch.sum(parts, 0, out=total)

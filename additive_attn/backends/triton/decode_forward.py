@@ -53,7 +53,7 @@ def block_attended(mask, mask_column, j, low, high):
     bias = 0.0
     if mask is not None:
         zero = tl.zeros([1], tl.int32)
-        bias, attended = masked_bias(mask, 0, mask_column, zero, j, attended)
+        bias, attended = masked_bias(mask, 0, mask_column, None, zero, j, attended)
         bias = tl.reshape(bias, j.shape)
     return bias, tl.reshape(attended, j.shape)
 
@@ -259,7 +259,7 @@ def merge_kernel(
 def decode_inputs(p: Problem) -> tuple[object, ...]:
     """Parameters ``query`` to ``keep_bits`` of the kernels that compute scores."""
     query = p.query_strides
-    mask, *mask_strides = p.mask_arguments()
+    mask, *mask_strides, _ = p.mask_arguments()
     lengths, *length_strides = p.length_arguments()
     return (
         p.query, p.key, p.value, p.weight, query[0], query[1], query[3],

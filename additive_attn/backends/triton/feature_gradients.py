@@ -96,14 +96,19 @@ def _is_flagged(flags, begin, end, flag_rows, flag_columns):
 
 
 @triton.jit
-def _forms(sizes, counts, any_direct_i, largest_i, opposite):
+def _forms(
+    sizes, counts, any_direct_i, largest_i, opposite, begin, end, SPARSE: tl.constexpr
+):  # fmt: skip
     """Whether a row or key takes the direct form, and whether no |q|, |k| of the others is above
-    1, unless a pair is opposite."""
-    size_j = tl.where(tl.max(counts.to(tl.int32), 0) != 0, tl.load(sizes), 0.0)
+    1, unless a pair is opposite; and where the loop over the block's keys ends."""
+    key_counts = tl.max(counts.to(tl.int32), 0)
+    if SPARSE:
+        end = tl.where(tl.max(key_counts, 0) != 0, end, begin)
+    size_j = tl.where(key_counts != 0, tl.load(sizes), 0.0)
     take_direct = any_direct_i | (tl.max(size_j) > SAFE)
     largest_j = tl.max(tl.where(size_j > SAFE, 0.0, size_j))
     small = tl.maximum(largest_i, largest_j) <= 1.0
-    return take_direct & (opposite == 0), small & (opposite == 0)
+    return take_direct & (opposite == 0), small & (opposite == 0), end
 
 
 @triton.jit
@@ -140,7 +145,7 @@ def query_kernel(
     keys, key_begin, key_count, key_padded, hidden, left, right, scale_bits, splits,
     keys_per_split,
     RX: tl.constexpr, TX: tl.constexpr, RH: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
-    padded: tl.constexpr, TARGET: tl.constexpr,
+    padded: tl.constexpr, SPARSE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows and 2 RH TH features, a range of keys: dq to [split][entry][row] and, summed
     over the rows too, dw to [split][entry][row tile]. ``flags``, of tiles of ``flag_rows`` x
@@ -186,9 +191,10 @@ def query_kernel(
                 flags + k0 // flag_keys, tile * BX, tl.minimum(tile * BX + BX, row_count),
                 flag_rows, tl.cdiv(key_count, flag_keys),
             )  # fmt: skip
-            take_direct, small = _forms(
-                key_rows.size + at_key + j, counts, any_direct_i, largest_i, opposite
-            )
+            take_direct, small, end = _forms(
+                key_rows.size + at_key + j, counts, any_direct_i, largest_i, opposite,
+                k0, end, SPARSE,
+            )  # fmt: skip
         if query_rows is None or take_direct:
             q = kept(q_rows, h, hidden, query_h, ACC, k0)
             parts = (zeros, zeros)
@@ -263,7 +269,7 @@ def key_kernel(
     keys, key_begin, key_count, key_padded, hidden, left, right, scale_bits, splits,
     rows_per_split,
     RX: tl.constexpr, TX: tl.constexpr, RH: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
-    padded: tl.constexpr, TARGET: tl.constexpr,
+    padded: tl.constexpr, SPARSE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys and 2 RH TH features, a range of rows: dk to ``grad_key``
     [split][entry][key]; what the roundings of K leave out of dw to ``grad_weight``
@@ -303,7 +309,10 @@ def key_kernel(
             block = r0 + tl.arange(0, BLOCK)
             counts = tl.load(flat_columns + block[:, None].to(tl.int64) * key_padded) != 0.0
             size_i = tl.load(query_rows.size + at_query + tl.minimum(row_begin + block, rows - 1))
-            size_i = tl.where(tl.max(counts.to(tl.int32), 1) != 0, size_i, 0.0)
+            row_counts = tl.max(counts.to(tl.int32), 1)
+            if SPARSE:
+                end = tl.where(tl.max(row_counts, 0) != 0, end, r0)
+            size_i = tl.where(row_counts != 0, size_i, 0.0)
             take_direct = any_direct_j | (tl.max(size_i) > SAFE)
         if query_rows is None or take_direct:
             for r in range(r0, end):

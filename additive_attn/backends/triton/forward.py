@@ -57,7 +57,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             scores, tops, inverses, p.value, *p.value_strides, *p.dropout_arguments(),
             parts, p.batch.inner, entries, entry, row, rows, begin, count,
             scores.shape[-1], p.values, p.left, p.right, ranges, per_range,
-            PRECISION=precision(p), **tile,
+            SPARSE=p.block_tiles is not None, PRECISION=precision(p), **tile,
         )  # fmt: skip
         if ranges > 1:
             part.copy_(parts.sum(0))

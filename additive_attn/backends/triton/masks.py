@@ -19,18 +19,39 @@ NEXT64 = tl.constexpr(-1.7976931348623155e308)
 
 @triton.jit
 def interval(lengths, length_row, i, rows, keys, left, right):
-    """The keys [low, high) that rows i may attend to, by window, causality and lengths."""
+    """The keys [low, high) that rows i may attend to, by window, causality, lengths and starts.
+    ``lengths`` of unsigned numbers hold both: starts in the upper half of a number."""
     low = tl.maximum(i - left, 0)
     high = tl.minimum(i + right + 1, keys)
     if lengths is not None:
         length = tl.load(lengths + i.to(tl.int64) * length_row, mask=i < rows, other=0)
-        high = tl.minimum(high.to(tl.int64), tl.maximum(length, 0)).to(tl.int32)
+        if lengths.dtype.element_ty == tl.uint64:
+            low = tl.maximum(low, (length >> 32).to(tl.int32))
+            high = tl.minimum(high, (length & 0x7FFFFFFF).to(tl.int32))
+        else:
+            high = tl.minimum(high.to(tl.int64), tl.maximum(length, 0)).to(tl.int32)
     return low, tl.where(i < rows, high, 0)
 
 
 @triton.jit
-def masked_bias(mask, mask_row, mask_column, i, j, attended):
-    """The float mask of pairs (i, j), or 0; and which of the ``attended`` pairs it leaves."""
+def block_codes(table, table_row, table_column, tiles, i, j, attended):
+    """What a block table says of the ``attended`` pairs (i, j), 0 of others."""
+    row = (i // tiles.rows)[:, None].to(tl.int64) * table_row
+    place = table + row + (j // tiles.keys)[None, :].to(tl.int64) * table_column
+    return tl.load(place, mask=attended, other=0)
+
+
+@triton.jit
+def masked_bias(mask, mask_row, mask_column, tiles, i, j, attended):
+    """The float mask of pairs (i, j), or 0; and which of the ``attended`` pairs it leaves. With
+    ``tiles``, ``mask`` is a block table."""
+    if tiles is not None:
+        code = block_codes(mask, mask_row, mask_column, tiles, i, j, attended)
+        partial = (code > 1) & (code < tiles.number + 2)
+        place = (code - 2).to(tl.int64) * tiles.rows + (i % tiles.rows)[:, None]
+        place = place * tiles.keys + (j % tiles.keys)[None, :]
+        inside = tl.load(tiles.pairs + place, mask=partial, other=0) != 0
+        return tl.zeros(attended.shape, tl.float32), (code == 1) | inside
     place = mask + i[:, None].to(tl.int64) * mask_row + j[None, :].to(tl.int64) * mask_column
     if mask.dtype.element_ty == tl.uint8:
         attended = attended & (tl.load(place, mask=attended, other=0) != 0)
@@ -45,14 +66,14 @@ def masked_bias(mask, mask_row, mask_column, i, j, attended):
 
 @triton.jit
 def attended_pairs(
-    lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
+    lengths, length_row, mask, mask_row, mask_column, tiles, i, j, rows, keys, left, right
 ):  # fmt: skip
     """The mask's bias, 0 without one, and which pairs (i, j) are attended: [BM, BN]."""
     low, high = interval(lengths, length_row, i, rows, keys, left, right)
     attended = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
     bias = 0.0
     if mask is not None:
-        bias, attended = masked_bias(mask, mask_row, mask_column, i, j, attended)
+        bias, attended = masked_bias(mask, mask_row, mask_column, tiles, i, j, attended)
     return bias, attended
 
 

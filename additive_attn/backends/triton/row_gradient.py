@@ -88,7 +88,7 @@ def row_gradient_kernel(
 @kernel
 def given_kernel(
     grad_scores, gs_outer, gs_inner, gs_row, gs_column,
-    mask, mask_outer, mask_inner, mask_row, mask_column,
+    mask, mask_outer, mask_inner, mask_row, mask_column, tiles,
     lengths, length_outer, length_inner, length_row, gradient,
     inner, entry_begin, rows, row_begin, row_count, row_padded, keys, key_begin, key_padded,
     left, right, BLOCK: tl.constexpr,
@@ -110,7 +110,7 @@ def given_kernel(
         c = key0 + tl.arange(0, BLOCK)
         j = key_begin + c
         _bias, attended = attended_pairs(
-            lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
+            lengths, length_row, mask, mask_row, mask_column, tiles, i, j, rows, keys, left, right
         )
         place = grad_scores[:, None] + j[None, :].to(tl.int64) * gs_column
         g = tl.load(place, mask=attended, other=0.0).to(gradient.dtype.element_ty)  # [1, BLOCK]

@@ -28,7 +28,7 @@ from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.launch import kernel, launch
-from additive_attn.backends.triton.masks import attended_pairs, interval, stored
+from additive_attn.backends.triton.masks import attended_pairs, block_codes, interval, stored
 from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, split4, tanh
 from additive_attn.backends.triton.plan import Piece
 from additive_attn.backends.triton.prepare import SAFE, SKETCH
@@ -174,7 +174,7 @@ def score_kernel(
     query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
     query_rows, key_rows, query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
     prepared, weight_outer, weight_inner,
-    mask, mask_outer, mask_inner, mask_row, mask_column,
+    mask, mask_outer, mask_inner, mask_row, mask_column, block_tiles,
     lengths, length_outer, length_inner, length_row,
     scores, flags, inner, entry_begin, rows, row_begin, row_count, keys, key_begin, score_padded,
     hidden, padded, left, right,
@@ -204,9 +204,14 @@ def score_kernel(
     place += (j - key_begin)[None, :]
     inside = (i < row_begin + row_count)[:, None] & (tl.full([BN], 1, tl.int1))[None, :]
     any_opposite = 0
-    if (tl.max(tl.minimum(high, key0 + BN) - tl.maximum(low, key0), 0)) > 0:
-        if mask is not None:
-            mask += o * mask_outer + m * mask_inner
+    if mask is not None:
+        mask += o * mask_outer + m * mask_inner
+    computed = tl.max(tl.minimum(high, key0 + BN) - tl.maximum(low, key0), 0) > 0
+    if block_tiles is not None:
+        both = (i < rows)[:, None] & (j < keys)[None, :]
+        code = block_codes(mask, mask_row, mask_column, block_tiles, i, j, both)
+        computed &= tl.max(tl.max((code != 0).to(tl.int32), 1), 0) != 0
+    if computed:
         # Rows and keys beyond the last repeat the last.
         ri = row0 + tl.arange(0, RM)[:, None] + RM * tl.arange(0, TM)[None, :]
         rj = key0 + tl.arange(0, RN)[:, None] + RN * tl.arange(0, TN)[None, :]
@@ -220,7 +225,18 @@ def score_kernel(
             any_direct = True
         else:
             _bias, attended = attended_pairs(
-                lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
+                lengths,
+                length_row,
+                mask,
+                mask_row,
+                mask_column,
+                block_tiles,
+                i,
+                j,
+                rows,
+                keys,
+                left,
+                right,
             )
             at_query = o * query_exp_outer + m * query_exp_inner
             at_key = o * key_exp_outer + m * key_exp_inner
@@ -258,7 +274,18 @@ def score_kernel(
         # be that of above: it would keep all pairs in registers through the loops.
         i = tl.maximum(row0, -padded) + tl.arange(0, BM)
         bias, attended = attended_pairs(
-            lengths, length_row, mask, mask_row, mask_column, i, j, rows, keys, left, right
+            lengths,
+            length_row,
+            mask,
+            mask_row,
+            mask_column,
+            block_tiles,
+            i,
+            j,
+            rows,
+            keys,
+            left,
+            right,
         )
         if any_direct:
             chosen = attended
@@ -283,7 +310,7 @@ def score_kernel(
         score_scale = prepared.score_scale + 2 * at_weight
         score = energy * tl.load(score_scale) * tl.load(score_scale + 1)
         if mask is not None:
-            if mask.dtype.element_ty != tl.uint8:
+            if mask.dtype.element_ty.is_floating():
                 score += bias
         tl.store(scores + place, stored(score, attended), mask=inside)
     else:

@@ -56,7 +56,8 @@ def value_kernel(
     seed, seed_outer, seed_inner, threshold, keep_bits,
     out, inner, entries, entry_begin, row_begin, row_count, key_begin, key_count,
     score_padded, values, left, right, splits, keys_per_split,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SPARSE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [split][entry][row] = sum_j P_ij D_ij value_j over a range of keys.
 
@@ -91,20 +92,23 @@ def value_kernel(
         c = k0 + tl.arange(0, BN)
         # What lies beyond the last key is -inf.
         x = tl.load(scores + c[None, :], mask=inside, other=float("-inf"))  # [BM, BN]
-        p = tl.where(x == float("-inf"), 0.0, tl.exp(x - top))
-        if seed is not None:
-            keep_scale = number(keep_bits).to(p.dtype)
-            p *= keep_factors(tl.load(seed), n, i, key_begin + k0, threshold, keep_scale, BM, BN)
-        v = tl.load(  # [BN, BD]
-            value + (key_begin + c)[:, None].to(tl.int64) * value_row,
-            mask=(c < last)[:, None] & (d < values)[None, :], other=0.0,
-        ).to(acc.dtype)  # fmt: skip
-        nonfinite += v * 0.0  # NaN from the first number on that is not finite
-        v = tl.where(tl.abs(v) < float("inf"), v, 0.0)
-        if BM == 1:
-            acc += tl.sum(tl.reshape(p, [BN])[:, None] * v, 0)[None, :]
-        else:
-            acc = tl.dot(p, v, acc, input_precision=PRECISION)
+        if not SPARSE or tl.max(tl.max((x != float("-inf")).to(tl.int32), 1), 0) != 0:
+            p = tl.where(x == float("-inf"), 0.0, tl.exp(x - top))
+            if seed is not None:
+                keep_scale = number(keep_bits).to(p.dtype)
+                p *= keep_factors(
+                    tl.load(seed), n, i, key_begin + k0, threshold, keep_scale, BM, BN
+                )
+            v = tl.load(  # [BN, BD]
+                value + (key_begin + c)[:, None].to(tl.int64) * value_row,
+                mask=(c < last)[:, None] & (d < values)[None, :], other=0.0,
+            ).to(acc.dtype)  # fmt: skip
+            nonfinite += v * 0.0  # NaN from the first number on that is not finite
+            v = tl.where(tl.abs(v) < float("inf"), v, 0.0)
+            if BM == 1:
+                acc += tl.sum(tl.reshape(p, [BN])[:, None] * v, 0)[None, :]
+            else:
+                acc = tl.dot(p, v, acc, input_precision=PRECISION)
     if tl.max((nonfinite != 0.0).to(tl.int32)) != 0:
         for c in range(first, last):
             x = tl.load(scores + c, mask=inside, other=float("-inf"))  # [BM, 1]
