@@ -18,9 +18,10 @@ from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.decode_backward import Rows, decode_gradients, decode_rows
 from additive_attn.backends.triton.feature_gradients import key_kernel, query_kernel
 from additive_attn.backends.triton.launch import launch, target
+from additive_attn.backends.triton.opposite import Flags, opposite_tiles
 from additive_attn.backends.triton.plan import Piece, splits
 from additive_attn.backends.triton.row_gradient import given_kernel, row_gradient_kernel
-from additive_attn.backends.triton.score_tiles import Flags, flagged_scores, opposite_tiles
+from additive_attn.backends.triton.score_tiles import flagged_scores
 from additive_attn.spec.call import Needs, Upstream, backward_arguments, call_of_scores
 
 

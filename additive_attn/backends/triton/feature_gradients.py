@@ -149,7 +149,7 @@ def query_kernel(
 ):  # fmt: skip
     """A tile of rows and 2 RH TH features, a range of keys: dq to [split][entry][row] and, summed
     over the rows too, dw to [split][entry][row tile]. ``flags``, of tiles of ``flag_rows`` x
-    ``flag_keys`` pairs, are those of ``score_tiles.py``."""
+    ``flag_keys`` pairs, are those of ``opposite.py``."""
     ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
     TILE: tl.constexpr = 2 * RH * TH
@@ -185,16 +185,15 @@ def query_kernel(
         if query_rows is not None:
             # A key decides something only where G, [BX, BLOCK], is not 0.
             block = k0 + tl.arange(0, BLOCK)
-            j = tl.minimum(key_begin + block, keys - 1)
+            j = at_key + tl.minimum(key_begin + block, keys - 1)
             counts = tl.load(flat_rows + flat * tl.maximum(key_padded, k0) + block[None, :]) != 0.0
             opposite = _is_flagged(
                 flags + k0 // flag_keys, tile * BX, tl.minimum(tile * BX + BX, row_count),
                 flag_rows, tl.cdiv(key_count, flag_keys),
             )  # fmt: skip
             take_direct, small, end = _forms(
-                key_rows.size + at_key + j, counts, any_direct_i, largest_i, opposite,
-                k0, end, SPARSE,
-            )  # fmt: skip
+                key_rows.size + j, counts, any_direct_i, largest_i, opposite, k0, end, SPARSE
+            )
         if query_rows is None or take_direct:
             q = kept(q_rows, h, hidden, query_h, ACC, k0)
             parts = (zeros, zeros)

@@ -12,7 +12,7 @@ a row or a key add up over all its pairs, they are always taken out.
 
 All t of a tile are small where all |q|, |k| <= 1. Of an opposite pair, q near -k in every feature
 that matters, they are small too, but q and k are not. A ``sketch`` of rows and keys tells such
-pairs without a look at the features (``score_tiles.py``).
+pairs without a look at the features (``opposite.py``).
 """
 
 from __future__ import annotations

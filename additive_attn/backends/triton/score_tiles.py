@@ -17,8 +17,6 @@ last dims to the threads, and become [RM TM, RN TN] = [BM, BN] when the sum is c
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -30,8 +28,14 @@ from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.launch import kernel, launch
 from additive_attn.backends.triton.masks import attended_pairs, block_codes, interval, stored
 from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, split4, tanh
+from additive_attn.backends.triton.opposite import (
+    Flags,
+    holds_opposite,
+    no_flags,
+    opposite_pairs,
+)
 from additive_attn.backends.triton.plan import Piece
-from additive_attn.backends.triton.prepare import SAFE, SKETCH
+from additive_attn.backends.triton.prepare import SAFE
 
 
 @triton.jit
@@ -88,39 +92,48 @@ def _joined(
 
 
 @triton.jit
+def _indirect(
+    a_rows, b_rows, weight, centre, padded, small,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
+    DIFFERENCE: tl.constexpr, FEATURES_PER_SUM: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """The energies of a tile in the difference or the factored form, [RM, RN, TM, TN]."""
+    total = tl.zeros([RM, RN, TM, TN], tl.float32)
+    if small:
+        total = _joined(
+            a_rows, b_rows, weight, total, 0, padded, RM, TM, RN, TN, True, True, TARGET
+        )
+    elif DIFFERENCE:
+        total = _joined(
+            a_rows, b_rows, weight, total, 0, padded, RM, TM, RN, TN, True, False, TARGET
+        )
+    else:
+        for block in range(0, padded // FEATURES_PER_SUM):
+            part = tl.zeros([RM, RN, TM, TN], tl.float32)
+            h0 = block * FEATURES_PER_SUM
+            part = _joined(
+                a_rows, b_rows, weight, part, h0, h0 + FEATURES_PER_SUM,
+                RM, TM, RN, TN, False, False, TARGET,
+            )  # fmt: skip
+            total += 2.0 * (tl.load(centre + block) - part)
+    return total
+
+
+@triton.jit
 def _square(x, RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr):
     """[RM, RN, TM, TN] to [BM, BN]; row = tm RM + rm, key = tn RN + rn."""
     return tl.reshape(tl.permute(x, [2, 0, 3, 1]), [RM * TM, RN * TN])
 
 
 @triton.jit
-def holds_opposite(
-    query_rows, key_rows, at_query, at_key, row0, key0, rows, keys,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Whether a pair of a tile may be opposite, masked ones included: nearly |q + k|^2 is too
-    small. A product takes at least 16 rows."""
-    LEAST: tl.constexpr = 16 if BM < 16 else BM
-    f = tl.arange(0, SKETCH)
-    i = at_query + tl.minimum(row0 + tl.arange(0, LEAST), rows - 1)
-    j = at_key + tl.minimum(key0 + tl.arange(0, BN), keys - 1)
-    of_rows = tl.load(query_rows.sketch + i[:, None] * SKETCH + f[None, :])  # [LEAST, SKETCH]
-    of_keys = tl.load(key_rows.sketch + j[None, :] * SKETCH + f[:, None])  # [SKETCH, BN]
-    square = tl.load(key_rows.distance + j)[None, :] + 2.0 * tl.dot(of_rows, of_keys)
-    limit = tl.load(query_rows.distance + i)
-    # Sums in another order differ by a rounding.
-    return tl.max((tl.min(square, 1) < limit + 1e-4 * tl.abs(limit)).to(tl.int32), 0) != 0
-
-
-@triton.jit
-def _opposite(query_rows, key_rows, i, j):
-    """Which pairs (i, j) are opposite, [BM, BN]."""
-    square = tl.load(key_rows.distance + j)[None, :] + 0.0 * i[:, None].to(tl.float32)
-    for f in range(0, SKETCH):
-        a = tl.load(query_rows.sketch + i * SKETCH + f).to(tl.float32)
-        b = tl.load(key_rows.sketch + j * SKETCH + f).to(tl.float32)
-        square += 2.0 * a[:, None] * b[None, :]
-    return square < tl.load(query_rows.distance + i)[:, None]
+def _chosen(query_rows, key_rows, i, j, attended):
+    """Which pairs (i, j) take the direct form; whether one of the attended is opposite."""
+    opposite = opposite_pairs(query_rows, key_rows, i, j)
+    any_opposite = tl.max(tl.max((opposite & attended).to(tl.int32), 1), 0)
+    direct_j = (tl.load(key_rows.size + j) > SAFE)[None, :] & attended
+    direct_i = tl.load(query_rows.size + i) > SAFE
+    direct_i |= tl.max(direct_j.to(tl.int32), 1) != 0
+    return opposite | direct_i[:, None], any_opposite
 
 
 @triton.jit
@@ -248,25 +261,11 @@ def score_kernel(
             a_rows += ri[:, :, None] * padded + f[None, None, :]  # [RM, TM, 4]
             b_rows = key_rows.exponential + at_key * padded
             b_rows += rj[:, :, None] * padded + f[None, None, :]  # [RN, TN, 4]
-            total = tl.zeros([RM, RN, TM, TN], tl.float32)
-            if small:
-                total = _joined(
-                    a_rows, b_rows, weight, total, 0, padded, RM, TM, RN, TN, True, True, TARGET
-                )
-            elif DIFFERENCE:
-                total = _joined(
-                    a_rows, b_rows, weight, total, 0, padded, RM, TM, RN, TN, True, False, TARGET
-                )
-            else:
-                centre = prepared.centre + at_weight * (padded // FEATURES_PER_SUM)
-                for block in range(0, padded // FEATURES_PER_SUM):
-                    part = tl.zeros([RM, RN, TM, TN], tl.float32)
-                    h0 = block * FEATURES_PER_SUM
-                    part = _joined(
-                        a_rows, b_rows, weight, part, h0, h0 + FEATURES_PER_SUM,
-                        RM, TM, RN, TN, False, False, TARGET,
-                    )  # fmt: skip
-                    total += 2.0 * (tl.load(centre + block) - part)
+            centre = prepared.centre + at_weight * (padded // FEATURES_PER_SUM)
+            total = _indirect(
+                a_rows, b_rows, weight, centre, padded, small,
+                RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET,
+            )  # fmt: skip
             total += _rounding(query_rows, key_rows, at_query + ri, at_key + rj)
             energy = _square(total, RM, TM, RN, TN)  # [BM, BN]
 
@@ -292,13 +291,7 @@ def score_kernel(
             if query_rows is not None:
                 ci = at_query + tl.minimum(i, rows - 1)
                 cj = at_key + tl.minimum(j, keys - 1)
-                chosen = _opposite(query_rows, key_rows, ci, cj)
-                if flags is not None:
-                    any_opposite = tl.max(tl.max((chosen & attended).to(tl.int32), 1), 0)
-                direct_j = (tl.load(key_rows.size + cj) > SAFE)[None, :] & attended
-                direct_i = tl.load(query_rows.size + ci) > SAFE
-                direct_i |= tl.max(direct_j.to(tl.int32), 1) != 0
-                chosen |= direct_i[:, None]
+                chosen, any_opposite = _chosen(query_rows, key_rows, ci, cj, attended)
             exact = _direct(
                 query + o * query_outer + m * query_inner + ri * query_row,
                 key + o * key_outer + m * key_inner + rj * key_row,
@@ -320,49 +313,6 @@ def score_kernel(
         tl.store(flags + entry_tile * key_tiles + key_tile % key_tiles, any_opposite)
 
 
-@kernel
-def opposite_kernel(
-    query_rows, key_rows, query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
-    flags, inner, entry_begin, rows, row_begin, row_tiles, keys, key_begin, key_tiles,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The flags of ``score_kernel``, of masked pairs too."""
-    program = tl.program_id(0)
-    row_tile = program // key_tiles % row_tiles
-    _n, o, m = batch_entry(entry_begin + program // (key_tiles * row_tiles), inner)
-    found = holds_opposite(
-        query_rows, key_rows, o * query_exp_outer + m * query_exp_inner,
-        o * key_exp_outer + m * key_exp_inner, row_begin + row_tile * BM,
-        key_begin + program % key_tiles * BN, rows, keys, BM, BN,
-    )  # fmt: skip
-    tl.store(flags + program, found.to(tl.int32))
-
-
-class Flags(NamedTuple):
-    """Which tiles of ``rows`` x ``keys`` pairs of a piece hold an opposite pair."""
-
-    tiles: Tensor  # (entries, row tiles, key tiles)
-    rows: int
-    keys: int
-
-
-def _flags(p: Problem, piece: Piece, keys: int) -> Flags:
-    tile = tiles.score_tile(piece.rows, p.wide)
-    shape = piece.entries, -(-piece.rows // tile.rows), -(-keys // tile.keys)
-    return Flags(torch.empty(shape, dtype=torch.int32, device=p.device), tile.rows, tile.keys)
-
-
-def opposite_tiles(p: Problem, piece: Piece, key: int, keys: int) -> Flags:
-    """The flags of keys [key, key + keys), without their scores; those of masked pairs too."""
-    flags = _flags(p, piece, keys)
-    launch(
-        opposite_kernel, flags.tiles.numel(), flags.tiles, *p.prepared_rows_arguments(),
-        flags.tiles, p.batch.inner, piece.entry, p.rows, piece.row, flags.tiles.shape[1],
-        p.keys, key, flags.tiles.shape[2], BM=flags.rows, BN=flags.keys,
-    )  # fmt: skip
-    return flags
-
-
 def tile_scores(p: Problem, piece: Piece, key: int, keys: int) -> Tensor:
     """(entries, rows, keys and padding): scale * score + mask, -inf where the pair is masked."""
     return _tile_scores(p, piece, key, keys, None)
@@ -370,7 +320,7 @@ def tile_scores(p: Problem, piece: Piece, key: int, keys: int) -> Tensor:
 
 def flagged_scores(p: Problem, piece: Piece, key: int, keys: int) -> tuple[Tensor, Flags | None]:
     """``tile_scores``, and which of the tiles hold an opposite pair; float64 takes no notice."""
-    flags = None if p.wide else _flags(p, piece, keys)
+    flags = None if p.wide else no_flags(p, piece, keys)
     return _tile_scores(p, piece, key, keys, flags), flags
 
 

@@ -1,0 +1,91 @@
+"""Pairs that are opposite: q near -k in every feature that matters (math.md, section 2.2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from additive_attn.backends.triton import tiles
+from additive_attn.backends.triton.arguments import Problem
+from additive_attn.backends.triton.batch import batch_entry
+from additive_attn.backends.triton.launch import kernel, launch
+from additive_attn.backends.triton.plan import Piece
+from additive_attn.backends.triton.prepare import SKETCH
+
+
+@triton.jit
+def holds_opposite(
+    query_rows, key_rows, at_query, at_key, row0, key0, rows, keys,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Whether a pair of a tile may be opposite, masked ones included: nearly |q + k|^2 is too
+    small. A product takes at least 16 rows."""
+    LEAST: tl.constexpr = 16 if BM < 16 else BM
+    f = tl.arange(0, SKETCH)
+    i = at_query + tl.minimum(row0 + tl.arange(0, LEAST), rows - 1)
+    j = at_key + tl.minimum(key0 + tl.arange(0, BN), keys - 1)
+    of_rows = tl.load(query_rows.sketch + i[:, None] * SKETCH + f[None, :])  # [LEAST, SKETCH]
+    of_keys = tl.load(key_rows.sketch + j[None, :] * SKETCH + f[:, None])  # [SKETCH, BN]
+    square = tl.load(key_rows.distance + j)[None, :] + 2.0 * tl.dot(of_rows, of_keys)
+    limit = tl.load(query_rows.distance + i)
+    # Sums in another order differ by a rounding.
+    return tl.max((tl.min(square, 1) < limit + 1e-4 * tl.abs(limit)).to(tl.int32), 0) != 0
+
+
+@triton.jit
+def opposite_pairs(query_rows, key_rows, i, j):
+    """Which pairs (i, j) are opposite, [BM, BN]."""
+    square = tl.load(key_rows.distance + j)[None, :] + 0.0 * i[:, None].to(tl.float32)
+    for f in range(0, SKETCH):
+        a = tl.load(query_rows.sketch + i * SKETCH + f).to(tl.float32)
+        b = tl.load(key_rows.sketch + j * SKETCH + f).to(tl.float32)
+        square += 2.0 * a[:, None] * b[None, :]
+    return square < tl.load(query_rows.distance + i)[:, None]
+
+
+@kernel
+def opposite_kernel(
+    query_rows, key_rows, query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
+    flags, inner, entry_begin, rows, row_begin, row_tiles, keys, key_begin, key_tiles,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The flags of ``score_kernel``, of masked pairs too."""
+    program = tl.program_id(0)
+    row_tile = program // key_tiles % row_tiles
+    _n, o, m = batch_entry(entry_begin + program // (key_tiles * row_tiles), inner)
+    found = holds_opposite(
+        query_rows, key_rows, o * query_exp_outer + m * query_exp_inner,
+        o * key_exp_outer + m * key_exp_inner, row_begin + row_tile * BM,
+        key_begin + program % key_tiles * BN, rows, keys, BM, BN,
+    )  # fmt: skip
+    tl.store(flags + program, found.to(tl.int32))
+
+
+class Flags(NamedTuple):
+    """Which tiles of ``rows`` x ``keys`` pairs of a piece hold an opposite pair."""
+
+    tiles: Tensor  # (entries, row tiles, key tiles)
+    rows: int
+    keys: int
+
+
+def no_flags(p: Problem, piece: Piece, keys: int) -> Flags:
+    """Not written yet."""
+    tile = tiles.score_tile(piece.rows, p.wide)
+    shape = piece.entries, -(-piece.rows // tile.rows), -(-keys // tile.keys)
+    return Flags(torch.empty(shape, dtype=torch.int32, device=p.device), tile.rows, tile.keys)
+
+
+def opposite_tiles(p: Problem, piece: Piece, key: int, keys: int) -> Flags:
+    """The flags of keys [key, key + keys), without their scores; those of masked pairs too."""
+    flags = no_flags(p, piece, keys)
+    launch(
+        opposite_kernel, flags.tiles.numel(), flags.tiles, *p.prepared_rows_arguments(),
+        flags.tiles, p.batch.inner, piece.entry, p.rows, piece.row, flags.tiles.shape[1],
+        p.keys, key, flags.tiles.shape[2], BM=flags.rows, BN=flags.keys,
+    )  # fmt: skip
+    return flags
