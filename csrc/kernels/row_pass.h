@@ -11,7 +11,7 @@ class RowPass {
     s.begin(n, row0, rows);
     for (std::int64_t r = 0; r < rows; ++r) {
       row_[r] = ws.row(n, row0 + r);
-      std::memset(row_[r].attended, 0, row_[r].width / K);
+      if (row_[r].width > 0) std::memset(row_[r].attended, 0, row_[r].width / K);
     }
     const std::int64_t begin = s.first / TK * TK;
     for (std::int64_t key0 = begin; key0 < s.last; key0 += TK)
