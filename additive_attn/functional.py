@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
 from additive_attn.ops.attend import masked_attention, masked_scores, masked_step
 from additive_attn.ops.checks import Integers
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # Under torch.fx.symbolic_trace a call becomes a node.
 fx.wrap("masked_attention")
@@ -21,7 +24,7 @@ def additive_attention(
     value: Tensor | None,
     weight: Tensor,
     *,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | BlockMask | None = None,
     lengths: Integers | None = None,
     is_causal: bool = False,
     window: tuple[int, int] | None = None,
@@ -157,7 +160,7 @@ def additive_scores(
     key: Tensor,
     weight: Tensor,
     *,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | BlockMask | None = None,
     lengths: Integers | None = None,
     is_causal: bool = False,
     window: tuple[int, int] | None = None,

@@ -39,7 +39,7 @@ _tuple: Any = tuple.__new__
 
 def masked_attention(
     inputs: _Inputs,
-    attn_mask: Tensor | None,
+    attn_mask: Any,
     lengths: Integers | None,
     is_causal: bool,
     window: tuple[int, int] | None,
@@ -149,7 +149,7 @@ def filled(query: Any, key: Any, value: Any, weight: Any, dropout_p: float) -> I
 
 
 def masked_scores(
-    query: Tensor, key: Tensor, weight: Tensor, attn_mask: Tensor | None,
+    query: Tensor, key: Tensor, weight: Tensor, attn_mask: Any,
     lengths: Integers | None, is_causal: bool, window: tuple[int, int] | None, scale: float,
     key_padding_mask: Tensor | None, starts: Integers | None, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip

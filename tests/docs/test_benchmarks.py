@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import heads, rows, run, second_order, table
+from benchmarks import heads, rows, run, second_order, sparse, table
 from benchmarks.cases import SPEED, parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,3 +176,13 @@ def test_second_order_is_compared_before_it_is_timed(tmp_path, monkeypatch, caps
     monkeypatch.setattr(second_order, "plain", lambda query, key, value, weight: query * 1.0)
     with pytest.raises(AssertionError, match="fused: 0 is off by"):
         list(second_order.measure_case(second_order.CASES["jvp-1024"], quick=True))
+
+
+def test_sparse_calls_are_compared_before_they_are_timed(monkeypatch):
+    cases = [sparse.CASES[name] for name in ("window", "packed")]
+    found = [row for case in cases for row in sparse.measure_case(case, quick=True, rounds=1)]
+    assert len(found) == 8 and {x["provider"] for x in found} == {sparse.WHOLE, sparse.SPARSE}
+    assert all(0 < float(x["share"]) < 1 and x["what"].startswith("tiny") for x in found)
+    monkeypatch.setattr(sparse, "varlen_additive_attention", lambda query, *_: query * 1.0)
+    with pytest.raises(AssertionError, match="not close"):
+        list(sparse.measure_case(cases[1], quick=True))

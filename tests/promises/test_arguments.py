@@ -80,7 +80,9 @@ def test_starts(batch, per_query):
     if len(batch) > 1:
         allowed = allowed.unsqueeze(1)
     ours = all_of(additive_attention, tensors, starts=starts, lengths=lengths)
-    assert_equal(ours, all_of(additive_attention, tensors, attn_mask=allowed))
+    masked = all_of(additive_attention, tensors, attn_mask=allowed)
+    for one, other in zip(ours, masked, strict=True):
+        assert torch.equal(one, other)  # zeros of masked keys may differ in sign
     assert not ours[0][~allowed.any(-1).expand(ours[0].shape[:-1])].any()
 
 
