@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from additive_attn.compat._base import Linear, Modules, affine, features, step
 from additive_attn.functional import additive_scores
 from additive_attn.nn.linear import energy_of
+from additive_attn.ops.compat_checks import explained
 
 
 class LocationLayer(nn.Module):
@@ -41,6 +42,7 @@ class OriginalAttention(nn.Module):
     which are then made by themselves.
     """
 
+    @explained()
     def __init__(
         self,
         query_dim: int,
@@ -83,6 +85,7 @@ class OriginalAttention(nn.Module):
     def init_location_attention(self, inputs: Tensor) -> None:
         self.attention_weights_cum = inputs.new_zeros(inputs.shape[:2])
 
+    @explained(inputs="(B, Lk, embedding_dim)")
     def init_states(self, inputs: Tensor) -> None:
         """Starts a sequence: ``inputs (B, Lk, embedding_dim)``."""
         self.attention_weights = inputs.new_zeros(inputs.shape[:2])
@@ -93,6 +96,7 @@ class OriginalAttention(nn.Module):
         if self.windowing:
             self.init_win_idx()
 
+    @explained(inputs="(B, Lk, embedding_dim)")
     def preprocess_inputs(self, inputs: Tensor) -> Tensor:
         keys: Tensor = self.inputs_layer(inputs)
         return keys
@@ -124,6 +128,12 @@ class OriginalAttention(nn.Module):
                 alpha[row, n - 2] = 0.01 * largest[row]
         return alpha / alpha.sum(dim=1, keepdim=True)
 
+    @explained(
+        query="(B, query_dim)",
+        inputs="(B, Lk, embedding_dim)",
+        processed_inputs="(B, Lk, H)",
+        mask="bool (B, Lk) or None",
+    )
     def forward(
         self, query: Tensor, inputs: Tensor, processed_inputs: Tensor, mask: Tensor | None
     ) -> Tensor:

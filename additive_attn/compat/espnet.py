@@ -14,8 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from additive_attn.compat._base import Modules, features, step
+from additive_attn.ops.compat_checks import explained
 
 Lengths = Sequence[int] | Tensor
+STATES = {
+    "enc_hs_pad": "(B, Lk, eprojs)", "enc_hs_len": "integers (B,), or a list",
+    "dec_z": "(B, dunits) or None",
+}  # fmt: skip
 
 
 class Cached(nn.Module):
@@ -104,6 +109,7 @@ class _Single(Cached):
 
 
 class _Content(_Single):
+    @explained()
     def __init__(self, eprojs: int, dunits: int, att_dim: int, han_mode: bool = False) -> None:
         super().__init__(eprojs, dunits, att_dim, han_mode=han_mode)
 
@@ -111,6 +117,7 @@ class _Content(_Single):
 class AttAdd(_Content):
     """Content only."""
 
+    @explained(**STATES)
     def forward(
         self,
         enc_hs_pad: Tensor,
@@ -124,6 +131,7 @@ class AttAdd(_Content):
 
 
 class _Located(_Single):
+    @explained()
     def __init__(
         self,
         eprojs: int,
@@ -146,6 +154,7 @@ class _Located(_Single):
 class AttLoc(_Located):
     """Filters over the last weights (Chorowski et al. 2015, arXiv:1506.07503)."""
 
+    @explained(**STATES, att_prev="(B, Lk) or None")
     def forward(
         self,
         enc_hs_pad: Tensor,
@@ -186,6 +195,7 @@ class _Covered:
         super().reset()  # type: ignore[misc]
         self._last = None
 
+    @explained(**STATES, att_prev_list="a list of (B, Lk) or None")
     def forward(
         self: Any,
         enc_hs_pad: Tensor,
@@ -239,6 +249,9 @@ class AttLocRec(_Located):
     def modules_of(self) -> Modules:
         return Modules(self.gvec, None)
 
+    @explained(
+        **STATES, att_prev_states="a list or tuple of (B, Lk) and the LSTM's states, or None"
+    )
     def forward(
         self,
         enc_hs_pad: Tensor,

@@ -22,8 +22,9 @@ from additive_attn.compat._base import (
     masks,
     vector,
 )
-from additive_attn.compat.espnet import Cached, Lengths, convolution, uniform
+from additive_attn.compat.espnet import STATES, Cached, Lengths, convolution, uniform
 from additive_attn.nn.linear import energy_of
+from additive_attn.ops.compat_checks import explained
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.linear import linear
 from additive_attn.ops.memory import lend
@@ -154,6 +155,7 @@ class _Heads(Cached):
 class AttMultiHeadAdd(_Heads):
     """Content only."""
 
+    @explained()
     def __init__(
         self,
         eprojs: int,
@@ -165,6 +167,7 @@ class AttMultiHeadAdd(_Heads):
     ) -> None:
         super().__init__(eprojs, dunits, aheads, att_dim_k, att_dim_v, han_mode=han_mode)
 
+    @explained(**STATES)
     def forward(
         self,
         enc_hs_pad: Tensor,
@@ -181,6 +184,7 @@ class AttMultiHeadAdd(_Heads):
 class AttMultiHeadLoc(_Heads):
     """Each head has filters over its last weights."""
 
+    @explained()
     def __init__(
         self,
         eprojs: int,
@@ -195,6 +199,7 @@ class AttMultiHeadLoc(_Heads):
         sizes = eprojs, dunits, aheads, att_dim_k, att_dim_v, aconv_chans, aconv_filts
         super().__init__(*sizes, han_mode=han_mode)
 
+    @explained(**STATES, att_prev="a list of (B, Lk) or None")
     def forward(
         self,
         enc_hs_pad: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from additive_attn.compat._base import Lease, leases, masks
 from additive_attn.functional import additive_attention
 from additive_attn.nn.linear import bare_parameters
+from additive_attn.ops.compat_checks import explained
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.memory import lend
 
@@ -22,6 +23,7 @@ class BahdanauAttention(nn.Module):
     normalize_scalar: nn.Parameter | None
     normalize_bias: nn.Parameter | None
 
+    @explained()
     def __init__(
         self,
         query_size: int,
@@ -49,11 +51,13 @@ class BahdanauAttention(nn.Module):
             nn.init.constant_(self.normalize_scalar, 1 / math.sqrt(self.num_units))
             nn.init.zeros_(self.normalize_bias)
 
+    @explained(context_len="integers (B,)", context="(Lk, B, key_size)")
     def set_mask(self, context_len: Tensor, context: Tensor) -> None:
         """Sets ``mask``, bool ``(B, Lk)``, True = ignore, from lengths ``(B,)``."""
         keys = torch.arange(context.size(1 if self.batch_first else 0), device=context.device)
         self.mask = keys >= context_len.unsqueeze(1)
 
+    @explained(query="(Lq, B, query_size) or (B, query_size)", keys="(Lk, B, key_size)")
     def forward(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Attends with queries ``(Lq, B, query_size)``, or ``(B, query_size)``, to keys
         ``(Lk, B, key_size)``; with batch_first, B stands first.

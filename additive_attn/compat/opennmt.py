@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from additive_attn.compat._base import Lease, leases, masks, vector
 from additive_attn.functional import additive_attention
 from additive_attn.nn.linear import bare_parameters, energy_of
+from additive_attn.ops.compat_checks import explained
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.memory import lend
 
@@ -22,6 +23,7 @@ class GlobalAttention(nn.Module):
         ValueError: attn_type is not "mlp", or attn_func is not "softmax".
     """
 
+    @explained()
     def __init__(
         self,
         dim: int,
@@ -48,6 +50,12 @@ class GlobalAttention(nn.Module):
         if coverage:
             self.linear_cover = nn.Linear(1, dim, bias=False)
 
+    @explained(
+        src="(B, Lq, dim) or (B, dim)",
+        enc_out="(B, Lk, dim)",
+        src_len="integers (B,) or None",
+        coverage="(B, Lk) or None",
+    )
     def forward(
         self,
         src: Tensor,

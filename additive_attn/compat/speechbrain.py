@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from additive_attn.compat._base import Modules, step
+from additive_attn.ops.compat_checks import explained
 
 
 class ContentBasedAttention(nn.Module):
@@ -20,6 +21,7 @@ class ContentBasedAttention(nn.Module):
     mask: Any
     precomputed_enc_h: Any
 
+    @explained()
     def __init__(
         self, enc_dim: int, dec_dim: int, attn_dim: int, output_dim: int, scaling: float = 1.0
     ) -> None:
@@ -36,6 +38,7 @@ class ContentBasedAttention(nn.Module):
         """Forgets the sequence."""
         self.enc_len = self.precomputed_enc_h = self.mask = None
 
+    @explained(enc_states="(B, Lk, enc_dim)", enc_len="integers (B,)", dec_states="(B, dec_dim)")
     def forward(
         self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -78,6 +81,7 @@ class LocationAwareAttention(ContentBasedAttention):
 
     prev_attn: Any
 
+    @explained()
     def __init__(
         self,
         enc_dim: int,
@@ -105,6 +109,7 @@ class LocationAwareAttention(ContentBasedAttention):
         super().reset()
         self.prev_attn = None
 
+    @explained(enc_states="(B, Lk, enc_dim)", enc_len="integers (B,)", dec_states="(B, dec_dim)")
     def forward(
         self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor
     ) -> tuple[Tensor, Tensor]:

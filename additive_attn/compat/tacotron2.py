@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from additive_attn.compat._base import Linear, Modules, step
+from additive_attn.ops.compat_checks import explained
 
 
 class _Filters(nn.Module):
@@ -66,6 +67,13 @@ class _Stepwise(nn.Module):
     v: nn.Module
     location_layer: LocationLayer
 
+    @explained(
+        attention_hidden_state="(B, attention_rnn_dim)",
+        memory="(B, Lk, embedding_dim)",
+        processed_memory="(B, Lk, H)",
+        attention_weights_cat="(B, 2, Lk)",
+        mask="bool (B, Lk) or None",
+    )
     def forward(
         self,
         attention_hidden_state: Tensor,
@@ -100,6 +108,7 @@ class _Stepwise(nn.Module):
 class Attention(_Stepwise):
     """NVIDIA's location-sensitive attention (Shen et al. 2018, arXiv:1712.05884)."""
 
+    @explained()
     def __init__(
         self,
         attention_rnn_dim: int,
@@ -121,6 +130,7 @@ class Attention(_Stepwise):
 class _Attention(_Stepwise):
     """torchaudio's."""
 
+    @explained()
     def __init__(
         self,
         attention_rnn_dim: int,

@@ -1,0 +1,122 @@
+"""The layers of other code bases take what the originals take; where a call fails, a sentence
+names an argument that does not fit."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+
+import pytest
+import torch
+from oracle import assert_sentence
+
+from additive_attn.compat import coqui, espnet, espnet_heads, gnmt, opennmt, speechbrain, tacotron2
+
+B, LK, D, H = 2, 5, 6, 4
+X, Q, W = torch.randn(B, LK, D), torch.randn(B, D), torch.rand(B, LK)
+LENGTHS, IGNORED = torch.tensor([5, 3]), torch.zeros(B, LK, dtype=torch.bool)
+STATES = dict(enc_hs_pad=X, enc_hs_len=[5, 3], dec_z=Q)
+ENCODED = dict(enc_states=X, enc_len=LENGTHS, dec_states=Q)
+STEP = dict(
+    attention_hidden_state=Q, memory=X, processed_memory=torch.randn(B, LK, H),
+    attention_weights_cat=torch.rand(B, 2, LK), mask=IGNORED,
+)  # fmt: skip
+
+
+def gnmt_layer():
+    layer = gnmt.BahdanauAttention(D, D, H, batch_first=True)
+    layer.set_mask(LENGTHS, X)
+    return layer
+
+
+def coqui_layer():
+    layer = coqui.OriginalAttention(
+        D, D, H, True, 3, 3, windowing=False, norm="softmax", forward_attn=False,
+        trans_agent=False, forward_attn_mask=False,
+    )  # fmt: skip
+    layer.init_states(X)
+    return layer
+
+
+CALLS = {
+    "AttAdd": (lambda: espnet.AttAdd(D, D, H), STATES | dict(att_prev=None, scaling=2.0)),
+    "AttLoc": (
+        lambda: espnet.AttLoc(D, D, H, 3, 2), STATES | dict(att_prev=W, scaling=2.0),
+    ),
+    "AttCov": (lambda: espnet.AttCov(D, D, H), STATES | dict(att_prev_list=[W])),
+    "AttCovLoc": (lambda: espnet.AttCovLoc(D, D, H, 3, 2), STATES | dict(att_prev_list=[W])),
+    "AttLocRec": (lambda: espnet.AttLocRec(D, D, H, 3, 2), STATES | dict(att_prev_states=None)),
+    "AttMultiHeadAdd": (
+        lambda: espnet_heads.AttMultiHeadAdd(D, D, 2, H, H), STATES | dict(att_prev=None),
+    ),
+    "AttMultiHeadLoc": (
+        lambda: espnet_heads.AttMultiHeadLoc(D, D, 2, H, H, 3, 2), STATES | dict(att_prev=[W, W]),
+    ),
+    "BahdanauAttention": (gnmt_layer, dict(query=torch.randn(B, 3, D), keys=X)),
+    "BahdanauAttention step": (gnmt_layer, dict(query=Q, keys=X)),
+    "GlobalAttention": (
+        lambda: opennmt.GlobalAttention(D, attn_type="mlp"),
+        dict(src=Q, enc_out=X, src_len=LENGTHS, coverage=None),
+    ),
+    "ContentBasedAttention": (lambda: speechbrain.ContentBasedAttention(D, D, H, D), ENCODED),
+    "LocationAwareAttention": (
+        lambda: speechbrain.LocationAwareAttention(D, D, H, D, 3, 2), ENCODED,
+    ),
+    "Attention": (lambda: tacotron2.Attention(D, D, H, 3, 3), STEP),
+    "_Attention": (lambda: tacotron2._Attention(D, D, H, 3, 3), STEP),
+    "OriginalAttention": (
+        coqui_layer, dict(query=Q, inputs=X, processed_inputs=torch.randn(B, LK, H), mask=None),
+    ),
+}  # fmt: skip
+
+
+def others(good):
+    bad = [None, [1.5], "no", {}]
+    if isinstance(good, torch.Tensor):
+        bad += [good.to(torch.complex64), good[None, None], good.flatten()[0], good.to_sparse(),
+                good.to("meta"), good.double(), good.long()]  # fmt: skip
+    return bad
+
+
+def refused(call, names):
+    """Whether it fails; by a sentence."""
+    try:
+        call()
+    except Exception as error:
+        text = str(error)
+        assert isinstance(error, (TypeError, ValueError, RuntimeError)), repr(error)
+        assert set(names) & set(re.findall(r"\w+", text)), text
+        assert_sentence(text)
+        return True
+    return False
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(name):
+    make, good = CALLS[name]
+    make()(**good)
+    failed = 0
+    for argument, value in good.items():
+        for bad in others(value):
+            layer = make()
+            failed += refused(functools.partial(layer, **good | {argument: bad}), good)
+    assert failed > 10
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [espnet.AttAdd, espnet.AttLoc, espnet_heads.AttMultiHeadLoc, gnmt.BahdanauAttention,
+     speechbrain.LocationAwareAttention, tacotron2.Attention, tacotron2._Attention,
+     coqui.OriginalAttention],
+)  # fmt: skip
+def test_constructors(cls):
+    parameters = list(inspect.signature(cls).parameters.values())
+    given = {x.name: 3 for x in parameters if x.annotation == "int"}
+    given |= {x.name: False for x in parameters if x.annotation == "bool"}
+    given |= {"norm": "softmax"} if cls is coqui.OriginalAttention else {}
+    for name in [x.name for x in parameters if x.annotation == "int"]:
+        for bad in (None, [3], "3", 2.5):
+            call = functools.partial(cls, **given | {name: bad})
+            assert refused(call, [name]) or (cls is coqui.OriginalAttention and "location" in name)
