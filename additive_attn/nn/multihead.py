@@ -217,18 +217,14 @@ class MultiheadAdditiveAttention(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as :func:`additive_attention`.
         """
-        tensors = {"query": query, "key": key, "value": value}
-        if not (
-            isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
-        ):
+        tensors: Any = {"query": query, "key": key, "value": value}
+        if not all(isinstance(x, Tensor) for x in tensors.values()):
             if not is_symbolic(query, key, value):
                 refuse_types(**tensors)
             masking = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             return symbolic_call(self, "forward", query, key, value, *masking)
-        check_flags(
-            need_weights=need_weights, average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
-        )  # fmt: skip
+        flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
+        check_flags(**flags, is_causal=is_causal)
         nested, lengths = query.is_nested or key.is_nested or value.is_nested, None
         if nested:
             masked = attn_mask is not None or key_padding_mask is not None or is_causal
