@@ -141,7 +141,8 @@ def _one_set_of_tiles(
     table = table.movedim(own, 0) if own is not None else table.expand(len(tiles), *table.shape)
     added = torch.arange(len(tiles), dtype=table.dtype, device=table.device) * tiles.shape[1]
     added = added.reshape(-1, *(1,) * (table.dim() - 1))
-    arguments[at - 1] = torch.where(table > 1, table + added, table)
+    named = (table > 1) & (table < tiles.shape[1] + 2)  # others must not name a tile now
+    arguments[at - 1] = torch.where(named, table + added, (table == 1).to(table.dtype))
     arguments[at], dims[at - 1], dims[at] = tiles.flatten(0, 1), 0, None
     return arguments, dims
 

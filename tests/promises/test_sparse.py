@@ -3,11 +3,17 @@ and leaks nothing. The oracle is the plain formula with a dense mask."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from oracle import (
     DEVICE,
+    ON_KERNEL,
     OUTPUTS,
+    PACKAGE_PARENT,
     assert_all_same,
     check_against_plain,
     generator,
@@ -162,3 +168,80 @@ def test_what_is_left_out_leaks_nothing():
         assert_all_same(after, before)
     for name in ("key", "value"):
         assert (spoilt[1][name][left_out] == 0).all()
+
+
+@pytest.mark.parametrize("mapped", ["table", "tiles", "starts", "all"])
+def test_vmap(mapped):
+    """Tiles have no batch dim: mapped ones are one set of tiles."""
+    inputs = make((), 20, 30, 4, 3, dtype=torch.float64)
+    tables, tiles = table_of((3,), 20, 30, (8, 7), tiles=2)
+    tiles = torch.stack([tiles, ~tiles, tiles.flip(0)])
+    starts = torch.randint(0, 20, (3, 20))
+    each = {"table": tables, "tiles": tiles, "starts": starts}
+    given = {name: x if mapped in (name, "all") else x[0] for name, x in each.items()}
+    dims = tuple(0 if mapped in (name, "all") else None for name in each)
+
+    def function(table, tiles, starts):
+        masking = Masking(starts=starts, block_table=table, block_tiles=tiles)
+        return attend(Call(*inputs.values(), *masking))[0]
+
+    ours = torch.func.vmap(function, dims)(*given.values())
+    for n in range(3):
+        alone = function(
+            *(x[n] if d == 0 else x for x, d in zip(given.values(), dims, strict=True))
+        )
+        torch.testing.assert_close(ours[n], alone)
+
+
+MEASURE = """
+import torch, torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask
+from additive_attn import additive_attention, varlen_additive_attention
+
+def resident(which):
+    with open("/proc/self/status") as f:
+        return int(f.read().split(which + ":")[1].split()[0]) / 1e3
+
+torch.set_num_threads(1)
+def run(inputs, **options):
+    if packed:
+        out = varlen_additive_attention(*inputs, *options.values())
+    else:
+        out = additive_attention(*inputs, **options)
+    out.backward(torch.ones_like(out))
+
+def leaves(length):
+    return [torch.ones(*shape, requires_grad=True) for shape in ((length, 16),) * 3 + ((16,),)]
+
+for packed in (False, True):
+    if packed:
+        cu_seq = torch.arange(0, 40001, 500)
+        few, options = [0, 5], dict(q=cu_seq, k=cu_seq, max_q=500, max_k=500)
+        start = dict(q=torch.tensor(few), k=torch.tensor(few), max_q=5, max_k=5)
+    else:
+        def mask(length):
+            mod = lambda b, h, q, k: (q - k).abs() < 100
+            return create_block_mask(mod, None, None, length, length, device="cpu")
+        options, start = dict(attn_mask=mask(8192)), dict(attn_mask=mask(5))
+    run(leaves(5), **start)
+    inputs = leaves(40000 if packed else 8192)
+    before = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # resets the peak
+    run(inputs, **options)
+    print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not ON_KERNEL, reason="minutes on the fallback")
+def test_memory_follows_what_is_kept():
+    """All pairs of 8192 positions take 67 MB as booleans, of 40000 positions 1.6 GB; the tiles of
+    190 partial blocks take 3 MB. The workspace takes 16 MB."""
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": PACKAGE_PARENT},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    blocks, packed = map(float, result.stdout.split())
+    assert blocks < 50 and packed < 80, (blocks, packed)
