@@ -36,7 +36,8 @@ except ImportError:  # a line for each step is left
 FEATURES, HIDDEN = 32, 32
 MARK = 4  # features that mark an instance; the fifth holds what counts
 MARKED = 1000  # one in so many
-CHUNK = 2**16
+# Tensors of a chunk take 32 MB: smaller ones leave gaps in the C library's heap, which adds up.
+CHUNK = 2**18
 
 
 def chunks(count: int, size: int, what: str) -> list[tuple[int, int]]:
