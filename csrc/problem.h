@@ -75,7 +75,7 @@ struct Problem {
   int threads;                                        // a hint for the size of the pieces; no result depends on it
   Rows<const T> query, weight;                        // weight has one row per entry
   StoredRows<T> key, value;
-  StoredRows<T> prepared;  // of a single row's keys (prepared.h); no data = none
+  StoredRows<T> prepared;  // of a single row's keys (prepared_keys.h); no data = none
   Location<T> location;    // of a single row
   Mask mask;
   Rows<const std::int64_t> lengths;  // element (n, i): row i may attend to keys before this; no data = all
@@ -144,7 +144,8 @@ template <class T>
 struct PreparedKeys {
   std::int64_t batch, keys, hidden;
   StoredRows<T> key;
-  T* prepared;  // (B, Lk, H)
+  T* prepared;            // (B, Lk, H)
+  std::uint16_t* narrow;  // the same of keys in 16 bits; one of the two is null
 };
 
 // A step's query and scores alone: what is shared by all steps is left to Backward with grad_scores. Lq = 1.

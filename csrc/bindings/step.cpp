@@ -6,16 +6,24 @@ namespace {
 
 template <class T>
 Tensor prepare_as(const Tensor& key) {
-  const Tensor same = ready(key, key.scalar_type());
+  // Keys of 16 bits are read as they lie.
+  const bool lie = key.size(-1) <= 1 || key.stride(-1) == 1;
+  const Tensor same = lie ? key : torch::stable::contiguous(key);
+  const Storage storage = key.scalar_type() == ScalarType::Half       ? Storage::float16
+                          : key.scalar_type() == ScalarType::BFloat16 ? Storage::bfloat16
+                                                                      : Storage::computed;
   const Sizes batch(same.sizes().begin(), same.sizes().end() - 2);
   const Offsets offsets = batch_offsets(batch, same, 2);
-  const Tensor prepared = empty(sizes(key), compute_type(key.scalar_type()));
-  PreparedKeys<T> p;
+  const Tensor prepared = empty(sizes(key), key.scalar_type());
+  PreparedKeys<T> p{};
   p.batch = static_cast<int64_t>(offsets.size());
   p.keys = key.size(-2);
   p.hidden = key.size(-1);
-  p.key = {same.const_data_ptr(), offsets.data(), Inputs::row_stride(same)};
-  p.prepared = data<T>(prepared);
+  p.key = {same.const_data_ptr(), offsets.data(), Inputs::row_stride(same), storage};
+  if (is_half(key.scalar_type()))
+    p.narrow = data<std::uint16_t>(prepared);
+  else
+    p.prepared = data<T>(prepared);
   kernels().prepare(p, parallel_for);
   return prepared;
 }
@@ -49,7 +57,8 @@ void fill_step(Problem<T>& p, const Arguments& a, Inputs& inputs, const std::opt
   // Plain PyTorch prepares nothing, and says so by an empty tensor.
   if (!prepared || (prepared->dim() == 1 && prepared->size(0) == 0) || p.hidden == 0) return;
   STD_TORCH_CHECK(sizes(*prepared) == sizes(a.key), "prepared must have the shape of key: prepare_keys(key).");
-  STD_TORCH_CHECK(prepared->scalar_type() == compute_type(inputs.type),
+  const bool narrow = is_half(a.key.scalar_type()) && sizeof(T) == sizeof(float);
+  STD_TORCH_CHECK(prepared->scalar_type() == (narrow ? a.key.scalar_type() : compute_type(inputs.type)),
                   "prepared has another dtype than prepare_keys(key).");
   p.prepared = inputs.stored<T>(*prepared, "prepared");
 }

@@ -104,7 +104,10 @@ inline Tensor empty(const Sizes& size, ScalarType type) {
   Sizes stride(size.size());
   int64_t step = 1;
   for (size_t d = size.size(); d-- > 0; step *= std::max<int64_t>(size[d], 1)) stride[d] = step;
-  const int32_t dtype = type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  const int32_t dtype = type == ScalarType::Double     ? aoti_torch_dtype_float64()
+                        : type == ScalarType::Half     ? aoti_torch_dtype_float16()
+                        : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_float32();
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), stride.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));

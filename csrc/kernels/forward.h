@@ -127,10 +127,7 @@ class ForwardBlock {
 
   void add_values(std::int64_t key0, T* out) {
     if (p.values == 0) return;
-    if (s.complete && p.queries < gemm_row_block && p.value.storage != Storage::computed) {
-      for (std::int64_t j = 0; j < s.count; j += values_widened) add_few(key0, j, out);
-      return;
-    }
+    if (s.complete && p.queries < gemm_row_block && p.value.storage != Storage::computed) return add_narrow(key0, out);
     const T* v = reader.read(p.value, s.entry, key0, s.count, p.values);
     const std::int64_t v_row = reader.row;
     if (!s.complete && !all_finite(v, v_row, s.count, p.values)) {
@@ -147,14 +144,26 @@ class ForwardBlock {
     add_rows(0, s.rows, v, v_row, out);
   }
 
-  // The same for few rows and values [j, j + values_widened) of the tile, which are widened into the cache.
-  void add_few(std::int64_t key0, std::int64_t j, T* out) {
-    const std::int64_t end = std::min(j + values_widened, s.count);
-    const T* v = reader.read(p.value, s.entry, key0 + j, end - j, p.values);
+  // The same for few rows and a complete tile of values in 16 bits: as they lie, or widened into the cache where the
+  // last vector is none of its own.
+  void add_narrow(std::int64_t key0, T* out) {
     T* tile = p.keys <= TK ? out : panels.get(s.rows * width);
-    if (tile != out && j == 0) std::fill(tile, tile + s.rows * width, T(0));
-    gemv<T>(s.scores + j, TK, v, reader.row, tile, width, s.rows, p.values, end - j);
-    for (std::int64_t d = 0; d < s.rows * width && tile != out && end == s.count; d += lanes<T>)
+    if (tile != out) std::fill(tile, tile + s.rows * width, T(0));
+    const bool widened = p.values % lanes<T> != 0;
+    for (std::int64_t j = 0; j < s.count; j += values_widened) {
+      const std::int64_t count = std::min(values_widened, s.count - j);
+      if constexpr (sizeof(T) == 4) {
+        const auto* v = static_cast<const std::uint16_t*>(p.value.at(s.entry, key0 + j));
+        if (!widened && p.value.storage == Storage::bfloat16)
+          gemv<Storage::bfloat16>(s.scores + j, TK, v, p.value.row, tile, width, s.rows, p.values, count);
+        else if (!widened)
+          gemv<Storage::float16>(s.scores + j, TK, v, p.value.row, tile, width, s.rows, p.values, count);
+      }
+      if (!widened) continue;
+      const T* v = reader.read(p.value, s.entry, key0 + j, count, p.values);
+      gemv<Storage::computed>(s.scores + j, TK, v, reader.row, tile, width, s.rows, p.values, count);
+    }
+    for (std::int64_t d = 0; d < s.rows * width && tile != out; d += lanes<T>)
       store(out + d, load(out + d) + load(tile + d));
   }
 
@@ -165,7 +174,8 @@ class ForwardBlock {
       const bool only = p.keys <= TK;
       T *total = out + first * width, *tile = only ? total : panels.get(rows * width);
       if (!only) std::fill(tile, tile + rows * width, T(0));
-      gemv<T>(s.scores + first * TK + from, TK, v + from * v_row, v_row, tile, width, rows, p.values, to - from);
+      gemv<Storage::computed>(s.scores + first * TK + from, TK, v + from * v_row, v_row, tile, width, rows, p.values,
+                              to - from);
       for (std::int64_t d = 0; d < rows * width && !only; d += lanes<T>)
         store(total + d, load(total + d) + load(tile + d));
       return;

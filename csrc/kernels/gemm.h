@@ -56,53 +56,67 @@ void gemm(const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, std
   if (rows == 1) gemm_panels<T, 1>(a, a_row, a_column, b, panel, c, c_row, columns, inner);
 }
 
+// A vector of numbers as they are stored.
+template <Storage storage, class T>
+inline Vec<T> load_stored(const T* x) {
+  return load(x);
+}
+template <Storage storage>
+inline Vec<float> load_stored(const std::uint16_t* x) {
+  return widen<storage>(x);
+}
+
 // C += A B for R rows of A and C, and B as it lies in memory, read once and in order; columns beyond the last are not
-// touched.
-template <class T, int R>
-void gemv_rows(const T* a, std::int64_t a_row, const T* b, std::int64_t b_row, T* c, std::int64_t c_row,
+// touched. Of B in 16 bits, `columns` are whole vectors.
+template <class T, int R, Storage storage, class E>
+void gemv_rows(const T* a, std::int64_t a_row, const E* b, std::int64_t b_row, T* c, std::int64_t c_row,
                std::int64_t columns, std::int64_t inner) {
   constexpr int L = lanes<T>;
   const std::int64_t whole = columns / L * L;
   std::int64_t k = 0;
   for (; k + 4 <= inner; k += 4) {
-    const T *b0 = b + k * b_row, *b1 = b0 + b_row, *b2 = b1 + b_row, *b3 = b2 + b_row;
+    const E *b0 = b + k * b_row, *b1 = b0 + b_row, *b2 = b1 + b_row, *b3 = b2 + b_row;
     for (std::int64_t j = 0; j < whole; j += L) {
-      const Vec<T> x0 = load(b0 + j), x1 = load(b1 + j), x2 = load(b2 + j), x3 = load(b3 + j);
+      const Vec<T> x0 = load_stored<storage>(b0 + j), x1 = load_stored<storage>(b1 + j);
+      const Vec<T> x2 = load_stored<storage>(b2 + j), x3 = load_stored<storage>(b3 + j);
       for (int r = 0; r < R; ++r) {
         const T* left = a + r * a_row + k;
         T* to = c + r * c_row + j;
         store(to, load(to) + x0 * left[0] + x1 * left[1] + x2 * left[2] + x3 * left[3]);
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (std::int64_t j = whole; j < columns; ++j) {
-        const T* left = a + r * a_row + k;
-        T* to = c + r * c_row + j;
-        *to = *to + b0[j] * left[0] + b1[j] * left[1] + b2[j] * left[2] + b3[j] * left[3];
-      }
+    if constexpr (sizeof(E) == sizeof(T))
+      for (int r = 0; r < R; ++r)
+        for (std::int64_t j = whole; j < columns; ++j) {
+          const T* left = a + r * a_row + k;
+          T* to = c + r * c_row + j;
+          *to = *to + b0[j] * left[0] + b1[j] * left[1] + b2[j] * left[2] + b3[j] * left[3];
+        }
   }
   for (; k < inner; ++k)
     for (int r = 0; r < R; ++r) {
       const T left = a[r * a_row + k];
       T* to = c + r * c_row;
-      for (std::int64_t j = 0; j < whole; j += L) store(to + j, load(to + j) + load(b + k * b_row + j) * left);
-      for (std::int64_t j = whole; j < columns; ++j) to[j] += b[k * b_row + j] * left;
+      for (std::int64_t j = 0; j < whole; j += L)
+        store(to + j, load(to + j) + load_stored<storage>(b + k * b_row + j) * left);
+      if constexpr (sizeof(E) == sizeof(T))
+        for (std::int64_t j = whole; j < columns; ++j) to[j] += b[k * b_row + j] * left;
     }
 }
 
 constexpr int gemv_row_block = VECTOR_BYTES == 64 ? 4 : 2;
 
-template <class T>
-void gemv(const T* a, std::int64_t a_row, const T* b, std::int64_t b_row, T* c, std::int64_t c_row, std::int64_t rows,
+template <Storage storage, class T, class E>
+void gemv(const T* a, std::int64_t a_row, const E* b, std::int64_t b_row, T* c, std::int64_t c_row, std::int64_t rows,
           std::int64_t columns, std::int64_t inner) {
   constexpr int R = gemv_row_block;
   for (; rows >= R; rows -= R, a += R * a_row, c += R * c_row)
-    gemv_rows<T, R>(a, a_row, b, b_row, c, c_row, columns, inner);
+    gemv_rows<T, R, storage>(a, a_row, b, b_row, c, c_row, columns, inner);
   if (R > 2 && rows >= 2) {
-    gemv_rows<T, 2>(a, a_row, b, b_row, c, c_row, columns, inner);
+    gemv_rows<T, 2, storage>(a, a_row, b, b_row, c, c_row, columns, inner);
     rows -= 2, a += 2 * a_row, c += 2 * c_row;
   }
-  if (rows >= 1) gemv_rows<T, 1>(a, a_row, b, b_row, c, c_row, columns, inner);
+  if (rows >= 1) gemv_rows<T, 1, storage>(a, a_row, b, b_row, c, c_row, columns, inner);
 }
 
 template <class T>

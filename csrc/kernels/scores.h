@@ -172,38 +172,29 @@ class ScoreBlock {
   }
 
   void begin_single_queries() {
-    single_queries_.begin(weight_.get(0), as_number<T>(weight_largest_) * normaliser_, p.hidden, rows,
-                          bool(p.prepared));
+    single_queries_.begin(weight_.get(0), as_number<T>(weight_largest_) * normaliser_, p.hidden, rows, p.prepared);
     for (std::int64_t r = 0; r < rows; ++r) single_queries_.take(r, p.query.at(entry_of(r), 0));
   }
 
   void single_rows(std::int64_t key0) {
-    const std::int64_t step = rows > 1 ? 2 : 1;
-    for (std::int64_t j = 0; j < count; j += step) {
-      Fetch fetch((rows + step - 1) / step);
-      for (std::int64_t k = j; k < std::min(j + step, count); ++k) {
-        fetch.add(p.value, entry, key0 + k, p.values);
-        if (p.prepared && rows > 1 && key0 + k + step < p.keys) fetch.add(p.prepared, entry, key0 + k + step, p.hidden);
+    const std::int64_t turns = (rows + rows_together - 1) / rows_together, some = (rows + turns - 1) / turns;
+    Fetch value(p.values * p.value.element(), single_queries_.width / single_queries_.width_unit * turns);
+    for (std::int64_t j = 0; j < count; ++j) {
+      if (p.values > 0) value.begin(p.value.at(entry, key0 + j));
+      for (std::int64_t r = 0; r < rows;) {
+        std::int64_t end = r;
+        while (end < std::min(r + some, rows) && attended[end][j / K]) ++end;
+        if (r < end)
+          single_queries_.scores(p, entry, key0 + j, r, end - r, value, scores + r * TK + j, TK);
+        else
+          ++end;
+        r = end;
       }
-      for (std::int64_t r = 0; r < rows; r += step)
-        single_scores(key0, j, std::min(j + step, count), r, std::min(r + step, rows), fetch);
-      fetch.all();
     }
     for (std::int64_t r = 0; r < rows; ++r) {
       form_[r] = direct;
       finish_row(r, key0);
     }
-  }
-
-  // Of up to two rows and two keys, which are of one block.
-  void single_scores(std::int64_t key0, std::int64_t j, std::int64_t key_end, std::int64_t row, std::int64_t row_end,
-                     Fetch& fetch) {
-    const bool four = key_end - j == 2 && row_end - row == 2 && attended[row][j / K] && attended[row + 1][j / K];
-    T* to = scores + row * TK + j;
-    if (four && single_queries_.scores(p, entry, key0 + j, row, fetch, to, TK)) return;
-    for (std::int64_t r = row; r < row_end; ++r, to += TK)
-      for (std::int64_t k = j; k < key_end && attended[r][j / K]; ++k)
-        single_queries_.score(p, entry, key0 + k, r, fetch, to + k - j);
   }
 
   // A single row where keys have a location term.

@@ -66,7 +66,7 @@ class StepPass {
     const bool usual = !(size < factored_least<T> || size > factored_most<T>) || std::isinf(size);
     const int shift = usual ? 0 : std::ilogb(size);
     const T* weight = p.weight.at(n, 0);
-    query_.begin(weight, T(0), p.hidden, 1, bool(p.prepared));
+    query_.begin(weight, T(0), p.hidden, 1, p.prepared);
     query_.take(0, p.query.at(n, 0));
     for (std::int64_t key0 = key_begin; key0 < key_end; key0 += TK) slopes(n, key0, key_end, shift, sum_query);
     for (std::int64_t h = 0; h < width() && shift != 0; ++h) sum_query[h] = std::ldexp(sum_query[h], shift);

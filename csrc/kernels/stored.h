@@ -13,10 +13,16 @@ inline Vec<float> widen_half(const std::uint16_t* x) {
 #endif
 
 inline UVec<float> load_bits(const std::uint16_t* x) {
+#if VECTOR_BYTES == 64 && defined(__x86_64__)
+  return (UVec<float>)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#elif VECTOR_BYTES == 32 && defined(__x86_64__)
+  return (UVec<float>)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#else
   typedef std::uint16_t Narrow __attribute__((vector_size(VECTOR_BYTES / 2)));
   Narrow bits;
   std::memcpy(&bits, x, sizeof bits);
   return __builtin_convertvector(bits, UVec<float>);
+#endif
 }
 
 template <Storage storage>

@@ -17,6 +17,9 @@
 
 #include "../problem.h"
 
+// Of functions that pass vectors through memory where the compiler thinks them too large.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 // Everything between the two is compiled for these instructions.
 #define PRAGMA(tokens) _Pragma(#tokens)
 #if defined(__clang__)

@@ -190,6 +190,39 @@ def test_sixteen_bits(dtype):
     check_against_plain(cases, function=step, lengths=torch.tensor([140, 33, 0]))
 
 
+def with_wide_queries(x, **options):
+    """A memory in 16 bits beside a query and a weight in float32."""
+    return step({**x, "query": x["query"].float(), "weight": x["weight"].float()}, **options)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", [step, with_wide_queries])
+@pytest.mark.parametrize("hidden", [1, 3, 100])
+@pytest.mark.parametrize("spread", [1e-4, 1e-2, 0.3, 3.0, 12.0])
+def test_keys_prepared_in_sixteen_bits(spread, hidden, function, dtype):
+    """Their roundings do not exceed those of the plain layer in 16 bits."""
+    cases = [
+        inputs_of((2,), 70, hidden, 5, spread=spread, dtype=dtype, seed=seed) for seed in range(4)
+    ]
+    for case in cases:
+        case["weight"] *= max(1.0, min(1e3, 0.1 / spread))
+    check_against_plain(cases, function=function)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by", [0.5, 4.0])
+def test_opposite_keys_in_sixteen_bits(by, dtype):
+    cases = [inputs_of((2,), 60, 100, 5, spread=0.1, seed=seed) for seed in range(4)]
+    for case in cases:
+        case["query"] += by
+        case["key"] -= by
+        case["weight"] *= 3
+    cases = [{name: x.to(dtype) for name, x in case.items()} for case in cases]
+    check_against_plain(cases, function=step)
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_padding_cannot_leak(bad):

@@ -1,0 +1,122 @@
+// What a decoder step reads in place of its keys, prepared once for all steps: no exponential per pair is left, and
+// lanes run over features, so that memory is read once and in order.
+//
+//     form    keys            prepared      t                              1 - t^2
+//     small   all |k| <= 1    c = tanh k    (c + s) / (1 + c s), s = tanh q   (1 - c^2) (1 - s^2) / (1 + c s)^2
+//     wide    |k| <= safe     b = e^{2k}    (b - a) / (b + a), a = e^{-2q}    4 a b / (a + b)^2
+//     direct  otherwise       NaN           tanh(q + k) from the key itself
+//
+// (math.md, eq. 6, 7 and 21.) `small` keeps the relative error of small energies, whatever the query is. The form of
+// a key shows in its first feature: |c| < 1, and b is multiplied there by `lift`, which makes it more than 1. A pair
+// takes the direct form too where the query is out of the range of `wide`, and where query and key cancel. So the form
+// depends on this pair alone.
+//
+// Keys of 16 bits are prepared in 16 bits, with 11 binary digits. c is a half-precision number, after a multiplication
+// with 2^16 that keeps it normal. b has no sign and 6 bits of exponent, 2^-32 to 2^31. The lowest bit of the first
+// feature is 0 for small and 1 for wide.
+
+template <class T>
+constexpr T lift = T(sizeof(T) == 4 ? 0x1p30 : 0x1p240);
+constexpr float small_tanh = 0.38f;  // tanh(small_energy)
+
+enum KeyForm { small, wide, unprepared };
+template <class T>
+KeyForm key_form(const T* prepared) {
+  return *prepared != *prepared ? unprepared : std::fabs(*prepared) < T(1) ? small : wide;
+}
+
+typedef std::uint16_t Narrow;
+constexpr Narrow narrow_unprepared = 0x7e00;  // NaN
+constexpr float narrow_least = 0x1p-12f;      // a small key with less in all features is not prepared
+constexpr float narrow_scale = 0x1p16f;
+constexpr std::uint32_t narrow_bias = 127 - 32;
+
+inline KeyForm key_form(const Narrow* prepared) {
+  return *prepared & 1 ? wide : *prepared == narrow_unprepared ? unprepared : small;
+}
+
+template <class T>
+inline Vec<T> tanh(Vec<T> x) {
+  const Vec<T> e = expm1<T>(clamp<T>(x, -Range<T>::flat, Range<T>::flat) * T(2));
+  return e / (e + T(2));
+}
+
+// A vector of prepared features, without the lift.
+template <KeyForm form, class T>
+inline Vec<T> load_prepared(const T* x) {
+  return load(x);
+}
+template <KeyForm form>
+inline Vec<float> load_prepared(const Narrow* x) {
+  if constexpr (form == small) return widen<Storage::float16>(x) * (1 / narrow_scale);
+  return (Vec<float>)((load_bits(x) << 13) + (narrow_bias << 23));
+}
+
+template <class T>
+inline void store_prepared(KeyForm, Vec<T> x, std::int64_t count, T* to) {
+  store_part<T>(to, x, count);
+}
+// Rounded to the nearest.
+inline void store_prepared(KeyForm form, Vec<float> x, std::int64_t count, Narrow* to) {
+  if (form == small) x *= narrow_scale;
+  const UVec<float> size = magnitude<float>(x), sign = (as_bits<float>(x) >> 16) & 0x8000u;
+  const std::uint32_t bias = form == small ? 127 - 15 : narrow_bias;
+  UVec<float> bits = ((size + 0xfffu + ((size >> 13) & 1u)) >> 13) - (bias << 10);
+  const UVec<float> subnormal = as_bits<float>((Vec<float>)size + 0.5f) - 0x3f000000u;
+  if (form == small) bits = (size < 0x38800000u ? subnormal : bits) | sign;
+  std::uint32_t buffer[lanes<float>];
+  std::memcpy(buffer, &bits, sizeof bits);
+  for (std::int64_t l = 0; l < std::min<std::int64_t>(count, lanes<float>); ++l) to[l] = Narrow(buffer[l]);
+}
+
+template <class T>
+inline void mark_form(KeyForm form, T, T* prepared) {
+  if (form == wide) *prepared *= lift<T>;
+}
+// The neighbour on the other side of x where the lowest bit is not that of the form.
+inline void mark_form(KeyForm form, float x, Narrow* prepared) {
+  if ((*prepared & 1) == (form == wide)) return;
+  Narrow all[lanes<float>] = {*prepared};
+  const float stored = form == small ? load_prepared<small>(all)[0] : load_prepared<wide>(all)[0];
+  const bool up = std::fabs(stored) < std::fabs(x) || (*prepared & 0x7fff) == 0;
+  *prepared = Narrow(up ? *prepared + 1 : *prepared - 1);
+}
+
+// E is T, or Narrow.
+template <class T, class E>
+void prepare_key(const T* key, std::int64_t hidden, E* prepared) {
+  constexpr bool narrow = sizeof(E) < sizeof(T);
+  if (hidden == 0) return;
+  const auto most = largest(key, hidden);
+  const bool tiny = narrow && most > 0 && most < ordered_bits<T>(narrow_least);
+  if (most > ordered_bits<T>(Range<T>::safe) || tiny)
+    return void(std::fill(prepared, prepared + hidden, narrow ? E(narrow_unprepared) : E(NAN)));
+  const KeyForm form = most <= ordered_bits<T>(1) ? small : wide;
+  for (std::int64_t h = 0; h < hidden; h += lanes<T>) {
+    const Vec<T> k = load_part<T>(key + h, hidden - h, 0), x = form == small ? tanh<T>(k) : exp<T>(k * T(2));
+    store_prepared(form, x, hidden - h, prepared + h);
+    if (h == 0) mark_form(form, T(x[0]), prepared);
+  }
+}
+
+template <class T>
+void prepare_keys(const PreparedKeys<T>& p, const ParallelFor& parallel_for) {
+  constexpr std::int64_t some = 64;
+  const std::int64_t pieces = (p.keys + some - 1) / some;
+  parallel_for(p.batch * pieces, some * p.hidden * 16, [&](Tasks& tasks) {
+    Buffer<T> copy;
+    for (std::int64_t task; tasks.take(task);) {
+      const std::int64_t n = task / pieces, key0 = task % pieces * some;
+      for (std::int64_t j = key0; j < std::min(key0 + some, p.keys); ++j) {
+        const T* key = stored_row(p.key, n, j, 0, p.hidden, copy.get(p.hidden));
+        const std::int64_t at = (n * p.keys + j) * p.hidden;
+        if constexpr (sizeof(T) == 4)
+          if (p.narrow) {
+            prepare_key(key, p.hidden, p.narrow + at);
+            continue;
+          }
+        prepare_key(key, p.hidden, p.prepared + at);
+      }
+    }
+  });
+}
