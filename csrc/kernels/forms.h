@@ -152,9 +152,10 @@ void add_energies(const T* query, const T* keys, std::int64_t groups, const T* c
   store(scores + L, total[1]);
 }
 
-// One score in the direct form with lanes over features: a single query row would use every packed key only once.
-template <class T>
-T energy(const T* query, const T* key, const T* weight, std::int64_t hidden) {
+// One score in the direct form with lanes over features: a single query row would use every packed key only once. With
+// `located`, location * term is added to the key.
+template <class T, bool located = false>
+T energy(const T* query, const T* key, const T* weight, std::int64_t hidden, T location = 0, const T* term = nullptr) {
   constexpr int L = lanes<T>;
   Vec<T> total = {};
   for (std::int64_t h = 0; h < hidden; h += group * L) {
@@ -163,7 +164,8 @@ T energy(const T* query, const T* key, const T* weight, std::int64_t hidden) {
       const std::int64_t at = h + g * L, left = hidden - at;
       const bool whole = left >= L;
       const Vec<T> q = whole ? load(query + at) : load_part<T>(query + at, left, 0);
-      const Vec<T> k = whole ? load(key + at) : load_part<T>(key + at, left, 0);
+      Vec<T> k = whole ? load(key + at) : load_part<T>(key + at, left, 0);
+      if (located) k += (whole ? load(term + at) : load_part<T>(term + at, left, 0)) * location;
       w[g] = whole ? load(weight + at) : load_part<T>(weight + at, left, 0);
       x[g] = q + k;
     }

@@ -31,9 +31,8 @@ class LocatedKeys {
   // E of keys [key0, key0 + count), count <= location_keys, as rows that are `row` apart and padded to `width`.
   T* rows(std::int64_t key0, std::int64_t count) {
     constexpr int R = location_rows, V = location_vectors;
-    load_location(key0, count);
     T* to = rows_memory_.get(location_keys * row);
-    const T* keys = reader_.read(key, entry, key0, count, hidden);
+    const T* keys = load_keys(key0, count);
     for (std::int64_t j = 0; j < count; j += R) {
       const T* from[R];  // the last key stands for those beyond it
       for (int r = 0; r < R; ++r) from[r] = keys + std::min(j + r, count - 1) * reader_.row;
@@ -43,6 +42,13 @@ class LocatedKeys {
     }
     return to;
   }
+
+  // The keys without their term, and their location in x: where there is one feature, its term stays in registers.
+  const T* load_keys(std::int64_t key0, std::int64_t count) {
+    load_location(key0, count);
+    return reader_.read(key, entry, key0, count, hidden);
+  }
+  std::int64_t key_row() const { return reader_.row; }
 
   const StoredRows<T>& key;
   const Location<T>& location;

@@ -170,9 +170,10 @@ class LocationPass {
   }
 
   void tile(std::int64_t n, std::int64_t key0, std::int64_t count, const T* g, T* grad_weight) {
-    T* rows = e.rows(key0, count);
     T scaled[J] = {};
     for (std::int64_t j = 0; j < count; ++j) scaled[j] = g[j] * early_;
+    if (p.location.features == 1) return one_feature(n, key0, count, scaled, grad_weight);
+    T* rows = e.rows(key0, count);
     for (std::int64_t h = 0; h < e.width; h += F) slopes(rows + h, n, key0, h, scaled, count);
     for (std::int64_t j = 0; j < J; ++j) {
       T* row = rows + j * e.row;
@@ -220,6 +221,64 @@ class LocationPass {
     for (int v = 0; v < feature_vectors; ++v) {
       store(sum_query_ + h + v * L, query[v]);
       store(sum_weight_ + h + v * L, weight[v]);
+    }
+  }
+
+  // The same where there is one feature: E and dE stay in registers.
+  void one_feature(std::int64_t n, std::int64_t key0, std::int64_t count, const T* g, T* grad_weight) {
+    const T* keys = e.load_keys(key0, count);
+    T* grad_keys = p.grad_key ? p.grad_key + (n * p.keys + key0) * p.hidden : nullptr;
+    Vec<T> of_location[J] = {};
+    std::int64_t h = 0;
+    for (; h + F <= p.hidden; h += F)
+      one_slopes<false>(keys, grad_keys, n, key0, h, g, count, grad_weight, of_location);
+    if (h < p.hidden) one_slopes<true>(keys, grad_keys, n, key0, h, g, count, grad_weight, of_location);
+    for (std::int64_t j = 0; j < count && p.grad_location; ++j)
+      p.grad_location[n * p.keys + key0 + j] = sum<T>(of_location[j]);
+  }
+
+  template <bool edge>
+  void one_slopes(const T* key, T* grad_key, std::int64_t n, std::int64_t key0, std::int64_t h, const T* g,
+                  std::int64_t count, T* grad_weight, Vec<T>* of_location) {
+    constexpr int V = feature_vectors;
+    Vec<T> q[V], w[V], m[V], query[V], weight[V], of_weight[V];
+    for (int v = 0; v < V; ++v) {
+      q[v] = load(query_ + h + v * L);
+      w[v] = load(factor_ + h + v * L);
+      m[v] = load(e.weight + h + v * L);
+      query[v] = load(sum_query_ + h + v * L);
+      weight[v] = load(sum_weight_ + h + v * L);
+      of_weight[v] = load(grad_weight + h + v * L);
+    }
+    for (std::int64_t j = 0; j < count; ++j) {
+      if (g[j] == T(0)) continue;
+      if (key0 + j + J < p.keys) prefetch_stored(p.key, n, key0 + j + J, F, h);
+      Vec<T> x[V], t[V], s[V];
+      for (int v = 0; v < V; ++v) {
+        const std::int64_t at = h + v * L, left = p.hidden - at;
+        const T* from = key + j * e.key_row() + at;
+        x[v] = ((edge ? load_part<T>(from, left, 0) : load(from)) + m[v] * e.x[j]) + q[v];
+      }
+      tanh_slopes<T>(x, t, s);
+      for (int v = 0; v < V; ++v) {
+        const Vec<T> d = s[v] * w[v] * g[j];
+        weight[v] += t[v] * g[j];
+        query[v] += d;
+        of_weight[v] += d * e.x[j];
+        of_location[j] += d * m[v];
+        if (!grad_key) continue;
+        const std::int64_t at = h + v * L, left = p.hidden - at;
+        T* to = grad_key + j * p.hidden + at;
+        if (edge)
+          store_part<T>(to, load_part<T>(to, left, 0) + d, left);
+        else
+          store(to, load(to) + d);
+      }
+    }
+    for (int v = 0; v < V; ++v) {
+      store(sum_query_ + h + v * L, query[v]);
+      store(sum_weight_ + h + v * L, weight[v]);
+      store(grad_weight + h + v * L, of_weight[v]);
     }
   }
 

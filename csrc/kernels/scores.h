@@ -205,12 +205,15 @@ class ScoreBlock {
       bool any = false;
       for (std::int64_t b = j / K; b * K < end; ++b) any = any || attended[0][b];
       if (!any) continue;
-      const T* rows = located_.rows(key0 + j, end - j);
-      for (std::int64_t i = j; i < end; ++i, rows += located_.row) {
+      const bool one = p.location.features == 1;
+      const T* rows = one ? located_.load_keys(key0 + j, end - j) : located_.rows(key0 + j, end - j);
+      for (std::int64_t i = j; i < end; ++i, rows += one ? located_.key_row() : located_.row) {
         // One by one: memory that is asked for in one burst is waited for.
         if (p.values > 0) prefetch_stored(p.value, entry, key0 + i, p.values);
         if (key0 + i + location_keys < p.keys) prefetch_stored(p.key, entry, key0 + i + location_keys, p.hidden);
-        scores[i] = energy(p.query.at(entry, row0), rows, weight_.get(0), p.hidden);
+        const T* query = p.query.at(entry, row0);
+        scores[i] = one ? energy<T, true>(query, rows, weight_.get(0), p.hidden, located_.x[i - j], located_.weight)
+                        : energy(query, rows, weight_.get(0), p.hidden);
       }
     }
     finish_row(0, key0);
