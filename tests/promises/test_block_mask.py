@@ -168,3 +168,19 @@ def test_mask_mod_of_numbers():
     mask.mask_mod = lambda b, h, q, k: q - k
     with pytest.raises(TypeError, match=r"mask_mod of the BlockMask returns torch\.int32"):
         additive_attention(QUERY, QUERY, QUERY, QUERY[0, 0], attn_mask=mask)
+
+
+@pytest.mark.core
+def test_dropout_counts_rows_and_keys_of_the_call():
+    """Blocks that are left out take no random numbers from the others, forward and backward."""
+    inputs = make((B,), LQ, LK, 5, 4, dtype=torch.float64)
+    dense = create_mask(by_entry, B, None, LQ, LK, device=DEVICE)[:, 0]
+    found = []
+    for mask in (made(by_entry, B, None, (16, 16)), dense):
+        leaves = [x.clone().requires_grad_() for x in inputs.values()]
+        torch.manual_seed(5)
+        out = additive_attention(*leaves, attn_mask=mask, dropout_p=0.4)
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert (found[0][0] != additive_attention(*inputs.values(), attn_mask=dense)).any()
