@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.checks import is_readable
-from additive_attn.ops.head_checks import refuse_hint
+from additive_attn.ops.head_checks import check_pairs, refuse_hint
 from additive_attn.ops.masking import narrowed
 from additive_attn.spec.call import Call
 from additive_attn.spec.formula import keep_factors
@@ -57,7 +57,7 @@ def is_causal_mask(
         return False  # the keys that are appended come after every query
     if key_padding_mask is None and not need_weights:
         return True
-    if attn_mask.dim() != 2 or not is_readable(attn_mask):
+    if attn_mask.requires_grad or attn_mask.dim() != 2 or not is_readable(attn_mask):
         return False
     later = torch.ones(attn_mask.shape, dtype=torch.bool).triu(1)
     if attn_mask.dtype != torch.bool:
@@ -117,8 +117,10 @@ def attend_dropped(call: Call, need_weights: bool, *options: Any) -> tuple[Tenso
 def padded(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Nested tensors ``(N, L*, E)`` with zeros after the end of each sequence; the lengths of
     queries and of keys. A tensor that is passed twice stays one."""
-    made = {id(x): x.to_padded_tensor(0.0) for x in tensors.values()}
     query, key = (_lengths(tensors[name]) for name in ("query", "key"))
+    if tensors["value"] is not tensors["key"]:
+        check_pairs(key, _lengths(tensors["value"]))
+    made = {id(x): x.to_padded_tensor(0.0) for x in tensors.values()}
     return {name: made[id(x)] for name, x in tensors.items()}, query, key
 
 

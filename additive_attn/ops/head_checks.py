@@ -7,7 +7,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from additive_attn.ops.checks import INTEGERS, refuse_layouts, require_one_device
+from additive_attn.ops.checks import (
+    INTEGERS,
+    is_readable,
+    refuse_layouts,
+    require_one_device,
+)
 from additive_attn.ops.layer_checks import explain_projection
 
 _NAME = "MultiheadAdditiveAttention"
@@ -61,6 +66,8 @@ def _check_features(layer: Any, **tensors: Tensor) -> None:
 
 def check_memory(layer: Any, key: Tensor, value: Tensor) -> None:
     """Of a call of ``project``."""
+    if key.is_nested or value.is_nested:
+        refuse_layouts(key=key, value=value)
     rank = key.dim()
     if not (2 <= rank <= 3 and value.dim() == rank):
         raise ValueError(
@@ -77,6 +84,8 @@ def check_memory(layer: Any, key: Tensor, value: Tensor) -> None:
 
 def check_step(layer: Any, query: Tensor, key: Tensor, value: Tensor, beams: int) -> None:
     """Of a memory, whose keys and values are packed: ``(B, Lk, hidden_dim)``."""
+    if query.is_nested:
+        refuse_layouts(query=query)
     found = (
         f"{_NAME}.step got query {tuple(query.shape)} for a memory of keys {tuple(key.shape)} and "
         f"values {tuple(value.shape)}"
@@ -158,6 +167,15 @@ def check_nested(layer: Any, tensors: dict[str, Tensor], masked: bool) -> None:
         raise ValueError(
             f"{_NAME} got nested tensors with {what}, as nn.MultiheadAttention does not take "
             "either. Pad them with .to_padded_tensor(0.0), and pass key_padding_mask."
+        )
+
+
+def check_pairs(keys: Tensor, values: Tensor) -> None:
+    """Lengths of nested keys and of nested values."""
+    if keys is not values and is_readable(keys) and not torch.equal(keys, values):
+        raise ValueError(
+            "key and value are nested tensors of different lengths, but each key belongs to one "
+            "value."
         )
 
 

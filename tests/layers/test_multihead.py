@@ -207,6 +207,17 @@ def test_is_causal_is_a_hint(kind, need_weights, padded, added):
         torch.testing.assert_close(weights, expected[1])
 
 
+def test_a_causal_mask_that_is_learned_gets_its_gradient():
+    layer = made()
+    grads = []
+    for hint in (True, False):
+        mask = causal().requires_grad_()
+        out, _ = layer(*inputs("self", layer), attn_mask=mask, is_causal=hint)
+        grads += torch.autograd.grad(out.square().sum(), mask)
+    assert grads[0].any()
+    torch.testing.assert_close(*grads)
+
+
 def test_a_wrong_hint_is_believed_where_torch_believes_it():
     layer, theirs = made(), nn.MultiheadAttention(E, HEADS, batch_first=True, dtype=F64)
     given, other = inputs("self", layer), torch.zeros(L, L, dtype=F64)

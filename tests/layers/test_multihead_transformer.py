@@ -218,3 +218,18 @@ def test_nested_tensors_that_are_refused():
     layer.batch_first = False
     with pytest.raises(ValueError, match="nested tensors with batch_first=False"):
         layer(x, x, x)
+    steps, dense = attention(), torch.randn(2, 3, E)
+    with pytest.raises(TypeError, match="key is nested"):
+        steps.project(x)
+    with pytest.raises(TypeError, match="query is nested"):
+        steps.step(x, steps.project(dense))
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_keys_have_a_value_each(layout):
+    x, key, value = (
+        torch.nested.as_nested_tensor([torch.randn(n, E) for n in sizes], layout=layout)
+        for sizes in ((3, 5), (2, 5), (5, 2))
+    )
+    with pytest.raises(ValueError, match="different lengths"):
+        attention()(x, key, value)
