@@ -209,10 +209,10 @@ def test_is_causal_is_a_hint(kind, need_weights, padded, added):
 
 def test_a_causal_mask_that_is_learned_gets_its_gradient():
     layer = made()
-    grads = []
+    given, grads = inputs("self", layer), []
     for hint in (True, False):
         mask = causal().requires_grad_()
-        out, _ = layer(*inputs("self", layer), attn_mask=mask, is_causal=hint)
+        out, _ = layer(*given, attn_mask=mask, is_causal=hint)
         grads += torch.autograd.grad(out.square().sum(), mask)
     assert grads[0].any()
     torch.testing.assert_close(*grads)
