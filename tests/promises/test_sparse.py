@@ -130,7 +130,6 @@ LONG_MASKINGS = {
 }
 
 
-@pytest.mark.kernel
 @pytest.mark.parametrize("masking", LONG_MASKINGS)
 def test_pieces_of_a_long_backward(masking):
     """Rows that share no keys, in pieces whose keys differ: as with a dense mask."""
