@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from additive_attn.nn.linear import bare_parameters, energy_of
+from additive_attn.nn.linear import energy_of
 from additive_attn.ops.autocast import autocast, autocast_dtype
 from additive_attn.ops.checks import refuse_flags, refuse_types
 from additive_attn.ops.decoding import attend_step
@@ -153,7 +153,7 @@ class Prepared(NamedTuple):
         """Whether ``layer`` still has these parameters, unchanged, and steps may use them."""
         if _is_compiling():
             return False
-        parameters = _parameters(layer)
+        parameters = layer._lent_parameters()
         return (
             parameters is not None
             and len(parameters) == len(self.parameters)
@@ -185,8 +185,10 @@ def lent_of(layer: Any, memory: ProjectedMemory) -> Lent:
 def prepare(layer: Any, memory: _Memory) -> Prepared | None:
     """Lends a memory with the layer's parameters, so that the gradients of all steps are made at
     once; None where tools have made other modules of them, which every step must call."""
-    parameters = _parameters(layer)
-    if parameters is None or hasattr(layer, "unshard"):  # FSDP2 frees parameters between calls
+    parameters = layer._lent_parameters()
+    if parameters is None or hasattr(
+        type(layer), "unshard"
+    ):  # FSDP2 frees parameters between calls
         return None
     energy: Any = parameters[0]
     weight: Tensor = energy.squeeze(0)
@@ -277,22 +279,6 @@ def _prepared_step(
         explain_memory(layer._caller("step"), query, *memory[:2], layer.hidden_dim)
         raise
     return out, weights if need_weights else None
-
-
-def _parameters(layer: Any) -> tuple[nn.Parameter | None, ...] | None:
-    """Weight and bias of energy and query, and those of normalize; None unless the energy is that
-    of a bare Linear. A query layer that is none projects at every step."""
-    own = getattr(layer, "_lent_parameters", None)
-    if own is not None:
-        return own()
-    modules = layer._modules
-    energy = bare_parameters(modules["energy_layer"])
-    if energy is None:
-        return None
-    query = bare_parameters(modules["query_layer"]) or (None, None)
-    if not layer.normalize:
-        return (*energy, *query)
-    return (*energy, *query, layer.energy_gain, layer.energy_offset)
 
 
 def parameter_state(parameters: tuple[nn.Parameter | None, ...]) -> tuple[int, ...]:

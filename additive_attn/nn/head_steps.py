@@ -71,7 +71,9 @@ def prepare_heads(layer: Any, memory: ProjectedMemory) -> Prepared | None:
     """Lends a memory with the parameters of all heads; None where tools have made others of them,
     which every step must use."""
     parameters = layer._lent_parameters()
-    if parameters is None or hasattr(layer, "unshard"):  # FSDP2 frees parameters between calls
+    if parameters is None or hasattr(
+        type(layer), "unshard"
+    ):  # FSDP2 frees parameters between calls
         return None
     key, value, lengths, mask = memory
     bias: Any = layer.in_proj_bias

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from additive_attn.nn.decoding import ProjectedMemory, attended_keys, prepare
-from additive_attn.nn.linear import projected
+from additive_attn.nn.linear import bare_parameters, projected
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.autocast import autocast, autocast_dtype
 from additive_attn.ops.checks import (
@@ -179,6 +179,19 @@ class ProjectingAttention(nn.Module):
         except RuntimeError:
             explain_projection(layer, name, tensor, getattr(self, f"{name}_dim"))
             raise
+
+    def _lent_parameters(self) -> tuple[nn.Parameter | None, ...] | None:
+        """Weight and bias of energy and query, and those of normalize; None unless the energy is
+        that of a bare Linear. A query layer that is none projects at every step."""
+        modules: Any = self._modules
+        energy = bare_parameters(modules["energy_layer"])
+        if energy is None:
+            return None
+        query = bare_parameters(modules["query_layer"]) or (None, None)
+        if not self.normalize:
+            return (*energy, *query)
+        parameters: Any = self._parameters
+        return (*energy, *query, parameters["energy_gain"], parameters["energy_offset"])
 
 
 def _shared(batch: torch.Size, masking: Any) -> torch.Size:
