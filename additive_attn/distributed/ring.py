@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from additive_attn.distributed import parts
 from additive_attn.distributed.exchange import Exchange, Ring, gathered, packed, unpacked
@@ -83,28 +82,51 @@ class ContextParallel(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        plan: Plan = ctx.plan
-        *inputs, out, lse, all_lse = ctx.saved_tensors
-        needs = Needs(*ctx.needs_input_grad[1:5])._replace(mask=False)
-        base = grad_lse
-        if grad_out is not None:
-            product = parts.products(grad_out, out)
-            base = -product if grad_lse is None else grad_lse - product
-        whole = parts.Whole(out, lse, grad_out, base)
-        sums = parts.Sums(Inputs(*inputs), needs)
-        if plan.exchange == "queries":
-            _query_gradients(plan, inputs, whole._replace(lse=all_lse), sums)
-        else:
-            made = _ring_gradients if plan.exchange == "ring" else _key_gradients
-            made(plan, inputs, whole, sums)
-        totals = sums.query, sums.key, sums.value, sums.weight
-        gradients = (
-            None if total is None else total.to(x.dtype)
-            for total, x in zip(totals, inputs, strict=True)
-        )
+        with torch.no_grad():
+            gradients = _gradients(ctx, grad_out, grad_lse)
+        if torch.is_grad_enabled():
+            # torch's once_differentiable cuts the graph where only the inputs require gradients.
+            gradients = [x if x is None else _Once.apply(x.requires_grad_()) for x in gradients]
         return (None, *gradients)
+
+
+class _Once(torch.autograd.Function):
+    """Raises where a gradient is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "context_parallel_additive_attention is differentiable once. Take gradients of "
+            "gradients with additive_attention, of the whole sequence."
+        )
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> list[Tensor | None]:
+    """Of query, key, value and weight."""
+    plan: Plan = ctx.plan
+    *inputs, out, lse, all_lse = ctx.saved_tensors
+    needs = Needs(*ctx.needs_input_grad[1:5])._replace(mask=False)
+    base = grad_lse
+    if grad_out is not None:
+        product = parts.products(grad_out, out)
+        base = -product if grad_lse is None else grad_lse - product
+    whole = parts.Whole(out, lse, grad_out, base)
+    sums = parts.Sums(Inputs(*inputs), needs)
+    if plan.exchange == "queries":
+        _query_gradients(plan, inputs, whole._replace(lse=all_lse), sums)
+    else:
+        made = _ring_gradients if plan.exchange == "ring" else _key_gradients
+        made(plan, inputs, whole, sums)
+    totals = sums.query, sums.key, sums.value, sums.weight
+    return [
+        None if total is None else total.to(x.dtype)
+        for total, x in zip(totals, inputs, strict=True)
+    ]
 
 
 def _empty(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -209,6 +209,17 @@ def check_dtensors(mesh, folder):
     refused(ValueError, "must be S(1)", context_parallel_additive_attention, **wrong, mesh=mesh)
 
 
+def check_second_order(mesh, folder):
+    """A gradient of a gradient is refused, also of an upstream gradient that requires none."""
+    inputs = make((2,), 8, 8, 8, 6)
+    x = leaves({n: t if n == "weight" else shard_sequence(t, mesh) for n, t in inputs.items()})
+    for exchange in ("keys", "queries", "ring"):
+        out = context_parallel_additive_attention(*x.values(), mesh, exchange=exchange)
+        once = torch.autograd.grad(out.sum(), list(x.values()), create_graph=True)
+        for gradient in once:
+            refused(RuntimeError, "differentiable once", gradient.sum().backward)
+
+
 def check_repeatable(mesh, folder):
     inputs = make((2,), 33, 40, 16, 8)
     results = []
@@ -289,7 +300,7 @@ def check_errors(mesh, folder):
     refused(ValueError, "Make them with shard_sequence", call, {"query": uneven}, balanced=True)
     x = inputs["query"].requires_grad_()
     (grad,) = torch.autograd.grad(call({"query": x}).square().sum(), x, create_graph=True)
-    refused(RuntimeError, "once_differentiable", grad.sum().backward)
+    refused(RuntimeError, "differentiable once", grad.sum().backward)
 
 
 def check_memory(mesh, folder):
