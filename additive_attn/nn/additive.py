@@ -168,9 +168,9 @@ class AdditiveAttention(ProjectingAttention):
         if attn_mask is not None or key_padding_mask is not None:
             self._check_polarity(attn_mask, key_padding_mask, 6)
         swap = rank == 3 and not self.batch_first
-        if swap:
-            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         try:
+            if swap:
+                q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
             out, weights = self._attend(
                 q, k, v, attn_mask, lengths, is_causal, window, need_weights, key_padding_mask,
                 starts,

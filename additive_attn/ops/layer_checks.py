@@ -287,6 +287,10 @@ def explain_projection(layer: nn.Module, name: str, tensor: Tensor, features: in
 
 def explain_shapes(caller: str, batch_first: bool, lengths: Any, **tensors: Tensor) -> None:
     """Raises the sentence that tells why shapes ``(B, L, ...)`` do not fit, if there is one."""
+    if nested := {name: x for name, x in tensors.items() if x.is_nested}:
+        if batch_first and all(x.layout is torch.jagged for x in nested.values()):
+            return
+        refuse_layouts(**nested)
     shapes, found = {name: x.shape for name, x in tensors.items()}, _got(caller, tensors)
     at = 0 if batch_first else 1
     if len(shapes["key"]) == 3:

@@ -13,6 +13,7 @@ from additive_attn.ops.checks import (
     checked_window,
     is_readable,
     refuse_flags,
+    refuse_layouts,
     refuse_types,
     require_one_device,
 )
@@ -149,6 +150,12 @@ def jagged_attention(
             "(need_weights=False in a layer), or pad the tensors with .to_padded_tensor(0.0)."
         )
     query, key, value, weight = inputs
+    # A nested tensor of torch's other layout calls itself strided.
+    if wrong := {
+        name: x for name, x in Inputs(*inputs)._asdict().items()
+        if x.layout is not torch.jagged and (x.is_nested or x.layout is not torch.strided)
+    }:  # fmt: skip
+        refuse_layouts(**wrong)
     if weight.dim() == 2 and weight.shape[0] == 1:
         weight = weight[0]
     (q, cu_seq_q), (k, cu_seq_k), (v, cu_seq_v) = _flat(query), _flat(key), _flat(value)

@@ -265,6 +265,17 @@ def test_sentences_about_nested_tensors():
             additive_attention(*inputs, QUERY[0], **options)
     with pytest.raises(TypeError, match="query is nested"):
         additive_scores(x, x, QUERY[0])
+    strided = torch.nested.nested_tensor([torch.randn(n, 4) for n in (3, 2)])
+    for inputs, sentence in (
+        ((strided, x, x), "query is nested"), ((x, strided, strided), "key is nested"),
+        ((x, x, torch.randn(2, 5, 4).to_sparse()), "value is torch.sparse"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=sentence):
+            additive_attention(*inputs, QUERY[0])
+    for given, batch_first in ((strided, True), (x, False)):
+        layer = AdditiveAttention(4, 6, batch_first=batch_first)
+        with pytest.raises(TypeError, match="query is nested"):
+            layer(given, given, given, need_weights=False)
 
 
 def test_layer_of_nested_tensors():
