@@ -133,7 +133,9 @@ def packed_attention(
         (query, key, value, weight), None, lengths, False, None, dropout_p, scale, False, None,
         need_lse, starts=starts,
     )  # fmt: skip
-    return (out.transpose(0, 1), lse.transpose(0, 1)) if dims == 3 else (out, lse)
+    if dims == 3:
+        return out.transpose(0, 1), lse.transpose(0, 1) if need_lse else lse
+    return out, lse
 
 
 def jagged_attention(
@@ -187,10 +189,9 @@ def jagged_attention(
         return whole(out, offsets, jagged_dim=dim), weights, lse
     shape = query.shape[0], query.shape[-2]
     if q.dim() == 2:
-        return out.unflatten(0, shape), weights, lse.unflatten(0, shape)
-    return (
-        out.unflatten(1, shape).transpose(0, 1), weights, lse.unflatten(1, shape).transpose(0, 1),
-    )  # fmt: skip
+        return out.unflatten(0, shape), weights, lse.unflatten(0, shape) if need_lse else lse
+    out = out.unflatten(1, shape).transpose(0, 1)
+    return out, weights, lse.unflatten(1, shape).transpose(0, 1) if need_lse else lse
 
 
 def _flat(x: Any) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,24 @@ def test_in_tritons_interpreter():
         torch.testing.assert_close(out, varlen_additive_attention(*call, is_causal=True))
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("heads", [0, 2])
+def test_without_the_log_sum_exp(heads):
+    """Plain PyTorch makes none where none is asked for."""
+    own, sizes = (heads,) if heads else (), (4, 5, 5)
+    flat = [torch.randn(2 * n, *own, 4, device=DEVICE) for n in sizes]
+    weight, cu_seq = torch.randn(*own, 4, device=DEVICE), [ends((n, n)) for n in sizes[:2]]
+    query, *memory = (x.unflatten(0, (2, -1)) for x in flat)
+    memory = [torch.nested.as_nested_tensor(list(x), layout=torch.jagged) for x in memory]
+    nested = [x.transpose(1, 2) if heads else x for x in (query, *memory)]
+    for function, call in (
+        (varlen_additive_attention, (*flat, weight, *cu_seq, 4, 5)),
+        (additive_attention, (*nested, weight)),
+    ):
+        out, _ = function(*call, need_lse=True)
+        torch.testing.assert_close(function(*call), out)
+
+
 def test_derivatives_are_exact():
     query, key, value = torch.randn(5, 3), torch.randn(7, 3), torch.randn(7, 2)
     inputs = [x.double().requires_grad_() for x in (query, key, value, torch.randn(3))]
