@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from additive_attn.ops.autocast import autocast_dtype
 from additive_attn.ops.checks import (
     INTEGERS,
     is_readable,
@@ -14,6 +15,7 @@ from additive_attn.ops.checks import (
     require_one_device,
 )
 from additive_attn.ops.layer_checks import explain_projection
+from additive_attn.spec.call import lse_dtype
 
 _NAME = "MultiheadAdditiveAttention"
 
@@ -121,6 +123,17 @@ def check_masks(
             raise TypeError(
                 f"{name} is {found}, but must be None, a bool tensor (True = do not attend) or a "
                 "float one, which is added to the scores. Convert a 0/1 mask with .bool()."
+            )
+        own = layer.energy_weight.dtype
+        if (
+            mask is not None
+            and mask.dtype not in (torch.bool, own, lse_dtype(own))
+            and autocast_dtype(mask.device.type) is None
+        ):
+            raise TypeError(
+                f"{name} is {mask.dtype}, but must be bool (True = do not attend), or float to be "
+                f"added to the scores: of the layer's dtype, {own}, or of float32 beside 16 bits. "
+                f"Convert it with .to({own})."
             )
         if mask is not None and (mask.layout is not torch.strided or mask.is_nested):
             refuse_layouts(**{name: mask})

@@ -76,7 +76,8 @@ BAD = {
         (X, Y, Y), {"attn_mask": torch.zeros(4, 7, dtype=torch.int64)},
     ),
     "mask of float32": (
-        TypeError, "attn_mask has dtype torch.float32", (X, Y, Y), {"attn_mask": torch.zeros(4, 7)}
+        TypeError, "attn_mask is torch.float32.*True = do not attend", (X, Y, Y),
+        {"attn_mask": torch.zeros(4, 7)},
     ),
     "padding's rank": (
         ValueError, "key_padding_mask has shape .7,., but must be .N, S. = .3, 7.", (X, Y, Y),
@@ -92,6 +93,10 @@ BAD = {
     ),
     "padding's type": (
         TypeError, "key_padding_mask is list", (X, Y, Y), {"key_padding_mask": [[True] * 7] * 3}
+    ),
+    "padding's dtype": (
+        TypeError, "key_padding_mask is torch.float16.*True = do not attend", (X, Y, Y),
+        {"key_padding_mask": torch.zeros(3, 7, dtype=torch.float16)},
     ),
     "hint": (ValueError, "is_causal says what attn_mask is", (Y, Y, Y), {"is_causal": True}),
 }  # fmt: skip
@@ -121,6 +126,11 @@ def test_what_steps_refuse():
     refused(
         ValueError, "lengths holds values from 0 to 8", lambda: layer.project(Y, lengths=[8, 0, 1])
     )
+    padding = torch.zeros(3, 7, dtype=torch.float16)
+    refused(
+        TypeError, "key_padding_mask is torch.float16.*True = do not attend",
+        lambda: layer.project(Y, key_padding_mask=padding),
+    )  # fmt: skip
     refused(TypeError, "A memory is kept in", lambda: layer.project(Y, dtype=torch.float32))
 
 
