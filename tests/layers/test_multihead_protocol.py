@@ -119,6 +119,9 @@ def test_what_steps_refuse():
     refused(ValueError, "one query per sequence", lambda: layer.step(X[None], memory))
     refused(ValueError, "a memory that this layer", lambda: other.step(X[:, 0], memory))
     refused(TypeError, "query is a list", lambda: layer.step([1.0], memory))
+    for name in ("key", "value"):
+        wrong = memory._replace(**{name: None})
+        refused(TypeError, f"{name} is a NoneType", lambda wrong=wrong: layer.step(X[:, 0], wrong))
     refused(
         ValueError, "MultiheadAdditiveAttention.project got key", lambda: layer.project(Y[0, 0])
     )
