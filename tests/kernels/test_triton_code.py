@@ -141,8 +141,8 @@ def test_calls_compile_without_spills(label, target):
         assert code.shared <= 48 * 1024, kernel.name
         assert 0 < kernel.programs < 2**31, kernel.name
         # Earlier versions spill up to four registers outside all loops, where that lets more
-        # programs run at once.
-        most = 16 if VERSION < (3, 9) and label != "usual" else 0
+        # programs run at once; in the usual call on sm_100 alone.
+        most = 16 if VERSION < (3, 9) and (label != "usual" or target == "sm_100") else 0
         assert code.spilled <= most, kernel.name
         if label == "usual" and kernel.name in HOT and target not in AMD:
             loop = code.hot_loop(HOT[kernel.name][0])

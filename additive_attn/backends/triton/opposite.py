@@ -30,7 +30,9 @@ def holds_opposite(
     j = at_key + tl.minimum(key0 + tl.arange(0, BN), keys - 1)
     of_rows = tl.load(query_rows.sketch + i[:, None] * SKETCH + f[None, :])  # [LEAST, SKETCH]
     of_keys = tl.load(key_rows.sketch + j[None, :] * SKETCH + f[:, None])  # [SKETCH, BN]
-    square = tl.load(key_rows.distance + j)[None, :] + 2.0 * tl.dot(of_rows, of_keys)
+    # With a batch dim, since Triton 3.7 fails to compile what follows a plain one on sm_100.
+    products = tl.dot(of_rows[None], of_keys[None]).reshape(LEAST, BN)
+    square = tl.load(key_rows.distance + j)[None, :] + 2.0 * products
     limit = tl.load(query_rows.distance + i)
     # Sums in another order differ by a rounding.
     return tl.max((tl.min(square, 1) < limit + 1e-4 * tl.abs(limit)).to(tl.int32), 0) != 0

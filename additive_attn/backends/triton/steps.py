@@ -116,8 +116,10 @@ def location_kernel(
             location + j[:, None].to(tl.int64) * location_column + f[None, :] * location_row,
             mask=counts[:, None] & (f < filters)[None, :], other=0.0,
         ).to(ACC)  # fmt: skip
-        sum_weights = tl.dot(tl.trans(x), share, sum_weights, input_precision=PRECISION)
-        of_location = tl.dot(share, tl.trans(weights), input_precision=PRECISION)
+        sum_weights = tl.dot(
+            tl.trans(x), share, sum_weights, input_precision=PRECISION, out_dtype=ACC
+        )
+        of_location = tl.dot(share, tl.trans(weights), input_precision=PRECISION, out_dtype=ACC)
         tl.store(
             grad_location + f[None, :] * keys + j[:, None],
             tl.where(counts[:, None], of_location, 0.0),
