@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from additive_attn.compat._base import (
     Lease,
@@ -26,7 +27,6 @@ from additive_attn.compat.espnet import STATES, Cached, Lengths, convolution, un
 from additive_attn.nn.linear import energy_of
 from additive_attn.ops.compat_checks import explained
 from additive_attn.ops.decoding import attend_step
-from additive_attn.ops.linear import linear
 from additive_attn.ops.memory import lend
 
 Affine = tuple[Tensor, Tensor | None]

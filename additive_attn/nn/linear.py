@@ -8,12 +8,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.dropout import _DropoutNd
 
 from additive_attn.ops.checks import has_values
 from additive_attn.ops.layer_checks import check_energy, refuse_backward_hooks, refuse_energy
-from additive_attn.ops.linear import linear
 
 _linear_forward = nn.Linear.forward
 _is_compiling = torch.compiler.is_compiling

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from additive_attn import AdditiveAttention, additive_attention, additive_scores
@@ -54,7 +55,9 @@ def pooling(batch: int, keys: int, hidden: int, dim: int) -> Problem:
     leaves = [x, *layer.parameters()]
 
     def fused(x: Tensor) -> Tensor:
-        return additive_attention(None, layer.project(x), x, layer.energy.weight).squeeze(1)
+        learned = layer.project.bias.expand(batch, 1, hidden)
+        key = F.linear(x, layer.project.weight)
+        return additive_attention(learned, key, x, layer.energy.weight).squeeze(1)
 
     def run(function: Callable[[Tensor], Tensor]) -> Any:
         return full(lambda x, *_: function(x), leaves, upstream)

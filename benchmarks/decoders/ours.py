@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from additive_attn import (
     AdditiveAttention,
@@ -16,7 +17,6 @@ from additive_attn import (
 )
 from additive_attn.compat.speechbrain import LocationAwareAttention
 from additive_attn.ops.decoding import attend_step
-from additive_attn.ops.linear import linear
 from additive_attn.ops.location import location_features
 from additive_attn.ops.memory import lend
 from benchmarks.decoders.originals import Attention, Heads, PointerNetwork, State

@@ -10,13 +10,7 @@ import torch
 
 NODE = "autograd::engine::evaluate_function: "
 PART = "part: "
-PRODUCTS = (
-    "aten::mm",
-    "aten::addmm",
-    "aten::linear",
-    "aten::convolution",
-    "mkldnn::_linear_pointwise",
-)
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear", "aten::convolution", "aten::mkldnn")
 GROUPS = (
     "attention forward", "attention backward", "projections", "cells", "accumulation", "engine",
 )  # fmt: skip
