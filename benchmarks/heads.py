@@ -137,7 +137,7 @@ def decoder(sizes: tuple[int, ...], full: bool, whole: bool) -> dict[str, Pair]:
     theirs: Any
     target, memory = (torch.randn(batch, length, features) for _ in range(2))
     mine, theirs = (
-        nn.TransformerDecoderLayer(features, heads, 4 * features, 0.0, batch_first=True)
+        nn.TransformerDecoderLayer(features, heads, 4 * features, 0.0, "gelu", batch_first=True)
         for _ in range(2)
     )
     mine.self_attn, mine.multihead_attn = (layer_of(features, heads) for _ in range(2))

@@ -15,7 +15,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import table
+from benchmarks import heads, second_order, sparse, table
 from benchmarks.decoders import table as decoders
 from tools import parallel_table
 
@@ -27,6 +27,9 @@ TABLE = re.compile(
 MAKERS = {
     "benchmarks.table": table.main,
     "benchmarks.decoders.table": decoders.main,
+    "benchmarks.heads": heads.main,
+    "benchmarks.sparse": sparse.main,
+    "benchmarks.second_order": second_order.main,
     "tools.parallel_table": parallel_table.main,
 }
 
