@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help build test check test-all demo bench gpu lint clean
 
 help:
-	@echo "make test    run the tests: about 6 minutes on 2 cores"
+	@echo "make test    run the tests: about 5 minutes on 2 cores"
 	@echo "make check   run the core of them: about a minute"
 	@echo "make test-all   run the tests and the expensive sweeps"
 	@echo "make demo    equivalence, gradients and speed on this machine, then a short training"
@@ -55,7 +55,7 @@ build: $(VENV)/.built
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test: build
-	@echo "==> tests (about 6 minutes on 2 cores; make check for the core in one)"
+	@echo "==> tests (about 5 minutes on 2 cores; make check for the core in one)"
 	@$(PYTEST)
 
 check: build
