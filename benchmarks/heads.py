@@ -11,12 +11,8 @@ a new file in benchmarks/results/local/, which git ignores; --save writes the fi
 
 from __future__ import annotations
 
-import argparse
-import csv
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from additive_attn import MultiheadAdditiveAttention, additive_attention
-from benchmarks import rows
+from benchmarks import command, rows
 from benchmarks.decoders.problem import Problem, alternate
 from benchmarks.rows import Row
-from benchmarks.run import require_kernel
 from benchmarks.table import duration, markdown, ratio
 
 SIZES = ("B", "L", "E", "heads")
@@ -210,11 +205,7 @@ def numbered(results: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 def show(path: Path) -> None:
-    with path.open(newline="") as file:
-        found = [row for row in csv.DictReader(file) if row.get("case") in CASES]
-    if not found:
-        raise SystemExit(f"{path} does not hold rows of benchmarks.heads.")
-    print(f"\n{os.path.relpath(path)}\n{rows.machine_line(found[0])}\n")
+    found = command.shown_rows(path, "heads", CASES)
     table = [["what", "(B, L, E, heads)", "compared with", "mode", "its time", "ours", "ratio"]]
     for name, case in CASES.items():
         of = {row["provider"]: row for row in found if row["case"] == name}
@@ -228,32 +219,12 @@ def show(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.heads",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9, help="samples of each provider")
-    parser.add_argument("--budget", type=float, default=12.0, help="seconds per case")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs")
-    parser.add_argument("--save", action="store_true", help="write the results that git tracks")
-    parser.add_argument("--output", type=Path, help="csv file to write instead")
+    parser = command.parser("heads", __doc__, CASES, samples=True)
     parser.add_argument("--table", type=Path, metavar="FILE.csv", help="print it, measure nothing")
-    args = parser.parse_args()
+    args = command.parsed(parser)
     if args.table is not None:
         return show(args.table)
-    if args.quick and args.save:
-        parser.error("--quick measures other sizes than the files that git tracks")
-    if args.threads < 1 or args.rounds < 2 or not args.budget > 0:
-        parser.error("--threads and --budget are positive, --rounds at least 2")
-    require_kernel(torch.device("cpu"), None)
-    torch.set_num_threads(args.threads)
-    folder = rows.folder_name(rows.machine(torch.device("cpu")))
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    kept, local = rows.RESULTS / folder / "heads.csv", rows.LOCAL / f"heads/{folder}-{stamp}.csv"
-    path = args.output or (kept if args.save else local)
+    path = command.begin(args, "heads")
 
     def all_rows() -> Iterator[Row]:
         for name in args.case:

@@ -13,12 +13,8 @@ tracks.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import os
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +23,10 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 from additive_attn import additive_attention
-from benchmarks import rows
+from benchmarks import command, rows
 from benchmarks.decoders.problem import Problem
 from benchmarks.measure import peak_extra_bytes, quantiles
 from benchmarks.rows import Row
-from benchmarks.run import require_kernel
 from benchmarks.table import duration, markdown, ratio, size
 
 COLUMNS = [
@@ -156,11 +151,7 @@ def measure_case(case: Case, quick: bool = False) -> Iterator[Row]:
 
 
 def show(path: Path) -> None:
-    with path.open(newline="") as file:
-        found = [row for row in csv.DictReader(file) if row.get("case") in CASES]
-    if not found:
-        raise SystemExit(f"{path} does not hold rows of benchmarks.second_order.")
-    print(f"\n{os.path.relpath(path)}\n{rows.machine_line(found[0])}\n")
+    found = command.shown_rows(path, "second_order", CASES)
     table = [["L", "mode", "plain in blocks", "ours", "ratio", "its memory", "ours"]]
     for name in CASES:
         of = {row["provider"]: row for row in found if row["case"] == name}
@@ -174,31 +165,12 @@ def show(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.second_order",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs")
-    parser.add_argument("--save", action="store_true", help="write the results that git tracks")
-    parser.add_argument("--output", type=Path, help="csv file to write instead")
+    parser = command.parser("second_order", __doc__, CASES)
     parser.add_argument("--table", type=Path, metavar="FILE.csv", help="print it, measure nothing")
-    args = parser.parse_args()
+    args = command.parsed(parser)
     if args.table is not None:
         return show(args.table)
-    if args.quick and args.save:
-        parser.error("--quick measures other sizes than the files that git tracks")
-    if args.threads < 1:
-        parser.error("--threads is positive")
-    require_kernel(torch.device("cpu"), None)
-    torch.set_num_threads(args.threads)
-    folder = rows.folder_name(rows.machine(torch.device("cpu")))
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    local = rows.LOCAL / f"second-order/{folder}-{stamp}.csv"
-    kept = rows.RESULTS / folder / "second-order.csv"
-    path = args.output or (kept if args.save else local)
+    path = command.begin(args, "second-order")
 
     def all_rows() -> Iterator[Row]:
         for name in args.case:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -126,6 +128,20 @@ class ProjectedMemory(_Memory):
         memory = ProjectedMemory(*rows)
         memory.beams = self.beams
         return memory
+
+
+def counting_writes(project: Callable[..., ProjectedMemory]) -> Callable[..., ProjectedMemory]:
+    """Makes a memory outside inference mode, whose tensors do not count the writes to them, of
+    which steps must know."""
+
+    @functools.wraps(project)
+    def run(*arguments: Any) -> ProjectedMemory:
+        if _is_compiling() or not torch.is_inference_mode_enabled():
+            return project(*arguments)
+        with torch.inference_mode(False), torch.no_grad():
+            return project(*arguments)
+
+    return run
 
 
 def attended_keys(key: Tensor, lengths: Tensor | None, attn_mask: Tensor | None) -> Tensor:

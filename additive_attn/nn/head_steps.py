@@ -12,6 +12,7 @@ from additive_attn.nn.decoding import (
     Prepared,
     ProjectedMemory,
     attended_keys,
+    counting_writes,
     parameter_state,
 )
 from additive_attn.nn.heads import append_keys, attend_heads, merged_masks, split
@@ -24,16 +25,12 @@ from additive_attn.ops.layer_checks import check_memory_dtype, check_narrowed
 from additive_attn.ops.memory import NARROW_MEMORY, lend
 
 
+@counting_writes
 def project_heads(
     layer: Any, key: Tensor, value: Tensor, lengths: Integers | None,
     key_padding_mask: Tensor | None, dtype: torch.dtype | None,
 ) -> ProjectedMemory:  # fmt: skip
     """:meth:`MultiheadAdditiveAttention.project`, of tensors whose shapes fit."""
-    compiles = torch.compiler.is_compiling()
-    if not compiles and torch.is_inference_mode_enabled():
-        # Its tensors do not count the writes to them, of which steps must know.
-        with torch.inference_mode(False), torch.no_grad():
-            return project_heads(layer, key, value, lengths, key_padding_mask, dtype)
     _, k, v = layer._projected(None, key, value)
     batched = k.dim() == 3
     if not batched:
@@ -62,7 +59,7 @@ def project_heads(
     if not batched:
         rows = (None if x is None else x.squeeze(0) for x in rows)
     memory = ProjectedMemory(*rows)
-    if not compiles:
+    if not torch.compiler.is_compiling():
         memory.prepared = prepare_heads(layer, memory)
     return memory
 

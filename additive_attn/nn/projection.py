@@ -8,7 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from additive_attn.nn.decoding import ProjectedMemory, attended_keys, prepare
+from additive_attn.nn.decoding import (
+    ProjectedMemory,
+    attended_keys,
+    counting_writes,
+    prepare,
+)
 from additive_attn.nn.linear import bare_parameters, projected
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.autocast import autocast, autocast_dtype
@@ -103,12 +108,9 @@ class ProjectingAttention(nn.Module):
             if not is_symbolic(key, value):
                 refuse_types(key=key, value=value)
             return symbolic_call(self, "project", key, value, lengths, key_padding_mask, dtype)
-        if not _is_compiling() and torch.is_inference_mode_enabled():
-            # Its tensors do not count the writes to them, of which steps must know.
-            with torch.inference_mode(False), torch.no_grad():
-                return self._memory(key, value, lengths, key_padding_mask, dtype)
         return self._memory(key, value, lengths, key_padding_mask, dtype)
 
+    @counting_writes
     def _memory(
         self, key: Tensor, value: Tensor, lengths: Integers | None,
         key_padding_mask: Tensor | None, dtype: torch.dtype | None,

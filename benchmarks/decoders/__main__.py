@@ -12,22 +12,18 @@ that git tracks.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from datetime import datetime
-from pathlib import Path
 
 import torch
 
 from additive_attn.ops import dispatch
 from additive_attn.ops.library import how_to_build
-from benchmarks import rows
+from benchmarks import command, rows
 from benchmarks.decoders import table
 from benchmarks.decoders.cases import CASES, Case
 from benchmarks.decoders.problem import measured
 from benchmarks.decoders.split import split
 from benchmarks.rows import Row
-from benchmarks.run import require_kernel
 
 
 def measure_case(
@@ -53,15 +49,10 @@ def measure_case(
                 yield row | {"self_ms": float(f"{spent:.5g}")}
 
 
-def require_kernels() -> None:
+def require_operators() -> None:
     """Stops where an operator would be plain PyTorch's under the name of the fused layer."""
-    require_kernel(torch.device("cpu"), None)
     compiled = torch._C._dispatch_has_kernel_for_dispatch_key
-    missing = [
-        name
-        for name in dispatch.PLAIN
-        if not (name.endswith("tangent") or compiled(f"additive_attn::{name}", "CPU"))
-    ]
+    missing = [name for name in dispatch.PLAIN if not compiled(f"additive_attn::{name}", "CPU")]
     if missing:
         raise SystemExit(
             f"The compiled kernel lacks {', '.join(missing)}: plain PyTorch would be measured "
@@ -70,35 +61,14 @@ def require_kernels() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decoders",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
+    parser = command.parser("decoders", __doc__, CASES, samples=True)
     groups = sorted({case.group for case in CASES.values()})
     parser.add_argument("--group", nargs="+", choices=groups, default=groups)
     parser.add_argument("--steps", type=int, help="steps of every decoder, if not its own")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9, help="samples of each provider")
-    parser.add_argument("--budget", type=float, default=12.0, help="seconds per case")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs")
     parser.add_argument("--split", action="store_true", help="also profile where the time goes")
-    parser.add_argument("--save", action="store_true", help="write the results that git tracks")
-    parser.add_argument("--output", type=Path, help="csv file to write instead")
-    args = parser.parse_args()
-    if args.quick and args.save:
-        parser.error("--quick measures other sizes than the files that git tracks")
-    if min(args.threads, args.steps or 1) < 1 or args.rounds < 2 or not args.budget > 0:
-        parser.error("--threads, --steps and --budget are positive, --rounds at least 2")
-    require_kernels()
-    torch.set_num_threads(args.threads)
-
-    folder = rows.folder_name(rows.machine(torch.device("cpu")))
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    kept = rows.RESULTS / folder / "decoders.csv"
-    local = table.LOCAL_DECODERS / f"{folder}-{stamp}.csv"
-    path = args.output or (kept if args.save else local)
+    args = command.parsed(parser)
+    path = command.begin(args, "decoders")
+    require_operators()
     chosen = [CASES[name] for name in args.case if CASES[name].group in args.group]
     if args.steps:
         chosen = [case.of_steps(args.steps) for case in chosen]

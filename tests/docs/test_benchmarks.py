@@ -147,31 +147,33 @@ def test_a_file_without_rows_is_named(tmp_path, content):
         rows.read(path)
 
 
-def test_heads_are_compared_before_they_are_timed(tmp_path, monkeypatch, capsys):
-    path, options = tmp_path / "heads.csv", "--quick --rounds 2 --budget 0.01 --threads 1".split()
-    monkeypatch.setattr(sys, "argv", ["heads", *options, "--output", str(path)])
-    threads = heads.torch.get_num_threads()
-    try:
-        heads.main()
-    finally:
-        heads.torch.set_num_threads(threads)
-    shown = capsys.readouterr().out
+@pytest.fixture
+def tiny(tmp_path, monkeypatch, capsys):
+    """Runs the command of a module on tiny sizes, and returns what it prints."""
+
+    def run(module, *options):
+        arguments = ["--quick", *options, "--threads", "1", "--output", str(tmp_path / "a.csv")]
+        monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+        threads = module.torch.get_num_threads()
+        try:
+            module.main()
+        finally:
+            module.torch.set_num_threads(threads)
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_heads_are_compared_before_they_are_timed(tiny, monkeypatch):
+    shown = tiny(heads, "--rounds", "2", "--budget", "0.01")
     assert all(shown.count(f"{name} ") for name in heads.CASES) and "tiny: the layer" in shown
     monkeypatch.setattr(heads, "plain", lambda query, key, value, weight: query * 0)
     with pytest.raises(AssertionError, match="fused: 0 is off by"):
         list(heads.measure_case(heads.CASES["call"], 0.01, 2, quick=True))
 
 
-def test_second_order_is_compared_before_it_is_timed(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "second.csv"
-    options = ["--quick", "--threads", "1", "--output", str(path)]
-    monkeypatch.setattr(sys, "argv", ["second_order", *options])
-    threads = second_order.torch.get_num_threads()
-    try:
-        second_order.main()
-    finally:
-        second_order.torch.set_num_threads(threads)
-    shown = capsys.readouterr().out
+def test_second_order_is_compared_before_it_is_timed(tiny, monkeypatch):
+    shown = tiny(second_order)
     assert all(f"{name} " in shown for name in second_order.CASES) and "tiny: forward" in shown
     monkeypatch.setattr(second_order, "plain", lambda query, key, value, weight: query * 1.0)
     with pytest.raises(AssertionError, match="fused: 0 is off by"):
@@ -186,3 +188,22 @@ def test_sparse_calls_are_compared_before_they_are_timed(monkeypatch):
     monkeypatch.setattr(sparse, "varlen_additive_attention", lambda query, *_: query * 1.0)
     with pytest.raises(AssertionError, match="not close"):
         list(sparse.measure_case(cases[1], quick=True))
+
+
+WRONG_OF_CASES = {
+    "quick": (["--quick", "--save"], "--quick measures other sizes"),
+    "threads": (["--threads", "0"], "--threads is 0; it is at least 1"),
+    "rounds": (["--rounds", "1"], "--rounds is 1; it is at least 2"),
+    "budget": (["--budget", "nan"], "--budget is nan; it is positive"),
+    "case": (["--case", "cal"], "invalid choice: 'cal'"),
+    "table": (["--table", "missing.csv"], "missing.csv does not hold rows of benchmarks.heads"),
+}
+
+
+@pytest.mark.parametrize("arguments,sentence", WRONG_OF_CASES.values(), ids=WRONG_OF_CASES.keys())
+def test_wrong_arguments_of_cases_too(monkeypatch, capsys, arguments, sentence):
+    monkeypatch.setattr(sys, "argv", ["heads", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        heads.main()
+    assert stopped.value.code != 0
+    assert sentence in f"{stopped.value.code}{capsys.readouterr().err}"

@@ -7,6 +7,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from additive_attn import MultiheadAdditiveAttention
+
+N, S, E, HEADS, STEPS = 3, 7, 8, 2, 4
+F64 = torch.float64
+
+
+def made(**options):
+    options = {"batch_first": True, "dtype": F64} | options
+    layer = MultiheadAdditiveAttention(E, HEADS, **options)
+    nn.init.normal_(layer.energy_weight)
+    return layer
+
+
+def padded():
+    return torch.arange(S) >= torch.tensor([7, 4, 0])[:, None]
+
 
 def plain_heads(
     layer, query, key, value, key_padding_mask=None, attn_mask=None, averaged=True,

@@ -6,26 +6,11 @@ import copy
 
 import pytest
 import torch
-from heads import plain_heads
+from heads import F64, HEADS, E, N, S, made, padded, plain_heads
 from torch import fx, nn
 from torch.func import functional_call, jacrev, vmap
 
 from additive_attn import MultiheadAdditiveAttention
-
-N, S, E, HEADS, STEPS = 3, 7, 8, 2, 4
-F64 = torch.float64
-
-
-def made(**options):
-    options = {"batch_first": True, "dtype": F64} | options
-    layer = MultiheadAdditiveAttention(E, HEADS, **options)
-    nn.init.normal_(layer.energy_weight)
-    return layer
-
-
-def padded():
-    return torch.arange(S) >= torch.tensor([7, 4, 0])[:, None]
-
 
 # Errors
 

@@ -6,24 +6,9 @@ import pickle
 
 import pytest
 import torch
-from heads import plain_heads
-from torch import nn
+from heads import F64, STEPS, E, N, S, made, padded, plain_heads
 
-from additive_attn import MultiheadAdditiveAttention, ProjectedMemory
-
-N, S, E, HEADS, STEPS = 3, 7, 8, 2, 4
-F64 = torch.float64
-
-
-def made(**options):
-    options = {"batch_first": True, "dtype": F64} | options
-    layer = MultiheadAdditiveAttention(E, HEADS, **options)
-    nn.init.normal_(layer.energy_weight)
-    return layer
-
-
-def padded():
-    return torch.arange(S) >= torch.tensor([7, 4, 0])[:, None]
+from additive_attn import ProjectedMemory
 
 
 @pytest.mark.parametrize("masking", ["none", "lengths", "padding", "both", "float padding"])

@@ -238,19 +238,9 @@ def score_kernel(
             any_direct = True
         else:
             _bias, attended = attended_pairs(
-                lengths,
-                length_row,
-                mask,
-                mask_row,
-                mask_column,
-                block_tiles,
-                i,
-                j,
-                rows,
-                keys,
-                left,
-                right,
-            )
+                lengths, length_row, mask, mask_row, mask_column, block_tiles, i,
+                j, rows, keys, left, right,
+            )  # fmt: skip
             at_query = o * query_exp_outer + m * query_exp_inner
             at_key = o * key_exp_outer + m * key_exp_inner
             any_direct, small = _forms(
@@ -273,19 +263,9 @@ def score_kernel(
         # be that of above: it would keep all pairs in registers through the loops.
         i = tl.maximum(row0, -padded) + tl.arange(0, BM)
         bias, attended = attended_pairs(
-            lengths,
-            length_row,
-            mask,
-            mask_row,
-            mask_column,
-            block_tiles,
-            i,
-            j,
-            rows,
-            keys,
-            left,
-            right,
-        )
+            lengths, length_row, mask, mask_row, mask_column, block_tiles, i,
+            j, rows, keys, left, right,
+        )  # fmt: skip
         if any_direct:
             chosen = attended
             if query_rows is not None:

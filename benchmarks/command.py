@@ -1,0 +1,79 @@
+"""What commands that measure cases of their own share: options, where rows go, reading them."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+from collections.abc import Collection
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from benchmarks import rows
+from benchmarks.rows import Row
+from benchmarks.run import require_kernel
+
+LEAST = {"threads": 1, "steps": 1, "rounds": 2}
+
+
+def parser(
+    name: str, description: str | None, cases: Collection[str], *, samples: bool = False
+) -> argparse.ArgumentParser:
+    """Options of ``benchmarks.NAME``; with ``samples`` also how many are taken."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--case", nargs="+", choices=list(cases), default=list(cases))
+    made.add_argument("--threads", type=int, default=2)
+    if samples:
+        made.add_argument("--rounds", type=int, default=9, help="samples of each provider")
+        made.add_argument("--budget", type=float, default=12.0, help="seconds per case")
+    made.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs")
+    made.add_argument("--save", action="store_true", help="write the results that git tracks")
+    made.add_argument("--output", type=Path, help="csv file to write instead")
+    return made
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    args = parser.parse_args()
+    if args.quick and args.save:
+        parser.error("--quick measures other sizes than the files that git tracks")
+    for name, least in LEAST.items():
+        number = getattr(args, name, None)
+        if number is not None and number < least:
+            parser.error(f"--{name} is {number}; it is at least {least}")
+    if not getattr(args, "budget", 1.0) > 0:
+        parser.error(f"--budget is {args.budget}; it is positive")
+    return args
+
+
+def begin(args: argparse.Namespace, name: str) -> Path:
+    """Stops where plain PyTorch would be measured; returns the file that rows go to."""
+    require_kernel(torch.device("cpu"), None)
+    torch.set_num_threads(args.threads)
+    folder = rows.folder_name(rows.machine(torch.device("cpu")))
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    kept, local = (
+        rows.RESULTS / folder / f"{name}.csv",
+        rows.LOCAL / name / f"{folder}-{stamp}.csv",
+    )
+    path: Path = args.output or (kept if args.save else local)
+    return path
+
+
+def shown_rows(path: Path, name: str, cases: Collection[str]) -> list[Row]:
+    """The rows that ``benchmarks.NAME`` has written to a file, of whose machine a line is
+    printed."""
+    try:
+        with path.open(newline="") as file:
+            found: list[Row] = [row for row in csv.DictReader(file) if row.get("case") in cases]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path} does not hold rows of benchmarks.{name}: {error!r}") from None
+    if not found:
+        raise SystemExit(f"{path} does not hold rows of benchmarks.{name}.")
+    print(f"\n{os.path.relpath(path)}\n{rows.machine_line(found[0])}\n")
+    return found
