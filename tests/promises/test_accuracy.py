@@ -73,7 +73,7 @@ def test_scale(scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("height", [-200.0, -88.8, 120.0, 1e4])
-@pytest.mark.parametrize("keys", [33, 48, 65])
+@pytest.mark.parametrize("keys", [33, 48, 65, 600])
 def test_scores_far_from_zero(keys, height, dtype):
     """exp(lse) over- or underflows; a tail that counts as score 0 would show (lse = -200)."""
     mask = torch.full((1, keys), height, dtype=dtype)
