@@ -25,7 +25,7 @@ from torch import Tensor
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry
-from additive_attn.backends.triton.launch import kernel, launch
+from additive_attn.backends.triton.launch import kernel, launch, registers
 from additive_attn.backends.triton.masks import attended_pairs, block_codes, interval, stored
 from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, split4, tanh
 from additive_attn.backends.triton.opposite import (
@@ -317,5 +317,6 @@ def _tile_scores(p: Problem, piece: Piece, key: int, keys: int, flags: Flags | N
         p.batch.inner, entry, p.rows, row, rows, p.keys, key, padded,
         p.hidden, p.padded, p.left, p.right,
         **tile.sizes(), **p.form(), num_warps=tile.warps,
+        **registers(min(255, 2048 // tile.warps)),
     )  # fmt: skip
     return scores
