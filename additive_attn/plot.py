@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import unicodedata
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from additive_attn.ops.checks import warn_user
 from additive_attn.ops.plot_checks import (
     check_labels,
     checked_colors,
@@ -133,13 +133,12 @@ class _Labels:
         self.family, missing = _families(frozenset(shown))
         if missing:
             listed = " ".join(sorted(missing)[:10])
-            warnings.warn(
+            warn_user(
                 f"plot_attention draws boxes for {_count(len(missing), 'character')} that no "
                 f"installed font has: {listed}. Install a font with them (on Debian and Ubuntu: "
                 "fonts-noto-cjk for Chinese, Japanese and Korean, fonts-noto-core for other "
                 "scripts, fonts-symbola for emoji) and remove matplotlib's list of fonts, "
                 "fontlist-*.json in matplotlib.get_cachedir().",
-                stacklevel=3,
             )
         boxes = dict.fromkeys(map(ord, missing), "□")
         self.texts = {name: [each.translate(boxes) for each in texts[name]] for name in texts}

@@ -166,7 +166,7 @@ class AdditiveAttention(ProjectingAttention):
         q, k = self._project("query", query), self._project("key", key)
         v = value
         if attn_mask is not None or key_padding_mask is not None:
-            self._check_polarity(attn_mask, key_padding_mask, 6)
+            self._check_polarity(attn_mask, key_padding_mask)
         swap = rank == 3 and not self.batch_first
         try:
             if swap:

@@ -139,7 +139,7 @@ class ProjectingAttention(nn.Module):
                 lengths = as_integers("lengths", lengths, k.device)
                 lengths = aligned_lengths(lengths, k, _shared(batch, lengths), 1).clone()
             if key_padding_mask is not None:
-                self._check_polarity(None, key_padding_mask, 5)
+                self._check_polarity(None, key_padding_mask)
                 batch = _shared(batch, key_padding_mask)
                 attn_mask = with_padding(None, key_padding_mask, k, batch)
         except (RuntimeError, ValueError):
@@ -167,10 +167,10 @@ class ProjectingAttention(nn.Module):
     def _caller(self, method: str) -> str:
         return f"{type(self).__name__}.{method}"
 
-    def _check_polarity(self, attn_mask: Any, key_padding_mask: Any, stacklevel: int) -> None:
+    def _check_polarity(self, attn_mask: Any, key_padding_mask: Any) -> None:
         # Once per layer, for it reads the masks.
         if not (torch.compiler.is_compiling() or self._polarity_checked):
-            warn_of_polarity(attn_mask, key_padding_mask, stacklevel)
+            warn_of_polarity(attn_mask, key_padding_mask)
             self._polarity_checked = True
 
     def _project(self, name: str, tensor: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn
@@ -18,6 +20,17 @@ INTEGERS = (
     torch.uint64, torch.uint32, torch.uint16, torch.uint8,
 )  # fmt: skip
 Integers = Tensor | Sequence[int]
+
+
+def warn_user(message: str) -> None:
+    """Warns at the line that called the package, however many frames lie between."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "additive_attn",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def require_one_device(**tensors: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from additive_attn.backends.plain import blocks, pairs, steps, tangents
 from additive_attn.backends.plain import scores as plain_scores
+from additive_attn.ops.checks import warn_user
 from additive_attn.ops.library import find_library, how_to_build
 from additive_attn.ops.schemas import registrations
 
@@ -113,11 +114,10 @@ def gpu_path() -> tuple[ModuleType | None, str]:
                 f"ADDITIVE_ATTN_GPU=triton asks for the Triton kernels, but {problem}. Triton >= "
                 "3.6 and a C compiler are needed: pip install triton"
             ) from error
-        warnings.warn(
+        warn_user(
             "additive_attn computes on this GPU with plain PyTorch, which is many times slower: "
             f"{problem}. Triton >= 3.6 and a C compiler are needed: pip install triton; or set "
             "ADDITIVE_ATTN_GPU=pytorch to silence this warning.",
-            stacklevel=3,
         )
         return None, problem
     return kernels, "Triton kernels" if forced is None else "chosen by ADDITIVE_ATTN_GPU"

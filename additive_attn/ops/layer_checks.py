@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, NoReturn
@@ -23,6 +22,7 @@ from additive_attn.ops.checks import (
     refuse_layouts,
     refuse_types,
     require_one_device,
+    warn_user,
 )
 from additive_attn.spec.call import lse_dtype
 
@@ -316,28 +316,26 @@ def explain_shapes(caller: str, batch_first: bool, lengths: Any, **tensors: Tens
         ) from None
 
 
-def warn_of_polarity(attn_mask: Any, key_padding_mask: Any, stacklevel: int) -> None:
+def warn_of_polarity(attn_mask: Any, key_padding_mask: Any) -> None:
     """Warns of bool masks that make sense only if they are inverted."""
     if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool and attn_mask.dim() == 2:
         rows, keys = attn_mask.shape
         if 1 < rows == keys and is_readable(attn_mask):
             later = attn_mask[0, -1] and not attn_mask[0, 0] and not attn_mask[-1].any()
             if later and torch.equal(attn_mask, torch.ones_like(attn_mask).triu(1)):
-                warnings.warn(
+                warn_user(
                     "attn_mask lets queries attend to later keys only, and the last query to "
                     "none. Here True = attend, unlike in nn.MultiheadAttention: invert it with "
                     "~attn_mask, or pass is_causal=True.",
-                    stacklevel=stacklevel,
                 )
     padding = key_padding_mask
     if isinstance(padding, Tensor) and padding.dtype == torch.bool and padding.dim() == 2:
         if padding.numel() and is_readable(padding) and padding[:, 0].all():
             if padding.all(-1).any() and not padding.all():
-                warnings.warn(
+                warn_user(
                     "key_padding_mask ignores the first key of every sequence, and all keys of "
                     "some. Here True = ignore, as in nn.MultiheadAttention: if True marks the "
                     "keys to attend to, invert it with ~key_padding_mask.",
-                    stacklevel=stacklevel,
                 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from array import array
@@ -395,14 +396,20 @@ def test_masks_of_the_other_polarity_warn_once(options, sentence):
     with pytest.warns(UserWarning, match=sentence) as caught:
         layer(x, x, **options)
     assert caught[0].filename == __file__
+    hooked = AdditiveAttention(8, 4)
+    hooked.register_forward_hook(lambda *given: None)
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        hooked(x, x, **options)
+    assert caught[0].filename == __file__
     assert_sentence(str(caught[0].message))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer(x, x, **options)
     if "key_padding_mask" in options:
-        with pytest.warns(UserWarning, match=sentence) as caught:
-            AdditiveAttention(8, 4).project(x, **options)
-        assert caught[0].filename == __file__
+        for around in (contextlib.nullcontext, torch.inference_mode):
+            with pytest.warns(UserWarning, match=sentence) as caught, around():
+                AdditiveAttention(8, 4).project(x, **options)
+            assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(
