@@ -1,0 +1,221 @@
+"""What the host does for a call on a GPU, without a GPU: Triton's own launcher against a libcuda
+that writes down what is launched (``mock_libcuda.c``). Kernels compile for sm_90 and never run, so
+tensors lie on the CPU, and results stay unwritten."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+from triton.backends.nvidia.compiler import CUDABackend
+
+from additive_attn.backends import triton as operators
+from additive_attn.backends.triton import arguments, launch
+from additive_attn.ops import dispatch
+
+_PARAMETERS, _KEPT = 128, 64  # as in mock_libcuda.c
+_SIZES = {"1": 1, "8": 1, "16": 2, "32": 4, "64": 8}
+# What torch runs no kernel for.
+_NO_KERNEL = {
+    "empty",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "empty_like",
+    "_unsafe_view",
+}
+
+
+class _Function(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char * 128),
+        ("count", ctypes.c_int),
+        ("size", ctypes.c_int * _PARAMETERS),
+    ]
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        ("function", ctypes.POINTER(_Function)),
+        ("grid", ctypes.c_uint * 3),
+        ("threads", ctypes.c_uint),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("parameters", ctypes.c_ulonglong * _PARAMETERS),
+    ]
+
+
+class Launched(NamedTuple):
+    """What reached the driver. ``pointers`` says which of the parameters are addresses."""
+
+    name: str
+    grid: tuple[int, ...]
+    threads: int
+    shared: int
+    stream: int
+    parameters: tuple[int, ...]
+    pointers: tuple[bool, ...]
+
+
+class MockDriver:
+    """Stands in for Triton's driver, and for the device."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.utils = self
+        self.device, self.stream = 0, 0
+        self._utils = nvidia.CudaUtils()
+        self._count = ctypes.c_ulonglong.in_dll(library, "launched")
+        self._launches = (_Launch * _KEPT).in_dll(library, "launches")
+        self._types: list[str] = []
+        self._pointers: dict[int, tuple[bool, ...]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._utils, name)
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return self.stream
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def allocate_default_profile_scratch(self, *_: Any) -> None:
+        return None
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        self._types = list(_flat(source.signature.values()))
+        return nvidia.CudaLauncher(source, metadata)
+
+    def load_binary(self, *arguments: Any) -> tuple[Any, ...]:
+        """Of the kernel that the last launcher was made for, whose parameters the library is told
+        the sizes of."""
+        loaded = tuple(self._utils.load_binary(*arguments))
+        function = ctypes.cast(loaded[1], ctypes.POINTER(_Function)).contents
+        function.count = len(self._types)
+        for n, kind in enumerate(self._types):
+            function.size[n] = 8 if kind[0] == "*" else _SIZES[kind.lstrip("iufpb")]
+        self._pointers[loaded[1]] = tuple(kind[0] == "*" for kind in self._types)
+        return loaded
+
+    @property
+    def launched(self) -> int:
+        """How many kernels of Triton."""
+        return self._count.value
+
+    def since(self, number: int) -> list[Launched]:
+        """The launches from that number on."""
+        assert self.launched - number <= _KEPT, "more launches than are kept"
+        return [self._described(self._launches[n % _KEPT]) for n in range(number, self.launched)]
+
+    def _described(self, launch: _Launch) -> Launched:
+        function = launch.function.contents
+        return Launched(
+            function.name.decode(), tuple(launch.grid), launch.threads, launch.shared,
+            launch.stream or 0, tuple(launch.parameters[: function.count]),
+            self._pointers[ctypes.addressof(function)],
+        )  # fmt: skip
+
+
+def _first_stage(backend: CUDABackend, stages: dict[str, Any], options: Any, *_: Any) -> None:
+    """Compiles no further than to Triton's own code: nobody runs what the rest would make of it,
+    and it takes most of the time."""
+
+    def binary(source: Any, metadata: dict[str, Any]) -> bytes:
+        code = str(source)
+        found = re.search(r"tt\.func public @(\w+)", code)
+        assert found is not None
+        scratch = dict.fromkeys(("global_scratch_size", "profile_scratch_size"), 0)
+        align = dict.fromkeys(("global_scratch_align", "profile_scratch_align"), 1)
+        metadata.update(name=found[1], shared=1024, tmem_size=0, **scratch, **align)
+        return code.encode()
+
+    capability = backend._parse_arch(options.arch)
+    stages["ttir"] = lambda x, metadata: backend.make_ttir(x, metadata, options, capability)
+    stages["cubin"] = binary
+
+
+def _flat(types: Any) -> Iterator[str]:
+    for kind in types:
+        if isinstance(kind, tuple):
+            yield from _flat(kind)
+        elif kind != "constexpr":
+            yield kind
+
+
+class TorchKernels(TorchDispatchMode):
+    """Counts the operations of torch that run a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        changes = any(x.alias_info and x.alias_info.is_write for x in func._schema.arguments)
+        made = any(x.alias_info is None for x in func._schema.returns)
+        some = not isinstance(result, torch.Tensor) or result.numel()
+        # As torch does, after an addition in place to a part of a tensor.
+        to_itself = name == "copy_" and args[0].data_ptr() == args[1].data_ptr()
+        if (made or changes) and some and not to_itself and name not in _NO_KERNEL:
+            self.names.append(name)
+        return result
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Loaded for the whole process: a library of this name is found before any other."""
+    place = tempfile.mkdtemp(prefix="mock_libcuda")
+    source, built = Path(__file__).with_name("mock_libcuda.c"), Path(place, "libcuda.so.1")
+    include = Path(nvidia.__file__).with_name("include")
+    options = "-O1", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", f"-I{include}"
+    subprocess.run(["cc", *options, str(source), "-o", str(built)], check=True)
+    triton.knobs.nvidia.libcuda_path = place
+    return ctypes.CDLL(str(built), mode=ctypes.RTLD_GLOBAL)
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[MockDriver]:
+    """Kernels go to the mock driver, and the operators of tensors on the CPU to the kernels."""
+    driver, before = MockDriver(_library()), triton.runtime.driver._active
+    library = torch.library.Library("additive_attn", "IMPL")
+    with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
+        replace = functools.partial(_replace, stack)
+        replace(CUDABackend, "add_stages", _first_stage)
+        replace(triton.knobs.cache, "dir", cache)
+        for module in (launch, arguments):
+            replace(module, "processors", lambda device: 132)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="[^$]*only once for all operators")
+            for name, plain in dispatch.PLAIN.items():
+                function = getattr(operators, name, plain)
+                library.impl(name, function, "CPU", allow_override=True)
+        triton.runtime.driver.set_active(driver)
+        try:
+            yield driver
+        finally:
+            triton.runtime.driver._active = before
+            library._destroy()
+
+
+def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)

@@ -1,0 +1,69 @@
+/* A libcuda that accepts everything and runs nothing: what is launched is written down. */
+#include <cuda.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define DONE return CUDA_SUCCESS
+enum { PARAMETERS = 128, KEPT = 64 };
+
+typedef struct {
+  char name[128];
+  int count, size[PARAMETERS]; /* of the parameters, in bytes; none until someone tells */
+} Function;
+
+typedef struct {
+  Function *function;
+  unsigned grid[3], threads, shared;
+  CUstream stream;
+  unsigned long long parameters[PARAMETERS];
+} Launch;
+
+unsigned long long launched = 0;
+Launch launches[KEPT]; /* the last ones: number n at n % KEPT */
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **parameters, void **extra) {
+  Launch *to = &launches[launched++ % KEPT];
+  Function *function = (Function *)f;
+  *to = (Launch){function, {c->gridDimX, c->gridDimY, c->gridDimZ}, c->blockDimX, c->sharedMemBytes, c->hStream, {0}};
+  for (int n = 0; n < function->count; ++n) memcpy(&to->parameters[n], parameters[n], function->size[n]);
+  DONE;
+}
+CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *name) {
+  Function *function = calloc(1, sizeof(Function));
+  strncpy(function->name, name, sizeof(function->name) - 1);
+  *f = (CUfunction)function;
+  DONE;
+}
+CUresult cuModuleLoadData(CUmodule *m, const void *image) { *m = (CUmodule)1; DONE; }
+CUresult cuModuleUnload(CUmodule m) { DONE; }
+CUresult cuFuncGetAttribute(int *v, CUfunction_attribute a, CUfunction f) {
+  *v = a == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
+  DONE;
+}
+CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int v) { DONE; }
+CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache c) { DONE; }
+CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *c) { *n = 1; DONE; }
+
+CUresult cuInit(unsigned flags) { DONE; }
+CUresult cuDriverGetVersion(int *v) { *v = 13000; DONE; }
+CUresult cuDeviceGet(CUdevice *d, int number) { *d = 0; DONE; }
+CUresult cuDeviceGetCount(int *n) { *n = 1; DONE; }
+CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) {
+  *v = a == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR         ? 9
+       : a == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR       ? 0
+       : a == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT           ? 132
+       : a == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN ? 232448
+                                                                 : 65536;
+  DONE;
+}
+CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = (CUcontext)1; DONE; }
+CUresult cuCtxGetCurrent(CUcontext *c) { *c = (CUcontext)1; DONE; }
+CUresult cuCtxSetCurrent(CUcontext c) { DONE; }
+CUresult cuCtxGetDevice(CUdevice *d) { *d = 0; DONE; }
+CUresult cuCtxGetLimit(size_t *v, CUlimit l) { *v = 0; DONE; }
+CUresult cuCtxSetLimit(CUlimit l, size_t v) { DONE; }
+CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus *c) { *c = CU_STREAM_CAPTURE_STATUS_NONE; DONE; }
+/* Of any memory, so that tensors may lie on the CPU. */
+CUresult cuPointerGetAttribute(void *d, CUpointer_attribute a, CUdeviceptr p) { *(CUdeviceptr *)d = p; DONE; }
+CUresult cuPointerGetAttributes(unsigned n, CUpointer_attribute *a, void **d, CUdeviceptr p) { DONE; }
+CUresult cuGetErrorString(CUresult r, const char **text) { *text = "none"; DONE; }
