@@ -10,12 +10,16 @@ TORCH  := $(shell grep '^torch==' requirements-dev.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help build test check test-all demo bench gpu lint clean
+# An emulator of PTX, no part of the project, beside the checkout or where ADDITIVE_ATTN_PTX says.
+ADDITIVE_ATTN_PTX ?= ../shared/tools/ptx
+
+.PHONY: help build test check test-all compiled demo bench gpu lint clean
 
 help:
 	@echo "make test    run the tests: about 5 minutes on 2 cores"
 	@echo "make check   run the core of them: about a minute"
 	@echo "make test-all   run the tests and the expensive sweeps"
+	@echo "make compiled   run the Triton kernels as compiled, where an emulator of PTX is"
 	@echo "make demo    equivalence, gradients and speed on this machine, then a short training"
 	@echo "make bench   benchmark: a table, and csv and figures in benchmarks/results/local/"
 	@echo "make gpu     tests and benchmark on a GPU, with the Python that has torch and Triton"
@@ -65,6 +69,21 @@ check: build
 test-all: test
 	@echo "==> expensive sweeps"
 	@$(PYTEST) -m sweep
+
+# $(1): a target and tests; settings of the emulator may stand before.
+COMPILED = @echo "==> compiled kernels in an emulator of PTX: $(1)"; \
+	ADDITIVE_ATTN_PTX='$(abspath $(ADDITIVE_ATTN_PTX))' $(PYTEST) --quiet --compiled $(1)
+FEATURES := tests/kernels/test_compiled.py tests/kernels/test_triton.py
+STEPS    := tests/kernels/test_triton_steps.py tests/kernels/test_triton_probe.py
+
+ifneq ($(wildcard $(ADDITIVE_ATTN_PTX)),)
+compiled: build
+	$(call COMPILED,80 $(FEATURES) $(STEPS))
+	$(call COMPILED,90 $(FEATURES))
+else
+compiled:
+	@echo "==> compiled kernels: left out, there is no emulator of PTX at $(ADDITIVE_ATTN_PTX)"
+endif
 
 demo: build
 	@echo "==> demo: equivalence, gradients, speed"

@@ -11,6 +11,7 @@ from typing import Any
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers are the threads
 
+import emulation
 import paths
 import pytest
 import torch
@@ -48,6 +49,10 @@ def poison_device() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--path", choices=["native"], help="no test runs on any other path")
+    parser.addoption(
+        "--compiled", choices=["80", "90"],
+        help="only the Triton kernels, compiled for sm_80 or sm_90, in an emulator",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,6 +63,11 @@ def pytest_configure(config: pytest.Config) -> None:
             f"The tests would run on plain PyTorch: {reason}. Build the kernel (make build), or "
             "set ADDITIVE_ATTN_CPU=pytorch to test the fallback."
         )
+    if config.option.compiled:
+        try:
+            emulation.install(int(config.option.compiled))
+        except emulation.Unusable as error:
+            raise pytest.UsageError(f"--compiled: {error}.") from error
     if config.option.path == "native":
         paths.available = lambda: (paths.native(),)
 
@@ -84,6 +94,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("path", paths_of(marks), indirect=True)
 
 
+def path_of(item: pytest.Item) -> str:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return str(parameters.get("path", paths.native()))
+
+
+def asked_for(item: pytest.Item, compiled: bool) -> bool:
+    """With ``--compiled``: what runs on the Triton kernels, and the tests of that option."""
+    if item.get_closest_marker("compiled"):
+        return compiled
+    return not compiled or path_of(item) == "triton"
+
+
 def interpreted(item: pytest.Function) -> bool:
     """Whether ``interpreter`` asks for these values of the parameters."""
     parameters = item.callspec.params
@@ -97,6 +119,7 @@ def interpreted(item: pytest.Function) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if not hasattr(item, "callspec") or interpreted(item)]
+    items[:] = [item for item in items if asked_for(item, bool(config.option.compiled))]
     if "sweep" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("sweep")]
         config.stash[SWEEPS] = len(left_out)
@@ -137,6 +160,8 @@ SWEEPS = pytest.StashKey[int]()
 def pytest_report_header() -> list[str]:
     others = [path for path in (*paths.INSTRUCTION_SETS, *paths.PLAIN, "triton")
               if path not in paths.available()]  # fmt: skip
+    if emulation.installed():
+        return [f"additive_attn: Triton kernels {emulation.described()}, in an emulator of PTX"]
     lines = [f"additive_attn on {paths.DEVICE}: all tests on {paths.native()}"]
     if len(paths.available()) > 1:
         names = ", ".join(paths.available()[1:]).replace("triton", "triton (in its interpreter)")

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import emulation
 import pytest
 import quick_interpreter
 import torch
@@ -165,10 +166,17 @@ def _switched(path: str) -> Iterator[None]:
         if path == "triton":
             from additive_attn.backends import triton
 
-            stack.enter_context(_interpreted())
+            compiled = emulation.installed()
+            stack.enter_context(emulation.running() if compiled else _interpreted())
+            operators = {name: getattr(triton, name, None) for name in dispatch.PLAIN}
             override = _Override(
-                {name: getattr(triton, name, plain) for name, plain in dispatch.PLAIN.items()}
-            )
+                {
+                    name: dispatch.PLAIN[name] if operator is None
+                    else emulation.tracked(operator) if compiled
+                    else operator
+                    for name, operator in operators.items()
+                }
+            )  # fmt: skip
         else:
             override = _Override(dispatch.PLAIN)
         stack.callback(override.library._destroy)

@@ -56,10 +56,11 @@ def test_small_energies_at_a_large_scale(queries, hidden):
 
 @pytest.mark.parametrize("hidden", [10, 70])
 def test_all_magnitudes_in_one_call(hidden):
-    case = make((), 9, 20, hidden, 5)
-    case["query"] *= 10 ** torch.linspace(-1, 2.3, 9)[:, None]
-    case["key"] *= 10 ** torch.linspace(2.3, -1, 20)[:, None]
-    check_against_plain([case])
+    cases = [make((), 9, 20, hidden, 5, seed=seed) for seed in range(4)]
+    for case in cases:
+        case["query"] *= 10 ** torch.linspace(-1, 2.3, 9)[:, None]
+        case["key"] *= 10 ** torch.linspace(2.3, -1, 20)[:, None]
+    check_against_plain(cases)
 
 
 def masking(kind, queries, keys):

@@ -1,0 +1,166 @@
+"""The Triton kernels as the compiler makes them, on CPU tensors: ``pytest --compiled 80``.
+
+The interpreter executes a kernel's Python. Layouts, inline assembly and barriers exist only in
+compiled code. Here an emulator of PTX is the driver. It checks every access, and what it finds
+fails the test: races, reads of bytes that nobody wrote, addresses out of bounds.
+
+The emulator lies beside the checkout, or where ADDITIVE_ATTN_PTX says. PTX_NOISE=1 makes
+approximate instructions as inexact as they are documented, PTX_BACKWARDS=1 runs threads in reverse
+order, and PTX_CONTRACT=1 fuses every product with the sum that takes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACE = Path(os.environ.get("ADDITIVE_ATTN_PTX") or ROOT.parent / "shared" / "tools" / "ptx")
+
+SHAPE_ONLY = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+OPTIONS = ("PTX_NOISE", "PTX_BACKWARDS", "PTX_CONTRACT")
+
+_emulator: Any = None
+_driver: Any = None
+
+
+class Unusable(Exception):
+    """There is no emulator, or it cannot be built."""
+
+
+def _chosen(name: str) -> bool:
+    return os.environ.get(name) == "1"
+
+
+def install(capability: int) -> None:
+    """Makes the emulator Triton's driver, for this process."""
+    global _emulator, _driver
+    if os.environ.get("TRITON_INTERPRET"):
+        raise Unusable("TRITON_INTERPRET is set: the interpreter runs no compiled code")
+    if not (PLACE / "driver.py").is_file():
+        raise Unusable(f"no emulator of PTX at {PLACE}: name its folder in ADDITIVE_ATTN_PTX")
+    # What is kept as machine code is the PTX, which must not meet a real GPU.
+    os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "compiled")
+    sys.path.insert(0, str(PLACE))
+    _driver = importlib.import_module("driver")
+    try:
+        _driver.emulate.core()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Unusable(f"the emulator of PTX at {PLACE} does not build: {error}") from error
+    _driver.emulate.Program = program_class(_driver.emulate)
+    _driver.Tracker = tracker_class(_driver)
+    _driver.Emulator.launcher_cls = launcher_class(_driver)
+    _emulator = _driver.install(
+        capability,
+        strict=False,
+        noise=_chosen("PTX_NOISE"),
+        truncate_mma=_chosen("PTX_NOISE"),
+        backwards=_chosen("PTX_BACKWARDS"),
+        contract=_chosen("PTX_CONTRACT"),
+    )
+
+
+def program_class(emulate: Any) -> type:
+    """With the instructions that the emulator does not know."""
+
+    class Program(emulate.Program):
+        def _fill(self, row: Any, ins: Any) -> None:
+            if ins.name != "copysign.f32":
+                name = ins.name.replace("ld.volatile.", "ld.")
+                super()._fill(row, dataclasses.replace(ins, name=name))
+                return
+            # The sign of the first, the other bits of the second.
+            result, sign, number = ins.operands
+            row["op"] = emulate.operations()["lop3.b32"]
+            row["o"][:4] = (
+                self._result(result, 4), self._operand(sign, "f32"),
+                self._operand("0x80000000", "b32"), self._operand(number, "f32"),
+            )  # fmt: skip
+            row["imm"] = 0xE2  # a & b | ~b & c
+
+    return Program
+
+
+def installed() -> bool:
+    return _emulator is not None
+
+
+def _flat(signature: Any, arguments: Any, names: Any) -> Iterator[tuple[Any, str]]:
+    """What the compiled kernel takes: the fields of tuples, without what is constant."""
+    for kind, argument, name in zip(signature, arguments, names, strict=True):
+        if isinstance(kind, tuple):
+            fields = getattr(argument, "_fields", range(len(kind)))
+            yield from _flat(kind, argument, [f"{name}.{field}" for field in fields])
+        elif kind != "constexpr":
+            yield argument, name
+
+
+def launcher_class(driver: Any) -> type:
+    class Launcher(driver._Launcher):
+        def __call__(self, x: int, y: int, z: int, stream: Any, program: Any, *more: Any) -> None:
+            _packed, _launch_metadata, _enter, _leave, *arguments = more
+            flat = list(_flat(self.signature, arguments, map(str, self.names)))
+            missing = len(program.kernel.parameters) - len(flat)
+            assert missing in (0, 1, 2), (len(flat), program.kernel.parameters)
+            flat += [(None, "scratch")] * missing
+            values, names = map(list, zip(*flat, strict=True))
+            _emulator.launch(program, (x, y, z), self.metadata, values, names)
+
+    return Launcher
+
+
+def tracker_class(driver: Any) -> type:
+    """Reads no numbers of what gives only its shape, dtype and device."""
+
+    class Tracker(driver.Tracker):
+        def check(self, x: torch.Tensor, what: str) -> None:
+            if not what.startswith(tuple(f"aten.{name}." for name in SHAPE_ONLY)):
+                super().check(x, what)
+
+    return Tracker
+
+
+def tracked(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """``operator`` while it is followed which bytes have been written: torch's own operators read
+    no others, and none of the results' is missing."""
+
+    def call(*arguments: Any) -> Any:
+        tracker = _driver.Tracker(_emulator)
+        with tracker:
+            results = operator(*arguments)
+        for n, x in enumerate((results,) if isinstance(results, torch.Tensor) else results):
+            tracker.check(x, f"result {n}")
+        return results
+
+    return call
+
+
+def unwritten() -> type[Exception]:
+    """What is raised where an operator of torch reads what nobody wrote."""
+    error: type[Exception] = _driver.UndefinedRead
+    return error
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """Compiled kernels run; what the emulator has found is an error."""
+    _emulator.problems.clear()
+    yield
+    found = [str(problem) for problem in _emulator.problems if not problem.harmless]
+    assert not found, "the emulator found\n" + "\n".join(found[:5])
+
+
+def described() -> str:
+    """Of what is compiled by what, and how it is executed."""
+    version = importlib.import_module("triton").__version__
+    chosen = [name for name in OPTIONS if _chosen(name)]
+    return " ".join([f"compiled for sm_{_emulator.capability} by Triton {version}", *chosen])

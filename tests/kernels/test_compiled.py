@@ -1,0 +1,114 @@
+"""What the emulator of compiled kernels sees: each fault is reported, and its repair is not."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import emulation
+import pytest
+import torch
+
+pytest.importorskip("triton", minversion="3.6")
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+pytestmark = pytest.mark.compiled
+THREADS = 128
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor | None
+    second: torch.Tensor | None
+    count: int
+
+
+@triton.jit
+def turn_kernel(x, BARRIER: tl.constexpr):
+    """Turns what it has written by half of its length."""
+    i = tl.arange(0, 128)
+    tl.store(x + i, i)
+    if BARRIER:
+        tl.debug_barrier()
+    y = tl.load(x + (i + 64) % 128)
+    tl.debug_barrier()
+    tl.store(x + i, y)
+
+
+@triton.jit
+def copy_kernel(x, y, count, sign):
+    i = tl.arange(0, 128)
+    value = tl.load(x + i, mask=i < count, other=0.0)
+    tl.store(y + i, libdevice.copysign(value, sign), mask=i < count)
+
+
+@triton.jit
+def sum_kernel(pair, y):
+    i = tl.arange(0, 128)
+    total = tl.zeros([128], tl.float32)
+    if pair.first is not None:
+        total += tl.load(pair.first + i, mask=i < pair.count, other=0.0)
+    if pair.second is not None:
+        total += tl.load(pair.second + i, mask=i < pair.count, other=0.0)
+    tl.store(y + i, total)
+
+
+def launch(kernel, *arguments):
+    kernel[(1,)](*arguments, enable_fp_fusion=True)
+
+
+def test_a_race_is_seen():
+    x = torch.zeros(THREADS, dtype=torch.int32)
+    with pytest.raises(AssertionError, match="race in global memory: turn_kernel"):
+        with emulation.running():
+            launch(turn_kernel, x, False)
+    with emulation.running():
+        launch(turn_kernel, x, True)
+    assert torch.equal(x, (torch.arange(THREADS, dtype=torch.int32) + 64) % THREADS)
+
+
+@pytest.mark.parametrize("sign", [1.5, -1.5])
+def test_an_access_beyond_a_tensor_is_seen(sign):
+    x, y = torch.randn(100), torch.zeros(100)
+    with pytest.raises(AssertionError, match="out of bounds: copy_kernel"):
+        with emulation.running():
+            launch(copy_kernel, x, y, 101, sign)
+    with emulation.running():
+        launch(copy_kernel, x, y, 100, sign)
+    assert torch.equal(y, x.abs() * (1 if sign > 0 else -1))
+
+
+def test_what_nobody_wrote_is_seen():
+    """By a kernel, by torch, and in the result."""
+    x = torch.randn(THREADS)
+
+    def kernel_reads():
+        y = torch.empty(THREADS)
+        launch(copy_kernel, torch.empty(THREADS), y, THREADS, 1.0)
+        return y
+
+    with pytest.raises(AssertionError, match="uninitialised global memory: copy_kernel"):
+        with emulation.running():
+            emulation.tracked(kernel_reads)()
+
+    def written(count):
+        y = torch.empty(THREADS)
+        launch(copy_kernel, x, y, count, 1.0)
+        return y
+
+    with pytest.raises(emulation.unwritten(), match="add"):
+        emulation.tracked(lambda: written(THREADS - 1) + 1)()
+    with pytest.raises(emulation.unwritten(), match="result 0 reads 1 of 128"):
+        emulation.tracked(written)(THREADS - 1)
+    assert torch.equal(emulation.tracked(written)(THREADS), x.abs())
+
+
+@pytest.mark.parametrize("count", [1, 100])
+@pytest.mark.parametrize("both", [True, False])
+def test_tuples_are_arguments(count, both):
+    """Their tensors and numbers; None and 1 are constants of the compiled kernel."""
+    x, y = torch.randn(THREADS), torch.zeros(THREADS)
+    launch(sum_kernel, Pair(x if both else None, x, count), y)
+    expected = torch.where(torch.arange(THREADS) < count, (1 + both) * x, 0.0)
+    assert torch.equal(y, expected)
