@@ -62,6 +62,7 @@ class Launched(NamedTuple):
     """What reached the driver. ``pointers`` says which of the parameters are addresses."""
 
     name: str
+    kernel: int  # equal for equal binaries
     grid: tuple[int, ...]
     threads: int
     shared: int
@@ -128,8 +129,9 @@ class MockDriver:
     def _described(self, launch: _Launch) -> Launched:
         function = launch.function.contents
         return Launched(
-            function.name.decode(), tuple(launch.grid), launch.threads, launch.shared,
-            launch.stream or 0, tuple(launch.parameters[: function.count]),
+            function.name.decode(), ctypes.addressof(function), tuple(launch.grid),
+            launch.threads, launch.shared, launch.stream or 0,
+            tuple(launch.parameters[: function.count]),
             self._pointers[ctypes.addressof(function)],
         )  # fmt: skip
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 pytest.importorskip("triton", minversion="3.6")
 
+import triton
+import triton.language as tl
+
 import additive_attn
 from additive_attn.backends import triton as operators
+from additive_attn.backends.triton import compiled
+from additive_attn.backends.triton.launch import kernel, launch
 from additive_attn.spec.call import Call
 from tools import mock_driver
 
@@ -76,3 +81,102 @@ def test_the_public_function_reaches_the_driver(driver: mock_driver.MockDriver) 
     ]
     expected = [x.data_ptr() for x in (query, key, value, weight, out)]
     assert addresses[:5] == expected
+
+
+@kernel
+def probe_kernel(x, pair, column, rows, N: tl.constexpr, GIVEN: tl.constexpr):
+    if x is not None:
+        tl.store(x, N)
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+DATA = torch.zeros(64)
+PROBES: dict[str, tuple[Any, ...]] = {  # x, pair, column, rows, options, programs
+    "usual": (DATA, Pair(DATA, 5), 3, 7, {"N": 1, "GIVEN": True}, 2),
+    "other values": (DATA[8:], Pair(DATA[4:], 7), 5, 11, {"N": 1, "GIVEN": True}, 3),
+    "x not aligned": (DATA[1:], Pair(DATA, 5), 3, 7, {"N": 1, "GIVEN": True}, 2),
+    "pair not aligned": (DATA, Pair(DATA[1:], 5), 3, 7, {"N": 1, "GIVEN": True}, 2),
+    "no x": (None, Pair(DATA, 5), 3, 7, {"N": 1, "GIVEN": True}, 2),
+    "no pair": (DATA, None, 3, 7, {"N": 1, "GIVEN": True}, 2),
+    "nothing in the pair": (DATA, Pair(DATA, None), 3, 7, {"N": 1, "GIVEN": True}, 2),
+    "nothing before it": (DATA, Pair(None, DATA), 3, 7, {"N": 1, "GIVEN": True}, 2),
+    "a tensor in the pair": (DATA, Pair(DATA, DATA), 3, 7, {"N": 1, "GIVEN": True}, 2),
+    "a multiple of 16 in the pair": (DATA, Pair(DATA, 32), 3, 7, {"N": 1, "GIVEN": True}, 2),
+    "another dtype": (DATA.half(), Pair(DATA, 5), 3, 7, {"N": 1, "GIVEN": True}, 2),
+    "another dtype in the pair": (DATA, Pair(DATA.double(), 5), 3, 7, {"N": 1, "GIVEN": True}, 2),
+    "column 1": (DATA, Pair(DATA, 5), 1, 7, {"N": 1, "GIVEN": True}, 2),
+    "column 0": (DATA, Pair(DATA, 5), 0, 7, {"N": 1, "GIVEN": True}, 2),
+    "column a multiple of 16": (DATA, Pair(DATA, 5), 48, 7, {"N": 1, "GIVEN": True}, 2),
+    "column of 64 bits": (DATA, Pair(DATA, 5), 2**31, 7, {"N": 1, "GIVEN": True}, 2),
+    "rows 1": (DATA, Pair(DATA, 5), 3, 1, {"N": 1, "GIVEN": True}, 2),
+    "rows a multiple of 16": (DATA, Pair(DATA, 5), 3, 64, {"N": 1, "GIVEN": True}, 2),
+    "rows of 64 bits": (DATA, Pair(DATA, 5), 3, -(2**31) - 1, {"N": 1, "GIVEN": True}, 2),
+    "rows without a sign": (DATA, Pair(DATA, 5), 3, 2**63, {"N": 1, "GIVEN": True}, 2),
+    "rows a number": (DATA, Pair(DATA, 5), 3, 7.0, {"N": 1, "GIVEN": True}, 2),
+    "rows a bool": (DATA, Pair(DATA, 5), 3, True, {"N": 1, "GIVEN": True}, 2),
+    "another constant": (DATA, Pair(DATA, 5), 3, 7, {"N": 2, "GIVEN": True}, 2),
+    "more warps": (DATA, Pair(DATA, 5), 3, 7, {"N": 1, "GIVEN": True, "num_warps": 8}, 2),
+    "few registers": (DATA, Pair(DATA, 5), 3, 7, {"N": 1, "GIVEN": True, "maxnreg": 64}, 2),
+}
+
+
+def test_a_kernel_found_again_is_the_one_that_triton_takes(
+    driver: mock_driver.MockDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launched(name: str) -> mock_driver.Launched:
+        *arguments, options, programs = PROBES[name]
+        before = driver.launched
+        launch(probe_kernel, programs, DATA, *arguments, **options)
+        (launched,) = driver.since(before)
+        return launched
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "settings", lambda function: None)
+        expected = {name: launched(name) for name in PROBES}
+    assert len({x.kernel for x in expected.values()}) >= 20  # the probes ask for other kernels
+    for _ in range(3):  # compiled, found, found after all others
+        assert {name: launched(name) for name in PROBES} == expected
+    usual = expected["usual"]
+    monkeypatch.setattr(driver, "stream", 5)
+    assert launched("usual") == usual._replace(stream=5)
+    monkeypatch.setattr(driver, "device", 1)  # whose binary is loaded apart
+    assert launched("usual").kernel != usual.kernel
+    monkeypatch.setattr(driver, "device", 0)
+    assert launched("usual").kernel == usual.kernel
+
+
+def test_a_debugging_kernel_is_another(
+    driver: mock_driver.MockDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launched() -> int:
+        before = driver.launched
+        launch(probe_kernel, 1, DATA, DATA, None, 3, 7, N=1, GIVEN=True)
+        return driver.since(before)[0].kernel
+
+    usual = launched()
+    monkeypatch.setattr(triton.knobs.runtime, "debug", True)
+    assert launched() != usual
+    monkeypatch.setattr(triton.knobs.runtime, "debug", False)
+    assert launched() == usual
+
+
+def test_who_watches_launches_sees_each(driver: mock_driver.MockDriver) -> None:
+    seen = []
+    hook = triton.knobs.runtime.launch_enter_hook
+
+    def watch(metadata: Any) -> None:
+        seen.append(metadata.get()["name"])
+
+    call = (*Call(*inputs(3, 1, 20, 8, 4)), False)
+    operators.forward(*call)
+    hook.add(watch)
+    try:
+        operators.forward(*call)
+    finally:
+        hook.remove(watch)
+    operators.forward(*call)
+    assert seen == ["forward_kernel"]

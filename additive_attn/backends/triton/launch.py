@@ -10,6 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from additive_attn.backends.triton import compiled
+
 # Sizes, offsets and numbers that differ from call to call: a kernel is compiled once for all.
 kernel = triton.jit(
     do_not_specialize=(
@@ -69,5 +71,9 @@ def launch(function: Any, programs: int, tensor: Tensor, *arguments: Any, **opti
         with torch.cuda.device(tensor.device):
             launch(function, programs, tensor, *arguments, **options)
         return
-    # Later versions of Triton do not fuse by default.
-    function[(programs,)](*arguments, **options, enable_fp_fusion=True)
+    options["enable_fp_fusion"] = True  # later versions of Triton do not fuse by default
+    where = compiled.settings(function)
+    if where is None:
+        function[(programs,)](*arguments, **options)
+    else:
+        compiled.run(function, programs, arguments, options, where)

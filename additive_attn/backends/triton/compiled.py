@@ -1,0 +1,163 @@
+"""Compiled kernels, found again without Triton's own search, which takes most of a launch's time.
+
+Triton compiles a kernel anew for other constants, dtypes and options; for an argument that is
+None; for an address or, unless named in ``do_not_specialize``, an integer that is a multiple of
+16, and for a 1; for integers beyond 32 bits. All of that is the key here, and no value besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+_MOST = 4096  # entries of a cache, which then begins anew
+_run = JITFunction.run  # who replaces it, as the interpreter does, is to see every launch
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel, and what follows the arguments of a launch: constants by their names."""
+
+    kernel: CompiledKernel
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    constants: tuple[Any, ...]
+
+
+class _Kinds(dict[int, int]):
+    """Of integers, as Triton tells them apart."""
+
+    def __init__(self, specialised: bool) -> None:
+        super().__init__()
+        self.specialised = specialised
+
+    def __missing__(self, x: int) -> int:
+        kind = 0 if -(2**31) <= x < 2**31 else 1 if x < 2**63 else 2
+        if self.specialised:
+            kind += 4 if x % 16 == 0 else 8 if x == 1 else 0
+        if len(self) >= 16 * _MOST:
+            self.clear()
+        self[x] = kind
+        return kind
+
+
+_plain, _specialised = _Kinds(False).__getitem__, _Kinds(True).__getitem__
+
+
+class _Signature:
+    """Where the arguments of these types are integers, tensors or tuples; ``known`` says whether
+    they are nothing else."""
+
+    def __init__(self, function: JITFunction[Any], types: tuple[type, ...]) -> None:
+        self.known = len(types) <= len(function.params)
+        self.tuples: list[int] = []
+        plain: list[int] = []
+        special: list[int] = []
+        tensors: list[int] = []
+        for n, (kind, parameter) in enumerate(zip(types, function.params, strict=False)):
+            if kind is int and not parameter.is_constexpr:
+                (plain if parameter.do_not_specialize else special).append(n)
+            elif kind in _TENSORS:
+                tensors.append(n)
+            elif issubclass(kind, tuple):
+                self.tuples.append(n)
+            elif kind is not type(None):
+                self.known = False
+        self.plain, self.special, self.tensors = map(_getter, (plain, special, tensors))
+
+    def kinds(self, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """What a kernel is compiled for; None if that is not known."""
+        tensors: list[Any] = [_kind(x) for x in self.tensors(arguments)]
+        integers = [
+            *map(_plain, self.plain(arguments)),
+            *map(_specialised, self.special(arguments)),
+        ]
+        for n in self.tuples:
+            for x in arguments[n]:
+                if type(x) in _TENSORS:
+                    tensors.append(_kind(x))
+                elif type(x) is int:
+                    integers.append(_specialised(x))
+                elif x is not None:
+                    return None
+                tensors.append(type(x))
+        return (*tensors, *integers)
+
+
+def _kind(x: Tensor) -> tuple[torch.dtype, bool]:
+    return x.dtype, x.data_ptr() % 16 == 0
+
+
+def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda arguments: tuple(arguments[n] for n in places)
+
+
+_signatures: dict[Any, _Signature] = {}
+_compiled: dict[Any, Compiled] = {}
+
+
+def settings(function: Any) -> tuple[Any, ...] | None:
+    """What else Triton compiles for: the driver, the device, options of the process. None where
+    someone watches launches or replaces them."""
+    runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    if (
+        type(function) is not JITFunction
+        or JITFunction.run is not _run
+        or function.pre_run_hooks
+        or getattr(before, "calls", before)
+        or getattr(after, "calls", after)
+        or runtime.add_stages_inspection_hook is not None
+    ):
+        return None
+    driver = triton.runtime.driver.active
+    return (
+        driver, driver.get_current_device(), runtime.debug, compilation.instrumentation_mode,
+        getattr(compilation, "fpsan_homomorphic_casts", None),
+    )  # fmt: skip
+
+
+def run(
+    function: JITFunction[Any], programs: int, arguments: tuple[Any, ...], options: dict[str, Any],
+    where: tuple[Any, ...],
+) -> None:  # fmt: skip
+    """``function[(programs,)](*arguments, **options)``; ``where`` are the ``settings``."""
+    names = function.fn, *map(type, arguments)
+    signature = _signatures.get(names)
+    if signature is None:
+        signature = _kept(_signatures, names, _Signature(function, names[1:]))
+    kinds = signature.kinds(arguments) if signature.known else None
+    key = found = None
+    if kinds is not None:
+        key = names, kinds, where, *options, *options.values()
+        found = _compiled.get(key)
+    if found is not None:
+        driver, device = where[:2]
+        stream = driver.get_current_stream(device)
+        found.run(
+            programs, 1, 1, stream, found.function, found.metadata, None, None, None,
+            *arguments, *found.constants,
+        )  # fmt: skip
+        return
+    kernel = function[(programs,)](*arguments, **options)
+    rest = [parameter.name for parameter in function.params[len(arguments) :]]
+    if key is not None and type(kernel) is CompiledKernel and options.keys() >= set(rest):
+        constants = tuple(options[name] for name in rest)
+        metadata = kernel.packed_metadata
+        _kept(_compiled, key, Compiled(kernel, kernel.run, kernel.function, metadata, constants))
+
+
+def _kept(cache: dict[Any, Any], key: Any, value: Any) -> Any:
+    if len(cache) >= _MOST:
+        cache.clear()
+    cache[key] = value
+    return value
