@@ -107,7 +107,7 @@ CALLS = {
 }
 OTHERS = ("sm_80", "sm_100", "gfx942")
 # Instructions per tanh at most, on sm_90.
-BARS = {"score_kernel": 4.5, "query_kernel": 6.6, "key_kernel": 5.6}
+BARS = {"score_kernel": 4.3, "query_kernel": 6.6, "key_kernel": 5.6}
 
 
 @functools.cache
@@ -147,6 +147,8 @@ def test_calls_compile_without_spills(label, target):
         if label == "usual" and kernel.name in HOT and target not in AMD:
             loop = code.hot_loop(HOT[kernel.name][0])
             assert not [name for name in loop if name[:3] in ("LDL", "STL")], kernel.name
+            if kernel.name == "score_kernel":  # every thread loads what it multiplies
+                assert not [x for x in loop if x[:3] in ("BAR", "LDS", "STS")], kernel.name
 
 
 @figures

@@ -15,10 +15,9 @@ from additive_attn.backends.triton.plan import Piece, key_range, workspace_piece
 from additive_attn.backends.triton.prepare import (
     DIFFERENCE_MAX_FEATURES,
     FEATURES_PER_SUM,
-    PreparedRows,
-    PreparedWeight,
-    prepare_rows,
-    prepare_weight,
+    Prepared,
+    batch_strides,
+    prepare,
 )
 from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import keep_threshold
@@ -36,11 +35,13 @@ class BlockTiles(NamedTuple):
 
 class Problem:
     """One call, perhaps with a location term. What a kernel needs comes in the order of its
-    parameters."""
+    parameters. ``exponential`` and ``quads`` say which layouts of exponentials kernels will read
+    (``prepare.py``)."""
 
     def __init__(
-        self, call: Call, location: Tensor | None = None, location_weight: Tensor | None = None
-    ) -> None:
+        self, call: Call, location: Tensor | None = None, location_weight: Tensor | None = None,
+        *, exponential: bool = False, quads: bool = False,
+    ) -> None:  # fmt: skip
         query, key, value, weight = call.inputs
         given, call = call.attn_mask, _with_dense_table(call)
         attn_mask, lengths = call.attn_mask, call.lengths
@@ -66,6 +67,7 @@ class Problem:
         self.keys, self.values = value.shape[-2:]
         self.entries = self.batch.entries
         self._arguments = query, key, weight
+        self._layouts = exponential, quads
         self.query, self.query_strides = self.batch.strided(query, 2)
         self.key, self.key_strides = self.batch.strided(key, 2)
         self.value, self.value_strides = self.batch.strided(value, 2)
@@ -99,24 +101,17 @@ class Problem:
     @property
     def padded(self) -> int:
         """Features of the prepared tensors."""
-        return self.prepared_weight.weight.shape[-1]
+        return self.prepared.weight.weight.shape[-1]
 
     @cached_property
     def processors(self) -> int:
         return processors(self.device)
 
     @cached_property
-    def prepared_weight(self) -> PreparedWeight:
-        return prepare_weight(self._arguments[2], self.batch, self.scale)
-
-    @cached_property
-    def prepared_rows(self) -> tuple[PreparedRows, PreparedRows]:
-        """Of query and key."""
-        query, key, _ = self._arguments
-        weight = self.prepared_weight.weight
-        return (
-            prepare_rows(query, -1, weight, self.batch),
-            prepare_rows(key, 1, weight, self.batch),
+    def prepared(self) -> Prepared:
+        exponential, quads = self._layouts
+        return prepare(
+            *self._arguments, self.batch, self.scale, exponential=exponential, quads=quads
         )
 
     def inputs(self) -> tuple[object, ...]:
@@ -128,17 +123,16 @@ class Problem:
         needs none."""
         if self.wide:
             return (None, None, 0, 0, 0, 0)
-        query, key = self.prepared_rows
+        _, query, key = self.prepared
+        assert query is not None and key is not None
         # Contiguous within an entry: one stride serves all tensors.
-        return (query, key, *query.size.stride()[:2], *key.size.stride()[:2])
+        of_query = batch_strides(query.size, query.size.shape[2])
+        return (query, key, *of_query, *batch_strides(key.size, key.size.shape[2]))
 
     def prepared_arguments(self) -> tuple[object, ...]:
         """Parameters ``query_rows`` to ``weight_inner``."""
-        weight = self.prepared_weight
-        weight_outer, weight_inner = weight.score_scale.stride()[:2]
-        return (
-            *self.prepared_rows_arguments(), weight, weight_outer // 2, weight_inner // 2,
-        )  # fmt: skip
+        weight = self.prepared.weight
+        return (*self.prepared_rows_arguments(), weight, *batch_strides(weight.score_scale))
 
     def mask_arguments(self) -> tuple[object, ...]:
         """Parameters ``mask`` to ``mask_column`` and ``tiles``."""

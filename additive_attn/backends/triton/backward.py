@@ -70,7 +70,7 @@ def _mask_result(p: Problem, mask: Tensor | None) -> Tensor:
 
 def backward(*arguments: Any) -> Results:
     upstream, call, lse, needs = backward_arguments(arguments)
-    p, lse = Problem(call), lse.contiguous()
+    p, lse = Problem(call, exponential=True, quads=True), lse.contiguous()
     needs = needs._replace(mask=needs.mask and p.float_mask is not None)
     if p.entries and p.rows == 1 and p.keys:
         rows = decode_rows(p, lse, upstream)
@@ -87,7 +87,8 @@ def backward(*arguments: Any) -> Results:
 
 
 def scores_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_scores, p = arguments[0], Problem(call_of_scores(*arguments[1:12]))
+    call = call_of_scores(*arguments[1:12])
+    grad_scores, p = arguments[0], Problem(call, exponential=True)
     need_query, need_key, need_weight, need_mask = arguments[12:]
     need_mask = need_mask and p.float_mask is not None
     needs = Needs(need_query, need_key, False, need_weight, need_mask)

@@ -25,7 +25,7 @@ from additive_attn.spec.call import Call, call_of_scores
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, need_weights = Call(*arguments[:14]), arguments[14]
-    query, p = call.query, Problem(call)
+    query, p = call.query, Problem(call, quads=True)
     shape = (*p.batch.shape, p.rows)
     if p.entries == 0 or p.rows == 0 or p.keys == 0:
         return empty_rows(p, need_weights)
@@ -76,7 +76,7 @@ def empty_rows(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scores(*arguments: Any) -> Tensor:
-    p = Problem(call_of_scores(*arguments))
+    p = Problem(call_of_scores(*arguments), quads=True)
     shape = (*p.batch.shape, p.rows, p.keys)
     if p.rows == 1 and p.keys and p.entries:
         return unstored(decode_forward.decode_scores(p), p)

@@ -13,6 +13,9 @@ a row or a key add up over all its pairs, they are always taken out.
 All t of a tile are small where all |q|, |k| <= 1. Of an opposite pair, q near -k in every feature
 that matters, they are small too, but q and k are not. A ``sketch`` of rows and keys tells such
 pairs without a look at the features (``opposite.py``).
+
+Exponentials are kept in ``quads`` of features, [HP / 4][LP][4], for passes over pairs: there
+neighbouring threads read neighbouring rows, 16 bytes each. Passes over features read rows.
 """
 
 from __future__ import annotations
@@ -33,8 +36,12 @@ from additive_attn.backends.triton.tiles import power_of_two
 SAFE = tl.constexpr(10.0)  # (e^{2 SAFE} + e^{2 SAFE})^4 < 2^120
 DIFFERENCE_MAX_FEATURES = 64  # up to so many the plain layer rounds so little that w (b - a) helps
 FEATURES_PER_SUM = 32  # partial sums are centred after so many features, which keeps them small
-STEP = 4  # the gradient's loops take so many rows at a time, and may begin anywhere
+STEP = tl.constexpr(4)  # the gradient's loops take so many rows at a time, and begin anywhere
 SKETCH = tl.constexpr(32)  # numbers of a sketch
+GROUP = tl.constexpr(8)  # rows that share flags; lengths are padded to whole groups
+SMALL = tl.constexpr(1)  # a flag: a row of the group has no |x| > 1
+WILD = tl.constexpr(2)  # a flag: a row of the group is not within SAFE
+SPARE = tl.constexpr(128)  # rows that a tile may reach beyond the last of all quads
 
 
 class PreparedWeight(NamedTuple):
@@ -52,51 +59,81 @@ class PreparedWeight(NamedTuple):
 class PreparedRows(NamedTuple):
     """Of queries (e^{-2q}) or keys (e^{2k}): ``exponential`` (outer, inner, LP, HP), 1 in rows
     that are not within SAFE and in the rows beyond the last, so that loops need no bounds;
-    ``size`` (outer, inner, LP) = max |x|, Inf for NaN; ``correction`` (outer, inner, LP);
-    ``sketch`` (outer, inner, LP, 32), in float16: sums of w x / |w| over every 32nd feature, with
-    random signs; ``distance`` (outer, inner, LP): the square of a key's sketch, and what twice its
-    product with a query's and this square must stay below for a pair to be opposite."""
+    ``quads``, the same as (outer inner, HP / 4, LP, 4) and SPARE rows more, flat; ``weighted``,
+    quads of w e^{-2q} (queries only); ``size`` (outer, inner, LP) = max |x|, Inf for NaN;
+    ``correction`` (outer, inner, LP); ``flags`` (outer, inner, LP / GROUP); ``sketch`` (outer,
+    inner, LP, 32), in float16: sums of w x / |w| over every 32nd feature, with random signs;
+    ``distance`` (outer, inner, LP): the square of a key's sketch, and what twice its product with
+    a query's and this square must stay below for a pair to be opposite. What no pass will read
+    has no elements."""
 
     exponential: Tensor
+    quads: Tensor
+    weighted: Tensor
     size: Tensor
     correction: Tensor
+    flags: Tensor
     distance: Tensor
     sketch: Tensor
 
 
-@kernel
-def weight_kernel(
-    weight, prepared, score_scale, centre,
-    stride_outer, stride_inner, stride_h, inner, hidden, padded, scale_bits, scale_exponent,
+class Prepared(NamedTuple):
+    """Queries and keys are None in float64, whose direct form needs no exponentials."""
+
+    weight: PreparedWeight
+    query: PreparedRows | None
+    key: PreparedRows | None
+
+
+@triton.jit
+def padded_length(length):
+    """LP of so many rows."""
+    return (length + (STEP + GROUP - 2)) // GROUP * GROUP
+
+
+@triton.jit
+def _weight_exponent(weight, stride_h, hidden, padded, BLOCK: tl.constexpr):
+    """The exponent of the largest finite |w|, so far as its reciprocal is a normal number."""
+    most = tl.zeros([BLOCK], tl.float32)
+    for h0 in range(0, padded, BLOCK):
+        h = h0 + tl.arange(0, BLOCK)
+        w = tl.load(weight + h.to(tl.int64) * stride_h, mask=h < hidden, other=0.0)
+        w = tl.abs(w.to(tl.float32))
+        most = tl.maximum(most, tl.where(w < float("inf"), w, 0.0))
+    largest = tl.max(most, 0)
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
+    return tl.where(largest == 0.0, 0, tl.maximum(tl.minimum(exponent, 125), -125))
+
+
+@triton.jit
+def _power(exponent):
+    return ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _prepare_weight(
+    weight, stride_h, prepared, n, hidden, padded, scale_bits, scale_exponent,
     BLOCK: tl.constexpr, FEATURES_PER_SUM: tl.constexpr,
 ):  # fmt: skip
-    n, o, m = batch_entry(tl.program_id(0), inner)
     h = tl.arange(0, BLOCK)
-    source = weight + o * stride_outer + m * stride_inner
-    w = tl.load(source + h.to(tl.int64) * stride_h, mask=h < hidden, other=0.0)
-    mantissa = number(scale_bits)
+    w = tl.load(weight + h.to(tl.int64) * stride_h, mask=h < hidden, other=0.0)
+    finite = tl.min((tl.abs(w) < float("inf")).to(tl.int32), 0)
+    first = number(scale_bits)
+    second = 1.0
     if w.dtype != tl.float64:
-        w = w.to(tl.float32)
-        finite = tl.min((tl.abs(w) < float("inf")).to(tl.int32), 0)
-        largest = tl.max(tl.where(tl.abs(w) < float("inf"), tl.abs(w), 0.0), 0)
-        exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
-        exponent = tl.where(largest == 0.0, 0, tl.maximum(tl.minimum(exponent, 125), -125))
-        w = w * ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+        exponent = _weight_exponent(weight, stride_h, hidden, padded, BLOCK)
+        w = w.to(tl.float32) * _power(-exponent)
         both = tl.maximum(tl.minimum(exponent + scale_exponent, 250), -250)
         half = both >> 1
-        first = ((127 + half) << 23).to(tl.float32, bitcast=True) * mantissa.to(tl.float32)
-        second = ((127 + both - half) << 23).to(tl.float32, bitcast=True)
+        first = _power(half) * first.to(tl.float32)
+        second = _power(both - half)
         sums = tl.sum(tl.reshape(w, [BLOCK // FEATURES_PER_SUM, FEATURES_PER_SUM]), 1)
         block = tl.arange(0, BLOCK // FEATURES_PER_SUM)
         blocks = padded // FEATURES_PER_SUM
-        tl.store(centre + n * blocks + block, sums * 0.5, mask=block < blocks)
-    else:
-        finite = tl.min((tl.abs(w) < float("inf")).to(tl.int32), 0)
-        first = mantissa
-        second = 1.0
-    tl.store(score_scale + 2 * n, tl.where(finite != 0, first, float("nan")))
-    tl.store(score_scale + 2 * n + 1, second)
-    tl.store(prepared + n * padded + h, w, mask=h < padded)
+        tl.store(prepared.centre + n * blocks + block, sums * 0.5, mask=block < blocks)
+    tl.store(prepared.score_scale + 2 * n, tl.where(finite != 0, first, float("nan")))
+    tl.store(prepared.score_scale + 2 * n + 1, second)
+    tl.store(prepared.weight + n * padded + h, w, mask=h < padded)
 
 
 @triton.jit
@@ -108,105 +145,193 @@ def _opposite_limit(square, hidden):
     return share * tl.minimum(2.0 * square, 1.0)
 
 
-@kernel
-def rows_kernel(
-    x, weight, exponential, size, correction, distance, sketch,
-    stride_outer, stride_inner, stride_row, stride_h,
-    weight_outer, weight_inner, inner, length, length_padded, hidden, padded,
-    SIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _prepare_rows(
+    x, stride_row, stride_h, weight, weight_h, rows, n, tile, length, length_padded, hidden,
+    padded, SIGN: tl.constexpr, BLOCK: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows. Sums stay apart per thread until the loops end."""
-    row_tiles = tl.cdiv(length_padded, ROWS)
-    n, o, m = batch_entry(tl.program_id(0) // row_tiles, inner)
-    row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
+    """A group of rows. Sums stay apart per thread until the loops end."""
+    row = tile * GROUP + tl.arange(0, GROUP)
     h = tl.arange(0, BLOCK)
     inside = row < length
-    source = x + o * stride_outer + m * stride_inner
-    source += row[:, None].to(tl.int64) * stride_row
-    largest = tl.zeros([ROWS, BLOCK], tl.float32)
-    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    source = x + row[:, None].to(tl.int64) * stride_row
+    factor = _power(-_weight_exponent(weight, weight_h, hidden, padded, BLOCK))
+    largest = tl.zeros([GROUP, BLOCK], tl.float32)
+    sums = tl.zeros([GROUP, BLOCK], tl.float32)
     squares = tl.zeros([BLOCK], tl.float32)
-    w_row = weight + o * weight_outer + m * weight_inner
     for h0 in range(0, padded, BLOCK):
-        f = (h0 + h)[None, :]
+        f = h0 + h
         v = tl.load(
-            source + f.to(tl.int64) * stride_h, mask=inside[:, None] & (f < hidden), other=0.0
-        ).to(tl.float32)
+            source + f[None, :].to(tl.int64) * stride_h,
+            mask=inside[:, None] & (f < hidden)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
         # A comparison with NaN is false: NaN counts as infinite.
         absolute = tl.abs(v)
         absolute = tl.where(absolute < float("inf"), absolute, float("inf"))
         largest = tl.maximum(largest, absolute)
-        w = tl.load(w_row + h0 + h, mask=h0 + h < padded, other=0.0)
+        w = tl.load(weight + f.to(tl.int64) * weight_h, mask=f < hidden, other=0.0)
+        w = w.to(tl.float32) * factor
         squares += w * w
-        w = tl.where(((h0 + h).to(tl.uint32) * 2654435769) >> 31 != 0, -w, w)
+        w = tl.where((f.to(tl.uint32) * 2654435769) >> 31 != 0, -w, w)
         sums += w[None, :] * v
     most = tl.max(largest, 1)
     at = n * length_padded + row
-    stored = row < length_padded
-    tl.store(size + at, most, mask=stored)
-    of_row = tl.sum(tl.reshape(sums, [ROWS, BLOCK // SKETCH, SKETCH]), 1)
-    of_row = (of_row / tl.sqrt(tl.sum(squares, 0))).to(tl.float16)  # [ROWS, SKETCH]
-    place = SKETCH * at[:, None] + tl.arange(0, SKETCH)[None, :]
-    tl.store(sketch + place, of_row, mask=stored[:, None])
+    tl.store(rows.size + at, most)
+    small = tl.max((inside & (most <= 1.0)).to(tl.int32), 0)
+    wild = tl.max((inside & (most > SAFE)).to(tl.int32), 0)
+    tl.store(rows.flags + (n * length_padded // GROUP + tile), small * SMALL + wild * WILD)
+    of_row = tl.sum(tl.reshape(sums, [GROUP, BLOCK // SKETCH, SKETCH]), 1)
+    of_row = (of_row / tl.sqrt(tl.sum(squares, 0))).to(tl.float16)  # [GROUP, SKETCH]
+    tl.store(rows.sketch + SKETCH * at[:, None] + tl.arange(0, SKETCH)[None, :], of_row)
     square = tl.sum(of_row.to(tl.float32) * of_row.to(tl.float32), 1)
     if SIGN < 0:
         square = _opposite_limit(square, hidden) - square
-    tl.store(distance + at, square, mask=stored)
+    tl.store(rows.distance + at, square)
 
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    safe = inside & (most <= SAFE)
+    total = tl.zeros([GROUP, BLOCK], tl.float32)
+    safe = (inside & (most <= SAFE))[:, None]
     for h0 in range(0, padded, BLOCK):
         f = (h0 + h)[None, :]
-        v = tl.load(
-            source + f.to(tl.int64) * stride_h, mask=safe[:, None] & (f < hidden), other=0.0
-        )
+        wide = f.to(tl.int64)
+        v = tl.load(source + wide * stride_h, mask=safe & (f < hidden), other=0.0)
         e, error = exp_with_error(v.to(tl.float32) * (2.0 * SIGN))
-        total += tl.load(w_row + f, mask=f < padded, other=0.0) * (error / e)
-        to = exponential + (n * length_padded + row[:, None].to(tl.int64)) * padded
-        tl.store(to + f, e, mask=stored[:, None] & (f < padded))
-    tl.store(correction + at, tl.sum(total, 1) * (0.5 * SIGN), mask=stored)
+        w = tl.load(weight + wide * weight_h, mask=f < hidden, other=0.0).to(tl.float32) * factor
+        total += w * (error / e)
+        stored = (f < padded) & (row >= 0)[:, None]
+        if EXPONENTIAL:
+            tl.store(rows.exponential + at[:, None] * padded + f, e, mask=stored)
+        if QUADS:
+            to = n * length_padded * padded + (f // 4).to(tl.int64) * (4 * length_padded)
+            to += 4 * row[:, None] + f % 4
+            tl.store(rows.quads + to, e, mask=stored)
+            if SIGN < 0:
+                tl.store(rows.weighted + to, w * e, mask=stored)
+    tl.store(rows.correction + at, tl.sum(total, 1) * (0.5 * SIGN))
 
 
-def prepare_weight(weight: Tensor, batch: BatchShape, scale: float) -> PreparedWeight:
-    """``weight`` (*b, H) of any strides."""
-    view = batch.narrow(weight, 1)
-    outer, inner, hidden = view.shape
+@triton.jit
+def _fill_spare(quads, end):
+    """1 in the rows beyond the last of all quads."""
+    tl.store(quads + end + tl.arange(0, 4 * SPARE), tl.full([4 * SPARE], 1.0, tl.float32))
+
+
+@kernel
+def prepare_kernel(
+    query, key, weight, query_outer, query_inner, query_row, query_h,
+    key_outer, key_inner, key_row, key_h, weight_outer, weight_inner, weight_h,
+    prepared, query_rows, key_rows, row_programs, row_count, rows, key_programs, key_count, keys,
+    inner, hidden, padded, scale_bits, scale_exponent,
+    BLOCK: tl.constexpr, WEIGHT_BLOCK: tl.constexpr, FEATURES_PER_SUM: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """Programs of queries, of keys and of weights, in this order; of weights alone without
+    ``query_rows``. ``row_count``, ``key_count`` and ``inner`` are their inner batch dims."""
+    program = tl.program_id(0)
+    if program >= row_programs + key_programs:
+        n, o, m = batch_entry(program - row_programs - key_programs, inner)
+        _prepare_weight(
+            weight + o * weight_outer + m * weight_inner, weight_h, prepared, n, hidden, padded,
+            scale_bits, scale_exponent, WEIGHT_BLOCK, FEATURES_PER_SUM,
+        )  # fmt: skip
+    elif query_rows is not None:
+        padded = tl.multiple_of(padded, 4)
+        if program >= row_programs:
+            program -= row_programs
+            keys_padded = padded_length(keys)
+            n, o, m = batch_entry(program // (keys_padded // GROUP), key_count)
+            if QUADS and program == 0:
+                end = key_programs.to(tl.int64) * GROUP * padded
+                _fill_spare(key_rows.quads, end)
+            _prepare_rows(
+                key + o * key_outer + m * key_inner, key_row, key_h,
+                weight + o * weight_outer + m * weight_inner, weight_h, key_rows, n,
+                program % (keys_padded // GROUP), keys, keys_padded, hidden, padded, 1, BLOCK,
+                EXPONENTIAL, QUADS,
+            )  # fmt: skip
+        else:
+            rows_padded = padded_length(rows)
+            n, o, m = batch_entry(program // (rows_padded // GROUP), row_count)
+            if QUADS and program == 0:
+                end = row_programs.to(tl.int64) * GROUP * padded
+                _fill_spare(query_rows.quads, end)
+                _fill_spare(query_rows.weighted, end)
+            _prepare_rows(
+                query + o * query_outer + m * query_inner, query_row, query_h,
+                weight + o * weight_outer + m * weight_inner, weight_h, query_rows, n,
+                program % (rows_padded // GROUP), rows, rows_padded, hidden, padded, -1, BLOCK,
+                EXPONENTIAL, QUADS,
+            )  # fmt: skip
+
+
+def _empty_rows(
+    view: Tensor, padded: int, exponential: bool, quads: bool, queries: bool
+) -> PreparedRows:
+    outer, inner, length = view.shape[:3]
+    length_padded = (length + STEP.value + GROUP.value - 2) // GROUP.value * GROUP.value
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=view.device)
+
+    of_rows = outer, inner, length_padded
+    size = outer * inner * length_padded * padded + 4 * SPARE.value if quads else 0
+    return PreparedRows(
+        exponential=empty(*of_rows, padded if exponential else 0),
+        quads=empty(size),
+        weighted=empty(size if queries else 0),
+        size=empty(*of_rows),
+        correction=empty(*of_rows),
+        flags=empty(outer, inner, length_padded // GROUP.value, dtype=torch.int32),
+        distance=empty(*of_rows),
+        sketch=empty(*of_rows, SKETCH.value, dtype=torch.float16),
+    )
+
+
+def batch_strides(x: Tensor, size: int = 1) -> tuple[int, int]:
+    """Of a contiguous (outer, inner, ...) with so many numbers each; 0 where it broadcasts."""
+    outer, inner = x.shape[:2]
+    return (0 if outer == 1 else inner * size), (0 if inner == 1 else size)
+
+
+def prepare(
+    query: Tensor, key: Tensor, weight: Tensor, batch: BatchShape, scale: float, *,
+    exponential: bool, quads: bool,
+) -> Prepared:  # fmt: skip
+    """``query`` (*b, Lq, H), ``key`` (*b, Lk, H) and ``weight`` (*b, H) of any strides, and which
+    layouts of the exponentials will be read."""
+    w = batch.narrow(weight, 1)
+    outer, inner, hidden = w.shape
     multiple = 4 if hidden <= DIFFERENCE_MAX_FEATURES else FEATURES_PER_SUM
     padded = -(-max(hidden, 1) // multiple) * multiple
-    block = max(FEATURES_PER_SUM, power_of_two(padded))
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    prepared = torch.empty(outer, inner, padded, dtype=dtype, device=weight.device)
-    score_scale = prepared.new_empty(outer, inner, 2)
-    centre = prepared.new_empty(outer, inner, padded // FEATURES_PER_SUM)
-    mantissa, exponent = (scale, 0) if dtype == torch.float64 else math.frexp(scale)
-    launch(
-        weight_kernel, outer * inner, weight, view, prepared, score_scale, centre, *view.stride(),
-        inner, hidden, padded, bits(mantissa), exponent,
-        BLOCK=block, FEATURES_PER_SUM=FEATURES_PER_SUM,
-    )  # fmt: skip
-    return PreparedWeight(*map(batch.expand, (prepared, score_scale, centre)))
-
-
-def prepare_rows(x: Tensor, sign: int, weight: Tensor, batch: BatchShape) -> PreparedRows:
-    """``x`` (*b, L, H) of any strides: queries with sign -1, keys with +1. ``weight`` is the
-    prepared one."""
-    view = batch.narrow(x, 2)
-    # The correction depends on the weight, which may have more heads than x.
-    outer = max(view.shape[0], 1 if weight.stride(0) == 0 else batch.outer)
-    inner = max(view.shape[1], 1 if weight.stride(1) == 0 else batch.inner)
-    length, hidden = view.shape[2:]
-    view = view.expand(outer, inner, length, hidden)
-    padded = weight.shape[-1]
-    length_padded = -(-(length + STEP - 1) // STEP) * STEP
-    exponential = torch.empty(
-        outer, inner, length_padded, padded, dtype=torch.float32, device=x.device
+    wide = weight.dtype == torch.float64
+    scaled = torch.empty(
+        outer, inner, padded, dtype=torch.float64 if wide else torch.float32, device=weight.device
     )
-    size, correction, distance = exponential.new_empty(3, outer, inner, length_padded)
-    sketch = exponential.new_empty(outer, inner, length_padded, SKETCH.value, dtype=torch.float16)
-    rows, block = 8, max(SKETCH.value, min(128, power_of_two(padded)))
+    of_weight = PreparedWeight(
+        scaled,
+        scaled.new_empty(outer, inner, 2),
+        scaled.new_empty(outer, inner, padded // FEATURES_PER_SUM),
+    )
+    views: list[Tensor] = []
+    rows: list[PreparedRows | None] = []
+    for x, queries in ((query, True), (key, False)):
+        x = batch.narrow(x, 2)
+        # What is prepared depends on the weight, which may have more heads than x.
+        x = x.expand(max(x.shape[0], outer), max(x.shape[1], inner), *x.shape[2:])
+        views.append(x)
+        rows.append(None if wide else _empty_rows(x, padded, exponential, quads, queries))
+    prepared = Prepared(of_weight, rows[0], rows[1])
+    programs = [0 if x is None else x.flags.numel() for x in rows]
+    mantissa, exponent = (scale, 0) if wide else math.frexp(scale)
     launch(
-        rows_kernel, outer * inner * -(-length_padded // rows), x, view, weight,
-        exponential, size, correction, distance, sketch, *view.stride(), *weight.stride()[:2],
-        inner, length, length_padded, hidden, padded, SIGN=sign, ROWS=rows, BLOCK=block,
+        prepare_kernel, sum(programs) + outer * inner, weight,
+        query, key, weight, *views[0].stride(), *views[1].stride(),
+        *(0 if n == 1 else s for n, s in zip(w.shape[:2], w.stride(), strict=False)), w.stride(2),
+        *prepared,
+        *(y for x, n in zip(views, programs, strict=True) for y in (n, x.shape[1], x.shape[2])),
+        inner, hidden, padded, bits(mantissa), exponent,
+        BLOCK=max(SKETCH.value, min(128, power_of_two(padded))),
+        WEIGHT_BLOCK=max(FEATURES_PER_SUM, power_of_two(padded)),
+        FEATURES_PER_SUM=FEATURES_PER_SUM, EXPONENTIAL=exponential, QUADS=quads,
     )  # fmt: skip
-    return PreparedRows(*map(batch.expand, (exponential, size, correction, distance, sketch)))
+    return prepared

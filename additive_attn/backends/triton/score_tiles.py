@@ -27,7 +27,7 @@ from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.launch import kernel, launch, registers
 from additive_attn.backends.triton.masks import attended_pairs, block_codes, interval, stored
-from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, split4, tanh
+from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, tanh
 from additive_attn.backends.triton.opposite import (
     Flags,
     holds_opposite,
@@ -35,7 +35,7 @@ from additive_attn.backends.triton.opposite import (
     opposite_pairs,
 )
 from additive_attn.backends.triton.plan import Piece
-from additive_attn.backends.triton.prepare import SAFE
+from additive_attn.backends.triton.prepare import SAFE, padded_length
 
 
 @triton.jit
@@ -51,35 +51,57 @@ def _keys_of(x):
 
 
 @triton.jit
+def _split(x, R: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
+    """The four slices [R, TM, TN] of [R, TM, TN, 4]."""
+    even, odd = tl.split(tl.reshape(x, [R, TM, TN, 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _pairs(x, y):
+    """x + y of rows [RM, TM, TN] and keys [RN, TM, TN]: [RM, RN, TM, TN]."""
+    return x[:, None, :, :] + y[None, :, :, :]
+
+
+@triton.jit
 def _joined(
-    a_rows, b_rows, weight, acc, h0, h1,
+    a_rows, z_rows, b_rows, weight, acc, u0, u1, a_step, b_step,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
     DIFFERENCE: tl.constexpr, EXACT: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum z/y over features [h0, h1): (math.md, eq. 4)."""
-    f = tl.arange(0, 4)
-    for h in range(h0, h1, 4):
-        a4 = tl.load(a_rows + h)  # [RM, TM, 4]
-        b4 = tl.load(b_rows + h)  # [RN, TN, 4]
-        w4 = tl.load(weight + h + f)  # [4]
-        a0, a1, a2, a3 = split4(a4, RM, TM)
-        b0, b1, b2, b3 = split4(b4, RN, TN)
-        y0 = _rows_of(a0) + _keys_of(b0)  # [RM, RN, TM, TN], as all below
-        y1 = _rows_of(a1) + _keys_of(b1)
-        y2 = _rows_of(a2) + _keys_of(b2)
-        y3 = _rows_of(a3) + _keys_of(b3)
+    """acc + sum z/y over quads [u0, u1) of features (math.md, eq. 4).
+
+    Every thread loads what it multiplies, so that the loop needs no shared memory and no barrier.
+    The loads' layout follows the contiguity of their addresses. That of the last dim is true, that
+    of the others is an order, last dim first, since Triton 3.6 would have threads lie along R. The
+    hint counts only where it meets the load."""
+    for u in range(u0, u1):
+        a_at = a_rows + tl.cast(u, tl.int64) * a_step
+        b_at = b_rows + tl.cast(u, tl.int64) * b_step
+        a4 = tl.load(tl.multiple_of(tl.max_contiguous(a_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
+        b4 = tl.load(tl.multiple_of(tl.max_contiguous(b_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
+        a0, a1, a2, a3 = _split(a4, RM, TM, TN)
+        b0, b1, b2, b3 = _split(b4, RN, TM, TN)
+        y0 = _pairs(a0, b0)
+        y1 = _pairs(a1, b1)
+        y2 = _pairs(a2, b2)
+        y3 = _pairs(a3, b3)
         if DIFFERENCE:
-            w0, w1, w2, w3 = split4(w4[None, None, :] + tl.zeros([RM, TM, 4], tl.float32), RM, TM)
-            z0 = (_keys_of(b0) - _rows_of(a0)) * _rows_of(w0)
-            z1 = (_keys_of(b1) - _rows_of(a1)) * _rows_of(w1)
-            z2 = (_keys_of(b2) - _rows_of(a2)) * _rows_of(w2)
-            z3 = (_keys_of(b3) - _rows_of(a3)) * _rows_of(w3)
+            w_at = weight + 4 * u
+            z0 = _pairs(-a0, b0) * tl.load(w_at)
+            z1 = _pairs(-a1, b1) * tl.load(w_at + 1)
+            z2 = _pairs(-a2, b2) * tl.load(w_at + 2)
+            z3 = _pairs(-a3, b3) * tl.load(w_at + 3)
         else:
-            z0, z1, z2, z3 = split4(a4 * w4[None, None, :], RM, TM)
-            z0 = _rows_of(z0)
-            z1 = _rows_of(z1)
-            z2 = _rows_of(z2)
-            z3 = _rows_of(z3)
+            z_at = z_rows + tl.cast(u, tl.int64) * a_step
+            z4 = tl.load(tl.multiple_of(tl.max_contiguous(z_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
+            z0, z1, z2, z3 = _split(z4, RM, TM, TN)
+            z0 = z0[:, None, :, :]
+            z1 = z1[:, None, :, :]
+            z2 = z2[:, None, :, :]
+            z3 = z3[:, None, :, :]
         z01 = z0 * y1 + z1 * y0
         z23 = z2 * y3 + z3 * y2
         y01 = y0 * y1
@@ -93,27 +115,43 @@ def _joined(
 
 @triton.jit
 def _indirect(
-    a_rows, b_rows, weight, centre, padded, small,
+    query_rows, key_rows, weight, centre, at_query, at_key, row0, key0, rows, keys, padded, small,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
     DIFFERENCE: tl.constexpr, FEATURES_PER_SUM: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """The energies of a tile in the difference or the factored form, [RM, RN, TM, TN]."""
+    """The energies of a tile in the difference or the factored form, [RM, RN, TM, TN]. Of rows and
+    keys beyond the last they are finite: what is read in their place are other rows."""
+    padded = tl.multiple_of(padded, 4)
+    a_step = 4 * padded_length(rows).to(tl.int64)
+    b_step = 4 * padded_length(keys).to(tl.int64)
+    f = tl.arange(0, 4)
+    none = tl.zeros([1, TM, TN, 1], tl.int32)
+    ri = RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]  # [RM, TM]
+    rj = TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]  # [RN, TN]
+    of_rows = 4 * ri[:, :, None, None] + none + f[None, None, None, :]
+    of_keys = 4 * rj[:, None, :, None] + none + f[None, None, None, :]
+    a_rows = query_rows.quads + (at_query * padded + 4 * row0) + of_rows
+    z_rows = query_rows.weighted + (at_query * padded + 4 * row0) + of_rows
+    b_rows = key_rows.quads + (at_key * padded + 4 * key0) + of_keys
+    quads = padded // 4
     total = tl.zeros([RM, RN, TM, TN], tl.float32)
     if small:
         total = _joined(
-            a_rows, b_rows, weight, total, 0, padded, RM, TM, RN, TN, True, True, TARGET
-        )
+            a_rows, z_rows, b_rows, weight, total, 0, quads, a_step, b_step,
+            RM, TM, RN, TN, True, True, TARGET,
+        )  # fmt: skip
     elif DIFFERENCE:
         total = _joined(
-            a_rows, b_rows, weight, total, 0, padded, RM, TM, RN, TN, True, False, TARGET
-        )
+            a_rows, z_rows, b_rows, weight, total, 0, quads, a_step, b_step,
+            RM, TM, RN, TN, True, False, TARGET,
+        )  # fmt: skip
     else:
+        STEPS: tl.constexpr = FEATURES_PER_SUM // 4
         for block in range(0, padded // FEATURES_PER_SUM):
             part = tl.zeros([RM, RN, TM, TN], tl.float32)
-            h0 = block * FEATURES_PER_SUM
             part = _joined(
-                a_rows, b_rows, weight, part, h0, h0 + FEATURES_PER_SUM,
-                RM, TM, RN, TN, False, False, TARGET,
+                a_rows, z_rows, b_rows, weight, part, block * STEPS, block * STEPS + STEPS,
+                a_step, b_step, RM, TM, RN, TN, False, False, TARGET,
             )  # fmt: skip
             total += 2.0 * (tl.load(centre + block) - part)
     return total
@@ -121,8 +159,8 @@ def _indirect(
 
 @triton.jit
 def _square(x, RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr):
-    """[RM, RN, TM, TN] to [BM, BN]; row = tm RM + rm, key = tn RN + rn."""
-    return tl.reshape(tl.permute(x, [2, 0, 3, 1]), [RM * TM, RN * TN])
+    """[RM, RN, TM, TN] to [BM, BN]; row = tm RM + rm, key = rn TN + tn."""
+    return tl.reshape(tl.permute(x, [2, 0, 1, 3]), [RM * TM, RN * TN])
 
 
 @triton.jit
@@ -227,10 +265,9 @@ def score_kernel(
     if computed:
         # Rows and keys beyond the last repeat the last.
         ri = row0 + tl.arange(0, RM)[:, None] + RM * tl.arange(0, TM)[None, :]
-        rj = key0 + tl.arange(0, RN)[:, None] + RN * tl.arange(0, TN)[None, :]
+        rj = key0 + TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]
         ri = tl.minimum(ri, rows - 1).to(tl.int64)  # [RM, TM]
         rj = tl.minimum(rj, keys - 1).to(tl.int64)  # [RN, TN]
-        f = tl.arange(0, 4)
         at_weight = o * weight_outer + m * weight_inner
         weight = prepared.weight + at_weight * padded
         if query_rows is None:
@@ -246,15 +283,10 @@ def score_kernel(
             any_direct, small = _forms(
                 query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, attended, BM, BN
             )
-            padded = tl.multiple_of(padded, 4)
-            a_rows = query_rows.exponential + at_query * padded
-            a_rows += ri[:, :, None] * padded + f[None, None, :]  # [RM, TM, 4]
-            b_rows = key_rows.exponential + at_key * padded
-            b_rows += rj[:, :, None] * padded + f[None, None, :]  # [RN, TN, 4]
             centre = prepared.centre + at_weight * (padded // FEATURES_PER_SUM)
             total = _indirect(
-                a_rows, b_rows, weight, centre, padded, small,
-                RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET,
+                query_rows, key_rows, weight, centre, at_query, at_key, row0, key0, rows, keys,
+                padded, small, RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET,
             )  # fmt: skip
             total += _rounding(query_rows, key_rows, at_query + ri, at_key + rj)
             energy = _square(total, RM, TM, RN, TN)  # [BM, BN]
