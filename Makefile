@@ -13,13 +13,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # An emulator of PTX, no part of the project, beside the checkout or where ADDITIVE_ATTN_PTX says.
 ADDITIVE_ATTN_PTX ?= ../shared/tools/ptx
 
-.PHONY: help build test check test-all compiled demo bench gpu lint clean
+.PHONY: help build test check test-all compiled features demo bench gpu lint clean
 
 help:
 	@echo "make test    run the tests: about 5 minutes on 2 cores"
 	@echo "make check   run the core of them: about a minute"
 	@echo "make test-all   run the tests and the expensive sweeps"
 	@echo "make compiled   run the Triton kernels as compiled, where an emulator of PTX is"
+	@echo "make features   which features run on which path and dtype: the table in docs/features.md"
 	@echo "make demo    equivalence, gradients and speed on this machine, then a short training"
 	@echo "make bench   benchmark: a table, and csv and figures in benchmarks/results/local/"
 	@echo "make gpu     tests and benchmark on a GPU, with the Python that has torch and Triton"
@@ -84,6 +85,11 @@ else
 compiled:
 	@echo "==> compiled kernels: left out, there is no emulator of PTX at $(ADDITIVE_ATTN_PTX)"
 endif
+
+features: build
+	@echo "==> features (about 7 minutes on 2 cores)"
+	@$(PYTEST) -m sweep tests/promises/test_features.py --features benchmarks/results/features.csv
+	@$(BIN)/python -m tools.doc_tables
 
 demo: build
 	@echo "==> demo: equivalence, gradients, speed"

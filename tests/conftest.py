@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers are the threads
 
 import emulation
+import features
 import paths
 import pytest
 import torch
@@ -53,6 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--compiled", choices=["80", "90"],
         help="only the Triton kernels, compiled for sm_80 or sm_90, in an emulator",
     )  # fmt: skip
+    parser.addoption("--features", metavar="FILE", help="write which features the tests computed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,6 +72,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--compiled: {error}.") from error
     if config.option.path == "native":
         paths.available = lambda: (paths.native(),)
+    if config.option.features:
+        features.record()
 
 
 # Paths. Every test runs on the native one. ``core`` adds the other instruction sets and plain
@@ -152,6 +156,26 @@ def threads() -> Iterator[Any]:
     torch.set_num_threads(before)
 
 
+# What passing tests computed, of all workers.
+
+computed: set[features.Cell] = set()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In the process that ran the test, after each of its phases."""
+    if report.when == "setup":
+        features.forget()
+    elif report.when == "call" and report.passed:
+        computed.update(features.seen())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["features"] = list(computed)
+    elif session.config.option.features:
+        features.write(session.config.option.features, computed)
+
+
 # What is said at the start and at the end.
 
 SWEEPS = pytest.StashKey[int]()
@@ -173,7 +197,9 @@ def pytest_report_header() -> list[str]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    node.config.stash[SWEEPS] = getattr(node, "workeroutput", {}).get("sweeps", 0)
+    told = getattr(node, "workeroutput", {})
+    node.config.stash[SWEEPS] = told.get("sweeps", 0)
+    computed.update(map(tuple, told.get("features", ())))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

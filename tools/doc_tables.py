@@ -17,10 +17,11 @@ from pathlib import Path
 
 from benchmarks import heads, second_order, sparse, table
 from benchmarks.decoders import table as decoders
-from tools import parallel_table
+from tools import feature_table, parallel_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "parallel.md"]
+NAMES = ("speed", "parallel", "features")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 TABLE = re.compile(
     r"(<!-- table: python -m ([\w.]+)(.*?) -->\n).*?(<!-- end of table -->)", re.DOTALL
 )
@@ -30,6 +31,7 @@ MAKERS = {
     "benchmarks.heads": heads.main,
     "benchmarks.sparse": sparse.main,
     "benchmarks.second_order": second_order.main,
+    "tools.feature_table": feature_table.main,
     "tools.parallel_table": parallel_table.main,
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tools import doc_tables
+from tools import doc_tables, feature_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,3 +90,11 @@ def test_tables_are_those_of_the_csv_files(page, monkeypatch):
     text = page.read_text("utf-8")
     assert "<!-- table:" in text
     assert doc_tables.renewed(page) == text, "renew them with: python -m tools.doc_tables"
+
+
+def test_no_feature_is_left_out_without_a_reason():
+    cells = feature_table.read(str(ROOT / "benchmarks" / "results" / "features.csv"))
+    holes = set(feature_table.holes(cells))
+    bad = [hole for hole in holes if (hole[0], hole[2]) not in feature_table.REASONS]
+    assert len(cells) > 40 and not bad, "renew it with: make features"
+    assert {(feature, dtype) for feature, _, dtype in holes} == feature_table.REASONS.keys()

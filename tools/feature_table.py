@@ -1,0 +1,65 @@
+"""Which features the tests compute, on which paths and in which dtypes, from the csv file that
+``make features`` writes.
+
+python -m tools.feature_table benchmarks/results/features.csv
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+
+PATHS = {
+    "avx512": "AVX-512", "avx2": "AVX2", "baseline": "baseline", "plain": "plain PyTorch",
+    "triton": "Triton, interpreted",
+}  # fmt: skip
+DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+GROUPS = {"": "attention", "scores": "`additive_scores`", "step": "a decoder's step"}
+# Why a feature does not run in a dtype.
+REASONS = {
+    ("step: keys of fewer bits than queries", dtype): "keys have 16 bits, or those of the queries"
+    for dtype in ("float64", "float32")
+}
+
+Cells = dict[str, dict[tuple[str, str], set[str]]]  # feature: (path, dtype): directions
+Hole = tuple[str, str, str]  # feature, path, dtype
+
+
+def read(file: str) -> Cells:
+    cells: Cells = defaultdict(lambda: defaultdict(set))
+    with open(file, encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            cells[row["feature"]][row["path"], row["dtype"]].add(row["direction"])
+    return cells
+
+
+def holes(cells: Cells) -> Iterator[Hole]:
+    """Where a feature did not run, or not in each direction in which it runs elsewhere."""
+    for feature, found in cells.items():
+        directions = set().union(*found.values())
+        for path in PATHS:
+            for dtype in DTYPES:
+                if found.get((path, dtype), set()) != directions:
+                    yield feature, path, dtype
+
+
+def main() -> None:
+    cells = read(sys.argv[1])
+    missing = set(holes(cells))
+    print(f"| of | feature | {' | '.join(PATHS.values())} |\n|---|---|{'---|' * len(PATHS)}")
+    for feature in sorted(cells, key=lambda x: (x.rpartition(": ")[0], x.lower())):
+        group, _, name = feature.rpartition(": ")
+        reasons = {text for (of, _), text in REASONS.items() if of == feature}
+        columns = []
+        for path in PATHS:
+            ran = [
+                short for dtype, short in DTYPES.items() if (feature, path, dtype) not in missing
+            ]
+            columns.append("all" if len(ran) == len(DTYPES) else ", ".join(ran) or "none")
+        print(f"| {GROUPS[group]} | {'; '.join([name, *reasons])} | {' | '.join(columns)} |")
+
+
+if __name__ == "__main__":
+    main()
