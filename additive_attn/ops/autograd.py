@@ -8,6 +8,7 @@ once per transform, with that transform's tensors.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import Any
 
@@ -77,7 +78,7 @@ def attend(
     if _grad_enabled() and (
         _requires_grad(call) or (score_bias is not None and score_bias.requires_grad)
     ):
-        outputs = Attention.apply(*call, need_weights, score_bias)
+        outputs = Attention.apply(call, need_weights, *call[:5], score_bias)
         return outputs
     with _below_autograd():
         outputs = dispatch.forward_directly(*call, need_weights)
@@ -145,13 +146,16 @@ def expanded(call: Call) -> tuple[Tensor, ...]:
 
 
 class Attention(SingleLevelFunction):
-    """``additive_attn::forward``; takes its arguments, and a score bias after them."""
+    """``additive_attn::forward``. Takes the call; then those of its arguments that have gradients,
+    and a score bias, since every argument of a Function costs time."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        out, weights, lse = dispatch.below_autograd(dispatch.forward_directly, *arguments[:15])
-        ctx.save_for_backward(*arguments[:9], arguments[11], arguments[15], lse)
-        ctx.numbers = *arguments[9:11], *arguments[12:15]
+    def forward(
+        ctx: Any, call: Call, need_weights: bool, *inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, weights, lse = dispatch.below_autograd(dispatch.forward_directly, *call, need_weights)
+        ctx.save_for_backward(*inputs, *call[5:9], call[11], lse)
+        ctx.numbers = *call[9:11], *call[12:], need_weights
         ctx.set_materialize_grads(False)
         return out, weights, lse
 
@@ -159,49 +163,54 @@ class Attention(SingleLevelFunction):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        *given, seed, score_bias, lse = ctx.saved_tensors
-        query, key, value, weight = given[:4]
+        query, key, value, weight, attn_mask, bias, *masking, seed, lse = ctx.saved_tensors
         left, right, dropout_p, scale, need_weights = ctx.numbers
-        needs = ctx.needs_input_grad
+        *_, need_query, need_key, need_value, need_weight, need_mask, need_bias = (
+            ctx.needs_input_grad
+        )
         if not need_weights:
             grad_weights = None  # a compiled graph passes zeros for the empty tensor
         if grad_out is None and grad_weights is None and grad_lse is None:
-            return (None,) * len(needs)
+            return (None,) * 8
         arguments = (
-            grad_out, grad_weights, grad_lse, *given, left, right, seed, dropout_p, scale, lse,
-            *needs[:5],
+            grad_out, grad_weights, grad_lse, query, key, value, weight, attn_mask, *masking,
+            left, right, seed, dropout_p, scale, lse,
+            need_query, need_key, need_value, need_weight, need_mask,
         )  # fmt: skip
-        if torch.is_grad_enabled() or _functorch_active():
-            grads = dispatch.backward(*arguments)
-        else:
-            with _below_autograd():
-                grads = dispatch.backward_directly(*arguments)
-        return (
-            reduced(grads[0], query) if needs[0] else None,
-            reduced(grads[1], key) if needs[1] else None,
-            reduced(grads[2], value) if needs[2] else None,
-            reduced(grads[3], weight) if needs[3] else None,
-            grads[4] if needs[4] else None,
-            *(None,) * 10,
-            torch.zeros_like(score_bias) if needs[15] else None,
-        )  # fmt: skip
+        again = _grad_enabled() or _functorch_active()  # the gradients are differentiated
+        operator = dispatch.backward if again else dispatch.backward_directly
+        with contextlib.nullcontext() if again else _below_autograd():
+            grads = operator(*arguments)
+            return (
+                None,
+                None,
+                reduced(grads[0], query) if need_query else None,
+                reduced(grads[1], key) if need_key else None,
+                reduced(grads[2], value) if need_value else None,
+                reduced(grads[3], weight) if need_weight else None,
+                grads[4] if need_mask else None,
+                torch.zeros_like(bias) if need_bias else None,
+            )
 
 
 class DirectedAttention(Attention):
     """The same where there may be tangents."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = Attention.forward(ctx, *arguments)
+    def forward(
+        ctx: Any, call: Call, need_weights: bool, *inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = Attention.forward(ctx, call, need_weights, *inputs)
         ctx.save_for_forward(*ctx.to_save)
         return outputs
 
     @staticmethod
     def jvp(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
-        *given, seed, _, lse = ctx.saved_tensors
+        *inputs, _, lengths, starts, table, tiles, seed, lse = ctx.saved_tensors
         left, right, dropout_p, scale, need_weights = ctx.numbers
-        call = *given, left, right, seed, dropout_p, scale, lse
-        return outputs_pushed_forward(ATTENTION, call, directions, (True, need_weights, True))
+        masking = lengths, starts, table, tiles, left, right
+        call = *inputs, *masking, seed, dropout_p, scale, lse
+        return outputs_pushed_forward(ATTENTION, call, directions[2:], (True, need_weights, True))
 
 
 def register(operator: Any, function: Any, layout: Layout) -> None:
@@ -222,6 +231,10 @@ def register(operator: Any, function: Any, layout: Layout) -> None:
     registrations.impl(operator._schema.name.split("::")[1], run, "Autograd")
 
 
-register(dispatch.forward, lambda *x: DirectedAttention.apply(*x, None), ATTENTION)
+register(
+    dispatch.forward,
+    lambda *x: DirectedAttention.apply(Call(*x[:14]), x[14], *x[:5], None),
+    ATTENTION,
+)
 register(dispatch.backward, AttentionBackward.apply, ATTENTION)
 register(dispatch.tangent, AttentionTangent.apply, ATTENTION)

@@ -293,5 +293,9 @@ def reduced(grad: Tensor, tensor: Tensor) -> Tensor:
     along."""
     # Ranks first: a trace that compared unequal ranks would guard on sizes that happen to agree.
     if grad.dim() != tensor.dim() or grad.shape != tensor.shape:
-        grad = grad.sum_to_size(tensor.shape)
+        # A sum over dims of 1 costs as much as another one; a view does not. Not in traces.
+        if type(grad) is Tensor and grad.numel() == tensor.numel():
+            grad = grad.reshape(tensor.shape)
+        else:
+            grad = grad.sum_to_size(tensor.shape)
     return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)

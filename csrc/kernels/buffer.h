@@ -15,14 +15,22 @@ class Buffer {
     if (n > size_) {
       std::free(memory_);
       size_ = 0;
-      memory_ = static_cast<T*>(std::aligned_alloc(64, round_up(n * std::int64_t(sizeof(T)), 64)));
+      // malloc keeps small pieces at hand, aligned_alloc does not.
+      const std::int64_t bytes = round_up(n * std::int64_t(sizeof(T)), alignment);
+      const bool small = bytes <= small_bytes;
+      memory_ = small ? std::malloc(bytes + alignment) : std::aligned_alloc(alignment, bytes);
       if (!memory_) throw std::bad_alloc();
+      const auto at = reinterpret_cast<std::uintptr_t>(memory_);
+      begin_ = reinterpret_cast<T*>(small ? (at + alignment - 1) / alignment * alignment : at);
       size_ = n;
     }
-    return memory_;
+    return begin_;
   }
 
  private:
-  T* memory_ = nullptr;
+  static constexpr std::int64_t alignment = 64, small_bytes = 896;
+
+  void* memory_ = nullptr;
+  T* begin_ = nullptr;
   std::int64_t size_ = 0;
 };
