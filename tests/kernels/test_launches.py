@@ -17,7 +17,7 @@ import triton.language as tl
 
 import additive_attn
 from additive_attn.backends import triton as operators
-from additive_attn.backends.triton import compiled
+from additive_attn.backends.triton import compiled, tiles
 from additive_attn.backends.triton.launch import kernel, launch
 from additive_attn.spec.call import Call
 from tools import mock_driver
@@ -45,27 +45,52 @@ def inputs(B: int, Lq: int, Lk: int, H: int, Dv: int) -> list[torch.Tensor]:
 CALLS = {
     (1, 1, 10, 32, 20): ((1, 0), (2, 0)),
     (64, 1, 400, 512, 512): ((2, 0), (2, 2)),
-    (1, 8, 10, 32, 20): ((6, 0), (7, 13)),
-    (1, 16, 1500, 64, 64): ((6, 2), (7, 14)),
+    (1, 8, 10, 32, 20): ((4, 0), (5, 3)),
+    (1, 16, 1500, 64, 64): ((4, 2), (5, 4)),
+    (2, 64, 64, 64, 64): ((4, 0), (5, 3)),
 }
+
+
+def count(driver: mock_driver.MockDriver, function: Any, *arguments: Any) -> Any:
+    """The kernels of Triton and of torch that a function starts, and its results."""
+    before = driver.launched
+    with mock_driver.TorchKernels() as kernels:
+        results = function(*arguments)
+    return (driver.launched - before, len(kernels.names)), results, kernels.names
+
+
+def forward_and_backward(driver: mock_driver.MockDriver, shape: Any, needs: Any) -> Any:
+    call = Call(*inputs(*shape))
+    forward, (out, _, lse), _ = count(driver, operators.forward, *call, False)
+    backward, _, names = count(driver, operators.backward, out, None, None, *call, lse, *needs)
+    return forward, backward, names
 
 
 @pytest.mark.parametrize("shape", CALLS, ids=str)
 def test_a_call_starts_few_kernels(driver: mock_driver.MockDriver, shape: Any) -> None:
-    call = Call(*inputs(*shape))
-
-    def count(function: Any, *arguments: Any) -> tuple[tuple[int, int], Any, Any]:
-        before = driver.launched
-        with mock_driver.TorchKernels() as kernels:
-            results = function(*arguments)
-        return (driver.launched - before, len(kernels.names)), results, kernels.names
-
-    forward, (out, _, lse), names = count(operators.forward, *call, False)
+    forward, backward, names = forward_and_backward(driver, shape, (True,) * 4 + (False,))
     most_forward, most_backward = CALLS[shape]
-    assert forward[0] <= most_forward[0] and forward[1] <= most_forward[1], (forward, names)
-    gradients = out, None, None, *call, lse, True, True, True, True, False
-    backward, _, names = count(operators.backward, *gradients)
+    assert forward[0] <= most_forward[0] and forward[1] <= most_forward[1], forward
     assert backward[0] <= most_backward[0] and backward[1] <= most_backward[1], (backward, names)
+
+
+@pytest.mark.parametrize("needed", range(4))
+def test_fewer_gradients_start_fewer_kernels(driver: mock_driver.MockDriver, needed: int) -> None:
+    _, everything, _ = forward_and_backward(driver, (1, 8, 10, 32, 20), (True,) * 4 + (False,))
+    needs = tuple(i == needed for i in range(5))
+    _, backward, names = forward_and_backward(driver, (1, 8, 10, 32, 20), needs)
+    assert sum(backward) < sum(everything), (backward, names)
+
+
+def test_pieces_add_up_in_a_bounded_number_of_kernels(
+    driver: mock_driver.MockDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "WORKSPACE_ELEMENTS", 64 * 128)
+    few, more = (
+        sum(forward_and_backward(driver, (1, rows, 100, 16, 8), (True,) * 4 + (False,))[1])
+        for rows in (128, 256)
+    )
+    assert more - few <= 2 * 10  # two pieces more
 
 
 def test_the_public_function_reaches_the_driver(driver: mock_driver.MockDriver) -> None:

@@ -26,30 +26,43 @@ from additive_attn.spec.call import Needs, Upstream, backward_arguments, call_of
 
 
 class Gradients(NamedTuple):
-    """What is added up over the pieces, of all entries; None where it is not wanted."""
+    """What the pieces write, or add to, of all entries; None where it is not wanted."""
 
     query: Tensor | None
     key: Tensor | None
     value: Tensor | None
     weight: Tensor | None
     mask: Tensor | None
+    added: bool  # whether several pieces add to the same keys, to zeros
 
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _zeros(p: Problem, needs: Needs) -> Gradients:
-    def zeros(needed: bool, *shape: int) -> Tensor | None:
+def _gradients(p: Problem, needs: Needs, pieces: list[Piece], upstream: Upstream) -> Gradients:
+    """Nothing is filled that a piece writes as a whole, nor converted that it writes in its dtype:
+    to do so takes a launch each, as long as everything else in a small call."""
+    ranges = [p.key_range(piece) for piece in pieces]
+    added = not pieces or pieces[0].rows < p.rows or ranges[0] != (0, p.keys)
+    no_keys = not pieces or any(begin == end for begin, end in ranges)
+
+    def result(needed: bool, filled: bool, dtype: torch.dtype, *shape: int) -> Tensor | None:
         if not needed:
             return None
-        return torch.zeros(shape, dtype=p.accumulator, device=p.device)
+        make = torch.zeros if filled else torch.empty
+        return make(shape, dtype=dtype, device=p.device)
 
+    n, dtype, accumulator = p.entries, p.dtype, p.accumulator
+    dtype_of_sums = accumulator if added else dtype
     return Gradients(
-        query=zeros(needs.query, p.entries, p.rows, p.hidden),
-        key=zeros(needs.key, p.entries, p.keys, p.hidden),
-        value=zeros(needs.value, p.entries, p.keys, p.values),
-        weight=zeros(needs.weight, p.entries, p.hidden),
-        mask=zeros(needs.mask, *(() if p.float_mask is None else p.float_mask.shape)),
+        query=result(needs.query, no_keys, dtype, n, p.rows, p.hidden),
+        key=result(needs.key, added, dtype_of_sums, n, p.keys, p.hidden),
+        value=result(needs.value, added or upstream.out is None, accumulator, n, p.keys, p.values),
+        weight=result(needs.weight, added, accumulator, n, p.hidden),
+        mask=result(
+            needs.mask, True, accumulator, *(() if p.float_mask is None else p.float_mask.shape)
+        ),
+        added=added,
     )
 
 
@@ -76,14 +89,19 @@ def backward(*arguments: Any) -> Results:
         rows = decode_rows(p, lse, upstream)
         gradient = torch.empty_like(rows.probabilities) if needs.mask else None
         return _decode_results(p, rows, needs, gradient, upstream)
-    sums = _zeros(p, needs)
-    if p.entries and p.rows and p.keys:
+    pieces = _pieces(p)
+    sums = _gradients(p, needs, pieces, upstream)
+    if pieces:
         grad_out = None if upstream.out is None else _entries(upstream.out, p, 2)
         upstream, values = upstream._replace(out=grad_out), _entries(call.value, p, 2)
         with torch._C._DisableAutocast():  # products would be rounded to 16 bits
-            for piece in p.pieces(tiles.gradient_block(p.rows)):
+            for piece in pieces:
                 _add_piece(p, piece, lse, values, upstream, sums)
     return _results(p, sums)
+
+
+def _pieces(p: Problem) -> list[Piece]:
+    return p.pieces(tiles.gradient_block(p.rows)) if p.entries and p.rows and p.keys else []
 
 
 def scores_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,8 +114,9 @@ def scores_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         gradient = _given(p, Piece(0, p.entries, 0, 1), grad_scores, (1, p.keys))
         results = _decode_results(p, Rows(gradient), needs, gradient, Upstream())
     else:
-        sums = _zeros(p, needs)
-        for piece in p.pieces(tiles.gradient_block(p.rows)) if p.keys and p.rows else ():
+        pieces = _pieces(p)
+        sums = _gradients(p, needs, pieces, Upstream())
+        for piece in pieces:
             key, end = p.key_range(piece)
             if key < end:
                 gradient = _given(p, piece, grad_scores, _padded(piece, end - key))
@@ -172,7 +191,11 @@ def _add_piece(
         scores.shape[-1], **tiles.row_block(count),
     )  # fmt: skip
     if sums.value is not None and upstream.out is not None:
-        sums.value[of_entries, of_keys] += scores[..., :count].mT @ grad_out
+        total, factor = sums.value[of_entries, of_keys], scores[..., :count].mT
+        if sums.added:
+            total.baddbmm_(factor, grad_out)
+        else:
+            torch.bmm(factor, grad_out, out=total)
     _add_from_scores(p, piece, gradient, flags, sums)
 
 
@@ -198,36 +221,64 @@ def _add_from_scores(
         key_padded, p.hidden, p.left, p.right, p.scale_bits,
     )  # fmt: skip
 
-    def features(kernel: object, length: int, reduced: int, total: Tensor) -> None:
-        """Runs a pass over the features: its sums to ``total``, and its share of dw."""
-        tile, block = tiles.gradient_tile(length, p.wide), tiles.gradient_block(reduced)
-        tile_count = -(-length // (tile["RX"] * tile["TX"]))
-        programs = entries * tile_count * -(-p.padded // (2 * tile["RH"] * tile["TH"]))
-        ranges, per_range = splits(programs, reduced, block, p.processors)
-        parts = total[None] if ranges == 1 else total.new_empty(ranges, *total.shape)
-        of_weight = total.new_empty(ranges, entries, tile_count, p.hidden)
-        launch(
-            kernel, programs * ranges, total,
-            *inputs, parts, of_weight, *sizes, ranges, per_range,
-            **tile, BLOCK=block, padded=p.padded, SPARSE=p.block_tiles is not None,
-            TARGET=target(),
-        )  # fmt: skip
-        if ranges > 1:
-            torch.sum(parts, 0, out=total)
-        if sums.weight is not None and not (p.wide and kernel is key_kernel):
-            sums.weight[of_entries] += of_weight.sum((0, 2))
-
+    passes: list[tuple[Any, int, int, Tensor]] = []  # kernel, length, reduced index, result
     if sums.query is not None or sums.weight is not None:
         if sums.query is None:
             total = gradient.new_empty(entries, rows, p.hidden)
         else:
             total = sums.query[of_entries, row : row + rows]
-        features(query_kernel, rows, count, total)
+        passes.append((query_kernel, rows, count, total))
     if sums.key is not None or (sums.weight is not None and not p.wide):
-        total = gradient.new_empty(entries, count, p.hidden)
-        features(key_kernel, count, rows, total)
-        if sums.key is not None:
-            sums.key[of_entries, key:end] += total
+        if sums.key is None or sums.added:
+            total = gradient.new_empty(entries, count, p.hidden)
+        else:
+            total = sums.key[of_entries]
+        passes.append((key_kernel, count, rows, total))
+    plans = [_feature_plan(p, entries, kernel, *lengths) for kernel, *lengths, _ in passes]
+    # Shares of dw, of both passes: (split, tile; entry; feature).
+    of_weight = gradient.new_empty(sum(x.weights for x in plans), entries, p.hidden)
+    begin = 0
+    for (function, _, _, total), plan in zip(passes, plans, strict=True):
+        parts = total if plan.splits == 1 else gradient.new_empty(plan.splits, *total.shape)
+        launch(
+            function, plan.programs, gradient,
+            *inputs, parts, of_weight[begin:], *sizes, plan.splits, plan.per_split,
+            **plan.tile, BLOCK=plan.block, padded=p.padded, SPARSE=p.block_tiles is not None,
+            TARGET=target(),
+        )  # fmt: skip
+        begin += plan.weights
+        if plan.splits > 1 and total.dtype == parts.dtype:
+            torch.sum(parts, 0, out=total)
+        elif plan.splits > 1:
+            total.copy_(parts.sum(0))
+    if sums.key is not None and sums.added:
+        sums.key[of_entries, key:end].add_(total)
+    if sums.weight is not None and sums.added:
+        sums.weight[of_entries].add_(of_weight.sum(0))
+    elif sums.weight is not None:
+        torch.sum(of_weight, 0, out=sums.weight[of_entries])
+
+
+class _FeaturePlan(NamedTuple):
+    """How a pass over the features is cut."""
+
+    tile: dict[str, int]
+    block: int
+    programs: int
+    splits: int
+    per_split: int
+    weights: int  # shares of dw that it leaves
+
+
+def _feature_plan(
+    p: Problem, entries: int, kernel: object, length: int, reduced: int
+) -> _FeaturePlan:
+    tile, block = tiles.gradient_tile(length, p.wide), tiles.gradient_block(reduced)
+    tile_count = -(-length // (tile["RX"] * tile["TX"]))
+    programs = entries * tile_count * -(-p.padded // (2 * tile["RH"] * tile["TH"]))
+    ranges, per_range = splits(programs, reduced, block, p.processors)
+    weights = 0 if p.wide and kernel is key_kernel else ranges * tile_count
+    return _FeaturePlan(tile, block, programs * ranges, ranges, per_range, weights)
 
 
 def _add_mask(

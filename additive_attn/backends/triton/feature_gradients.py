@@ -148,7 +148,7 @@ def query_kernel(
     padded: tl.constexpr, SPARSE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows and 2 RH TH features, a range of keys: dq to [split][entry][row] and, summed
-    over the rows too, dw to [split][entry][row tile]. ``flags``, of tiles of ``flag_rows`` x
+    over the rows too, dw to [split][row tile][entry]. ``flags``, of tiles of ``flag_rows`` x
     ``flag_keys`` pairs, are those of ``opposite.py``."""
     ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
@@ -255,7 +255,7 @@ def query_kernel(
     to = grad_query + ((split * entries + entry) * row_count + r[:, None, :, None]) * hidden
     inside = (r < row_count)[:, None, :, None]
     _store(to, h, hidden, inside, _weighted(sums, weight, h, hidden, weight_h, scale))
-    to = grad_weight + ((split * entries + entry) * tile_count + tile) * hidden
+    to = grad_weight + ((split * tile_count + tile) * entries + entry) * hidden
     _store_weight(to, h, hidden, scale, weights)
 
 
@@ -272,7 +272,7 @@ def key_kernel(
 ):  # fmt: skip
     """A tile of keys and 2 RH TH features, a range of rows: dk to ``grad_key``
     [split][entry][key]; what the roundings of K leave out of dw to ``grad_weight``
-    [split][entry][key tile]."""
+    [split][key tile][entry]."""
     ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
     TILE: tl.constexpr = 2 * RH * TH
@@ -348,5 +348,5 @@ def key_kernel(
         _K, K_error = exponentials(k, direct_j, 2.0)
         xa = tl.sum(tl.where(inside, 2.0 * sums[0] * K_error[0], 0.0), 0)
         xb = tl.sum(tl.where(inside, 2.0 * sums[1] * K_error[1], 0.0), 0)
-        to = grad_weight + ((split * entries + entry) * tile_count + tile) * hidden
+        to = grad_weight + ((split * tile_count + tile) * entries + entry) * hidden
         _store_weight(to, h, hidden, scale, (xa, xb))
