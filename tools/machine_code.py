@@ -20,15 +20,18 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from additive_attn.backends import triton as operators
-from additive_attn.spec.call import lse_dtype
+from tools.control_flow import Graph, number
+from tools.kernel_calls import Call, call, step_call
+from tools.kernel_work import PER_ROW, WORK, Work
 
 TRITON = importlib.metadata.version("triton")
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -36,13 +39,14 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NVIDIA = {f"sm_{capability}": capability for capability in (80, 90, 100)}
 AMD = ("gfx942",)
 
-# The inner loops at a long sequence: special functions of one iteration, and tanh for each.
-HOT = {"score_kernel": (16, 4), "query_kernel": (32, 2), "key_kernel": (32, 2)}
+# Instructions that no hot loop may hold: barriers, shared memory, local memory (spills).
+SLOW = ("BAR", "LDS", "STS", "LDL", "STL")
+# Of the hot loop: those, and all. In all: of all threads of all launches, for each pair.
 COLUMNS = (
     "triton", "target", "shape", "kernel", "registers", "spilled_bytes", "shared_bytes",
-    "instructions_per_tanh", "special_functions_per_tanh",
+    "instructions_per_tanh", "special_functions_per_tanh", *SLOW, "instructions_per_pair_in_all",
 )  # fmt: skip
-LONG = 1, 512, 512, 128, 128  # (B, Lq, Lk, H, Dv)
+LONG = 1, 1024, 2048, 128, 128  # (B, Lq, Lk, H, Dv)
 STEP = 64, 1, 400, 512, 512
 LOCATION = 32, 1, 270, 128, 512  # with 32 filters of 31 over two channels
 
@@ -57,36 +61,62 @@ class Code:
     cubin: bytes = b""
 
     @functools.cached_property
-    def loops(self) -> list[Counter[str]]:
-        """The instructions of each innermost loop, counted by their full names."""
-        return _loops(self.cubin)
-
-    def hot_loop(self, reciprocals: int) -> Counter[str]:
-        """Of the innermost loops with so many reciprocals, the shortest."""
-        found = [loop for loop in self.loops if special(loop) == reciprocals]
-        assert found, [special(loop) for loop in self.loops]
-        return min(found, key=Counter.total)
+    def graph(self) -> Graph:
+        return Graph(_read(self.cubin, "nvdisasm", "-c"))
 
 
-def special(loop: Counter[str]) -> int:
-    """Operations of the special-function unit."""
-    return sum(count for name, count in loop.items() if name.startswith("MUFU"))
+@dataclass(frozen=True)
+class Launch:
+    programs: int
+    arguments: SimpleNamespace  # by name; True in place of a tensor
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel: its name, the arguments it was compiled for, and how many programs of it
-    a launch would have started at most."""
+    """A compiled kernel: its name, the arguments it was compiled for, and its launches."""
 
     name: str
     arguments: str
-    programs: int
     code: Code
+    launches: tuple[Launch, ...]
 
-    def per_tanh(self) -> tuple[float, float]:
-        """Of the hot loop: instructions, and special functions, per tanh."""
-        reciprocals, group = HOT[self.name]
-        return self.code.hot_loop(reciprocals).total() / (reciprocals * group), 1 / group
+    @property
+    def programs(self) -> int:
+        """At most, of one launch."""
+        return max(launch.programs for launch in self.launches)
+
+    @property
+    def tanh(self) -> int:
+        """What a thread computes in one iteration of the hot loop; 0 where there is none."""
+        return 0 if self.name in PER_ROW else self._work(self.launches[0]).tanh
+
+    def _work(self, launch: Launch) -> Work:
+        return WORK[self.name](launch.arguments)
+
+    def hot_loop(self) -> Counter[str]:
+        """What one iteration executes."""
+        return self.code.graph.loop(self._work(self.launches[0]).through[0])
+
+    def per_tanh(self, loop: Counter[str], name: str = "") -> float:
+        """Of the hot loop, or its instructions with this name."""
+        return number(loop, name) / self.tanh
+
+    def executed(self) -> float:
+        """Instructions of all threads of all launches, on the cheapest path of each."""
+        total = 0.0
+        for launch in self.launches:
+            try:
+                path = self.code.graph.executed(self._work(launch).through)
+            except AssertionError as error:
+                raise AssertionError(f"{self.name}: {error}") from error
+            total += launch.programs * 32 * launch.arguments.num_warps * path.total()
+        return total
+
+
+def per_pair(kernels: Collection[Kernel], pairs: int) -> float:
+    """Instructions of all threads for each pair of a query and a key, of everything that grows
+    with the number of pairs; what is done once for each row or key (``PER_ROW``) is left out."""
+    return sum(kernel.executed() for kernel in kernels if kernel.name not in PER_ROW) / pairs
 
 
 class _Device:
@@ -111,13 +141,20 @@ def compiled_calls(target: str, function: Callable[[], None]) -> list[Kernel]:
     """The kernels that ``function`` would run on a GPU: every launch compiles for ``target``, as
     the arguments of the call ask for, and runs nothing. What the kernels would have written is
     left unwritten."""
-    launched: dict[int, tuple[Any, Any, int]] = {}
+    launched: dict[int, tuple[Any, Any, list[Launch]]] = {}
     run = JITFunction.run
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         built = run(kernel, *arguments, grid=grid, warmup=True, **options)
-        most = max(grid[0], launched.get(id(built), (None, None, 0))[2])
-        launched[id(built)] = kernel, built, most
+        named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+        # Tensors would be kept alive.
+        numbers = {
+            name: x if x is None or isinstance(x, (int, str)) else True
+            for name, x in named.items()
+        }
+        numbers["num_warps"] = built.metadata.num_warps
+        found = launched.setdefault(id(built), (kernel, built, []))
+        found[2].append(Launch(grid[0], SimpleNamespace(**numbers)))
         return built
 
     before = triton.runtime.driver._active
@@ -132,89 +169,39 @@ def compiled_calls(target: str, function: Callable[[], None]) -> list[Kernel]:
         JITFunction.run = run
         torch.version.hip = hip
     return [
-        Kernel(kernel.__name__, str(built.metadata), programs, _code(built, target))
-        for kernel, built, programs in launched.values()
+        Kernel(kernel.__name__, str(built.metadata), _code(built, target), tuple(launches))
+        for kernel, built, launches in launched.values()
     ]
 
 
-def call(
-    batch: int, queries: int, keys: int, hidden: int, values: int, *,
-    dtype: torch.dtype = torch.float32, mask: torch.dtype | None = None, lengths: bool = False,
-    dropout_p: float = 0.0, need_weights: bool = True, left: int = -1, right: int = -1,
-    upstream: Collection[str] = ("out",),
-) -> Callable[[], None]:  # fmt: skip
-    """Forward and backward, all gradients wanted, for ``compiled_calls``."""
+class _TorchKernels(TorchDispatchMode):
+    """The names of torch's own operators that run a kernel: all but views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        nothing = isinstance(result, torch.Tensor) and result.numel() == 0
+        if not (nothing or func.is_view or name in ("detach", "_unsafe_view") or "empty" in name):
+            self.names.append(name)
+        return result
+
+
+def launches(target: str, call: Call) -> Counter[str]:
+    """How often a call launches each kernel, torch's among them."""
+    torchs, inputs = _TorchKernels(), call.inputs()
 
     def function() -> None:
-        inputs: list[Any] = [
-            torch.zeros(batch, queries, hidden, dtype=dtype),
-            torch.zeros(batch, keys, hidden, dtype=dtype),
-            torch.zeros(batch, keys, values, dtype=dtype),
-            torch.zeros(hidden, dtype=dtype),
-            None if mask is None else torch.zeros(batch, queries, keys, dtype=mask),
-            torch.zeros(batch, queries, dtype=torch.int64) if lengths else None,
-            None, None, None, left, right,
-            torch.zeros((), dtype=torch.int64) if dropout_p else None, dropout_p, 1.0,
-        ]  # fmt: skip
-        out, weights, lse = operators.forward(*inputs, need_weights)
-        grads = [x if name in upstream else None for name, x in
-                 (("out", out), ("weights", weights), ("lse", lse))]  # fmt: skip
-        needs = (True, True, True, True, mask is not None and mask.is_floating_point)
-        operators.backward(*grads, *inputs, lse, *needs)
+        with torchs:
+            call.run(*inputs)
 
-    return function
-
-
-def step_call(
-    batch: int, queries: int, keys: int, hidden: int, values: int, *, filters: int = 0,
-    dtype: torch.dtype = torch.float32, mask: torch.dtype | None = None, lengths: bool = False,
-    dropout_p: float = 0.0,
-) -> Callable[[], None]:  # fmt: skip
-    """A decoder's step and its backward, with a location term and its features if ``filters``."""
-    assert queries == 1
-
-    def function() -> None:
-        def zeros(*shape: int) -> Any:
-            return torch.zeros(shape, dtype=dtype)
-
-        location = location_weight = grad_key = None
-        if filters:
-            inputs, width = zeros(batch, 2, keys), zeros(filters, 2, 31)
-            location = operators.location_features(inputs, width)
-            operators.location_features_backward(location, inputs, width, True, True)
-            location_weight = zeros(filters, hidden)
-            grad_key = zeros(batch, keys, hidden).to(lse_dtype(dtype))
-        arguments = (
-            zeros(batch, 1, hidden), zeros(batch, keys, hidden), zeros(batch, keys, values),
-            zeros(hidden), None, location, location_weight,
-            None if mask is None else torch.zeros(batch, 1, keys, dtype=mask),
-            torch.zeros(batch, 1, dtype=torch.int64) if lengths else None,
-            torch.zeros((), dtype=torch.int64) if dropout_p else None, dropout_p, 1.0,
-        )  # fmt: skip
-        out, weights, lse = operators.step(*arguments)
-        operators.step_backward(out, weights, lse, *arguments, weights, lse, grad_key)
-
-    return function
-
-
-def scores_call(
-    batch: int, queries: int, keys: int, hidden: int, *, mask: torch.dtype | None = None,
-    lengths: bool = False,
-) -> Callable[[], None]:  # fmt: skip
-    """Scores and all their gradients."""
-
-    def function() -> None:
-        arguments = (
-            torch.zeros(batch, queries, hidden), torch.zeros(batch, keys, hidden),
-            torch.zeros(hidden),
-            None if mask is None else torch.zeros(batch, queries, keys, dtype=mask),
-            torch.zeros(batch, queries, dtype=torch.int64) if lengths else None,
-            None, None, None, -1, -1, 1.0,
-        )  # fmt: skip
-        scores = operators.scores(*arguments)
-        operators.scores_backward(scores, *arguments, True, True, True, True)
-
-    return function
+    counted: Counter[str] = Counter()
+    for kernel in compiled_calls(target, function):
+        counted[kernel.name] += len(kernel.launches)
+    return counted + Counter(torchs.names)
 
 
 @functools.cache
@@ -243,29 +230,6 @@ def _nvidia(cubin: bytes, shared: int) -> Code:
     return Code(registers, spilled, shared, cubin)
 
 
-def _loops(cubin: bytes) -> list[Counter[str]]:
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    spans: list[tuple[int, int]] = []
-    for line in _read(cubin, "nvdisasm", "-c").splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(code[1])
-            branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", code[1])
-            if branch and branch[1] in labels:
-                spans.append((labels[branch[1]], len(instructions)))
-    inner = [
-        (start, end)
-        for start, end in spans
-        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans)
-    ]
-    return [
-        Counter(re.sub(r"^@!?U?P\w+\s+", "", x).split()[0] for x in instructions[start:end])
-        for start, end in inner
-    ]
-
-
 def _amd(assembly: str, shared: int) -> Code:
     def field(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", assembly)
@@ -290,10 +254,14 @@ def rows() -> list[dict[str, object]]:
                     "kernel": kernel.name, "registers": kernel.code.registers,
                     "spilled_bytes": kernel.code.spilled, "shared_bytes": kernel.code.shared,
                 }  # fmt: skip
-                if shape == LONG and kernel.name in HOT and target in NVIDIA:
-                    instructions, special_functions = kernel.per_tanh()
-                    row["instructions_per_tanh"] = f"{instructions:.2f}"
-                    row["special_functions_per_tanh"] = f"{special_functions:g}"
+                if shape == LONG and target in NVIDIA and kernel.name in WORK:
+                    pairs = shape[0] * shape[1] * shape[2]
+                    row["instructions_per_pair_in_all"] = f"{per_pair([kernel], pairs):.1f}"
+                    if kernel.tanh:
+                        loop = kernel.hot_loop()
+                        row["instructions_per_tanh"] = f"{kernel.per_tanh(loop):.2f}"
+                        row["special_functions_per_tanh"] = f"{kernel.per_tanh(loop, 'MUFU'):g}"
+                        row |= {name: number(loop, name) for name in SLOW}
                 found.append(row)
     return found
 

@@ -16,17 +16,17 @@ pytest.importorskip("triton", minversion="3.6", reason="Triton brings compiler a
 
 from additive_attn.backends import triton as operators
 from additive_attn.backends.triton import arguments, tiles
+from tools.control_flow import number
+from tools.kernel_calls import call, scores_call, step_call
 from tools.machine_code import (
     AMD,
-    HOT,
     LOCATION,
     LONG,
+    SLOW,
     STEP,
     TRITON,
-    call,
     compiled_calls,
-    scores_call,
-    step_call,
+    per_pair,
 )
 
 # The same source becomes other instructions in another version of the compiler.
@@ -106,8 +106,22 @@ CALLS = {
     "step, float64": step_call(2, 1, 500, 40, 300, filters=3, dtype=torch.float64, **STEPPED),
 }
 OTHERS = ("sm_80", "sm_100", "gfx942")
-# Instructions per tanh at most, on sm_90.
-BARS = {"score_kernel": 4.3, "query_kernel": 6.6, "key_kernel": 5.6}
+# Of a hot loop on sm_90, at most: instructions per tanh, special functions per tanh, and what
+# SLOW names.
+BARS = {
+    "score_kernel": (4.3, 0.25, 0),
+    "query_kernel": (6.6, 0.5, 9),
+    "key_kernel": (5.6, 0.5, 0),
+}
+# Instructions per tanh in all, on sm_90, at most: everything that a call does for each pair.
+FORWARD = {
+    "float32": (call(*LONG, need_weights=False, upstream=()), 7.3),
+    "bfloat16": (call(*LONG, dtype=torch.bfloat16, need_weights=False, upstream=()), 6.3),
+    "512 values": (
+        call(*LONG[:4], 512, dtype=torch.bfloat16, need_weights=False, upstream=()), 8.4
+    ),
+}  # fmt: skip
+BACKWARD = 18.6  # float32, scores computed again
 
 
 @functools.cache
@@ -115,9 +129,14 @@ def kernels(label, target):
     return compiled_calls(target, CALLS[label])
 
 
-def instructions_per_tanh(name, target):
+def hot_loops(name, target):
+    """The kernels of the usual call with this name, each with its hot loop."""
     found = [kernel for kernel in kernels("usual", target) if kernel.name == name]
-    return max(kernel.per_tanh()[0] for kernel in found)
+    return [(kernel, kernel.hot_loop()) for kernel in found]
+
+
+def instructions_per_tanh(name, target):
+    return max(kernel.per_tanh(loop) for kernel, loop in hot_loops(name, target))
 
 
 @pytest.mark.parametrize(
@@ -144,17 +163,37 @@ def test_calls_compile_without_spills(label, target):
         # programs run at once; in the usual call on sm_100 alone.
         most = 16 if VERSION < (3, 9) and (label != "usual" or target == "sm_100") else 0
         assert code.spilled <= most, kernel.name
-        if label == "usual" and kernel.name in HOT and target not in AMD:
-            loop = code.hot_loop(HOT[kernel.name][0])
-            assert not [name for name in loop if name[:3] in ("LDL", "STL")], kernel.name
-            if kernel.name == "score_kernel":  # every thread loads what it multiplies
-                assert not [x for x in loop if x[:3] in ("BAR", "LDS", "STS")], kernel.name
+        if label == "usual" and target not in AMD and kernel.tanh:
+            assert not number(kernel.hot_loop(), "LDL|STL"), kernel.name
 
 
 @figures
 @pytest.mark.parametrize("name", BARS)
-def test_instructions_per_tanh(name):
-    assert instructions_per_tanh(name, "sm_90") <= BARS[name]
+def test_hot_loops(name):
+    instructions, special_functions, slow = BARS[name]
+    for kernel, loop in hot_loops(name, "sm_90"):
+        assert kernel.per_tanh(loop) <= instructions
+        assert kernel.per_tanh(loop, "MUFU") <= special_functions
+        assert number(loop, "|".join(SLOW)) <= slow
+
+
+def in_all(kernels):
+    batch, queries, keys, hidden, _ = LONG
+    return per_pair(kernels, batch * queries * keys) / hidden
+
+
+@figures
+@pytest.mark.parametrize("label", FORWARD)
+def test_instructions_in_all(label):
+    function, most = FORWARD[label]
+    assert in_all(compiled_calls("sm_90", function)) <= most
+
+
+@figures
+def test_instructions_in_all_backward():
+    forward = compiled_calls("sm_90", FORWARD["float32"][0])
+    both = compiled_calls("sm_90", call(*LONG, need_weights=False))
+    assert in_all(both) - in_all(forward) <= BACKWARD
 
 
 @figures

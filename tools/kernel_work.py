@@ -1,0 +1,81 @@
+"""What one program of each Triton kernel does, for ``machine_code``: the loops on its path, and
+how often each runs, from the arguments of a launch.
+
+A new kernel gets a function here, named like it, or its name in ``PER_ROW``. ``a`` holds the
+arguments that are numbers, constexprs among them, by their names in the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from tools.control_flow import Through
+
+
+@dataclass(frozen=True)
+class Work:
+    """``tanh``: how many one iteration of the first loop, the hot one, computes in each thread; 0
+    if it computes none."""
+
+    through: tuple[Through, ...]
+    tanh: int = 0
+
+
+# What they do grows with the rows or the keys, not with the pairs.
+PER_ROW = {"prepare_kernel"}
+
+
+def score_kernel(a: SimpleNamespace) -> Work:
+    pairs = a.RM * a.RN
+    if a.DIFFERENCE:  # the direct form has as many special functions, but few additions
+        hot = Through({"MUFU": pairs, "FADD": 4 * pairs}, (a.padded / 4,))
+    else:
+        trips = a.FEATURES_PER_SUM / 4, a.padded / a.FEATURES_PER_SUM
+        hot = Through({"MUFU": pairs, "MUFU.EX2": 0}, trips)
+    return Work((hot,), 4 * pairs)
+
+
+def lse_kernel(a: SimpleNamespace) -> Work:
+    per_thread = a.BLOCK // (32 * a.num_warps)
+    main = Through({"MUFU": 2 * per_thread}, (a.score_padded / a.BLOCK,))
+    if a.weights is None:
+        return Work((main,))
+    return Work((main, Through({"MUFU": per_thread}, (a.key_count / a.BLOCK,))))
+
+
+def value_kernel(a: SimpleNamespace) -> Work:
+    per_thread = a.BM * a.BN // (32 * a.num_warps)
+    keys = min(a.keys_per_split, a.key_count)
+    return Work((Through({"MUFU": per_thread}, (keys / a.BN,)),))
+
+
+def row_gradient_kernel(a: SimpleNamespace) -> Work:
+    per_thread = a.BLOCK // (32 * a.num_warps)
+    trips = (a.key_count / a.BLOCK,)
+    return Work(
+        (Through({"MUFU": per_thread}, trips), Through({"MUFU": per_thread, "STG": 1}, trips))
+    )
+
+
+def query_kernel(a: SimpleNamespace) -> Work:
+    return _gradients(a, min(a.keys_per_split, a.key_count))
+
+
+def key_kernel(a: SimpleNamespace) -> Work:
+    return _gradients(a, min(a.rows_per_split, a.row_count))
+
+
+def _gradients(a: SimpleNamespace, length: int) -> Work:
+    reciprocals = 4 * a.RX * a.RH
+    hot = Through({"MUFU": reciprocals, "MUFU.EX2": 0}, (a.BLOCK / 4, length / a.BLOCK))
+    return Work((hot,), 2 * reciprocals)
+
+
+WORK: dict[str, Callable[[SimpleNamespace], Work]] = {
+    function.__name__: function
+    for function in (
+        score_kernel, lse_kernel, value_kernel, row_gradient_kernel, query_kernel, key_kernel,
+    )
+}  # fmt: skip
