@@ -48,10 +48,10 @@ class Step(NamedTuple):
 
 def step(machine: Machine, devices: int) -> Step:
     """Forward sends a shard of keys and values to every other device. Backward sends it again, and
-    gradients back; it computes the forward of each block again."""
+    gradients back."""
     shard = POSITIONS / devices * HEADS * 2 * FEATURES * ELEMENT_BYTES
     pairs = (POSITIONS / devices) ** 2 * HEADS * FEATURES  # of a block, times features
-    forward, backward = pairs * machine.forward, pairs * (machine.forward + machine.backward)
+    forward, backward = pairs * machine.forward, pairs * machine.backward
     sent = shard / machine.link
     exchanges = devices - 1
     return Step(

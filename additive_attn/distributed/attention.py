@@ -9,24 +9,33 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from additive_attn.distributed.exchange import agree, checked_group
+from additive_attn.distributed.exchange import agree, checked_group, sending_device
 from additive_attn.distributed.layout import Masks, layout_of, length
 from additive_attn.distributed.ring import ContextParallel, Plan
 from additive_attn.ops.attend import masked_attention
+from additive_attn.ops.block_mask import is_block_mask
 from additive_attn.ops.checks import (
     Integers,
     aligned_lengths,
     as_integers,
+    check_mask,
     checked_window,
     is_readable,
     refuse_flags,
     refuse_types,
 )
+from additive_attn.ops.second_order import has_tangents
 from additive_attn.spec.call import Call, Inputs, Options
 
 # Bytes of all processes together up to which every process gathers keys and values, or queries:
 # so little takes longer to send in turns than to send.
 GATHER_BYTES = 4 * 2**20
+_ONCE = (
+    "context_parallel_additive_attention was called under torch.func (vmap, grad, jvp) or with "
+    "tangents of forward mode, but takes part in .backward() and torch.autograd.grad alone, once. "
+    "Leading dims take the place of vmap. For the rest call additive_attention, of the whole "
+    "sequence."
+)
 _EXCHANGES = ("auto", "ring", "keys", "queries")
 
 
@@ -38,6 +47,7 @@ def context_parallel_additive_attention(
     weight: Tensor,
     mesh: DeviceMesh,
     *,
+    attn_mask: Tensor | None = None,
     lengths: Integers | None = None,
     is_causal: bool = False,
     window: tuple[int, int] | None = None,
@@ -63,6 +73,8 @@ def context_parallel_additive_attention(
             gradient, as of all parameters of a model whose sequence is sharded: the sum is the
             whole, which DistributedDataParallel and FSDP make.
         mesh: of one dim; of a mesh of several dims that of the sequence, ``mesh["sequence"]``.
+        attn_mask: bool or float, as in :func:`additive_attention`: it broadcasts to
+            ``(..., Lq, keys of all processes)``, for the queries of this process.
         lengths, starts: as in :func:`additive_attention`, counted in the whole sequence: ``(B,)``,
             or ``(B, Lq)`` for the queries of this process.
         is_causal, window: as in :func:`additive_attention`, by positions in the whole sequence.
@@ -84,8 +96,12 @@ def context_parallel_additive_attention(
         TypeError, ValueError, RuntimeError: as :func:`additive_attention`; or the processes call
             with different shapes, dtypes or options, which all of them raise.
     """
-    group = checked_group(mesh)
+    group, masked = checked_group(mesh), 1
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_ONCE)  # on every process, for none could send to others
     try:
+        if has_tangents((query, key, value, weight, attn_mask)):
+            raise RuntimeError(_ONCE)
         if type(balanced) is not bool:
             refuse_flags(balanced=balanced)
         if exchange not in _EXCHANGES:
@@ -100,12 +116,15 @@ def context_parallel_additive_attention(
         aligned = [None if x is None else _aligned(x, n, call) for n, x in given.items()]
         masks = Masks(left, 0 if is_causal else right, *aligned)
         per_query = any(x is not None and _is_per_query(x, call) for x in given.values())
+        if attn_mask is not None:
+            masked = _masked_keys(attn_mask, call)
+            per_query = True
     except Exception as error:
-        agree(group, _device(mesh, query), error, (0,) * 6)
+        agree(group, sending_device(mesh, query), error, (0,) * 7)
         raise
-    plan = _agreed(group, call, masks, per_query, balanced, exchange)
+    plan = _agreed(group, call, masks, masked, per_query, balanced, exchange)
     with torch.autocast(call.query.device.type, enabled=False):
-        out, lse = ContextParallel.apply(plan, *call.inputs)
+        out, lse = ContextParallel.apply(plan, attn_mask, *call.inputs)
     if hasattr(query, "device_mesh"):
         rows = sum(length(x) for x in plan.rows)
         out, lse = _sharded(out, mesh, rows, -2), _sharded(lse, mesh, rows, -1)
@@ -159,20 +178,25 @@ def _checked(
     return call
 
 
-def _device(mesh: DeviceMesh, query: Any) -> torch.device:
-    """One that the group can send from, whatever was passed."""
-    if isinstance(query, Tensor) and query.device.type == mesh.device_type:
-        return query.device
-    current = mesh.device_type != "cpu" and torch.accelerator.current_device_index()
-    return torch.device(mesh.device_type, current) if current else torch.device(mesh.device_type)
-
-
 def _aligned(given: Integers, name: str, call: Call) -> Tensor:
     """Checked but for the number of keys, which no process knows yet."""
     anywhere = call.key.new_empty(1, 1).expand(2**62, 1)
     if (lowest := _extreme(as_integers(name, given, call.key.device), min)) < 0:
         raise ValueError(f"{name} holds {lowest}, but counts keys from 0.")
     return aligned_lengths(given, anywhere, call.batch(), call.query.shape[-2], name)
+
+
+def _masked_keys(attn_mask: Any, call: Call) -> int:
+    """The size of a checked mask's dim of keys, whose number no process knows yet."""
+    if is_block_mask(attn_mask) or hasattr(attn_mask, "device_mesh"):
+        raise TypeError(
+            f"attn_mask is a {type(attn_mask).__name__}, but must be a tensor (..., Lq, keys of "
+            "all processes) for the queries of this process. is_causal, window, starts and "
+            "lengths take no memory for pairs."
+        )
+    keys = attn_mask.shape[-1] if isinstance(attn_mask, Tensor) and attn_mask.dim() else 1
+    check_mask(attn_mask, call.query, call.batch(), (call.query.shape[-2], keys))
+    return int(keys)
 
 
 def _is_per_query(given: Integers, call: Call) -> bool:
@@ -186,8 +210,8 @@ def _extreme(numbers: Tensor | None, of: Any) -> int:
 
 
 def _agreed(
-    group: dist.ProcessGroup, call: Call, masks: Masks, per_query: bool, balanced: bool,
-    exchange: str,
+    group: dist.ProcessGroup, call: Call, masks: Masks, masked: int, per_query: bool,
+    balanced: bool, exchange: str,
 ) -> Plan:  # fmt: skip
     """What all processes call with."""
     query, key, value, weight = call.inputs
@@ -207,9 +231,8 @@ def _agreed(
     }
     drawn = 0 if call.seed is None else int(call.seed)
     highest = (_extreme(x, max) for x in masks[2:])
-    told = agree(
-        group, key.device, common, (query.shape[-2], key.shape[-2], drawn, *highest, per_query)
-    )
+    sizes = query.shape[-2], key.shape[-2]
+    told = agree(group, key.device, common, (*sizes, drawn, *highest, per_query, masked))
     per_row = any(x[5] for x in told)
     rows = layout_of([x[0] for x in told], balanced, "queries")
     keys = layout_of([x[1] for x in told], balanced, "keys")
@@ -219,20 +242,26 @@ def _agreed(
             raise ValueError(
                 f"{name} holds {most}, but the keys of all processes have {total} positions."
             )
+    for process, numbers in enumerate(told):
+        if numbers[6] not in (1, total):
+            raise ValueError(
+                f"attn_mask has {numbers[6]} keys on process {process}, but the keys of all "
+                f"processes have {total} positions. Pass (..., Lq, {total}) or (..., Lq, 1)."
+            )
     seed, dropout_p, scale = call.options
     if seed is not None:
         seed = torch.full_like(seed, told[0][2])
     if exchange == "auto":
         features = _row(key) + _row(value), _row(query) + call.batch().numel() * value.shape[-1]
-        sizes = total * features[0], sum(x[0] for x in told) * features[1]
-        small = [size * key.element_size() <= GATHER_BYTES for size in sizes]
+        elements = total * features[0], sum(x[0] for x in told) * features[1]
+        small = [number * key.element_size() <= GATHER_BYTES for number in elements]
         exchange = "keys" if small[0] else "queries" if small[1] and not per_row else "ring"
     elif exchange == "queries" and per_row:
         raise ValueError(
             'exchange is "queries", which takes starts and lengths per sequence, (B,), but some '
-            'are per query. Pass exchange="auto" or "ring".'
+            'are per query, or an attn_mask is given. Pass exchange="auto" or "ring".'
         )
-    return Plan(group, Options(seed, dropout_p, scale), masks, rows, keys, exchange)
+    return Plan(group, Options(seed, dropout_p, scale), masks, None, rows, keys, exchange)
 
 
 def _row(tensor: Tensor) -> int:

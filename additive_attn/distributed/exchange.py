@@ -33,6 +33,14 @@ def checked_group(mesh: Any) -> dist.ProcessGroup:
     return mesh.get_group()
 
 
+def sending_device(mesh: DeviceMesh, query: Any) -> torch.device:
+    """One that the group can send from, whatever was passed."""
+    if isinstance(query, Tensor) and query.device.type == mesh.device_type:
+        return query.device
+    current = mesh.device_type != "cpu" and torch.accelerator.current_device_index()
+    return torch.device(mesh.device_type, current) if current else torch.device(mesh.device_type)
+
+
 def agree(
     group: dist.ProcessGroup,
     device: torch.device,

@@ -1,19 +1,21 @@
 """Attention of some rows to a part of the keys, and its gradients under what all parts give.
 
-A backend divides the weights of a call by their sum, so the backward of a part is that of the part
-alone, and the merge is differentiated around it (math.md, eq. 22).
+With the lse and the gradient sums of all keys, each pair's gradient is its own (math.md, eq. 9):
+no part's forward is computed again. A backend's backward divides the weights of a call by their
+sum, so it serves only rows without keys elsewhere; others are made of scores and their backward.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from additive_attn.distributed.layout import Ranges
+from additive_attn.distributed.layout import Bounds, Masks, Ranges, cut, length
 from additive_attn.ops import dispatch
 from additive_attn.ops.second_order import reduced
 from additive_attn.spec.call import Call, Inputs, Needs, lse_dtype
@@ -21,6 +23,8 @@ from additive_attn.spec.dropout import keep_mask
 
 # Pairs whose random words are made at a time, by plain PyTorch.
 _DROPOUT_PAIRS = 2**20
+# Pairs whose scores are kept at a time in backward.
+_PAIRS = 2**21
 
 
 class Part(NamedTuple):
@@ -29,6 +33,7 @@ class Part(NamedTuple):
     call: Call
     rows: Ranges
     keys: Ranges
+    masks: Masks
     seed: Tensor | None  # None: no dropout
     dropout_p: float
 
@@ -39,24 +44,17 @@ class Whole(NamedTuple):
     out: Tensor
     lse: Tensor
     grad_out: Tensor | None
-    base: Tensor | None  # the gradient of lse, less the product of out and its gradient
-
-    def of(self, rows: slice) -> Whole:
-        grad_out, base = self.grad_out, self.base
-        return Whole(
-            self.out[..., rows, :],
-            self.lse[..., rows],
-            None if grad_out is None else grad_out[..., rows, :],
-            None if base is None else base[..., rows],
-        )
+    grad_lse: Tensor | None
+    base: Tensor  # the gradient of lse, less the product of out and its gradient
 
 
 class Sums:
     """Gradients of inputs, added up in the dtype that is computed in; None where not needed."""
 
-    def __init__(self, inputs: Inputs, needs: Needs) -> None:
+    def __init__(self, inputs: Inputs, attn_mask: Tensor | None, needs: Needs) -> None:
         self.needs = needs
         self.query, self.key, self.value, self.weight = map(_zeros, inputs, needs[:4])
+        self.mask = None if attn_mask is None else _zeros(attn_mask, needs.mask)
 
     def of_keys(self, key: Tensor, value: Tensor) -> Sums:
         """The same sums but for other keys and values."""
@@ -64,7 +62,11 @@ class Sums:
         sums.key, sums.value = _zeros(key, self.needs.key), _zeros(value, self.needs.value)
         return sums
 
-    def add(self, gradients: tuple[Tensor, ...], rows: slice, keys: slice) -> None:
+    def add(
+        self, gradients: tuple[Tensor, ...], rows: slice, keys: slice, positions: Ranges
+    ) -> None:
+        """Those of query, key, value, weight and, over all pairs or in its shape, of a mask: of
+        some rows, and of keys at ``keys``, which stand at ``positions`` in the whole sequence."""
         targets = (
             None if self.query is None else self.query[..., rows, :],
             None if self.key is None else self.key[..., keys, :],
@@ -74,6 +76,16 @@ class Sums:
         for target, gradient in zip(targets, gradients[:4], strict=True):
             if target is not None and gradient.numel():
                 target += reduced(gradient, target)
+        if self.mask is not None:
+            mask, gradient = self.mask, gradients[4]
+            mask = mask if mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
+            if mask.dim() == 0 or mask.shape[-1] == 1:
+                mask += reduced(gradient, mask)
+                return
+            sizes = [length((x,)) for x in positions]
+            for held, part in zip(positions, gradient.split(sizes, -1), strict=True):
+                target = mask[..., slice(*held)]
+                target += reduced(part, target)
 
 
 def forward(part: Part) -> tuple[Tensor, Tensor]:
@@ -92,36 +104,82 @@ def forward(part: Part) -> tuple[Tensor, Tensor]:
 def backward(part: Part, whole: Whole, sums: Sums, keys: slice, alone: bool) -> None:
     """Adds the gradients to ``sums``, where the keys stand at ``keys``. ``alone``: there is no
     other part, so ``whole`` are the results of this one."""
-    for rows, kept, lse in _blocks(part):
-        some = whole.of(rows)
-        dropped = lse is not None
-        if some.grad_out is not None or not dropped:
-            out, own_lse = (some.out, some.lse) if alone and not dropped else _forward(kept)
-            worth = share(own_lse, some.lse) * (_keep_scale(part) if dropped else 1.0)
-            grad_out, grad_lse = some.grad_out, None if dropped else some.base
-            if grad_out is not None:
-                product = products(grad_out, out)
-                grad_lse = product if grad_lse is None else product + grad_lse
-                grad_out = (worth.unsqueeze(-1) * grad_out).to(grad_out.dtype)
-            if grad_lse is not None:
-                grad_lse = worth * grad_lse
-            sums.add(_backward(kept, grad_out, grad_lse, own_lse, sums.needs), rows, keys)
-        if lse is not None and some.base is not None:
-            # All keys take part in the softmax, also those that dropout leaves out of the sum.
-            scored, needs = _scored(part.call, rows), sums.needs._replace(value=False)
-            grad_lse = share(lse, some.lse) * some.base
-            sums.add(_backward(scored, None, grad_lse, lse, needs), rows, keys)
+    call, needs = part.call, sums.needs
+    if alone and part.seed is None:
+        gradients = dispatch.below_autograd(
+            dispatch.backward_directly, whole.grad_out, None, whole.grad_lse, *call, whole.lse,
+            *needs,
+        )  # fmt: skip
+        sums.add(gradients, slice(None), keys, part.keys)
+        return
+    # An empty row gets none, whatever comes in for it, and its scores are -inf.
+    lse = whole.lse.unsqueeze(-1)
+    empty = lse == -torch.inf
+    lse, base = lse.masked_fill(empty, 0.0), whole.base.unsqueeze(-1).masked_fill(empty, 0.0)
+    grad_out = None
+    if whole.grad_out is not None:
+        grad_out = whole.grad_out.to(lse.dtype).masked_fill(empty, 0.0)
+    for rows, columns, tile in _tiles(part):
+        some = None if grad_out is None else grad_out[..., rows, :]
+        gradients = _tile_gradients(tile, lse[..., rows, :], some, base[..., rows, :], needs)
+        first = keys.start + columns.start
+        sums.add(gradients, rows, slice(first, first + tile.call.key.shape[-2]), tile.keys)
+
+
+def _tile_gradients(
+    tile: Part, lse: Tensor, grad_out: Tensor | None, base: Tensor, needs: Needs
+) -> tuple[Tensor, ...]:
+    """Of query, key, value, weight, and of a mask over all pairs."""
+    query, key, value, weight, *masking = tile.call[:11]
+    scored = query, key, weight, *masking, tile.call.scale
+    scores = dispatch.below_autograd(dispatch.scores_directly, *scored)
+    weights = (scores - lse).exp_()
+    grad_value, grad_scores = query.new_empty(0), base
+    if grad_out is not None:
+        kept, grad_scores = weights, grad_out @ value.mT
+        if tile.seed is not None:
+            keep = _kept(tile, tile.call.batch()).to(lse.dtype).mul_(_keep_scale(tile))
+            kept, grad_scores = weights * keep, grad_scores.mul_(keep)
+        if needs.value:
+            grad_value = kept.mT @ grad_out
+        grad_scores = grad_scores.add_(base)
+    # A masked pair has none, whatever its value holds.
+    grad_scores = weights.mul_(grad_scores).masked_fill_(scores == -torch.inf, 0.0)
+    given = grad_scores.sum_to_size(scores.shape)
+    grad_query, grad_key, grad_weight, _ = dispatch.below_autograd(
+        dispatch.scores_backward_directly, given, *scored, needs.query, needs.key, needs.weight,
+        False,
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value, grad_weight, grad_scores
+
+
+def _tiles(part: Part) -> Iterator[tuple[slice, slice, Part]]:
+    """Some rows and some keys at a time, in the dtype that is computed in, without those that
+    ``is_causal`` or ``window`` hides."""
+    call = part.call
+    num_rows, num_keys = call.query.shape[-2], call.key.shape[-2]
+    pairs = max(_PAIRS // max(call.batch().numel(), 1), 1)
+    most_keys = min(max(math.isqrt(pairs), pairs // num_rows), num_keys)
+    most_rows = max(pairs // most_keys, 1)
+    for first in range(0, num_keys, most_keys):
+        positions = cut(part.keys, Bounds(first, first + most_keys))
+        for start in range(0, num_rows, most_rows):
+            rows = slice(start, start + most_rows)
+            held = cut(part.rows, Bounds(start, start + most_rows))
+            bounds = part.masks.bounds(held, positions)
+            if bounds.first < bounds.last:
+                columns = slice(first + bounds.first, first + bounds.last)
+                tile = _widened(_of_keys(_of_rows(call, rows), columns))
+                yield (
+                    rows,
+                    columns,
+                    part._replace(call=tile, rows=held, keys=cut(positions, bounds)),
+                )
 
 
 def _zeros(like: Tensor, need: bool) -> Tensor | None:
     dtype = lse_dtype(like.dtype)
     return torch.zeros(like.shape, dtype=dtype, device=like.device) if need else None
-
-
-def products(grad_out: Tensor, out: Tensor) -> Tensor:
-    """``grad_out . out`` of each row, in the dtype that is computed in."""
-    dtype = lse_dtype(out.dtype)
-    return (grad_out.to(dtype) * out.to(dtype)).sum(-1)
 
 
 def share(lse: Tensor, whole: Tensor) -> Tensor:
@@ -138,46 +196,67 @@ def _forward(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _backward(
-    call: Call, grad_out: Tensor | None, grad_lse: Tensor | None, lse: Tensor, needs: Needs
-) -> tuple[Tensor, ...]:
-    gradients: tuple[Tensor, ...] = dispatch.below_autograd(
-        dispatch.backward_directly, grad_out, None, grad_lse, *call, lse, *needs
-    )
-    return gradients
+def _kept(part: Part, batch: torch.Size) -> Tensor:
+    """What dropout keeps, by position in the whole sequences."""
+    rows = [
+        torch.cat([keep_mask(part.seed, batch, x, y, part.dropout_p) for y in part.keys], -1)  # type: ignore[arg-type]
+        for x in part.rows
+        if x[0] < x[1]
+    ]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, -2)
 
 
 def _blocks(part: Part) -> Iterator[tuple[slice, Call, Tensor | None]]:
     """The call; with dropout, for each block of rows, the call on the keys that are kept, and the
     lse over all keys: what is kept is a set of keys with a share of its own."""
-    call, seed = part.call, part.seed
-    if seed is None:
+    call = part.call
+    if part.seed is None:
         yield slice(None), call, None
         return
-    batch, row = call.batch(), 0
+    batch, num_rows = call.batch(), call.query.shape[-2]
     at_once = max(_DROPOUT_PAIRS // max(batch.numel() * call.key.shape[-2], 1), 1)
-    for first, last in part.rows:
-        for start in range(first, last, at_once):
-            stop = min(start + at_once, last)
-            rows, row = slice(row, row + stop - start), row + stop - start
-            kept = [
-                keep_mask(seed, batch, (start, stop), keys, part.dropout_p)
-                for keys in part.keys
-                if keys[0] < keys[1]
-            ]
-            some = _of_rows(call, rows)._replace(attn_mask=torch.cat(kept, -1))
-            yield rows, some, _forward(_scored(call, rows))[1]
-
-
-def _scored(call: Call, rows: slice) -> Call:
-    """The call of some rows without values: its lse."""
-    return _of_rows(call, rows)._replace(value=call.value[..., :0])
+    for start in range(0, num_rows, at_once):
+        rows = slice(start, min(start + at_once, num_rows))
+        held = part._replace(rows=cut(part.rows, Bounds(start, rows.stop)))
+        some, kept = _of_rows(call, rows), _kept(held, batch)
+        scored = some._replace(value=some.value[..., :0])
+        if (mask := some.attn_mask) is not None:
+            floating = mask.dtype != torch.bool
+            kept = torch.where(kept, mask, -torch.inf) if floating else kept & mask
+        yield rows, some._replace(attn_mask=kept), _forward(scored)[1]
 
 
 def _of_rows(call: Call, rows: slice) -> Call:
     def of(x: Tensor | None) -> Tensor | None:
         return x if x is None or x.dim() == 0 or x.shape[-1] == 1 else x[..., rows]
 
+    mask = call.attn_mask
+    if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+        mask = mask[..., rows, :]
     return call._replace(
-        query=call.query[..., rows, :], lengths=of(call.lengths), starts=of(call.starts)
+        query=call.query[..., rows, :], attn_mask=mask, lengths=of(call.lengths),
+        starts=of(call.starts),
+    )  # fmt: skip
+
+
+def _of_keys(call: Call, keys: slice) -> Call:
+    def of(x: Tensor | None) -> Tensor | None:
+        return None if x is None else (x - keys.start).clamp_(0, keys.stop - keys.start)
+
+    mask = call.attn_mask
+    if mask is not None and mask.dim() > 0 and mask.shape[-1] > 1:
+        mask = mask[..., keys]
+    return call._replace(
+        key=call.key[..., keys, :], value=call.value[..., keys, :], attn_mask=mask,
+        lengths=of(call.lengths), starts=of(call.starts),
+    )  # fmt: skip
+
+
+def _widened(call: Call) -> Call:
+    """Scores of 16 bits would be too coarse for weights."""
+    dtype, mask = lse_dtype(call.query.dtype), call.attn_mask
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(dtype)
+    return call._replace(
+        **{n: x.to(dtype) for n, x in call.inputs._asdict().items()}, attn_mask=mask
     )

@@ -23,6 +23,7 @@ class Plan(NamedTuple):
     group: dist.ProcessGroup
     options: Options
     masks: Masks
+    attn_mask: Tensor | None  # (..., Lq or 1, keys of all or 1), of this process's rows
     rows: tuple[Ranges, ...]  # of each process
     keys: tuple[Ranges, ...]
     exchange: str  # ring, keys or queries
@@ -52,17 +53,27 @@ class Plan(NamedTuple):
         starts, lengths = self.masks.intervals(rows, keys, bounds, query.device)
         call = Call(
             query, key[..., used, :], value[..., used, :], weight, lengths=lengths, starts=starts,
-            scale=scale,
+            attn_mask=self.mask_of(cut(keys, bounds)), scale=scale,
         )  # fmt: skip
-        return parts.Part(call, rows, cut(keys, bounds), seed, dropout_p), used
+        return parts.Part(call, rows, cut(keys, bounds), self.masks, seed, dropout_p), used
+
+    def mask_of(self, keys: Ranges) -> Tensor | None:
+        mask = self.attn_mask
+        if mask is None or mask.dim() == 0 or mask.shape[-1] == 1:
+            return mask
+        return torch.cat([mask[..., slice(*x)] for x in keys], -1)
 
 
 class ContextParallel(torch.autograd.Function):
-    """Attention of this process's rows to the keys of all; takes a plan and the inputs."""
+    """Attention of this process's rows to the keys of all; takes a plan without a mask, the mask
+    and the inputs."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, plan: Plan, attn_mask: Tensor | None, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
         query, key, value, weight = inputs
+        ctx.plan, plan = plan, plan._replace(attn_mask=attn_mask)
         all_lse = None
         if plan.exchange == "queries":
             out, lse, all_lse = _by_queries(plan, Inputs(*inputs))
@@ -76,8 +87,7 @@ class ContextParallel(torch.autograd.Function):
                     merged = merge_attention(*zip(*results, strict=True))
             out, lse = merged or _empty(plan, Inputs(*inputs))
         out = out.to(query.dtype)
-        ctx.plan = plan
-        ctx.save_for_backward(*inputs, out, lse, all_lse)
+        ctx.save_for_backward(attn_mask, *inputs, out, lse, all_lse)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -107,32 +117,32 @@ class _Once(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> list[Tensor | None]:
-    """Of query, key, value and weight."""
-    plan: Plan = ctx.plan
-    *inputs, out, lse, all_lse = ctx.saved_tensors
-    needs = Needs(*ctx.needs_input_grad[1:5])._replace(mask=False)
-    base = grad_lse
+    """Of the mask, query, key, value and weight."""
+    attn_mask, *inputs, out, lse, all_lse = ctx.saved_tensors
+    plan: Plan = ctx.plan._replace(attn_mask=attn_mask)
+    need_mask, *need_inputs = ctx.needs_input_grad[1:6]
+    needs = Needs._make((*need_inputs, need_mask))
+    base = torch.zeros_like(lse) if grad_lse is None else grad_lse
     if grad_out is not None:
-        product = parts.products(grad_out, out)
-        base = -product if grad_lse is None else grad_lse - product
-    whole = parts.Whole(out, lse, grad_out, base)
-    sums = parts.Sums(Inputs(*inputs), needs)
+        base = base - (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    whole = parts.Whole(out, lse, grad_out, grad_lse, base)
+    sums = parts.Sums(Inputs(*inputs), attn_mask, needs)
     if plan.exchange == "queries":
         _query_gradients(plan, inputs, whole._replace(lse=all_lse), sums)
     else:
         made = _ring_gradients if plan.exchange == "ring" else _key_gradients
         made(plan, inputs, whole, sums)
-    totals = sums.query, sums.key, sums.value, sums.weight
+    totals = sums.mask, sums.query, sums.key, sums.value, sums.weight
     return [
         None if total is None else total.to(x.dtype)
-        for total, x in zip(totals, inputs, strict=True)
+        for total, x in zip(totals, (attn_mask, *inputs), strict=True)
     ]
 
 
 def _empty(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Out and lse of rows that no key is for."""
     query, masks = inputs.query, plan.masks
-    batch = Call(*inputs, lengths=masks.lengths, starts=masks.starts).batch()
+    batch = Call(*inputs, plan.attn_mask, masks.lengths, masks.starts).batch()
     shape, dtype = (*batch, query.shape[-2]), lse_dtype(query.dtype)
     out = query.new_zeros(*shape, inputs.value.shape[-1], dtype=dtype)
     return out, query.new_full(shape, -torch.inf, dtype=dtype)
@@ -201,12 +211,11 @@ def _query_gradients(
     """Those of keys are made where they are; those of queries are added up."""
     query, key, value, weight = inputs
     grad_out, base = whole.grad_out, whole.base
-    if grad_out is None or base is None:
+    if grad_out is None:
         grad_out = torch.zeros_like(whole.out)
-        base = whole.lse.new_zeros(whole.out.shape[:-1]) if base is None else base
     (query,) = _gather(plan, (query,), plan.rows)
     grad_out, base = _gather(plan, (grad_out.to(base.dtype), base.unsqueeze(-1)), plan.rows)
-    given = parts.Whole(grad_out, whole.lse, grad_out.to(query.dtype), base.squeeze(-1))
+    given = parts.Whole(grad_out, whole.lse, grad_out, None, base.squeeze(-1))
     of_all = copy.copy(sums)
     of_all.query = None if sums.query is None else torch.zeros_like(query, dtype=base.dtype)
     found = plan.part(Inputs(query, key, value, weight), plan.keys[plan.rank], _whole(plan.rows))

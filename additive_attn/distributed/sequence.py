@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from additive_attn.distributed.exchange import agree, checked_group, gathered
+from additive_attn.distributed.exchange import agree, checked_group, gathered, sending_device
 from additive_attn.distributed.layout import balanced_layout, chunks, in_order, layout_of
+from additive_attn.ops.checks import refuse_flags, refuse_types
 
 
 def shard_sequence(
@@ -29,9 +32,11 @@ def shard_sequence(
         its positions.
 
     Raises:
-        TypeError, ValueError: the mesh is none of one dim, or does not contain this process.
+        TypeError, ValueError: the mesh is none of one dim, or does not contain this process; the
+            tensor is none, or has no such dim; balanced is no bool.
     """
     group = checked_group(mesh)
+    dim = _checked_dim(tensor, dim, balanced)
     rank, processes, total = dist.get_rank(group), dist.get_world_size(group), tensor.shape[dim]
     if not balanced:
         start, stop = chunks(total, processes)[rank]
@@ -51,13 +56,45 @@ def unshard_sequence(
 
     Raises:
         TypeError, ValueError: the mesh is none of one dim, shapes differ between processes, or
-            balanced shards have other sizes than :func:`shard_sequence` gives them.
+            balanced shards have other sizes than :func:`shard_sequence` gives them; the tensor is
+            none, or has no such dim; balanced is no bool.
+        RuntimeError: that, on another process.
     """
     group = checked_group(mesh)
+    try:
+        dim = _checked_dim(tensor, dim, balanced)
+    except (TypeError, ValueError) as error:
+        agree(group, sending_device(mesh, tensor), error, (0,))
+        raise
     shape = list(tensor.shape)
-    dim %= max(len(shape), 1)
     others = {"shapes but for dim": (shape[:dim], shape[dim + 1 :]), "dtypes": tensor.dtype}
     sizes = [x[0] for x in agree(group, tensor.device, others, (shape[dim],))]
     layout = layout_of(sizes, balanced, "the sequence")
     shards = gathered(tensor.detach().movedim(dim, 0), sizes, group)
     return in_order(shards, layout).movedim(0, dim)
+
+
+def _checked_dim(tensor: Any, dim: Any, balanced: Any) -> int:
+    """The dim of positions, counted from the first."""
+    if not isinstance(tensor, Tensor):
+        refuse_types(tensor=tensor)
+    if hasattr(tensor, "device_mesh") or tensor.layout is not torch.strided or tensor.is_nested:
+        found = "nested" if tensor.is_nested else "a DTensor"
+        found = found if tensor.layout is torch.strided else f"of layout {tensor.layout}"
+        raise TypeError(
+            f"tensor is {found}, but must be a dense tensor of this process. Pass .to_local() or "
+            ".full_tensor() of a DTensor, .to_dense() of a sparse tensor, .to_padded_tensor(0.0) "
+            "of a nested one."
+        )
+    if type(balanced) is not bool:
+        refuse_flags(balanced=balanced)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim is {dim!r}, but must be an integer: the dim of the positions.")
+    rank = tensor.dim()
+    if not -rank <= dim < rank:
+        among = f"from {-rank} to {rank - 1}" if rank else "of a tensor that has one"
+        raise ValueError(
+            f"dim is {dim}, but tensor has shape {tuple(tensor.shape)}. Pass the dim of the "
+            f"positions, {among}."
+        )
+    return dim % rank
