@@ -39,6 +39,10 @@ _NO_KERNEL = {
 }
 
 
+# Of each function that was loaded: Triton keeps them for the whole process.
+_pointers: dict[int, tuple[bool, ...]] = {}
+
+
 class _Function(ctypes.Structure):
     _fields_ = [
         ("name", ctypes.c_char * 128),
@@ -81,7 +85,6 @@ class MockDriver:
         self._count = ctypes.c_ulonglong.in_dll(library, "launched")
         self._launches = (_Launch * _KEPT).in_dll(library, "launches")
         self._types: list[str] = []
-        self._pointers: dict[int, tuple[bool, ...]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._utils, name)
@@ -113,7 +116,7 @@ class MockDriver:
         function.count = len(self._types)
         for n, kind in enumerate(self._types):
             function.size[n] = 8 if kind[0] == "*" else _SIZES[kind.lstrip("iufpb")]
-        self._pointers[loaded[1]] = tuple(kind[0] == "*" for kind in self._types)
+        _pointers[loaded[1]] = tuple(kind[0] == "*" for kind in self._types)
         return loaded
 
     @property
@@ -132,7 +135,7 @@ class MockDriver:
             function.name.decode(), ctypes.addressof(function), tuple(launch.grid),
             launch.threads, launch.shared, launch.stream or 0,
             tuple(launch.parameters[: function.count]),
-            self._pointers[ctypes.addressof(function)],
+            _pointers[ctypes.addressof(function)],
         )  # fmt: skip
 
 

@@ -7,20 +7,26 @@ from typing import Any
 
 import torch
 
-from additive_attn.backends.triton.backward import backward, scores_backward
-from additive_attn.backends.triton.forward import forward, scores
+from additive_attn.backends.triton import backward as _backward
+from additive_attn.backends.triton import forward as _forward
+from additive_attn.backends.triton import location_features as _location
+from additive_attn.backends.triton import steps
 from additive_attn.backends.triton.launch import interpreted
-from additive_attn.backends.triton.location_features import (
-    location_features,
-    location_features_backward,
-)
-from additive_attn.backends.triton.steps import prepare_keys, step, step_backward
+from additive_attn.backends.triton.plans import planned
 from additive_attn.spec.call import Call, Inputs
 
 __all__ = [
     "backward", "forward", "interpreted", "location_features", "location_features_backward",
     "prepare_keys", "probe", "scores", "scores_backward", "step", "step_backward",
 ]  # fmt: skip
+
+forward, scores = planned(_forward.forward), planned(_forward.scores)
+backward = planned(_backward.backward)
+scores_backward = planned(_backward.scores_backward)
+step, step_backward = planned(steps.step), planned(steps.step_backward)
+prepare_keys = steps.prepare_keys
+location_features = planned(_location.location_features)
+location_features_backward = planned(_location.location_features_backward)
 
 _NAMES = ("out", "weights", "lse", "grad query", "grad key", "grad value", "grad weight")
 

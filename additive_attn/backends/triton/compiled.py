@@ -6,7 +6,9 @@ None; for an address or, unless named in ``do_not_specialize``, an integer that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -18,13 +20,12 @@ from triton.runtime.jit import JITFunction
 
 _MOST = 4096  # entries of a cache, which then begins anew
 _run = JITFunction.run  # who replaces it, as the interpreter does, is to see every launch
-_TENSORS = (Tensor, torch.nn.Parameter)
+TENSORS = (Tensor, torch.nn.Parameter)
 
 
 class Compiled(NamedTuple):
     """A compiled kernel, and what follows the arguments of a launch: constants by their names."""
 
-    kernel: CompiledKernel
     run: Callable[..., None]
     function: Any
     metadata: Any
@@ -64,7 +65,7 @@ class _Signature:
         for n, (kind, parameter) in enumerate(zip(types, function.params, strict=False)):
             if kind is int and not parameter.is_constexpr:
                 (plain if parameter.do_not_specialize else special).append(n)
-            elif kind in _TENSORS:
+            elif kind in TENSORS:
                 tensors.append(n)
             elif issubclass(kind, tuple):
                 self.tuples.append(n)
@@ -81,7 +82,7 @@ class _Signature:
         ]
         for n in self.tuples:
             for x in arguments[n]:
-                if type(x) in _TENSORS:
+                if type(x) in TENSORS:
                     tensors.append(_kind(x))
                 elif type(x) is int:
                     integers.append(_specialised(x))
@@ -105,15 +106,36 @@ _signatures: dict[Any, _Signature] = {}
 _compiled: dict[Any, Compiled] = {}
 
 
-def settings(function: Any) -> tuple[Any, ...] | None:
+class _Thread(threading.local):
+    recorder: Any = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def recorded(recorder: Any) -> Iterator[None]:
+    """Tells ``recorder`` of the launches of this thread."""
+    _thread.recorder = recorder
+    try:
+        yield
+    finally:
+        _thread.recorder = None
+
+
+def unknown() -> None:
+    """A launch that is not found here."""
+    if _thread.recorder is not None:
+        _thread.recorder.launched(None, 0)
+
+
+def settings() -> tuple[Any, ...] | None:
     """What else Triton compiles for: the driver, the device, options of the process. None where
     someone watches launches or replaces them."""
     runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
     before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
     if (
-        type(function) is not JITFunction
-        or JITFunction.run is not _run
-        or function.pre_run_hooks
+        JITFunction.run is not _run
         or getattr(before, "calls", before)
         or getattr(after, "calls", after)
         or runtime.add_stages_inspection_hook is not None
@@ -140,20 +162,22 @@ def run(
     if kinds is not None:
         key = names, kinds, where, *options, *options.values()
         found = _compiled.get(key)
-    if found is not None:
-        driver, device = where[:2]
-        stream = driver.get_current_stream(device)
-        found.run(
-            programs, 1, 1, stream, found.function, found.metadata, None, None, None,
-            *arguments, *found.constants,
-        )  # fmt: skip
-        return
-    kernel = function[(programs,)](*arguments, **options)
-    rest = [parameter.name for parameter in function.params[len(arguments) :]]
-    if key is not None and type(kernel) is CompiledKernel and options.keys() >= set(rest):
+    if found is None:
+        kernel = function[(programs,)](*arguments, **options)
+        rest = [parameter.name for parameter in function.params[len(arguments) :]]
+        if key is None or type(kernel) is not CompiledKernel or not options.keys() >= set(rest):
+            return unknown()
         constants = tuple(options[name] for name in rest)
-        metadata = kernel.packed_metadata
-        _kept(_compiled, key, Compiled(kernel, kernel.run, kernel.function, metadata, constants))
+        binary = kernel.run, kernel.function, kernel.packed_metadata
+        found = _kept(_compiled, key, Compiled(*binary, constants))
+    else:
+        driver, device = where[:2]
+        found.run(
+            programs, 1, 1, driver.get_current_stream(device), found.function, found.metadata,
+            None, None, None, *arguments, *found.constants,
+        )  # fmt: skip
+    if _thread.recorder is not None:
+        _thread.recorder.launched(found, programs, arguments)
 
 
 def _kept(cache: dict[Any, Any], key: Any, value: Any) -> Any:

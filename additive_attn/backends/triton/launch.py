@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from additive_attn.backends.triton import compiled
 
@@ -70,10 +71,12 @@ def launch(function: Any, programs: int, tensor: Tensor, *arguments: Any, **opti
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         with torch.cuda.device(tensor.device):
             launch(function, programs, tensor, *arguments, **options)
+        compiled.unknown()
         return
     options["enable_fp_fusion"] = True  # later versions of Triton do not fuse by default
-    where = compiled.settings(function)
-    if where is None:
+    where = compiled.settings() if type(function) is JITFunction else None
+    if where is None or function.pre_run_hooks:
         function[(programs,)](*arguments, **options)
+        compiled.unknown()
     else:
         compiled.run(function, programs, arguments, options, where)

@@ -1,0 +1,234 @@
+"""Launch plans: what a call does on the host is done once, and then repeated.
+
+Batch dims, tiles, splits, views and the arguments of kernels follow from shapes, strides, dtypes,
+alignment and flags, never from what tensors hold or where they lie. So the second call of a kind
+is written down while it runs: its allocations, launches and operations of torch. Later ones do
+only these, with other addresses. Buffers that only kernels touch share one allocation. A call
+that reads a tensor on the host, or whose launches someone watches, is not written down."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from additive_attn.backends.triton import compiled
+from additive_attn.backends.triton.compiled import TENSORS
+from additive_attn.backends.triton.recorder import (
+    Buffer,
+    Launch,
+    NotPlanned,
+    Operation,
+    Part,
+    Recorder,
+)
+
+on_cpu = False  # whether calls on CPU tensors have plans too, as with a driver that runs nothing
+_MOST = 1024  # calls that are known; the oldest is forgotten
+_ALIGNED = 256  # bytes, between buffers that share an allocation
+_Allocation = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
+_empty, _modes = torch.empty_strided, torch._C._len_torch_dispatch_stack
+_precision = torch.get_float32_matmul_precision
+
+
+class _Step(NamedTuple):
+    """Allocations, then a launch or an operation, then what nothing reads any more."""
+
+    allocations: tuple[_Allocation, ...]
+    launch: tuple[Any, ...] | None
+    operation: Operation | None
+    dead: tuple[int, ...]
+
+
+class Plan:
+    """A call that was written down. Tensors have numbers: the given ones, then the shared
+    allocation, then all others."""
+
+    def __init__(self, recorder: Recorder, results: Sequence[Tensor], single: bool) -> None:
+        if recorder.reason is not None:
+            raise NotPlanned(recorder.reason)
+        parts = [recorder.part(x) for x in results]
+        kept = [part.buffer for part in parts]
+        if len(set(map(id, kept))) < len(kept) or any(x.born < 0 for x in kept):
+            raise NotPlanned("results share memory, or are arguments")
+        self.single = single
+        for n, buffer in enumerate(recorder.given):
+            buffer.number = n
+        self.count = len(recorder.given) + 1
+        self.pool = self._share([x for x in recorder.allocated if not x.seen and x not in kept])
+        # Kernels know addresses alone, so what only they have written may have any shape.
+        for part in parts:
+            if part.fills and not part.buffer.seen and part.dtype == part.buffer.dtype:
+                part.buffer.shape, part.buffer.stride = part.shape, part.stride
+        own = [x for x in recorder.allocated if x.seen or x in kept]
+        made = [x for step in recorder.steps if isinstance(step, Operation) for x in step.results]
+        for buffer in (*own, *made):
+            buffer.number = self.count
+            self.count += 1
+        dead = [x for x in (*own, *made) if x not in kept]
+        self.steps = [
+            _Step(
+                tuple((x.number, x.shape, x.stride, x.dtype) for x in own if x.born == n),
+                _launch(step) if isinstance(step, Launch) else None,
+                step if isinstance(step, Operation) else None,
+                tuple(x.number for x in dead if max(x.born, x.dies) == n),
+            )
+            for n, step in enumerate((*recorder.steps, None))
+        ]
+        self.results = [(x.buffer.number, None if x.is_whole else x) for x in parts]
+
+    def _share(self, buffers: list[Buffer]) -> int:
+        """Places buffers in one allocation, at the same place those that are not alive at the same
+        time; returns its bytes."""
+        placed: list[tuple[int, int, Buffer]] = []
+        for buffer in buffers:
+            size, begin = -(-buffer.bytes // _ALIGNED) * _ALIGNED, 0
+            alive = [x for x in placed if x[2].dies >= buffer.born]
+            for start, end, _ in sorted(alive, key=lambda x: x[:2]):
+                if start - begin >= size:
+                    break
+                begin = max(begin, end)
+            buffer.number, buffer.begin = self.count - 1, begin
+            placed.append((begin, begin + size, buffer))
+        return max((end for _, end, _ in placed), default=0)
+
+    def replay(self, given: list[Tensor], where: tuple[Any, ...]) -> Any:
+        device, spare = given[0].device, self.count - len(given)
+        tensors: list[Any] = [*given, *(None,) * spare]
+        addresses = [x.data_ptr() for x in given] + [0] * spare
+        if self.pool:
+            x = tensors[len(given)] = _empty((self.pool,), (1,), dtype=torch.uint8, device=device)
+            addresses[len(given)] = x.data_ptr()
+        stream = where[0].get_current_stream(where[1])
+        for allocations, launch, operation, dead in self.steps:
+            for n, shape, stride, dtype in allocations:
+                x = tensors[n] = _empty(shape, stride, dtype=dtype, device=device)
+                addresses[n] = x.data_ptr()
+            if launch is not None:
+                run, programs, function, metadata, arguments, places, tuples = launch
+                arguments = arguments.copy()
+                for place, n, offset in places:
+                    arguments[place] = addresses[n] + offset if n >= 0 else offset
+                for place, several in tuples:
+                    arguments[place] = tuple(
+                        [addresses[n] + x if n >= 0 else x for n, x in several]
+                    )
+                run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+            elif operation is not None:
+                for n, x in _operate(operation, tensors):
+                    tensors[n], addresses[n] = x, x.data_ptr()
+            for n in dead:
+                tensors[n] = None
+        results = [tensors[n] if x is None else x.of(tensors[n]) for n, x in self.results]
+        return results[0] if self.single else tuple(results)
+
+
+def _launch(step: Launch) -> tuple[Any, ...]:
+    """What ``Plan.replay`` takes apart."""
+    places, tuples, arguments = [], [], list(step.arguments)
+    for n, x in enumerate(arguments):
+        if isinstance(x, Part):
+            places.append((n, *_address(x)))
+        elif isinstance(x, tuple):
+            tuples.append((n, [_address(y) if isinstance(y, Part) else (-1, y) for y in x]))
+    found = step.found
+    return found.run, step.programs, found.function, found.metadata, arguments, places, tuples
+
+
+def _address(part: Part) -> tuple[int, int]:
+    """The number of a tensor, and bytes from its begin; a tensor without elements has no
+    address."""
+    return (part.buffer.number, part.buffer.begin + part.offset) if all(part.shape) else (-1, 0)
+
+
+def _operate(x: Operation, tensors: list[Any]) -> list[tuple[int, Tensor]]:
+    def restored(x: Any) -> Any:
+        if isinstance(x, Part):
+            return x.of(tensors[x.buffer.number])
+        return [restored(y) for y in x] if isinstance(x, tuple) else x
+
+    with torch._C._DisableAutocast():
+        options = {name: restored(y) for name, y in x.options.items()}
+        result = x.function(*map(restored, x.arguments), **options)
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    return [(buffer.number, y) for buffer, y in zip(x.results, results, strict=False)]
+
+
+class _Unplanned(NamedTuple):
+    """A call that has no plan: not yet, or for a reason."""
+
+    reason: str | None
+
+
+_ONCE = _Unplanned(None)
+_plans: dict[Any, Plan | _Unplanned] = {}
+
+
+def forget() -> None:
+    """For tests that change what plans hold: tile sizes, the number of multiprocessors."""
+    _plans.clear()
+
+
+def _key(function: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What a plan is made for; None for a call that shall have none."""
+    where = compiled.settings() if _modes() == 0 else None
+    if where is None:
+        return None
+    key = [function, where, _precision()]
+    for x in arguments:
+        kind = type(x)
+        if kind in TENSORS:
+            if not (x.is_cuda or on_cpu):
+                return None
+            key += (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0, x.device)
+        elif kind is float:
+            key.append(x.hex())
+        elif x is None or kind is int or kind is bool:
+            key.append(x)
+        else:
+            return None
+    return tuple(key)
+
+
+def planned(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator whose calls are written down and repeated."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        key = _key(function, arguments)
+        if key is None:
+            return function(*arguments)
+        plan = _plans.get(key)
+        if type(plan) is Plan:
+            return plan.replay([x for x in arguments if type(x) in TENSORS], key[1])
+        if plan is _ONCE:
+            return _write_down(function, arguments, key)
+        if plan is None:
+            _keep(key, _ONCE)
+        return function(*arguments)
+
+    return call
+
+
+def _keep(key: Any, plan: Plan | _Unplanned) -> None:
+    _plans.pop(key, None)
+    if len(_plans) >= _MOST:
+        _plans.pop(next(iter(_plans), None), None)
+    _plans[key] = plan
+
+
+def _write_down(function: Callable[..., Any], arguments: tuple[Any, ...], key: Any) -> Any:
+    # Tensors of their own: one that is given twice may be two the next time.
+    arguments = tuple(x.detach() if type(x) in TENSORS else x for x in arguments)
+    recorder = Recorder([x for x in arguments if isinstance(x, Tensor)])
+    with compiled.recorded(recorder), recorder:
+        result = function(*arguments)
+    single = isinstance(result, Tensor)
+    try:
+        _keep(key, Plan(recorder, (result,) if single else result, single))
+    except NotPlanned as error:
+        _keep(key, _Unplanned(str(error)))
+    return result

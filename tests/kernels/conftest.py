@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import emulation
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    """Triton's driver, and the device, that write down what is launched and run nothing."""
+    pytest.importorskip("triton", minversion="3.6")
+    from additive_attn.backends import triton as operators
+    from tools import mock_driver
+
+    if (
+        torch.cuda.is_available()
+        or torch.version.hip is not None
+        or operators.interpreted()
+        or emulation.installed()
+        or shutil.which("cc") is None
+    ):
+        pytest.skip("a mock driver needs a C compiler, and stands where a GPU's would")
+    with mock_driver.installed() as driver:
+        yield driver

@@ -1,0 +1,366 @@
+"""A call on a GPU that repeats is repeated from a plan: it does the same, with other addresses.
+What reaches the device is written down by a driver that runs nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from additive_attn.backends import triton as operators
+from additive_attn.backends.triton import plans
+from additive_attn.spec.call import Call
+from tools.mock_driver import MockDriver
+
+
+@pytest.fixture(autouse=True)
+def planning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(plans, "on_cpu", True)
+    plans.forget()
+    yield
+    plans.forget()
+
+
+class Event(NamedTuple):
+    """A launch, or an operation of torch, and the memory that it takes."""
+
+    what: tuple[Any, ...]
+    addresses: tuple[int, ...]
+
+
+class Traffic(TorchDispatchMode):
+    """What reaches the device, in order, and the allocations, which all stay alive."""
+
+    def __init__(self, driver: MockDriver) -> None:
+        super().__init__()
+        self.driver = driver
+        self.events: list[Event] = []
+        self.storages: dict[int, tuple[int, Any]] = {}
+        self.seen = driver.launched
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.launches()
+        result = func(*args, **(kwargs or {}))
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        for x in results:
+            storage = x.untyped_storage()
+            self.storages[storage.data_ptr()] = storage.nbytes(), storage
+        name = func._schema.name
+        view = all(x.alias_info and not x.alias_info.is_write for x in func._schema.returns)
+        fresh = "empty" in name
+        if not view and not fresh and name != "aten::copy_":
+            tensors = [x for x in args if isinstance(x, torch.Tensor)]
+            shapes = [(x.shape, x.stride(), x.dtype) for x in (*tensors, *results)]
+            rest = [x for x in args if not isinstance(x, torch.Tensor)]
+            addresses = [x.data_ptr() for x in (*tensors, *results)]
+            self.events.append(Event((name, *shapes, *map(str, rest)), tuple(addresses)))
+        return result
+
+    def launches(self) -> None:
+        for x in self.driver.since(self.seen):
+            values = zip(x.parameters, x.pointers, strict=True)
+            fixed = [value for value, pointer in values if not pointer]
+            pointed = zip(x.parameters, x.pointers, strict=True)
+            addresses = tuple(value for value, pointer in pointed if pointer)
+            self.events.append(Event((x.name, x[1:5], x.stream, *fixed), addresses))
+        self.seen = self.driver.launched
+
+
+def traffic(driver: MockDriver, function: Callable[[], Any]) -> Traffic:
+    result = Traffic(driver)
+    with result:
+        result.results = function()  # type: ignore[attr-defined]
+    result.launches()
+    return result
+
+
+def replayed(driver: MockDriver, operator: Any, arguments: tuple[Any, ...]) -> Traffic:
+    """Of a call that has a plan."""
+    key = plans._key(operator.__wrapped__, arguments)
+    assert key is not None
+    plan = plans._plans[key]
+    assert isinstance(plan, plans.Plan), plan
+    given = [x for x in arguments if isinstance(x, torch.Tensor)]
+    return traffic(driver, lambda: plan.replay(given, key[1]))
+
+
+def assert_same(ordinary: Traffic, repeated: Traffic, given: list[torch.Tensor]) -> None:
+    """The same events. Given memory is the same; other memory is as much, at places of its own
+    while it is used."""
+    assert [x.what for x in ordinary.events] == [x.what for x in repeated.events]
+    inputs = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in given}
+    moved: dict[int, int] = {}  # storages of the ordinary call: by how much
+    used: dict[int, list[int]] = {}  # the events that use them
+
+    def storage(address: int, among: Any) -> int | None:
+        inside = (start for start, size in among if start <= address < start + max(size, 1))
+        return next(inside, None)
+
+    sizes = {start: size for start, (size, _) in ordinary.storages.items()}
+    for n, (one, other) in enumerate(zip(ordinary.events, repeated.events, strict=True)):
+        for mine, theirs in zip(one.addresses, other.addresses, strict=True):
+            if storage(mine, inputs.items()) is not None or mine == 0:
+                assert mine == theirs, one.what
+                continue
+            start = storage(mine, sizes.items())
+            assert start is not None, one.what
+            assert moved.setdefault(start, theirs - mine) == theirs - mine, one.what
+            assert theirs % 16 == mine % 16
+            used.setdefault(start, []).append(n)
+    places = [
+        (start + moved[start], start + moved[start] + sizes[start], min(uses), max(uses))
+        for start, uses in used.items()
+    ]
+    end = len(ordinary.events)
+    given_places = [(start, start + size, 0, end) for start, size in inputs.items()]
+    for n, (begin, end, first, last) in enumerate(places):
+        for other_begin, other_end, other_first, other_last in places[:n] + given_places:
+            apart = end <= other_begin or other_end <= begin
+            assert apart or last < other_first or other_last < first
+    results = zip(outputs(ordinary), outputs(repeated), strict=True)
+    for one, other in results:
+        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        start = one.untyped_storage().data_ptr()
+        if start in moved:
+            assert other.data_ptr() - one.data_ptr() == moved[start]
+
+
+def outputs(traffic: Traffic) -> list[torch.Tensor]:
+    results = traffic.results  # type: ignore[attr-defined]
+    return [results] if isinstance(results, torch.Tensor) else list(results)
+
+
+def check(driver: MockDriver, operator: Any, *arguments: Any) -> None:
+    """The plan of a call does what the call does."""
+    ordinary = traffic(driver, lambda: operator.__wrapped__(*arguments))
+    for _ in range(3):
+        operator(*arguments)
+    given = [x for x in arguments if isinstance(x, torch.Tensor)]
+    assert_same(ordinary, replayed(driver, operator, arguments), given)
+    # The same call again, of other tensors.
+    others = tuple(
+        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+        if isinstance(x, torch.Tensor)
+        else x
+        for x in arguments
+    )
+    ordinary = traffic(driver, lambda: operator.__wrapped__(*others))
+    given = [x for x in others if isinstance(x, torch.Tensor)]
+    assert_same(ordinary, replayed(driver, operator, others), given)
+
+
+def inputs(rows: int, keys: int = 40, hidden: int = 36, values: int = 20, **more: Any) -> Call:
+    made = torch.randn(2, rows, hidden), torch.randn(2, keys, hidden), torch.randn(2, keys, values)
+    return Call(*made, torch.randn(hidden), **more)
+
+
+CALLS: dict[str, Call] = {
+    "several queries": inputs(9),
+    "one query": inputs(1),
+    "one query, keys split": inputs(1, 2000),
+    "float mask": inputs(9, attn_mask=torch.zeros(9, 40)),
+    "one query, float mask": inputs(1, attn_mask=torch.zeros(2, 1, 40)),
+    "lengths, dropout, window": inputs(
+        9, lengths=torch.tensor([[5], [40]]), seed=torch.tensor(3), dropout_p=0.2, left=4, right=2
+    ),
+    "shared keys and values": inputs(9)._replace(value=torch.randn(1, 40, 20)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_forward_and_backward(driver: MockDriver, name: str) -> None:
+    call = CALLS[name]
+    check(driver, operators.forward, *call, True)
+    check(driver, operators.forward, *call, False)
+    out, weights, lse = operators.forward(*call, True)
+    upstream = torch.zeros_like(out), torch.zeros_like(weights), torch.zeros_like(lse)
+    check(driver, operators.backward, *upstream, *call, lse, *(True,) * 5)
+    check(driver, operators.backward, upstream[0], None, None, *call, lse, *(True,) * 4, False)
+
+
+def test_scores(driver: MockDriver) -> None:
+    for rows in (1, 9):
+        query, key, _, weight, mask, lengths = inputs(rows, attn_mask=torch.zeros(rows, 40))[:6]
+        call = query, key, weight, mask, lengths, None, None, None, -1, -1, 0.5
+        check(driver, operators.scores, *call)
+        check(driver, operators.scores_backward, torch.zeros(2, rows, 40), *call, *(True,) * 4)
+
+
+@pytest.mark.parametrize("located", [False, True])
+def test_steps(driver: MockDriver, located: bool) -> None:
+    location = (torch.randn(2, 3, 40), torch.randn(3, 36)) if located else (None, None)
+    call = (*inputs(1)[:4], None, *location, None, torch.tensor([[7], [40]]), None, 0.0, 1.0)
+    check(driver, operators.step, *call)
+    out, weights, lse = operators.step(*call)
+    upstream = torch.zeros_like(out), torch.zeros_like(weights), None
+    grad_key = torch.zeros(2, 40, 36) if located else None
+    check(driver, operators.step_backward, *upstream, *call, weights, lse, grad_key)
+
+
+def test_location_features(driver: MockDriver) -> None:
+    x, filters = torch.randn(3, 2, 50), torch.randn(4, 2, 7)
+    check(driver, operators.location_features, x, filters)
+    gradient = torch.zeros(3, 4, 50)
+    check(driver, operators.location_features_backward, gradient, x, filters, True, True)
+
+
+def unaligned(x: torch.Tensor) -> torch.Tensor:
+    memory = torch.zeros(x.numel() + 1, dtype=x.dtype)[1:]
+    return memory.view(x.shape).copy_(x)
+
+
+BASE = inputs(1)
+MASK = torch.zeros(2, 1, 40)
+VARIATIONS: dict[str, tuple[Call, bool]] = {
+    "fewer keys": (inputs(1, 39), False),
+    "more features": (inputs(1, 40, 48), False),
+    "more values": (inputs(1, 40, 36, 24), False),
+    "a batch dim more": (BASE._replace(query=torch.randn(3, 2, 1, 36)), False),
+    "query of another stride": (BASE._replace(query=torch.randn(2, 1, 72)[..., ::2]), False),
+    "key transposed": (BASE._replace(key=torch.randn(2, 36, 40).mT), False),
+    "value expanded": (BASE._replace(value=torch.randn(40, 20).expand(2, 40, 20)), False),
+    "weight of another stride": (BASE._replace(weight=torch.randn(72)[::2]), False),
+    "query not aligned": (BASE._replace(query=unaligned(BASE.query)), False),
+    "value not aligned": (BASE._replace(value=unaligned(BASE.value)), False),
+    "another dtype": (Call(*(x.half() for x in BASE[:4])), False),
+    "a mask": (BASE._replace(attn_mask=MASK), False),
+    "a mask of another dtype": (BASE._replace(attn_mask=MASK == 0), False),
+    "lengths": (BASE._replace(lengths=torch.tensor([[3], [5]])), False),
+    "starts": (BASE._replace(starts=torch.tensor([[3], [5]])), False),
+    "a window": (BASE._replace(left=3), False),
+    "a window on the right": (BASE._replace(right=3), False),
+    "dropout": (BASE._replace(seed=torch.tensor(5), dropout_p=0.5), False),
+    "more dropout": (BASE._replace(seed=torch.tensor(5), dropout_p=0.6), False),
+    "another scale": (BASE._replace(scale=0.5), False),
+    "a negative zero": (BASE._replace(scale=-0.0), False),
+    "zero": (BASE._replace(scale=0.0), False),
+    "weights": (BASE, True),
+}
+
+
+def test_a_plan_serves_only_its_own_kind_of_call(driver: MockDriver) -> None:
+    """All of them one after the other, each also while the plans of all others are known."""
+
+    def ordinary(call: Call, need_weights: bool) -> Traffic:
+        function = operators.forward.__wrapped__
+        return traffic(driver, lambda: function(*call, need_weights))
+
+    cases = {"base": (BASE, False), **VARIATIONS}
+    for _ in range(4):
+        for call, need_weights in cases.values():
+            operators.forward(*call, need_weights)
+    assert len(plans._plans) == len(cases)
+    for name, (call, need_weights) in cases.items():
+        given = [x for x in call if isinstance(x, torch.Tensor)]
+        repeated = replayed(driver, operators.forward, (*call, need_weights))
+        assert_same(ordinary(call, need_weights), repeated, given), name
+
+
+def launched(driver: MockDriver, call: Call) -> Any:
+    before = driver.launched
+    operators.forward(*call, False)
+    (found,) = driver.since(before)
+    return found
+
+
+def test_a_tensor_given_twice(driver: MockDriver) -> None:
+    keys = torch.randn(2, 40, 36)
+    for _ in range(3):
+        operators.forward(*BASE._replace(key=keys, value=keys), False)
+    call = BASE._replace(key=keys, value=torch.randn(2, 40, 36))
+    parameters = launched(driver, call).parameters
+    assert call.key.data_ptr() in parameters and call.value.data_ptr() in parameters
+
+
+def test_settings_of_the_process(
+    driver: MockDriver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for _ in range(3):
+        usual = launched(driver, BASE)
+    monkeypatch.setattr(driver, "stream", 7)
+    assert launched(driver, BASE)[:5] == usual[:5] and launched(driver, BASE).stream == 7
+    monkeypatch.setattr(driver, "device", 1)
+    assert launched(driver, BASE).kernel != usual.kernel
+    monkeypatch.setattr(driver, "device", 0)
+    assert launched(driver, BASE).kernel == usual.kernel
+    count = len(plans._plans)
+    monkeypatch.setattr(plans, "_precision", lambda: "medium")
+    launched(driver, BASE)
+    assert len(plans._plans) == count + 1
+
+
+def test_what_reads_a_tensor_has_no_plan(driver: MockDriver) -> None:
+    @plans.planned
+    def reads(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum().item() > 0 else x + 2
+
+    @plans.planned
+    def returns(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @plans.planned
+    def elsewhere(x: torch.Tensor) -> torch.Tensor:
+        return x + numbers
+
+    numbers = torch.ones(3)
+    for n in range(4):
+        x = torch.full((3,), float(n % 2))
+        assert reads(x)[0] == 2
+        assert returns(x).data_ptr() == x.data_ptr()
+        assert elsewhere(x)[0] == n % 2 + 1
+    assert not any(isinstance(x, plans.Plan) for x in plans._plans.values())
+
+
+def test_operations_of_torch_are_repeated(driver: MockDriver) -> None:
+    @plans.planned
+    def function(x: torch.Tensor, y: torch.Tensor, n: int) -> tuple[torch.Tensor, ...]:
+        total = x.new_zeros(2, 3)
+        total[0] += x[:, 1]
+        total += (x.mT @ y).sum(0)[None, :3]
+        return total.view(3, 2).to(torch.float64), torch.cat([x, y], 1)[:, n:], y.t().contiguous()
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x, y = torch.randn(3, 4), torch.randn(3, 5)
+        ours, expected = function(x, y, 2), function.__wrapped__(x, y, 2)
+        for one, other in zip(ours, expected, strict=True):
+            assert one.stride() == other.stride()
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert any(isinstance(x, plans.Plan) for x in plans._plans.values())
+
+
+def test_known_calls_are_bounded(
+    driver: MockDriver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plans, "_MOST", 3)
+    for keys in range(2, 8):
+        for _ in range(3):
+            launched(driver, inputs(1, keys))
+        assert len(plans._plans) <= 3
+    launched(driver, inputs(1, 7))
+
+
+def test_many_threads(driver: MockDriver) -> None:
+    before = driver.launched
+    failed = []
+
+    def work(keys: int) -> None:
+        try:
+            for n in range(40):
+                out, _, lse = operators.forward(*inputs(1, 2 + (keys + n) % 5), False)
+                assert out.shape == (2, 1, 20) and lse.shape == (2, 1)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and driver.launched - before == 160
