@@ -13,13 +13,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # An emulator of PTX, no part of the project, beside the checkout or where ADDITIVE_ATTN_PTX says.
 ADDITIVE_ATTN_PTX ?= ../shared/tools/ptx
 
-.PHONY: help build test check test-all compiled features demo bench gpu lint clean
+.PHONY: help build test check test-all compiled compiled-all features demo bench gpu lint clean
 
 help:
 	@echo "make test    run the tests: about 5 minutes on 2 cores"
 	@echo "make check   run the core of them: about a minute"
 	@echo "make test-all   run the tests and the expensive sweeps"
 	@echo "make compiled   run the Triton kernels as compiled, where an emulator of PTX is"
+	@echo "make compiled-all   the same for more tests, targets and settings"
 	@echo "make features   which features run on which path and dtype: the table in docs/features.md"
 	@echo "make demo    equivalence, gradients and speed on this machine, then a short training"
 	@echo "make bench   benchmark: a table, and csv and figures in benchmarks/results/local/"
@@ -71,25 +72,35 @@ test-all: test
 	@echo "==> expensive sweeps"
 	@$(PYTEST) -m sweep
 
-# $(1): a target and tests; settings of the emulator may stand before.
-COMPILED = @echo "==> compiled kernels in an emulator of PTX: $(1)"; \
-	ADDITIVE_ATTN_PTX='$(abspath $(ADDITIVE_ATTN_PTX))' $(PYTEST) --quiet --compiled $(1)
+# $(1): settings, as of the emulator (tests/emulation.py); $(2): a target, then tests.
+COMPILED = @echo "==> compiled kernels in an emulator of PTX: $(1) sm_$(2)"; $(1) \
+	ADDITIVE_ATTN_PTX='$(abspath $(ADDITIVE_ATTN_PTX))' $(PYTEST) --quiet --compiled $(2)
 FEATURES := tests/kernels/test_compiled.py tests/kernels/test_triton.py
 STEPS    := tests/kernels/test_triton_steps.py tests/kernels/test_triton_probe.py
+CENTRE   := $(FEATURES) -k 'compiled or sizes or magnitudes or repeats'
+OLDEST_TRITON := $(VENV)/triton-3.6.0
+
+$(OLDEST_TRITON): $(VENV)/.requirements
+	@rm -rf $@.part && $(BIN)/pip install --quiet --no-deps --target $@.part triton==3.6.0
+	@mv $@.part $@
 
 ifneq ($(wildcard $(ADDITIVE_ATTN_PTX)),)
-compiled: build
-	$(call COMPILED,80 $(FEATURES) $(STEPS))
-	$(call COMPILED,90 $(FEATURES))
+compiled: build $(OLDEST_TRITON)
+	$(call COMPILED,,80 $(FEATURES) $(STEPS))
+	$(call COMPILED,PTX_BACKWARDS=1,80 $(FEATURES))
+	$(call COMPILED,,90 $(CENTRE))
+	$(call COMPILED,PYTHONPATH=$(OLDEST_TRITON),90 $(CENTRE))
+
+compiled-all: build $(OLDEST_TRITON)
+	$(call COMPILED,,80)
+	$(call COMPILED,PTX_NOISE=1,80)
+	$(call COMPILED,PTX_CONTRACT=1 PTX_BACKWARDS=1,90)
+	$(call COMPILED,PTX_NOISE=1 PYTHONPATH=$(OLDEST_TRITON),80 $(FEATURES) $(STEPS))
+	$(call COMPILED,PYTHONPATH=$(OLDEST_TRITON),90 $(FEATURES) $(STEPS))
 else
-compiled:
+compiled compiled-all:
 	@echo "==> compiled kernels: left out, there is no emulator of PTX at $(ADDITIVE_ATTN_PTX)"
 endif
-
-features: build
-	@echo "==> features (about 7 minutes on 2 cores)"
-	@$(PYTEST) -m sweep tests/promises/test_features.py --features benchmarks/results/features.csv
-	@$(BIN)/python -m tools.doc_tables
 
 demo: build
 	@echo "==> demo: equivalence, gradients, speed"

@@ -55,7 +55,7 @@ def install(capability: int) -> None:
     try:
         _driver.emulate.core()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise Unusable(f"the emulator of PTX at {PLACE} does not build: {error}") from error
+        raise Unusable(f"the emulator of PTX at {PLACE} does not build ({error})") from error
     _driver.emulate.Program = program_class(_driver.emulate)
     _driver.Tracker = tracker_class(_driver)
     _driver.Emulator.launcher_cls = launcher_class(_driver)
