@@ -334,6 +334,20 @@ def test_operations_of_torch_are_repeated(driver: MockDriver) -> None:
     assert any(isinstance(x, plans.Plan) for x in plans._plans.values())
 
 
+def test_without_a_gpu_nobody_asks_for_a_driver(
+    driver: MockDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ADDITIVE_ATTN_CPU=triton and TRITON_INTERPRET=1, where there is none."""
+
+    def refuse() -> None:
+        raise RuntimeError("0 active drivers")
+
+    monkeypatch.setattr(plans, "on_cpu", False)
+    monkeypatch.setattr(plans.compiled, "settings", refuse)
+    x = torch.zeros(3)
+    assert plans.planned(lambda *x: x)(None, x, 1) == (None, x, 1)
+
+
 def test_known_calls_are_bounded(
     driver: MockDriver,
     monkeypatch: pytest.MonkeyPatch,

@@ -174,15 +174,17 @@ def forget() -> None:
 
 def _key(function: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What a plan is made for; None for a call that shall have none."""
-    where = compiled.settings() if _modes() == 0 else None
+    first = next(x for x in arguments if x is not None)
+    # Asked first: without a GPU there is no driver to ask.
+    if not (on_cpu or (type(first) in TENSORS and first.is_cuda)) or _modes() > 0:
+        return None
+    where = compiled.settings()
     if where is None:
         return None
     key = [function, where, _precision()]
     for x in arguments:
         kind = type(x)
         if kind in TENSORS:
-            if not (x.is_cuda or on_cpu):
-                return None
             key += (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0, x.device)
         elif kind is float:
             key.append(x.hex())
