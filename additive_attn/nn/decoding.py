@@ -121,10 +121,15 @@ class ProjectedMemory(_Memory):
             return self
         if self.key.dim() == 2:
             raise ValueError("index repeats the only sequence of an unbatched memory; expand it.")
-        rows: Any = (
-            x if x is None or x.shape[0] == 1 < sequences else x.index_select(0, chosen)
-            for x in self
-        )
+        rows: list[Any] = []
+        for name, x in self._asdict().items():
+            shared = x is None or x.dim() == 0 or x.shape[0] == 1 < sequences
+            if not shared and (x.shape[0] < 1 or 1 < sequences != x.shape[0]):
+                raise ValueError(
+                    f"reorder got a memory of {sequences} sequences, whose {name} has shape "
+                    f"{tuple(x.shape)}: dim 0 must be {sequences}, or 1."
+                )
+            rows.append(x if shared else x.index_select(0, chosen))
         memory = ProjectedMemory(*rows)
         memory.beams = self.beams
         return memory

@@ -31,6 +31,7 @@ from additive_attn.ops.head_checks import (
     check_masks,
     check_memory,
     check_nested,
+    check_replaced,
     check_step,
     explain_projections,
 )
@@ -321,12 +322,10 @@ class MultiheadAdditiveAttention(nn.Module):
             if not is_symbolic(memory):
                 refuse_memory(f"{type(self).__name__}.step", memory)
             return symbolic_call(self, "step", query, memory, need_weights, average_attn_weights)
-        if not (
-            isinstance(query, Tensor)
-            and isinstance(memory.key, Tensor)
-            and isinstance(memory.value, Tensor)
-        ):
-            refuse_types(query=query, key=memory.key, value=memory.value)
+        if not isinstance(query, Tensor):
+            refuse_types(query=query)
+        if memory.prepared is None:
+            check_replaced(memory)
         check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights)
         check_step(self, query, memory.key, memory.value, memory.beams)
         try:

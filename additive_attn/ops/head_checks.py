@@ -14,6 +14,7 @@ from additive_attn.ops.checks import (
     refuse_layouts,
     require_one_device,
 )
+from additive_attn.ops.layer_checks import check_memory as check_fields
 from additive_attn.ops.layer_checks import explain_projection
 from additive_attn.spec.call import lse_dtype
 
@@ -81,6 +82,30 @@ def check_memory(layer: Any, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"{_NAME}.project got key {tuple(key.shape)} and value {tuple(value.shape)}, but each "
             "key belongs to one value: they may differ in the last dim only."
+        )
+
+
+def check_replaced(memory: Any) -> None:
+    """Of a memory whose fields may have been put there by hand."""
+    key, value, lengths, attn_mask = memory
+    check_fields(f"{_NAME}.step", key, value, lengths, attn_mask)
+    sparse = {
+        name: x
+        for name, x in (("lengths", lengths), ("attn_mask", attn_mask))
+        if x is not None and (x.layout is not torch.strided or x.is_nested)
+    }
+    if sparse:
+        refuse_layouts(**sparse)
+    sequences = key.shape[0] if key.dim() == 3 else 1
+    if attn_mask is not None and (
+        attn_mask.dim() == 0
+        or attn_mask.shape[-1] not in (1, key.shape[-2])
+        or attn_mask.shape[:-1].numel() not in (1, sequences)
+    ):
+        wanted = (sequences, 1, key.shape[-2])
+        raise ValueError(
+            f"{_NAME}.step got a memory whose attn_mask has shape {tuple(attn_mask.shape)}, and "
+            f"keys of shape {tuple(key.shape)}, but a mask of {wanted} belongs to them."
         )
 
 

@@ -257,3 +257,13 @@ def test_expanded_memories_follow_a_changed_layer():
     expected = layer.step(query, memory._replace(key=memory.key), state)
     ours = layer.step(query, memory, state)
     torch.testing.assert_close(ours[:2], expected[:2])
+
+
+@pytest.mark.parametrize("field", ["lengths", "attn_mask"])
+@pytest.mark.parametrize("size", [0, B + 1])
+def test_fields_of_another_number_of_sequences_are_not_reordered(field, size):
+    memory = made("content").project(inputs()[0])._replace(**{field: torch.zeros(size, 1)})
+    with pytest.raises(ValueError, match=f"{field} has shape .{size}, 1.: dim 0 must be {B}"):
+        memory.reorder(torch.arange(B - 1, -1, -1))
+    one = memory._replace(**{field: torch.zeros(())})  # one for all sequences
+    assert one.reorder(torch.arange(B - 1, -1, -1))[memory._fields.index(field)].dim() == 0

@@ -42,6 +42,7 @@ def others(good: Any) -> dict[str, Any]:
                 good.shape, dtype=torch.int64 if good.is_floating_point() else torch.float32
             ),
             "number as tensor": torch.zeros((), dtype=good.dtype),
+            "empty": good.new_empty(0),
             "more dims": good[None, None],
             "sparse": good.to_sparse(),
             "meta": good.to("meta"),
@@ -80,10 +81,11 @@ X, Q = torch.randn(B, LK, D), torch.randn(B, D)
 
 def stepped(cls: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
     """A step, with the fields of its memory and state as arguments."""
-    layer = layer_of(cls)
+    heads = cls is MultiheadAdditiveAttention
+    layer = cls(D, 2, batch_first=True) if heads else layer_of(cls)
     memory = layer.project(X, lengths=LENGTHS, key_padding_mask=PADDING)
     fields = memory._asdict() | {"query": Q}
-    if cls is AdditiveAttention:
+    if heads or cls is AdditiveAttention:
 
         def step(query, **fields):
             return layer.step(query, memory._replace(**fields))
@@ -164,6 +166,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "fields of a memory": stepped(AdditiveAttention),
         "fields with location": stepped(LocationSensitiveAttention),
         "fields with coverage": stepped(CoverageAttention),
+        "Multihead fields": stepped(MultiheadAdditiveAttention),
         "fields at first": (
             first_state,
             {k: x for k, x in stepped(CoverageAttention)[1].items()
@@ -210,10 +213,15 @@ TAKEN = {
     ("cmap", "None"),  # matplotlib's default
     ("weights", "more dims"), ("weights", "integers"), ("weights", "double"),  # of plots
     ("query", "sparse"),  # a Linear takes it
+    ("index", "empty"),  # no beam goes on
 }  # fmt: skip
 
 
-HEADS = {("hidden_dim", "None"), ("key_padding_mask", "floats")}
+HEADS = {
+    ("hidden_dim", "None"), ("key_padding_mask", "floats"),
+    # Fields of a memory, of as many numbers.
+    ("lengths", "number as tensor"), ("lengths", "more dims"), ("attn_mask", "more dims"),
+}  # fmt: skip
 
 
 def outcome(call: Callable[..., Any], arguments: dict[str, Any], name: str, kind: str) -> str:
@@ -224,7 +232,7 @@ def outcome(call: Callable[..., Any], arguments: dict[str, Any], name: str, kind
         text = str(error)
         words = set(re.findall(r"\w+", text))
         names = {name}
-        if kind in ("None", "more dims", "number as tensor", "tensor", "double"):
+        if kind in ("None", "more dims", "number as tensor", "tensor", "double", "empty"):
             # Then it is others that do not fit; of memories and states the sentence says so.
             names |= {*arguments, "keys", "values", "state", "out", "lse"}
         if isinstance(error, (TypeError, ValueError, RuntimeError)) and names & words:
