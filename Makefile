@@ -76,7 +76,7 @@ test-all: test
 COMPILED = @echo "==> compiled kernels in an emulator of PTX: $(1) sm_$(2)"; $(1) \
 	ADDITIVE_ATTN_PTX='$(abspath $(ADDITIVE_ATTN_PTX))' $(PYTEST) --quiet --compiled $(2)
 FEATURES := tests/kernels/test_compiled.py tests/kernels/test_triton.py
-STEPS    := tests/kernels/test_triton_steps.py tests/kernels/test_triton_probe.py
+STEPS    := $(patsubst %,tests/kernels/test_%.py,triton_steps triton_probe compiled_plans)
 CENTRE   := $(FEATURES) -k 'compiled or sizes or magnitudes or repeats'
 OLDEST_TRITON := $(VENV)/triton-3.6.0
 

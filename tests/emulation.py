@@ -29,6 +29,9 @@ PLACE = Path(os.environ.get("ADDITIVE_ATTN_PTX") or ROOT.parent / "shared" / "to
 SHAPE_ONLY = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 OPTIONS = ("PTX_NOISE", "PTX_BACKWARDS", "PTX_CONTRACT")
 
+# Whose addresses kernels may be given in place of tensors, as by launch plans.
+memory: list[torch.Tensor] = []
+
 _emulator: Any = None
 _driver: Any = None
 
@@ -101,7 +104,20 @@ def _flat(signature: Any, arguments: Any, names: Any) -> Iterator[tuple[Any, str
             fields = getattr(argument, "_fields", range(len(kind)))
             yield from _flat(kind, argument, [f"{name}.{field}" for field in fields])
         elif kind != "constexpr":
-            yield argument, name
+            pointer = str(kind).startswith("*") and isinstance(argument, int)
+            yield _at(argument) if pointer else argument, name
+
+
+def _at(address: int) -> torch.Tensor | None:
+    """The bytes from an address to the end of the tensor that holds it."""
+    if address == 0:
+        return None
+    for storage in (x.untyped_storage() for x in memory):
+        offset = address - storage.data_ptr()
+        if 0 <= offset < storage.nbytes():
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+            return whole[offset:]
+    raise AssertionError(f"a kernel is given {address:#x}, which is in no tensor")
 
 
 def launcher_class(driver: Any) -> type:
