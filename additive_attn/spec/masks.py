@@ -21,6 +21,66 @@ from torch import Tensor
 from additive_attn.spec.call import Masking
 
 
+def check_masking(
+    masking: Masking, batch: torch.Size, num_rows: int, num_keys: int, device: torch.device
+) -> None:
+    """What could give wrong results without a word, since the operators are public: types and
+    shapes. Numbers may be any."""
+    attn_mask, lengths, starts, table, tiles = masking[:5]
+    for name, numbers in (("lengths", lengths), ("starts", starts)):
+        if numbers is not None:
+            _check(name, numbers, torch.int64, device, numbers.shape[:-1], batch)
+            if numbers.dim() and numbers.shape[-1] not in (1, num_rows):
+                raise RuntimeError(
+                    f"The last dim of {name} is {numbers.shape[-1]}; it must be 1 or the number "
+                    f"of query rows, {num_rows}."
+                )
+    if (table is None) != (tiles is None):
+        raise RuntimeError("block_table and block_tiles come together.")
+    if table is not None and tiles is not None:
+        _check("block_tiles", tiles, torch.bool, device, batch[:0], batch)
+        if tiles.dim() != 3 or 0 in tiles.shape[1:]:
+            raise RuntimeError(
+                f"block_tiles has shape {tuple(tiles.shape)}; it must be (tiles, rows, keys), "
+                "which also gives the size of a block."
+            )
+        _check("block_table", table, torch.int32, device, table.shape[:-2], batch)
+        blocks = [
+            -(-size // of) for size, of in zip((num_rows, num_keys), tiles.shape[1:], strict=True)
+        ]
+        if list(table.shape[-2:]) != blocks:
+            raise RuntimeError(
+                f"block_table has shape {tuple(table.shape)}; it must be (..., {blocks[0]}, "
+                f"{blocks[1]}) for blocks of {tiles.shape[1]} rows and {tiles.shape[2]} keys."
+            )
+    if attn_mask is not None:
+        dtype = attn_mask.dtype if attn_mask.is_floating_point() else torch.bool
+        _check("attn_mask", attn_mask, dtype, device, attn_mask.shape[:-2], batch)
+        full = (num_rows, num_keys)[max(2 - attn_mask.dim(), 0) :]
+        if any(x not in (1, y) for x, y in zip(attn_mask.shape[-2:], full, strict=True)):
+            raise RuntimeError(f"attn_mask must broadcast to (..., {num_rows}, {num_keys}).")
+
+
+def _check(
+    name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, leading: torch.Size,
+    batch: torch.Size,
+) -> None:  # fmt: skip
+    if tensor.dtype != dtype or tensor.device != device or tensor.layout is not torch.strided:
+        or_float = " or floating point" if name == "attn_mask" else ""
+        raise RuntimeError(
+            f"{name} is {tensor.dtype} of layout {tensor.layout} on {tensor.device}; it must be a "
+            f"dense tensor of {dtype}{or_float} on {device}."
+        )
+    full = batch[len(batch) - len(leading) :]
+    if len(leading) > len(batch) or any(
+        x not in (1, y) for x, y in zip(leading, full, strict=True)
+    ):
+        raise RuntimeError(
+            f"The leading dims of {name} are {tuple(leading)}; they must broadcast to "
+            f"{tuple(batch)}."
+        )
+
+
 def allowed_pairs(
     masking: Masking, rows: tuple[int, int], keys: tuple[int, int], device: torch.device
 ) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from additive_attn.spec.call import Call, Inputs, Masking, Options
 from additive_attn.spec.dropout import keep_mask
 from additive_attn.spec.formula import attended_pairs, keep_factors
-from additive_attn.spec.masks import allowed_pairs, mask_block
+from additive_attn.spec.masks import allowed_pairs, check_masking, mask_block
 
 # Elements of a block's energies for each thread; one row of one entry is the least that a block
 # can hold. More threads share larger blocks, since torch gives none of them a small part.
@@ -126,6 +126,8 @@ def blocks_of(call: Call, batch: torch.Size, pairs: int | None = None) -> Iterat
     or of as many as fit with their energies."""
     query, key, value, _ = call.inputs
     num_queries, num_keys = query.shape[-2], key.shape[-2]
+    if any(x is not None for x in call[4:9]):
+        check_masking(call.masking, batch, num_queries, num_keys, query.device)
     if batch.numel() == 0 or num_queries == 0 or num_keys == 0:
         return
     # The first dim of more than one entry is divided.
