@@ -24,7 +24,7 @@ help:
 	@echo "make features   which features run on which path and dtype: the table in docs/features.md"
 	@echo "make demo    equivalence, gradients and speed on this machine, then a short training"
 	@echo "make bench   benchmark: a table, and csv and figures in benchmarks/results/local/"
-	@echo "make gpu     tests and benchmark on a GPU, with the Python that has torch and Triton"
+	@echo "make gpu     tests and benchmark on a GPU (10 minutes), with the Python that has torch"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove what make has built (keeps $(VENV))"
 
@@ -116,7 +116,7 @@ bench: build
 gpu:
 	@$(PYTHON) -c 'import pytest, torch, triton' || { echo "make gpu runs with the Python that has \
 	torch, Triton and pytest, and $(PYTHON) lacks one: make gpu PYTHON=/path/to/python"; exit 1; }
-	@PYTHON=$(PYTHON) tools/gpu_check.sh
+	@$(PYTHON) tools/gpu_check.py
 
 lint: build
 	@echo "==> lint"

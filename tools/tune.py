@@ -2,19 +2,24 @@
 
     python -m tools.tune                                   a few shapes (minutes)
     python -m tools.tune --shapes 1x8192x8192x128x128 --modes full
+    python -m tools.tune --take results.csv                what won, to backends/triton/tuned.py
 
 An offline tool: the package never tunes itself. One choice is changed at a time, every result is
-checked against fp64 before it is timed, and all choices run in turns. What wins by more than noise
-on several shapes belongs into ``tiles.py``. In Triton's interpreter (ADDITIVE_ATTN_CPU=triton
-TRITON_INTERPRET=1, --device cpu) it shows that every choice computes the same; its times say
-nothing.
+checked against fp64 before it is timed, and all choices run in turns. ``--take`` keeps, of each
+function, the choice that is faster on average over the shapes where it was timed, by more than
+noise and nowhere slower by as much; ``tiles.py`` reads what it writes. In Triton's interpreter
+(ADDITIVE_ATTN_CPU=triton TRITON_INTERPRET=1, --device cpu) it shows that every choice computes the
+same; its times say nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
+import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,52 +27,36 @@ from typing import Any
 
 import torch
 
-from additive_attn.backends.triton import tiles
+from additive_attn.backends.triton import tiles, tuned
 from benchmarks import measure
 from benchmarks.cases import Case, make_inputs, parse
 from benchmarks.providers import PROVIDERS, Runner
 from benchmarks.rows import RESULTS, machine
 
 SHAPES = "1x4096x4096x128x128,8x512x512x256x256,32x50x50x1024x1024,1x16x100000x256x512"
+COLUMNS = ["shape", "mode", "name", "changes", "median_ms", "ratio", "note"]
+OWN = "as it is"
+NOISE = 0.03  # of a ratio
 
-
-def gradient(RX: int, TX: int, RH: int, TH: int) -> dict[str, int]:
-    return {"RX": RX, "TX": TX, "RH": RH, "TH": TH, "num_warps": TX * TH // 32}
-
-
-def values(BM: int, BN: int, BD: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    return {"BM": BM, "BN": BN, "BD": BD, "num_warps": num_warps, "num_stages": num_stages}
-
-
-LONG = 24  # shorter rows or columns have tiles of their own, which are left alone
-
-# What replaces an attribute of ``tiles``: a number, or what a function returns.
+# What replaces a number of ``tiles``, or changes the fields of what a function of it returns.
 CHOICES: dict[str, list[Any]] = {
     "WORKSPACE_ELEMENTS": [2**power for power in (21, 22, 24, 25)],
-    "score_tile": [
-        tiles.Tile(*sizes)
-        for sizes in ((4, 16, 4, 8), (4, 8, 4, 16), (4, 8, 4, 32), (2, 16, 4, 16), (4, 16, 2, 16))
-    ],
+    "score_tile": [{"RN": 8}, {"TN": 8}, {"TM": 8, "TN": 32}, {"RM": 2, "TN": 32}, {"RN": 2}],
+    "attend_tile": [{"RN": 8}, {"TN": 8}, {"TM": 8}, {"TM": 8, "TN": 32}, {"RM": 2, "TN": 32}],
+    "attend_columns": [32, 128, 256],
     "value_tile": [
-        values(*sizes)
-        for sizes in ((64, 32, 32, 4, 2), (64, 32, 64, 4, 1), (64, 32, 64, 8, 2),
-                      (64, 16, 64, 4, 1), (32, 32, 32, 4, 1))
+        {"BD": 64}, {"BD": 64, "num_warps": 8}, {"BN": 16, "BD": 64}, {"BM": 32},
     ],
-    "gradient_tile": [
-        gradient(*sizes)
-        for sizes in ((4, 16, 2, 16), (2, 16, 4, 16), (1, 32, 8, 8), (2, 16, 4, 8), (2, 32, 2, 8))
-    ],
+    "gradient_tile": [{"RX": 1}, {"RX": 2}, {"RX": 4}, {"RX": 8}, {"RX": 16}],
 }  # fmt: skip
+# Those that matter in backward alone.
+BACKWARD = {"gradient_tile"}
 
 
 @contextmanager
-def chosen(name: str, choice: Any) -> Iterator[None]:
+def chosen(name: str, change: Any) -> Iterator[None]:
     kept = getattr(tiles, name)
-
-    def function(length: int, *rest: Any) -> Any:
-        return choice if length >= LONG else kept(length, *rest)
-
-    setattr(tiles, name, function if callable(kept) else choice)
+    setattr(tiles, name, tiles.changed(kept, change))
     try:
         yield
     finally:
@@ -85,27 +74,26 @@ def tune(
     assert runner is not None
     call = measure.action(runner, inputs, mode)
     reference.check("the package's choice", runner, mode)
-    own = "as it is"
-    actions: dict[str, Callable[[], object]] = {own: call}
-    notes: dict[str, str] = {}
+    actions: dict[tuple[str, str], Callable[[], object]] = {(OWN, ""): call}
+    notes: dict[tuple[str, str], str] = {}
 
-    def under(name: str, choice: Any, runner: Runner) -> Callable[[], object]:
-        with chosen(name, choice):
-            reference.check(f"{name} {choice}", runner, mode)
+    def under(name: str, change: Any, runner: Runner) -> Callable[[], object]:
+        with chosen(name, change):
+            reference.check(f"{name} {change}", runner, mode)
 
         def action() -> object:
-            with chosen(name, choice):
+            with chosen(name, change):
                 return call()
 
         return action
 
     for name, choices in CHOICES.items():
-        if name == "gradient_tile" and mode == "forward":
+        if not hasattr(tiles, name) or (name in BACKWARD and mode == "forward"):
             continue
-        for choice in choices:
-            label = f"{name} = {choice}"
+        for change in choices:
+            label = name, repr(change)
             try:
-                actions[label] = under(name, choice, runner)
+                actions[label] = under(name, change, runner)
             except AssertionError:
                 raise
             except Exception as error:
@@ -114,11 +102,36 @@ def tune(
     with torch.set_grad_enabled(mode == "full"):
         samples = measure.interleave(actions, device, budget, rounds)
     medians = {label: measure.quantiles(seconds)[0] for label, seconds in samples.items()}
-    for label, median in sorted(medians.items(), key=lambda item: item[1]):
-        yield {"choice": label, "median_ms": f"{median:.5g}",
-               "ratio": f"{median / medians[own]:.3f}", "note": ""}  # fmt: skip
-    for label, note in notes.items():
-        yield {"choice": label, "median_ms": "", "ratio": "", "note": note}
+    own = medians[OWN, ""]
+    for (name, changes), median in sorted(medians.items(), key=lambda item: item[1]):
+        yield {"name": name, "changes": changes, "median_ms": f"{median:.5g}",
+               "ratio": f"{median / own:.3f}", "note": ""}  # fmt: skip
+    for (name, changes), note in notes.items():
+        yield {"name": name, "changes": changes, "median_ms": "", "ratio": "", "note": note}
+
+
+def winners(rows: list[dict[str, str]]) -> dict[str, Any]:
+    """The changes to take, by what they change."""
+    ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        if row["name"] != OWN:
+            ratio = float(row["ratio"]) if row["ratio"] else math.inf
+            ratios[row["name"], row["changes"]].append(ratio)
+    best: dict[str, tuple[float, Any]] = {}
+    for (name, changes), found in ratios.items():
+        mean = math.prod(found) ** (1 / len(found))
+        if mean < 1 - NOISE and max(found) < 1 + NOISE and mean < best.get(name, (1.0,))[0]:
+            best[name] = mean, ast.literal_eval(changes)
+    return {name: changes for name, (_, changes) in best.items()}
+
+
+def take(path: Path, to: Path) -> None:
+    with path.open(newline="") as file:
+        found = winners(list(csv.DictReader(file)))
+    text = to.read_text()
+    line = f"TUNED: dict[str, Any] = {found!r}\n"
+    to.write_text(re.sub(r"^TUNED.*\n", lambda _: line, text, flags=re.MULTILINE))
+    print(f"{to}: {line}", end="")
 
 
 def main() -> None:
@@ -133,7 +146,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="samples of each choice")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per choice")
     parser.add_argument("--output", type=Path, help="csv file (results/MACHINE/tuning.csv)")
+    parser.add_argument("--take", type=Path, metavar="CSV", help="make the winners the package's")
     arguments = parser.parse_args()
+    if arguments.take:
+        take(arguments.take, Path(tuned.__file__))
+        return
     device = torch.device(arguments.device)
     path = arguments.output
     if path is None:
@@ -141,9 +158,7 @@ def main() -> None:
         path = RESULTS / folder / "tuning.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as output:
-        writer = csv.DictWriter(
-            output, ["shape", "mode", "choice", "median_ms", "ratio", "note"], lineterminator="\n"
-        )
+        writer = csv.DictWriter(output, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for _, case in parse(arguments.shapes):
             for mode in arguments.modes.split(","):
@@ -152,7 +167,7 @@ def main() -> None:
                     writer.writerow({"shape": str(case), "mode": mode, **row})
                     output.flush()
                     time = f"{row['ratio']:>6} {row['median_ms']:>9} ms"
-                    print(f"  {time}  {row['choice']} {row['note']}")
+                    print(f"  {time}  {row['name']} {row['changes']} {row['note']}", flush=True)
     print(f"wrote {path}")
 
 

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+from additive_attn.backends.triton.tuned import TUNED
 
 WORKSPACE_ELEMENTS = 2**23  # scores that are kept at a time: 32 MB in float32, which caches hold
 
@@ -109,3 +112,27 @@ def location_tile(hidden: int, filters: int) -> dict[str, int]:
 def correlation_tile(outputs: int) -> dict[str, int]:
     """BF outputs by BX places of a correlation, TERMS of their sums at a time."""
     return {"BF": 32 if outputs > 16 else 16, "BX": 32, "TERMS": 16, "num_warps": 4}
+
+
+LONG = 24  # shorter rows or columns have tiles of their own, which are not tuned
+
+
+def changed(kept: Any, change: Any) -> Any:
+    """A function like ``kept`` that returns something else for long rows and columns, outside of
+    float64: ``change``, or what ``kept`` returns with these fields changed."""
+    if not callable(kept):
+        return change
+
+    def function(length: int, *rest: Any, **options: Any) -> Any:
+        own = kept(length, *rest, **options)
+        if length < LONG or any(x is True for x in (*rest, *options.values())):
+            return own
+        if isinstance(own, Tile):
+            return replace(own, **change)
+        return {**own, **change} if isinstance(own, dict) else change
+
+    return function
+
+
+for _name, _change in TUNED.items():
+    globals()[_name] = changed(globals()[_name], _change)

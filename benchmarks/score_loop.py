@@ -1,0 +1,119 @@
+"""The loop over features with and without shared memory, alone: what barriers cost on a GPU.
+
+Both loops compute the same sums of z/y (docs/math.md, eq. 4) of a tile of 64 x 64 pairs. In one,
+as in the package, every thread loads what it multiplies. In the other the tile's rows and keys are
+loaded once, and reach the threads that need them through shared memory, with barriers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from additive_attn.backends.triton.launch import launch, target
+from additive_attn.backends.triton.numerics import reciprocal, split4
+
+Call = Callable[[], object]
+RM, TM, RN, TN = 4, 16, 4, 16
+TILE = 64
+
+
+@triton.jit
+def _fourths(x, R: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
+    even, odd = tl.split(tl.reshape(x, [R, TM, TN, 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def loop_kernel(
+    a, za, b, weight, out, length, features,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
+    DIRECT: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """out [length][length] = sum w a / (a + b). a, za = w a, b: [features/4][length][4] if DIRECT,
+    else a and b: [length][features]."""
+    row0 = tl.program_id(0) % (length // (RM * TM)) * (RM * TM)
+    key0 = tl.program_id(0) // (length // (RM * TM)) * (RN * TN)
+    f = tl.arange(0, 4)
+    ri = row0 + tl.arange(0, RM)[:, None] + RM * tl.arange(0, TM)[None, :]
+    rj = key0 + TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]
+    none = tl.zeros([1, TM, TN, 1], tl.int32)
+    acc = tl.zeros([RM, RN, TM, TN], tl.float32)
+    for u in range(0, features // 4):
+        if DIRECT:
+            row_at = 4 * length * u + 4 * ri[:, :, None, None] + none + f[None, None, None, :]
+            a_at, z_at = a + row_at, za + row_at
+            b_at = b + 4 * length * u + (4 * rj[:, None, :, None] + none + f[None, None, None, :])
+            a4 = tl.load(tl.multiple_of(tl.max_contiguous(a_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
+            b4 = tl.load(tl.multiple_of(tl.max_contiguous(b_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
+            z4 = tl.load(tl.multiple_of(tl.max_contiguous(z_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
+            a0, a1, a2, a3 = _fourths(a4, RM, TM, TN)
+            z0, z1, z2, z3 = _fourths(z4, RM, TM, TN)
+            b0, b1, b2, b3 = _fourths(b4, RN, TM, TN)
+            y0 = a0[:, None, :, :] + b0[None, :, :, :]
+            y1 = a1[:, None, :, :] + b1[None, :, :, :]
+            y2 = a2[:, None, :, :] + b2[None, :, :, :]
+            y3 = a3[:, None, :, :] + b3[None, :, :, :]
+            z0, z1 = z0[:, None, :, :], z1[:, None, :, :]
+            z2, z3 = z2[:, None, :, :], z3[:, None, :, :]
+        else:
+            a4 = tl.load(a + ri[:, :, None] * features + 4 * u + f[None, None, :])
+            b4 = tl.load(b + rj[:, :, None] * features + 4 * u + f[None, None, :])
+            a0, a1, a2, a3 = split4(a4, RM, TM)
+            z0, z1, z2, z3 = split4(a4 * tl.load(weight + 4 * u + f)[None, None, :], RM, TM)
+            b0, b1, b2, b3 = split4(b4, RN, TN)
+            y0 = a0[:, None, :, None] + b0[None, :, None, :]
+            y1 = a1[:, None, :, None] + b1[None, :, None, :]
+            y2 = a2[:, None, :, None] + b2[None, :, None, :]
+            y3 = a3[:, None, :, None] + b3[None, :, None, :]
+            z0, z1 = z0[:, None, :, None], z1[:, None, :, None]
+            z2, z3 = z2[:, None, :, None], z3[:, None, :, None]
+        y01 = y0 * y1
+        y23 = y2 * y3
+        z = (z0 * y1 + z1 * y0) * y23 + (z2 * y3 + z3 * y2) * y01
+        acc += z * reciprocal(y01 * y23, TARGET)
+    i = tl.reshape(ri, [RM, 1, TM, 1])
+    j = tl.reshape(rj, [1, RN, 1, TN])
+    tl.store(out + i * length + j, acc)
+
+
+def run(a: Tensor, za: Tensor, b: Tensor, weight: Tensor, direct: bool) -> Tensor:
+    """sum w a / (a + b) of all pairs of rows; a and b as (length, features)."""
+    length, features = a.shape
+    out = a.new_empty(length, length)
+    launch(
+        loop_kernel, (length // TILE) ** 2, a, a, za, b, weight, out, length, features,
+        RM=RM, TM=TM, RN=RN, TN=TN, DIRECT=direct, TARGET=target(), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def quads(x: Tensor) -> Tensor:
+    """In the layout of the package's forward, with the shape that it had."""
+    return x.view(len(x), -1, 4).transpose(0, 1).contiguous().view_as(x)
+
+
+def measured(device: torch.device, length: int, features: int = 128) -> dict[str, Call]:
+    """A call of each, checked."""
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (
+        torch.empty(length, features, device=device).uniform_(0.5, 2.0, generator=generator)
+        for _ in range(2)
+    )
+    weight = torch.randn(features, generator=generator, device=device)
+    few = slice(0, TILE)
+    expected = (weight * a[few, None] / (a[few, None] + b[None, few])).double().sum(-1)
+    calls: dict[str, Call] = {}
+    for name, direct in (("through shared memory", False), ("loaded directly", True)):
+        rows, weighted, keys = (quads(x) if direct else x for x in (a, weight * a, b))
+        call = functools.partial(run, rows, weighted, keys, weight, direct)
+        error = (call()[few, few].double() - expected).abs().max().item()
+        assert error < 1e-3, f"the loop {name} is off by {error:.2e}"
+        calls[name] = call
+    return calls

@@ -1,0 +1,97 @@
+"""What the tools for a day with a GPU do, apart from the GPU: the way from the tuner's table to
+the package's block sizes, and a check that survives the failure of its parts."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("triton", minversion="3.6")
+
+from additive_attn.backends.triton import tiles, tuned
+from benchmarks import gpu
+from tools import gpu_check, tune
+
+
+def table(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, tune.COLUMNS)
+        writer.writeheader()
+        for name, changes, ratio in rows:
+            writer.writerow({"name": name, "changes": changes, "ratio": ratio})
+
+
+def test_what_the_tuner_takes(tmp_path):
+    path, to = tmp_path / "tuning.csv", tmp_path / "tuned.py"
+    table(path, [
+        (tune.OWN, "", "1.000"), (tune.OWN, "", "1.000"),
+        ("score_tile", "{'RN': 8}", "0.800"), ("score_tile", "{'RN': 8}", "0.900"),
+        ("score_tile", "{'RN': 2}", "0.700"), ("score_tile", "{'RN': 2}", "1.100"),  # not always
+        ("gradient_tile", "{'RX': 4}", "0.980"),  # noise
+        ("gradient_tile", "{'RX': 8}", "0.500"), ("gradient_tile", "{'RX': 8}", ""),  # failed once
+        ("WORKSPACE_ELEMENTS", "4194304", "0.900"),
+    ])  # fmt: skip
+    with open(tuned.__file__) as file:
+        to.write_text(file.read())
+    tune.take(path, to)
+    space = {}
+    exec(to.read_text(), space)
+    assert space["TUNED"] == {"score_tile": {"RN": 8}, "WORKSPACE_ELEMENTS": 4194304}
+    table(path, [(tune.OWN, "", "1.000")])
+    tune.take(path, to)
+    exec(to.read_text(), space)
+    assert space["TUNED"] == {}
+
+
+def test_changed_tiles():
+    """Of long rows, outside of float64."""
+    other = tiles.changed(tiles.score_tile, {"RN": 2})
+    assert other(64) == tiles.Tile(4, 16, 2, 16)
+    assert other(64, True) == tiles.score_tile(64, True)
+    assert other(64, wide=True) == tiles.score_tile(64, True)
+    assert other(7) == tiles.score_tile(7)
+    assert tiles.changed(2**23, 2**22) == 2**22
+
+
+def test_choices_are_those_of_tiles():
+    for name in tune.CHOICES:
+        if hasattr(tiles, name):
+            with tune.chosen(name, tune.CHOICES[name][0]):
+                pass
+    assert sum(hasattr(tiles, name) for name in tune.CHOICES) >= 3
+
+
+def test_a_check_survives_its_parts(tmp_path):
+    check = gpu_check.Check(tmp_path, 20, dry=True)
+    begin = time.monotonic()
+
+    def python(code):
+        return check.command(sys.executable, "-c", code)
+
+    def broken(limit):
+        raise ValueError("a part")
+
+    check.part("good", 0.5, python("print('fine')"))
+    check.part("slow", 0.1, python("import time; print('begins', flush=True); time.sleep(60)"))
+    check.part("bad", 0.5, python("import sys; print('why'); sys.exit(3)"))
+    check.part("broken", 0.5, broken)
+    assert time.monotonic() - begin < 30
+    results = [result for _, result, _ in check.results]
+    assert results == ["ok", "took more than 2 s", "exit code 3", "ValueError: a part"]
+    assert check.first.startswith("slow")
+    log = (tmp_path / "log.txt").read_text()
+    assert all(line in log for line in ("fine", "begins", "why"))
+    late = gpu_check.Check(tmp_path, 1, dry=True)
+    late.part("late", 0.5, broken)
+    assert late.results == [("late", "no time left", 0.0)]
+
+
+@pytest.mark.parametrize("command", [gpu_check, tune, gpu])
+def test_commands_explain_themselves(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [command.__name__, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        command.main()
+    assert "python" in capsys.readouterr().out
