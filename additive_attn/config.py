@@ -12,8 +12,8 @@ from additive_attn.ops import dispatch
 
 
 def show_config() -> str:
-    """Prints, and returns, the versions in use and which implementation computes on which device,
-    and why."""
+    """Prints, and returns, the versions in use, which implementation computes on which device, and
+    why, and on what hardware the implementations have run."""
     # That of the code that runs; the metadata may belong to another, installed copy.
     from additive_attn import __version__
 
@@ -26,6 +26,7 @@ def show_config() -> str:
         "cpu library": str(dispatch.library_path or "none"),
         "cpu threads": str(torch.get_num_threads()),
         "gpu path": dispatch.gpu_described(),
+        "run so far": "the compiled kernel on x86-64; the Triton kernels on no GPU yet",
         "other devices": "pytorch (plain PyTorch in blocks of query rows)",
     }
     width = max(map(len, lines))

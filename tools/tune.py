@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from additive_attn.backends.triton import tiles, tuned
+from additive_attn.backends.triton import plans, tiles, tuned
 from benchmarks import measure
 from benchmarks.cases import Case, make_inputs, parse
 from benchmarks.providers import PROVIDERS, Runner
@@ -54,13 +54,16 @@ BACKWARD = {"gradient_tile"}
 
 
 @contextmanager
-def chosen(name: str, change: Any) -> Iterator[None]:
-    kept = getattr(tiles, name)
+def chosen(name: str, change: Any, written: dict[Any, Any]) -> Iterator[None]:
+    """``written``: the launch plans of this choice, which hold its tiles."""
+    kept, others = getattr(tiles, name), plans._plans
     setattr(tiles, name, tiles.changed(kept, change))
+    plans._plans = written
     try:
         yield
     finally:
         setattr(tiles, name, kept)
+        plans._plans = others
 
 
 def tune(
@@ -78,11 +81,12 @@ def tune(
     notes: dict[tuple[str, str], str] = {}
 
     def under(name: str, change: Any, runner: Runner) -> Callable[[], object]:
-        with chosen(name, change):
+        written: dict[Any, Any] = {}
+        with chosen(name, change, written):
             reference.check(f"{name} {change}", runner, mode)
 
         def action() -> object:
-            with chosen(name, change):
+            with chosen(name, change, written):
                 return call()
 
         return action
