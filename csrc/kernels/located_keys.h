@@ -29,7 +29,7 @@ class LocatedKeys {
   }
 
   // E of keys [key0, key0 + count), count <= location_keys, as rows that are `row` apart and padded to `width`.
-  T* rows(std::int64_t key0, std::int64_t count) {
+  ALWAYS_INLINE T* rows(std::int64_t key0, std::int64_t count) {
     constexpr int R = location_rows, V = location_vectors;
     T* to = rows_memory_.get(location_keys * row);
     const T* keys = load_keys(key0, count);
@@ -62,13 +62,13 @@ class LocatedKeys {
     x = location_memory_.get(location.features * location_keys);
     for (std::int64_t f = 0; f < location.features; ++f) {
       T* to = x + f * location_keys;
-      std::memcpy(to, location.x.at(entry, f) + key0, count * sizeof(T));
-      std::memset(to + count, 0, (location_keys - count) * sizeof(T));
+      const T* from = location.x.at(entry, f) + key0;
+      for (std::int64_t j = 0; j < location_keys; j += L) store(to + j, load_part<T>(from + j, count - j, 0));
     }
   }
 
   template <int V>
-  void block(const T* const* from, std::int64_t j, std::int64_t h, T* to) const {
+  ALWAYS_INLINE void block(const T* const* from, std::int64_t j, std::int64_t h, T* to) const {
     constexpr int R = location_rows;
     Vec<T> sum[R][V];
     for (int r = 0; r < R; ++r)

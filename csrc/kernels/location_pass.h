@@ -169,7 +169,7 @@ class LocationPass {
     }
   }
 
-  void tile(std::int64_t n, std::int64_t key0, std::int64_t count, const T* g, T* grad_weight) {
+  ALWAYS_INLINE void tile(std::int64_t n, std::int64_t key0, std::int64_t count, const T* g, T* grad_weight) {
     T scaled[J] = {};
     for (std::int64_t j = 0; j < count; ++j) scaled[j] = g[j] * early_;
     if (p.location.features == 1) return one_feature(n, key0, count, scaled, grad_weight);
@@ -195,7 +195,8 @@ class LocationPass {
   }
 
   // From E to dE, in place, of two vectors of features of all keys of the tile.
-  void slopes(T* rows, std::int64_t n, std::int64_t key0, std::int64_t h, const T* g, std::int64_t count) {
+  ALWAYS_INLINE void slopes(T* rows, std::int64_t n, std::int64_t key0, std::int64_t h, const T* g,
+                            std::int64_t count) {
     Vec<T> q[feature_vectors], w[feature_vectors], query[feature_vectors], weight[feature_vectors];
     for (int v = 0; v < feature_vectors; ++v) {
       q[v] = load(query_ + h + v * L);
@@ -224,22 +225,50 @@ class LocationPass {
     }
   }
 
-  // The same where there is one feature: E and dE stay in registers.
+  // A key with one feature.
+  struct Located {
+    std::int64_t j;
+    const T* key;               // without its term
+    T* grad_key;                // or null
+    const T *next, *next_grad;  // what is asked for in time: of a key to come, or anything
+    T g, x;
+  };
+
+  // The same where there is one feature, of a few keys at a time: E and dE stay in registers, and memory is read nearly
+  // in its own order.
   void one_feature(std::int64_t n, std::int64_t key0, std::int64_t count, const T* g, T* grad_weight) {
+    constexpr int R = location_rows;
     const T* keys = e.load_keys(key0, count);
-    T* grad_keys = p.grad_key ? p.grad_key + (n * p.keys + key0) * p.hidden : nullptr;
-    Vec<T> of_location[J] = {};
-    std::int64_t h = 0;
-    for (; h + F <= p.hidden; h += F)
-      one_slopes<false>(keys, grad_keys, n, key0, h, g, count, grad_weight, of_location);
-    if (h < p.hidden) one_slopes<true>(keys, grad_keys, n, key0, h, g, count, grad_weight, of_location);
-    for (std::int64_t j = 0; j < count && p.grad_location; ++j)
-      p.grad_location[n * p.keys + key0 + j] = sum<T>(of_location[j]);
+    zero_location(n, key0, count);
+    Located some[R];
+    int found = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (g[i] == T(0)) continue;
+      const std::int64_t j = key0 + i;
+      T* grad_key = p.grad_key ? p.grad_key + (n * p.keys + j) * p.hidden : nullptr;
+      const T *key = keys + i * e.key_row(), *next = key, *next_grad = key;
+      if (j + R < p.keys) {
+        if (p.key.storage == Storage::computed) next = static_cast<const T*>(p.key.at(n, j + R));
+        if (grad_key) next_grad = grad_key + R * p.hidden;
+      }
+      some[found++] = {j, key, grad_key, next, next_grad, g[i], e.x[i]};
+      if (found == R) located_keys<R>(n, some, grad_weight);
+      found %= R;
+    }
+    for (int r = 0; r < found; ++r) located_keys<1>(n, some + r, grad_weight);
   }
 
-  template <bool edge>
-  void one_slopes(const T* key, T* grad_key, std::int64_t n, std::int64_t key0, std::int64_t h, const T* g,
-                  std::int64_t count, T* grad_weight, Vec<T>* of_location) {
+  template <int R>
+  ALWAYS_INLINE void located_keys(std::int64_t n, const Located* keys, T* grad_weight) {
+    Vec<T> of_location[R] = {};
+    std::int64_t h = 0;
+    for (; h + F <= p.hidden; h += F) one_slopes<R, false>(keys, h, grad_weight, of_location);
+    if (h < p.hidden) one_slopes<R, true>(keys, h, grad_weight, of_location);
+    for (int r = 0; r < R && p.grad_location; ++r) p.grad_location[n * p.keys + keys[r].j] = sum<T>(of_location[r]);
+  }
+
+  template <int R, bool edge>
+  ALWAYS_INLINE void one_slopes(const Located* keys, std::int64_t h, T* grad_weight, Vec<T>* of_location) {
     constexpr int V = feature_vectors;
     Vec<T> q[V], w[V], m[V], query[V], weight[V], of_weight[V];
     for (int v = 0; v < V; ++v) {
@@ -250,25 +279,26 @@ class LocationPass {
       weight[v] = load(sum_weight_ + h + v * L);
       of_weight[v] = load(grad_weight + h + v * L);
     }
-    for (std::int64_t j = 0; j < count; ++j) {
-      if (g[j] == T(0)) continue;
-      if (key0 + j + J < p.keys) prefetch_stored(p.key, n, key0 + j + J, F, h);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Located& k = keys[r];
+      prefetch(k.next + h, F);
+      prefetch(k.next_grad + h, F);
       Vec<T> x[V], t[V], s[V];
       for (int v = 0; v < V; ++v) {
         const std::int64_t at = h + v * L, left = p.hidden - at;
-        const T* from = key + j * e.key_row() + at;
-        x[v] = ((edge ? load_part<T>(from, left, 0) : load(from)) + m[v] * e.x[j]) + q[v];
+        x[v] = ((edge ? load_part<T>(k.key + at, left, 0) : load(k.key + at)) + m[v] * k.x) + q[v];
       }
       tanh_slopes<T>(x, t, s);
       for (int v = 0; v < V; ++v) {
-        const Vec<T> d = s[v] * w[v] * g[j];
-        weight[v] += t[v] * g[j];
+        const Vec<T> d = s[v] * w[v] * k.g;
+        weight[v] += t[v] * k.g;
         query[v] += d;
-        of_weight[v] += d * e.x[j];
-        of_location[j] += d * m[v];
-        if (!grad_key) continue;
+        of_weight[v] += d * k.x;
+        of_location[r] += d * m[v];
+        if (!k.grad_key) continue;
         const std::int64_t at = h + v * L, left = p.hidden - at;
-        T* to = grad_key + j * p.hidden + at;
+        T* to = k.grad_key + at;
         if (edge)
           store_part<T>(to, load_part<T>(to, left, 0) + d, left);
         else

@@ -181,8 +181,9 @@ T as_number(typename Simd<T>::Bits bits) {
   return x;
 }
 
+// GCC takes this for a function without effects, and drops calls that it has not inlined early.
 template <class T>
-void prefetch(const T* row, std::int64_t columns) {
+ALWAYS_INLINE void prefetch(const T* row, std::int64_t columns) {
   for (std::int64_t c = 0; c < columns; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
 }
 

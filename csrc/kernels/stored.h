@@ -84,7 +84,7 @@ class StoredReader {
 
 // Columns [first, first + columns) of row i.
 template <class T>
-inline void prefetch_stored(const StoredRows<T>& rows, std::int64_t n, std::int64_t i, std::int64_t columns,
-                            std::int64_t first = 0) {
+ALWAYS_INLINE void prefetch_stored(const StoredRows<T>& rows, std::int64_t n, std::int64_t i, std::int64_t columns,
+                                   std::int64_t first = 0) {
   prefetch(static_cast<const char*>(rows.at(n, i)) + first * rows.element(), columns * rows.element());
 }
