@@ -35,7 +35,9 @@ _SHORT_SUM = 128
 
 def prefers_formula(call: Call) -> bool:
     """Whether a call has so few pairs that ``attend`` computes it fastest."""
-    query, key = call.query, call.key
+    query, key = call[:2]
+    if query.numel() * key.numel() <= ELEMENTS:  # at least as many
+        return True
     rows, keys = query.shape, key.shape
     if rows[:-2] == keys[:-2]:
         if query.numel() * keys[-2] <= ELEMENTS:
@@ -114,17 +116,22 @@ def _scored(
     differentiable: bool, score_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``w . tanh(q + k)``, of 0 where ``shield`` masks a pair."""
+    rows = query.shape[-2]
     few = attended is None and query.numel() * key.shape[-2] <= _SHORT_SUM * query.shape[-1]
-    if differentiable and few and score_bias is not None:
-        weight = torch.add(weight, score_bias, alpha=0)
     if differentiable and not few:
         result: Tensor = _Scores.apply(query, key, weight, shield, score_bias)[0]
         return result
-    if query.shape[-2] == weight.dim() == 1 and shield is None:
+    if rows == 1 and shield is None and weight.numel() == query.shape[-1]:
         energy = (query + key).tanh_()
-        if differentiable and energy.dim() == 3:  # bmm has the cheapest backward
-            return torch.bmm(weight.expand(energy.shape[0], 1, -1), energy.mT)
-        return (energy @ weight).unsqueeze(-2)
+        if few and energy.dim() == 3:  # bmm costs least, above all in backward
+            vectors = weight.expand(energy.shape[0], 1, -1)
+            if score_bias is None or not differentiable:
+                return torch.bmm(vectors, energy.mT)
+            return torch.baddbmm(score_bias, vectors, energy.mT, beta=0)
+        if not differentiable:
+            return (energy @ weight.flatten()).unsqueeze(-2)
+    if differentiable and score_bias is not None:
+        weight = torch.add(weight, score_bias, alpha=0)
     return scores(energies(query, key, shield), weight)
 
 
