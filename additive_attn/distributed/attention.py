@@ -96,39 +96,42 @@ def context_parallel_additive_attention(
         TypeError, ValueError, RuntimeError: as :func:`additive_attention`; or the processes call
             with different shapes, dtypes or options, which all of them raise.
     """
-    group, masked = checked_group(mesh), 1
+    group = checked_group(mesh)
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_ONCE)  # on every process, for none could send to others
     try:
-        if has_tangents((query, key, value, weight, attn_mask)):
-            raise RuntimeError(_ONCE)
         if type(balanced) is not bool:
             refuse_flags(balanced=balanced)
         if exchange not in _EXCHANGES:
             raise ValueError(f"exchange is {exchange!r}, but must be one of {_EXCHANGES}.")
-        inputs = [
-            _local(name, x, mesh, balanced)
-            for name, x in zip(Inputs._fields, (query, key, value, weight), strict=True)
-        ]
-        call = _checked(inputs, mesh, is_causal, dropout_p, scale, need_lse)
-        left, right = (-1, -1) if window is None else checked_window(window)
-        given = {"starts": starts, "lengths": lengths}
-        aligned = [None if x is None else _aligned(x, n, call) for n, x in given.items()]
-        masks = Masks(left, 0 if is_causal else right, *aligned)
-        per_query = any(x is not None and _is_per_query(x, call) for x in given.values())
-        if attn_mask is not None:
-            masked = _masked_keys(attn_mask, call)
-            per_query = True
+        inputs = query, key, value, weight
+        call = _checked(inputs, mesh, is_causal, dropout_p, scale, need_lse, balanced)
+        masking = _masking(call, attn_mask, starts, lengths, is_causal, window)
     except Exception as error:
         agree(group, sending_device(mesh, query), error, (0,) * 7)
         raise
-    plan = _agreed(group, call, masks, masked, per_query, balanced, exchange)
+    plan = _agreed(group, call, *masking, balanced, exchange)
     with torch.autocast(call.query.device.type, enabled=False):
         out, lse = ContextParallel.apply(plan, attn_mask, *call.inputs)
     if hasattr(query, "device_mesh"):
         rows = sum(length(x) for x in plan.rows)
         out, lse = _sharded(out, mesh, rows, -2), _sharded(lse, mesh, rows, -1)
     return (out, lse) if need_lse else out
+
+
+def _masking(
+    call: Call, attn_mask: Any, starts: Any, lengths: Any, is_causal: bool, window: Any
+) -> tuple[Masks, int, bool]:
+    """Checked masks by position, the keys of attn_mask, and whether a mask is one of queries."""
+    if has_tangents((attn_mask,)):
+        raise RuntimeError(_ONCE)
+    left, right = (-1, -1) if window is None else checked_window(window)
+    given = {"starts": starts, "lengths": lengths}
+    aligned = [None if x is None else _aligned(x, n, call) for n, x in given.items()]
+    masks = Masks(left, 0 if is_causal else right, *aligned)
+    masked = 1 if attn_mask is None else _masked_keys(attn_mask, call)
+    per_query = any(x is not None and _is_per_query(x, call) for x in given.values())
+    return masks, masked, per_query or attn_mask is not None
 
 
 def _local(name: str, tensor: Any, mesh: DeviceMesh, balanced: bool) -> Any:
@@ -161,9 +164,14 @@ def _sharded(local: Tensor, mesh: DeviceMesh, size: int, dim: int) -> Tensor:
 
 
 def _checked(
-    inputs: Any, mesh: DeviceMesh, is_causal: bool, dropout_p: float, scale: float, need_lse: bool
-) -> Call:
+    inputs: Any, mesh: DeviceMesh, is_causal: bool, dropout_p: float, scale: float,
+    need_lse: bool, balanced: bool,
+) -> Call:  # fmt: skip
     """The call of this process's shards, without masks, cast under autocast, with a seed."""
+    if has_tangents(inputs):
+        raise RuntimeError(_ONCE)
+    named = zip(Inputs._fields, inputs, strict=True)
+    inputs = [_local(name, x, mesh, balanced) for name, x in named]
     if not all(isinstance(x, Tensor) for x in inputs):
         refuse_types(**dict(zip(Inputs._fields, inputs, strict=True)))
     call: Call = masked_attention(
