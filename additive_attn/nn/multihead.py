@@ -369,6 +369,8 @@ class MultiheadAdditiveAttention(nn.Module):
             for (x, parts), weight, b in zip(runs, weights, biases, strict=True):
                 if x is None:
                     made += [None] * len(parts)
+                elif len(parts) == 1:  # also sharded by heads, which a split would gather
+                    made.append(F.linear(x, weight, b))
                 else:
                     made += torch.split_with_sizes(F.linear(x, weight, b), parts, -1)
         except RuntimeError:

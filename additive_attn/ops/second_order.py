@@ -296,6 +296,16 @@ def reduced(grad: Tensor, tensor: Tensor) -> Tensor:
         # A sum over dims of 1 costs as much as another one; a view does not. Not in traces.
         if type(grad) is Tensor and grad.numel() == tensor.numel():
             grad = grad.reshape(tensor.shape)
+        elif hasattr(grad, "device_mesh"):
+            grad = _summed(grad, tensor.shape)
         else:
             grad = grad.sum_to_size(tensor.shape)
     return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
+
+
+def _summed(grad: Tensor, shape: torch.Size) -> Tensor:
+    """``sum_to_size`` of a DTensor, whose own compares the size of a shard with ``shape``."""
+    first = grad.dim() - len(shape)
+    ones = [i for i in range(first, grad.dim()) if shape[i - first] == 1 < grad.shape[i]]
+    grad = grad.sum(ones, keepdim=True) if ones else grad
+    return grad.sum(list(range(first))) if first else grad

@@ -13,6 +13,8 @@ from torch.distributed.tensor import (
     distribute_module,
     distribute_tensor,
 )
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import parallelize_module
 
 from additive_attn import (
     AdditiveAttention,
@@ -20,6 +22,7 @@ from additive_attn import (
     additive_attention,
     additive_scores,
 )
+from additive_attn.distributed import HeadParallel
 
 CASES = {
     "batch": ((4, 3, 5), dict(query=0, key=0, value=0)),
@@ -129,6 +132,66 @@ def check_layers(mesh, folder):
         out.square().sum().backward()
         for parameter, grad in zip(replicated.parameters(), expected, strict=True):
             torch.testing.assert_close(full(parameter.grad), grad)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = MultiheadAdditiveAttention(8, 4, batch_first=True, **options)
+        self.norm = torch.nn.LayerNorm(8)
+
+    def forward(self, x, y, z, **options):
+        out, weights = self.attention(x, y, z, **options)
+        return self.norm(x + out), weights
+
+
+def check_heads(mesh, folder):
+    """Tensor parallel: tensors of each process in and out, parameters by heads."""
+    options = {"average_attn_weights": False, "key_padding_mask": torch.rand(3, 5) < 0.3}
+    for layer in ({}, {"kdim": 6, "vdim": 7}, {"bias": False, "add_bias_kv": True}):
+        x, y, z = (torch.randn(3, 5, layer.get(n, 8)).double() for n in ("embed", "kdim", "vdim"))
+        y, z = (y, z) if "kdim" in layer else (x, x)
+        found = []
+        for parallel in (False, True):
+            model = Model(**layer).double()
+            if parallel:
+                parallelize_module(model, mesh, {"attention": HeadParallel()})
+                assert model.attention.energy_weight.to_local().shape[0] == 4 // mesh.size()
+            x.grad, x.requires_grad = None, True
+            out, weights = model(x, y, z, **options)
+            (out.square().sum() + weights.square().sum()).backward()
+            grads = [full(p.grad) for p in model.parameters()]
+            found.append([out, weights, x.grad, *grads])
+            with torch.no_grad():
+                whole = distribute_tensor(x.detach(), mesh, [Replicate()]) if parallel else x
+                other = whole if y is x else None
+                if other is not None:
+                    memory = model.attention.project(other)
+                    out, _ = model.attention.step(whole[:, 0], memory)
+                    found[-1].append(full(out))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def check_traffic_of_heads(mesh, folder):
+    """With projections by heads, forward sends outputs alone: they are added up."""
+    model = Model(kdim=6, vdim=7)
+    parallelize_module(model, mesh, {"attention": HeadParallel()})
+    x, y, z = torch.randn(3, 5, 8), torch.randn(3, 5, 6), torch.randn(3, 5, 7)
+    with CommDebugMode() as sent:
+        model(x, y, z, need_weights=False)
+    counts = {str(name): count for name, count in sent.get_comm_counts().items()}
+    assert sum(counts.values()) == 1 and "all_reduce" in next(iter(counts)), counts
+
+
+def check_errors_of_heads(mesh, folder):
+    for model, kind, sentence in (
+        (torch.nn.Sequential(AdditiveAttention(8, 8)), TypeError, "given a AdditiveAttention"),
+        (torch.nn.Sequential(MultiheadAdditiveAttention(9, 9)), ValueError, "num_heads is 9"),
+    ):
+        with pytest.raises(kind, match=sentence):
+            parallelize_module(model, mesh, {"0": HeadParallel()})
 
 
 @pytest.mark.parametrize("world", [2, 4])
