@@ -96,9 +96,11 @@ def issued(device: torch.device) -> dict[str, float]:
     wanted = importlib.metadata.version("triton"), f"sm_{major}{minor}"
     with (rows.RESULTS / "machine-code.csv").open(newline="") as file:
         return {
-            row["kernel"]: float(row["instructions_per_pair_in_all"])
+            row["kernel"]: 128 * float(row["in_all_per_tanh"])
             for row in csv.DictReader(file)
-            if (row["triton"], row["target"]) == wanted and row["instructions_per_pair_in_all"]
+            if (row["triton"], row["target"]) == wanted
+            and row["in_all_per_tanh"]
+            and row["dtype"] == "float32"
         }
 
 

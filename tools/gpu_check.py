@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -146,45 +147,55 @@ def complaints(output: str) -> str:
 
 
 def tests(check: Check) -> Callable[[float], str]:
-    """Files side by side, each in a process of its own: an illegal access ends all CUDA work of a
-    process. They share Triton's cache of compiled kernels."""
+    """Parts of files side by side, each in a process of its own: an illegal access ends all CUDA
+    work of a process. They share Triton's cache of compiled kernels."""
     kernels = sorted((ROOT / "tests/kernels").glob("test_triton*.py"))
     rest = [x for name in ("promises", "layers") for x in (ROOT / "tests" / name).glob("test_*")]
     rest.sort(key=lambda path: -path.stat().st_size)
     files = [path for path in (*kernels, *rest) if path.name not in NOT_ON_A_GPU]
     if check.dry:
         files = [path for path in files if path.name in ("test_triton_probe.py", "test_merge.py")]
+    todo = [part for path in files for part in split(path)]
     device = "cpu" if check.dry else "cuda"
     environment = {"ADDITIVE_ATTN_TEST_DEVICE": device}
     if check.dry:
         environment |= {"ADDITIVE_ATTN_CPU": "pytorch"}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--maxfail=4"]
 
-    def one(path: Path, end: float) -> tuple[Path, int | None, str]:
+    def one(part: list[str], end: float) -> tuple[str, int | None, str]:
         limit = end - time.monotonic()
         if limit < 3:
-            return path, None, "not started"
-        command = (PYTHON, "-m", "pytest", *options, str(path.relative_to(ROOT)))
-        return path, *execute(command, limit, environment)
+            return " ".join(part), None, "not started"
+        code, output = execute((PYTHON, "-m", "pytest", *options, *part), limit, environment)
+        return " ".join(part), code, output
 
     def run(limit: float) -> str:
         end = time.monotonic() + limit - 10
         problems = []
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            waiting = [pool.submit(one, path, end) for path in files]
+            waiting = [pool.submit(one, part, end) for part in todo]
             for each in as_completed(waiting):
-                path, code, output = each.result()
+                part, code, output = each.result()
                 last = output.splitlines()[-1] if output else ""
-                check.say(f"    {path.name}: {reason(code, limit) if code is None else last}")
+                check.say(f"    {part[:70]}: {reason(code, limit) if code is None else last}")
                 with (check.folder / "tests.txt").open("a") as log:
-                    log.write(f"==> {path.name}: {code}\n{output}\n")
+                    log.write(f"==> {part}: {code}\n{output}\n")
                 if code not in (0, 5):  # 5: none of its tests is for this device
-                    problems.append(f"{path.name}: {reason(code, limit)}\n{complaints(output)}")
+                    problems.append(f"{part}: {reason(code, limit)}\n{complaints(output)}")
                     check.failed("tests", problems[-1])
                     check.say(problems[-1])
-        return f"{len(problems)} of {len(files)} files\n{problems[0]}" if problems else ""
+        return f"{len(problems)} of {len(todo)} parts\n{problems[0]}" if problems else ""
 
     return run
+
+
+def split(path: Path) -> list[list[str]]:
+    """The tests of a large file in several parts, as arguments of pytest."""
+    text = path.read_text()
+    names = re.findall(r"^def (test_\w+)", text, re.MULTILINE)
+    count = min(len(names), 1 + len(text) // 4000)
+    file = str(path.relative_to(ROOT))
+    return [[f"{file}::{name}" for name in names[n::count]] for n in range(count)]
 
 
 def build(limit: float) -> str:

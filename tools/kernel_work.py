@@ -42,7 +42,7 @@ def lse_kernel(a: SimpleNamespace) -> Work:
     main = Through({"MUFU": 2 * per_thread}, (a.score_padded / a.BLOCK,))
     if a.weights is None:
         return Work((main,))
-    return Work((main, Through({"MUFU": per_thread}, (a.key_count / a.BLOCK,))))
+    return Work((main, Through({"MUFU": per_thread, "STG": 1}, (a.key_count / a.BLOCK,))))
 
 
 def value_kernel(a: SimpleNamespace) -> Work:

@@ -3,8 +3,8 @@
     python -m tools.machine_code       registers, spills and instructions per tanh, to
                                        benchmarks/results/machine-code.csv, a row per kernel
 
-Another version of Triton makes other code of the same source: the rows of the installed version
-are replaced, those of others stay.
+Another version of Triton makes other code of the same source: the rows of the installed version,
+and of the chosen targets, are replaced, those of others stay.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ AMD = ("gfx942",)
 
 # Instructions that no hot loop may hold: barriers, shared memory, local memory (spills).
 SLOW = ("BAR", "LDS", "STS", "LDL", "STL")
-# Of the hot loop: those, and all. In all: of all threads of all launches, for each pair.
+# Of the hot loop: instructions per tanh, and those. In all: of everything that grows with the
+# pairs, of all threads of all launches.
+IN_ALL = "in_all_per_tanh"
 COLUMNS = (
-    "triton", "target", "shape", "kernel", "registers", "spilled_bytes", "shared_bytes",
-    "instructions_per_tanh", "special_functions_per_tanh", *SLOW, "instructions_per_pair_in_all",
+    "triton", "target", "shape", "dtype", "kernel", "registers", "spilled_bytes", "shared_bytes",
+    "instructions_per_tanh", "special_functions_per_tanh", *SLOW, IN_ALL,
 )  # fmt: skip
 LONG = 1, 1024, 2048, 128, 128  # (B, Lq, Lk, H, Dv)
+WIDE = 1, 1024, 2048, 128, 512
 STEP = 64, 1, 400, 512, 512
 LOCATION = 32, 1, 270, 128, 512  # with 32 filters of 31 over two channels
 
@@ -241,29 +244,46 @@ def _amd(assembly: str, shared: int) -> Code:
     return Code(field("vgpr_count"), spilled, shared)
 
 
-def rows() -> list[dict[str, object]]:
+def rows(target: str) -> list[dict[str, object]]:
     """Every kernel of a long sequence, of one query per entry and of a decoder's step with a
-    location term, for every target."""
-    calls = {LONG: call(*LONG), STEP: call(*STEP), LOCATION: step_call(*LOCATION, filters=32)}
+    location term; and what a long call takes in all."""
     found: list[dict[str, object]] = []
-    for target in (*NVIDIA, *AMD):
-        for shape, function in calls.items():
-            for kernel in compiled_calls(target, function):
-                row: dict[str, object] = {
-                    "triton": TRITON, "target": target, "shape": "x".join(map(str, shape)),
-                    "kernel": kernel.name, "registers": kernel.code.registers,
-                    "spilled_bytes": kernel.code.spilled, "shared_bytes": kernel.code.shared,
-                }  # fmt: skip
-                if shape == LONG and target in NVIDIA and kernel.name in WORK:
-                    pairs = shape[0] * shape[1] * shape[2]
-                    row["instructions_per_pair_in_all"] = f"{per_pair([kernel], pairs):.1f}"
-                    if kernel.tanh:
-                        loop = kernel.hot_loop()
-                        row["instructions_per_tanh"] = f"{kernel.per_tanh(loop):.2f}"
-                        row["special_functions_per_tanh"] = f"{kernel.per_tanh(loop, 'MUFU'):g}"
-                        row |= {name: number(loop, name) for name in SLOW}
-                found.append(row)
+    for shape, dtype, function in (
+        (LONG, torch.float32, call(*LONG)),
+        (LONG, torch.bfloat16, call(*LONG, dtype=torch.bfloat16)),
+        (WIDE, torch.bfloat16, call(*WIDE, dtype=torch.bfloat16)),
+        (STEP, torch.float32, call(*STEP)),
+        (LOCATION, torch.float32, step_call(*LOCATION, filters=32)),
+    ):
+        about = {
+            "triton": TRITON, "target": target, "shape": "x".join(map(str, shape)),
+            "dtype": str(dtype).removeprefix("torch."),
+        }  # fmt: skip
+        kernels = compiled_calls(target, function)
+        found += [about | _row(kernel, shape, target) for kernel in kernels]
+        if shape in (LONG, WIDE) and target in NVIDIA:
+            tanh = shape[0] * shape[1] * shape[2] * shape[3]
+            forward = call(*shape, dtype=dtype, need_weights=False, upstream=())
+            both = call(*shape, dtype=dtype, need_weights=False)
+            first, all_ = (per_pair(compiled_calls(target, x), tanh) for x in (forward, both))
+            found.append(about | {"kernel": "forward in all", IN_ALL: f"{first:.2f}"})
+            found.append(about | {"kernel": "backward in all", IN_ALL: f"{all_ - first:.2f}"})
     return found
+
+
+def _row(kernel: Kernel, shape: tuple[int, ...], target: str) -> dict[str, object]:
+    row: dict[str, object] = {
+        "kernel": kernel.name, "registers": kernel.code.registers,
+        "spilled_bytes": kernel.code.spilled, "shared_bytes": kernel.code.shared,
+    }  # fmt: skip
+    if shape in (LONG, WIDE) and target in NVIDIA and kernel.name in WORK:
+        row[IN_ALL] = f"{per_pair([kernel], shape[0] * shape[1] * shape[2] * shape[3]):.2f}"
+        if kernel.tanh:
+            loop = kernel.hot_loop()
+            row["instructions_per_tanh"] = f"{kernel.per_tanh(loop):.2f}"
+            row["special_functions_per_tanh"] = f"{kernel.per_tanh(loop, 'MUFU'):g}"
+            row |= {name: number(loop, name) for name in SLOW}
+    return row
 
 
 def main() -> None:
@@ -272,18 +292,24 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--target", nargs="+", choices=[*NVIDIA, *AMD], default=[*NVIDIA, *AMD])
     parser.add_argument("--output", type=Path, default=RESULTS / "machine-code.csv")
-    path = parser.parse_args().output
+    args = parser.parse_args()
     kept: list[dict[str, object]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [dict(row) for row in csv.DictReader(file) if row["triton"] != TRITON]
-    found = sorted([*kept, *rows()], key=lambda row: str(row["triton"]))
-    with path.open("w", newline="") as file:
+    if args.output.exists():
+        with args.output.open(newline="") as file:
+            kept = [
+                dict(row)
+                for row in csv.DictReader(file)
+                if row["triton"] != TRITON or row["target"] not in args.target
+            ]
+    found = kept + [row for target in args.target for row in rows(target)]
+    found.sort(key=lambda row: (str(row["triton"]), str(row["target"])))
+    with args.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)
-    print(f"wrote {path}")
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
