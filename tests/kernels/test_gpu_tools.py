@@ -8,12 +8,16 @@ import sys
 import time
 
 import pytest
+import torch
 
 pytest.importorskip("triton", minversion="3.6")
 
+from additive_attn.backends import triton as operators
 from additive_attn.backends.triton import tiles, tuned
 from benchmarks import gpu
 from tools import gpu_check, tune
+from tools.kernel_calls import call
+from tools.machine_code import compiled_calls
 
 
 def table(path, rows):
@@ -95,3 +99,26 @@ def test_commands_explain_themselves(command, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         command.main()
     assert "python" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    torch.version.hip is not None or operators.interpreted(),
+    reason="compiles for a target by name, which the interpreter and ROCm do not",
+)
+def test_launches_are_recorded_with_their_times(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    launches = []
+
+    def function():
+        with gpu.recorded(launches):
+            call(1, 1, 10, 32, 20, need_weights=False, upstream=())()
+
+    kernels = compiled_calls("sm_90", function)
+    assert [name for name, _, _ in launches] == [kernel.name for kernel in kernels]
