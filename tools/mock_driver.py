@@ -206,6 +206,7 @@ def installed() -> Iterator[MockDriver]:
         replace = functools.partial(_replace, stack)
         replace(CUDABackend, "add_stages", _first_stage)
         replace(triton.knobs.cache, "dir", cache)
+        replace(dispatch, "repeated_forward", operators.repeated)
         for module in (launch, arguments):
             replace(module, "processors", lambda device: 132)
         with warnings.catch_warnings():

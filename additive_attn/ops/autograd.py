@@ -81,6 +81,11 @@ def attend(
         outputs = Attention.apply(call, need_weights, *call[:5], score_bias)
         return outputs
     with _below_autograd():
+        if dispatch.repeated_forward is not None:
+            repeated = dispatch.repeated_forward(call, need_weights)
+            if repeated is not None:
+                outputs = repeated
+                return outputs
         outputs = dispatch.forward_directly(*call, need_weights)
     return outputs
 
@@ -153,7 +158,13 @@ class Attention(SingleLevelFunction):
     def forward(
         ctx: Any, call: Call, need_weights: bool, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, weights, lse = dispatch.below_autograd(dispatch.forward_directly, *call, need_weights)
+        outputs = None
+        if dispatch.repeated_forward is not None and not _functorch_active():
+            with _below_autograd():
+                outputs = dispatch.repeated_forward(call, need_weights)
+        if outputs is None:
+            outputs = dispatch.below_autograd(dispatch.forward_directly, *call, need_weights)
+        out, weights, lse = outputs
         ctx.save_for_backward(*inputs, *call[5:9], call[11], lse)
         ctx.numbers = *call[9:11], *call[12:], need_weights
         ctx.set_materialize_grads(False)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +37,9 @@ PLAIN: dict[str, Any] = {
 _COMPOSED = {"tangent": tangents.tangent, "scores_tangent": tangents.scores_tangent}
 _CPU_PATHS = ("avx512", "avx2", "baseline", "pytorch", "triton")
 _GPU_PATHS = ("triton", "pytorch")
+# Repeats what has a launch plan without a call through the dispatcher to Python, else gives None;
+# there once something has run on a GPU.
+repeated_forward: Callable[..., Any] | None = None
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_active = torch._C._are_functorch_transforms_active
 
@@ -120,6 +124,8 @@ def gpu_path() -> tuple[ModuleType | None, str]:
             "ADDITIVE_ATTN_GPU=pytorch to silence this warning.",
         )
         return None, problem
+    global repeated_forward
+    repeated_forward = kernels.repeated
     return kernels, "Triton kernels" if forced is None else "chosen by ADDITIVE_ATTN_GPU"
 
 

@@ -4,12 +4,15 @@ What reaches the device is written down by a driver that runs nothing."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", minversion="3.6")
+
+from traffic import Traffic, assert_same, check, inputs, replayed, traffic
 
 from additive_attn.backends import triton as operators
 from additive_attn.backends.triton import plans
@@ -23,139 +26,6 @@ def planning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plans.forget()
     yield
     plans.forget()
-
-
-class Event(NamedTuple):
-    """A launch, or an operation of torch, and the memory that it takes."""
-
-    what: tuple[Any, ...]
-    addresses: tuple[int, ...]
-
-
-class Traffic(TorchDispatchMode):
-    """What reaches the device, in order, and the allocations, which all stay alive."""
-
-    def __init__(self, driver: MockDriver) -> None:
-        super().__init__()
-        self.driver = driver
-        self.events: list[Event] = []
-        self.storages: dict[int, tuple[int, Any]] = {}
-        self.seen = driver.launched
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.launches()
-        result = func(*args, **(kwargs or {}))
-        results = result if isinstance(result, (tuple, list)) else (result,)
-        for x in results:
-            storage = x.untyped_storage()
-            self.storages[storage.data_ptr()] = storage.nbytes(), storage
-        name = func._schema.name
-        view = all(x.alias_info and not x.alias_info.is_write for x in func._schema.returns)
-        fresh = "empty" in name
-        if not view and not fresh and name != "aten::copy_":
-            tensors = [x for x in args if isinstance(x, torch.Tensor)]
-            shapes = [(x.shape, x.stride(), x.dtype) for x in (*tensors, *results)]
-            rest = [x for x in args if not isinstance(x, torch.Tensor)]
-            addresses = [x.data_ptr() for x in (*tensors, *results)]
-            self.events.append(Event((name, *shapes, *map(str, rest)), tuple(addresses)))
-        return result
-
-    def launches(self) -> None:
-        for x in self.driver.since(self.seen):
-            values = zip(x.parameters, x.pointers, strict=True)
-            fixed = [value for value, pointer in values if not pointer]
-            pointed = zip(x.parameters, x.pointers, strict=True)
-            addresses = tuple(value for value, pointer in pointed if pointer)
-            self.events.append(Event((x.name, x[1:5], x.stream, *fixed), addresses))
-        self.seen = self.driver.launched
-
-
-def traffic(driver: MockDriver, function: Callable[[], Any]) -> Traffic:
-    result = Traffic(driver)
-    with result:
-        result.results = function()  # type: ignore[attr-defined]
-    result.launches()
-    return result
-
-
-def replayed(driver: MockDriver, operator: Any, arguments: tuple[Any, ...]) -> Traffic:
-    """Of a call that has a plan."""
-    key = plans._key(operator.__wrapped__, arguments)
-    assert key is not None
-    plan = plans._plans[key]
-    assert isinstance(plan, plans.Plan), plan
-    given = [x for x in arguments if isinstance(x, torch.Tensor)]
-    return traffic(driver, lambda: plan.replay(given, key[1]))
-
-
-def assert_same(ordinary: Traffic, repeated: Traffic, given: list[torch.Tensor]) -> None:
-    """The same events. Given memory is the same; other memory is as much, at places of its own
-    while it is used."""
-    assert [x.what for x in ordinary.events] == [x.what for x in repeated.events]
-    inputs = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in given}
-    moved: dict[int, int] = {}  # storages of the ordinary call: by how much
-    used: dict[int, list[int]] = {}  # the events that use them
-
-    def storage(address: int, among: Any) -> int | None:
-        inside = (start for start, size in among if start <= address < start + max(size, 1))
-        return next(inside, None)
-
-    sizes = {start: size for start, (size, _) in ordinary.storages.items()}
-    for n, (one, other) in enumerate(zip(ordinary.events, repeated.events, strict=True)):
-        for mine, theirs in zip(one.addresses, other.addresses, strict=True):
-            if storage(mine, inputs.items()) is not None or mine == 0:
-                assert mine == theirs, one.what
-                continue
-            start = storage(mine, sizes.items())
-            assert start is not None, one.what
-            assert moved.setdefault(start, theirs - mine) == theirs - mine, one.what
-            assert theirs % 16 == mine % 16
-            used.setdefault(start, []).append(n)
-    places = [
-        (start + moved[start], start + moved[start] + sizes[start], min(uses), max(uses))
-        for start, uses in used.items()
-    ]
-    end = len(ordinary.events)
-    given_places = [(start, start + size, 0, end) for start, size in inputs.items()]
-    for n, (begin, end, first, last) in enumerate(places):
-        for other_begin, other_end, other_first, other_last in places[:n] + given_places:
-            apart = end <= other_begin or other_end <= begin
-            assert apart or last < other_first or other_last < first
-    results = zip(outputs(ordinary), outputs(repeated), strict=True)
-    for one, other in results:
-        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
-        start = one.untyped_storage().data_ptr()
-        if start in moved:
-            assert other.data_ptr() - one.data_ptr() == moved[start]
-
-
-def outputs(traffic: Traffic) -> list[torch.Tensor]:
-    results = traffic.results  # type: ignore[attr-defined]
-    return [results] if isinstance(results, torch.Tensor) else list(results)
-
-
-def check(driver: MockDriver, operator: Any, *arguments: Any) -> None:
-    """The plan of a call does what the call does."""
-    ordinary = traffic(driver, lambda: operator.__wrapped__(*arguments))
-    for _ in range(3):
-        operator(*arguments)
-    given = [x for x in arguments if isinstance(x, torch.Tensor)]
-    assert_same(ordinary, replayed(driver, operator, arguments), given)
-    # The same call again, of other tensors.
-    others = tuple(
-        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
-        if isinstance(x, torch.Tensor)
-        else x
-        for x in arguments
-    )
-    ordinary = traffic(driver, lambda: operator.__wrapped__(*others))
-    given = [x for x in others if isinstance(x, torch.Tensor)]
-    assert_same(ordinary, replayed(driver, operator, others), given)
-
-
-def inputs(rows: int, keys: int = 40, hidden: int = 36, values: int = 20, **more: Any) -> Call:
-    made = torch.randn(2, rows, hidden), torch.randn(2, keys, hidden), torch.randn(2, keys, values)
-    return Call(*made, torch.randn(hidden), **more)
 
 
 CALLS: dict[str, Call] = {
@@ -256,8 +126,11 @@ def test_a_plan_serves_only_its_own_kind_of_call(driver: MockDriver) -> None:
     assert len(plans._plans) == len(cases)
     for name, (call, need_weights) in cases.items():
         given = [x for x in call if isinstance(x, torch.Tensor)]
-        repeated = replayed(driver, operators.forward, (*call, need_weights))
-        assert_same(ordinary(call, need_weights), repeated, given), name
+        found = replayed(driver, operators.forward, (*call, need_weights))
+        if plans._replay is not None and name != "starts":  # which torch packs
+            assert len(found) == 2, name
+        for repeated in found:
+            assert_same(ordinary(call, need_weights), repeated, given)
 
 
 def launched(driver: MockDriver, call: Call) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +13,21 @@ from additive_attn.backends.triton import forward as _forward
 from additive_attn.backends.triton import location_features as _location
 from additive_attn.backends.triton import steps
 from additive_attn.backends.triton.launch import interpreted
-from additive_attn.backends.triton.plans import planned
+from additive_attn.backends.triton.plans import planned, repeated_forward
 from additive_attn.spec.call import Call, Inputs
 
 __all__ = [
     "backward", "forward", "interpreted", "location_features", "location_features_backward",
-    "prepare_keys", "probe", "scores", "scores_backward", "step", "step_backward",
+    "prepare_keys", "probe", "repeated", "scores", "scores_backward", "step", "step_backward",
 ]  # fmt: skip
 
-forward, scores = planned(_forward.forward), planned(_forward.scores)
+forward, scores = planned(_forward.forward), planned(_forward.scores, single=True)
+repeated = functools.partial(repeated_forward, _forward.forward)
 backward = planned(_backward.backward)
 scores_backward = planned(_backward.scores_backward)
 step, step_backward = planned(steps.step), planned(steps.step_backward)
 prepare_keys = steps.prepare_keys
-location_features = planned(_location.location_features)
+location_features = planned(_location.location_features, single=True)
 location_features_backward = planned(_location.location_features_backward)
 
 _NAMES = ("out", "weights", "lse", "grad query", "grad key", "grad value", "grad weight")

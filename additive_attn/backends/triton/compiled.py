@@ -20,12 +20,15 @@ from triton.runtime.jit import JITFunction
 
 _MOST = 4096  # entries of a cache, which then begins anew
 _run = JITFunction.run  # who replaces it, as the interpreter does, is to see every launch
+_runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
+_drivers = triton.runtime.driver
 TENSORS = (Tensor, torch.nn.Parameter)
 
 
 class Compiled(NamedTuple):
     """A compiled kernel, and what follows the arguments of a launch: constants by their names."""
 
+    kernel: CompiledKernel
     run: Callable[..., None]
     function: Any
     metadata: Any
@@ -132,19 +135,18 @@ def unknown() -> None:
 def settings() -> tuple[Any, ...] | None:
     """What else Triton compiles for: the driver, the device, options of the process. None where
     someone watches launches or replaces them."""
-    runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
-    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    before, after = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     if (
         JITFunction.run is not _run
         or getattr(before, "calls", before)
         or getattr(after, "calls", after)
-        or runtime.add_stages_inspection_hook is not None
+        or _runtime.add_stages_inspection_hook is not None
     ):
         return None
-    driver = triton.runtime.driver.active
+    driver = _drivers.active
     return (
-        driver, driver.get_current_device(), runtime.debug, compilation.instrumentation_mode,
-        getattr(compilation, "fpsan_homomorphic_casts", None),
+        driver, driver.get_current_device(), _runtime.debug, _compilation.instrumentation_mode,
+        getattr(_compilation, "fpsan_homomorphic_casts", None),
     )  # fmt: skip
 
 
@@ -168,7 +170,7 @@ def run(
         if key is None or type(kernel) is not CompiledKernel or not options.keys() >= set(rest):
             return unknown()
         constants = tuple(options[name] for name in rest)
-        binary = kernel.run, kernel.function, kernel.packed_metadata
+        binary = kernel, kernel.run, kernel.function, kernel.packed_metadata
         found = _kept(_compiled, key, Compiled(*binary, constants))
     else:
         driver, device = where[:2]

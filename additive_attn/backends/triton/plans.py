@@ -9,13 +9,14 @@ that reads a tensor on the host, or whose launches someone watches, is not writt
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from additive_attn.backends.triton import compiled
+from additive_attn.backends.triton import compiled, programs
 from additive_attn.backends.triton.compiled import TENSORS
 from additive_attn.backends.triton.recorder import (
     Buffer,
@@ -26,6 +27,7 @@ from additive_attn.backends.triton.recorder import (
     Recorder,
 )
 
+enabled = True
 on_cpu = False  # whether calls on CPU tensors have plans too, as with a driver that runs nothing
 _MOST = 1024  # calls that are known; the oldest is forgotten
 _ALIGNED = 256  # bytes, between buffers that share an allocation
@@ -47,14 +49,13 @@ class Plan:
     """A call that was written down. Tensors have numbers: the given ones, then the shared
     allocation, then all others."""
 
-    def __init__(self, recorder: Recorder, results: Sequence[Tensor], single: bool) -> None:
+    def __init__(self, recorder: Recorder, results: Sequence[Tensor]) -> None:
         if recorder.reason is not None:
             raise NotPlanned(recorder.reason)
         parts = [recorder.part(x) for x in results]
         kept = [part.buffer for part in parts]
         if len(set(map(id, kept))) < len(kept) or any(x.born < 0 for x in kept):
             raise NotPlanned("results share memory, or are arguments")
-        self.single = single
         for n, buffer in enumerate(recorder.given):
             buffer.number = n
         self.count = len(recorder.given) + 1
@@ -79,6 +80,8 @@ class Plan:
             for n, step in enumerate((*recorder.steps, None))
         ]
         self.results = [(x.buffer.number, None if x.is_whole else x) for x in parts]
+        self.program = programs.program(recorder.steps, parts, own, self.pool)
+        self.kernels = [x.found.kernel for x in recorder.steps if isinstance(x, Launch)]
 
     def _share(self, buffers: list[Buffer]) -> int:
         """Places buffers in one allocation, at the same place those that are not alive at the same
@@ -95,14 +98,13 @@ class Plan:
             placed.append((begin, begin + size, buffer))
         return max((end for _, end, _ in placed), default=0)
 
-    def replay(self, given: list[Tensor], where: tuple[Any, ...]) -> Any:
+    def replay(self, given: list[Tensor], stream: int) -> list[Tensor]:
         device, spare = given[0].device, self.count - len(given)
         tensors: list[Any] = [*given, *(None,) * spare]
         addresses = [x.data_ptr() for x in given] + [0] * spare
         if self.pool:
             x = tensors[len(given)] = _empty((self.pool,), (1,), dtype=torch.uint8, device=device)
             addresses[len(given)] = x.data_ptr()
-        stream = where[0].get_current_stream(where[1])
         for allocations, launch, operation, dead in self.steps:
             for n, shape, stride, dtype in allocations:
                 x = tensors[n] = _empty(shape, stride, dtype=dtype, device=device)
@@ -122,8 +124,7 @@ class Plan:
                     tensors[n], addresses[n] = x, x.data_ptr()
             for n in dead:
                 tensors[n] = None
-        results = [tensors[n] if x is None else x.of(tensors[n]) for n, x in self.results]
-        return results[0] if self.single else tuple(results)
+        return [tensors[n] if x is None else x.of(tensors[n]) for n, x in self.results]
 
 
 def _launch(step: Launch) -> tuple[Any, ...]:
@@ -131,17 +132,11 @@ def _launch(step: Launch) -> tuple[Any, ...]:
     places, tuples, arguments = [], [], list(step.arguments)
     for n, x in enumerate(arguments):
         if isinstance(x, Part):
-            places.append((n, *_address(x)))
+            places.append((n, *x.place))
         elif isinstance(x, tuple):
-            tuples.append((n, [_address(y) if isinstance(y, Part) else (-1, y) for y in x]))
+            tuples.append((n, [y.place if isinstance(y, Part) else (-1, y) for y in x]))
     found = step.found
     return found.run, step.programs, found.function, found.metadata, arguments, places, tuples
-
-
-def _address(part: Part) -> tuple[int, int]:
-    """The number of a tensor, and bytes from its begin; a tensor without elements has no
-    address."""
-    return (part.buffer.number, part.buffer.begin + part.offset) if all(part.shape) else (-1, 0)
 
 
 def _operate(x: Operation, tensors: list[Any]) -> list[tuple[int, Tensor]]:
@@ -165,54 +160,128 @@ class _Unplanned(NamedTuple):
 
 _ONCE = _Unplanned(None)
 _plans: dict[Any, Plan | _Unplanned] = {}
+_states: dict[Any, int] = {}
+_usual: dict[Any, int] = {}
+_numbers = itertools.count()
+_held: dict[int, Any] = {}  # kernels whose functions the library knows
+_library = torch.ops.additive_attn if hasattr(torch.ops.additive_attn, "replay") else None
+_replay: Any = None if _library is None else _library.replay.default._op
+_replay_forward: Any = None if _library is None else _library.replay_forward.default._op
 
 
 def forget() -> None:
     """For tests that change what plans hold: tile sizes, the number of multiprocessors."""
     _plans.clear()
+    if _library is not None:
+        _library.forget_plans()
 
 
-def _key(function: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """What a plan is made for; None for a call that shall have none."""
-    first = next(x for x in arguments if x is not None)
-    # Asked first: without a GPU there is no driver to ask.
-    if not (on_cpu or (type(first) in TENSORS and first.is_cuda)) or _modes() > 0:
-        return None
-    where = compiled.settings()
+def begin(function: Any, arguments: tuple[Any, ...]) -> tuple[int, int, list[Tensor]] | None:
+    """A number for what a plan depends on besides its tensors, the stream, and the tensors. None
+    where a call shall have no plan: a mode or a hook is to see what it does."""
+    where = compiled.settings() if enabled and _modes() == 0 else None
     if where is None:
         return None
-    key = [function, where, _precision()]
+    tensors: list[Tensor] = []
+    rest = [function, _precision(), where]
     for x in arguments:
         kind = type(x)
         if kind in TENSORS:
-            key += (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0, x.device)
-        elif kind is float:
-            key.append(x.hex())
+            tensors.append(x)
+            rest.append(...)
         elif x is None or kind is int or kind is bool:
-            key.append(x)
+            rest.append(x)
+        elif kind is float:
+            rest.append(x or x.hex())  # zero has a sign
         else:
             return None
+    key = tuple(rest)
+    number = _states.get(key)
+    if number is None:
+        if len(_states) >= 4 * _MOST:
+            _states.clear()
+            _usual.clear()
+        number = _states.setdefault(key, next(_numbers))
+    return number, where[0].get_current_stream(where[1]), tensors
+
+
+def _key(number: int, tensors: list[Tensor]) -> tuple[Any, ...]:
+    """What a plan holds for; the same as in csrc/bindings/plans.cpp."""
+    key: list[Any] = [number]
+    for x in tensors:
+        key += (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0, x.device)
     return tuple(key)
 
 
-def planned(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator whose calls are written down and repeated."""
+def _on_gpu(arguments: tuple[Any, ...]) -> bool:
+    """Asked first: without a GPU there is no driver to ask."""
+    first = arguments[0]
+    if first is None:
+        first = next((x for x in arguments if x is not None), None)
+    return on_cpu or (type(first) in TENSORS and first.is_cuda)
+
+
+def planned(function: Callable[..., Any], single: bool = False) -> Callable[..., Any]:
+    """An operator whose calls are written down and repeated; ``single``: it returns a tensor."""
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        key = _key(function, arguments)
-        if key is None:
+        found = begin(function, arguments) if _on_gpu(arguments) else None
+        if found is None:
             return function(*arguments)
-        plan = _plans.get(key)
-        if type(plan) is Plan:
-            return plan.replay([x for x in arguments if type(x) in TENSORS], key[1])
-        if plan is _ONCE:
-            return _write_down(function, arguments, key)
-        if plan is None:
-            _keep(key, _ONCE)
-        return function(*arguments)
+        results = None if _replay is None else _replay(*found)
+        if not results:
+            number, stream, tensors = found
+            key = _key(number, tensors)
+            plan = _plans.get(key)
+            if plan is _ONCE:
+                result, plan = _written_down(function, arguments)
+                _keep(key, plan)
+                if isinstance(plan, Plan) and plan.program is not None and _library is not None:
+                    _held.update((id(x), x) for x in plan.kernels)
+                    _library.keep_plan(number, tensors, plan.program)
+                return result
+            if type(plan) is not Plan:
+                if plan is None:
+                    _keep(key, _ONCE)
+                return function(*arguments)
+            results = plan.replay(tensors, stream)
+        return results[0] if single else tuple(results)
 
     return call
+
+
+def repeated_forward(function: Any, call: tuple[Any, ...], need_weights: bool) -> Any:
+    """What a forward gives by its plan in the library, if it has one, else None. A shorter way
+    there, for calls whose masking and options hold no tensors."""
+    query, key, value, weight = call[:4]
+    if not (on_cpu or query.is_cuda) or _replay is None:
+        return None
+    where = compiled.settings() if enabled and _modes() == 0 else None
+    if where is None:
+        return None
+    rest = call[4:], need_weights, _precision(), where
+    number = _usual.get(rest)
+    if number is None:
+        found = begin(function, (*call, need_weights))
+        if found is None:
+            return None
+        results = _replay(*found)
+        if not results:
+            return None
+        if len(found[2]) == 4 and call[-1] != 0.0:  # zero has a sign
+            _usual[rest] = found[0]
+        return tuple(results)
+    if not (
+        type(query) in TENSORS
+        and type(key) in TENSORS
+        and type(value) in TENSORS
+        and type(weight) in TENSORS
+    ):
+        return None
+    stream = where[0].get_current_stream(where[1])
+    results = _replay_forward(number, stream, query, key, value, weight)
+    return None if results[0] is None else results
 
 
 def _keep(key: Any, plan: Plan | _Unplanned) -> None:
@@ -222,15 +291,16 @@ def _keep(key: Any, plan: Plan | _Unplanned) -> None:
     _plans[key] = plan
 
 
-def _write_down(function: Callable[..., Any], arguments: tuple[Any, ...], key: Any) -> Any:
+def _written_down(
+    function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> tuple[Any, Plan | _Unplanned]:
+    """The result of a call, and its plan."""
     # Tensors of their own: one that is given twice may be two the next time.
     arguments = tuple(x.detach() if type(x) in TENSORS else x for x in arguments)
     recorder = Recorder([x for x in arguments if isinstance(x, Tensor)])
     with compiled.recorded(recorder), recorder:
         result = function(*arguments)
-    single = isinstance(result, Tensor)
     try:
-        _keep(key, Plan(recorder, (result,) if single else result, single))
+        return result, Plan(recorder, (result,) if isinstance(result, Tensor) else result)
     except NotPlanned as error:
-        _keep(key, _Unplanned(str(error)))
-    return result
+        return result, _Unplanned(str(error))

@@ -58,6 +58,13 @@ class Part(NamedTuple):
         """Whether the buffer holds nothing else."""
         return self.offset == 0 and _bytes(*self[1:4]) == self.buffer.bytes
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """The number of the tensor that holds it, and bytes from its begin; a tensor without
+        elements has no address."""
+        x = self.buffer
+        return (x.number, x.begin + self.offset) if all(self.shape) else (-1, 0)
+
     def of(self, x: Tensor) -> Tensor:
         """The part, where ``x`` holds the buffer."""
         if self.is_whole:
@@ -134,12 +141,14 @@ class Recorder(TorchDispatchMode):
         if not all(type(x) is Tensor for x in results):
             raise NotPlanned(f"{func} reads a tensor")
         name, now = func._schema.name.split("::")[1], len(self.steps)
-        if name in _FRESH:
+        fixed = not any(x.alias_info and x.alias_info.is_write for x in func._schema.arguments)
+        bases = [self._base(x, args) if fixed else None for x in results]
+        nothing = len(results) == 1 and fixed and not results[0].numel()  # nobody reads it
+        if name in _FRESH or (nothing and bases == [None]):
             buffer = self._buffers[result] = _buffer(result, born=now)
             self.allocated.append(buffer)
-        elif all(x.alias_info and not x.alias_info.is_write for x in func._schema.returns):
-            base = self.part(args[0]).buffer
-            self._buffers.update((x, base) for x in results)
+        elif results and all(bases):
+            self._buffers.update(zip(results, bases, strict=True))
         elif name != "copy_" or not _same(args[0], args[1]):
             arguments, options = self._parts(args), {n: self._parts(x) for n, x in kwargs.items()}
             for part in _found((arguments, tuple(options.values()))):
@@ -152,6 +161,14 @@ class Recorder(TorchDispatchMode):
             made = tuple(_buffer(x, born=now, dies=now, seen=True) for x in new)
             self._buffers.update(zip(new, made, strict=True))
             self.steps.append(Operation(func, arguments, options, made))
+
+    def _base(self, x: Tensor, args: Any) -> Buffer | None:
+        """The buffer of the argument that ``x`` is, or is a view of."""
+        storage = x.untyped_storage()._cdata
+        for y in args:
+            if type(y) is Tensor and y.untyped_storage()._cdata == storage:
+                return self.part(y).buffer
+        return None
 
 
 def _buffer(x: Tensor, **known: Any) -> Buffer:

@@ -1,0 +1,152 @@
+"""Calls whose launch plans the compiled library repeats, through the public function."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", minversion="3.6")
+
+from traffic import Traffic, inputs
+
+from additive_attn import additive_attention
+from additive_attn.backends.triton import plans
+from tools.mock_driver import MockDriver
+
+pytestmark = pytest.mark.skipif(plans._replay is None, reason="no compiled library")
+
+BASE = inputs(1)
+MASK = torch.zeros(2, 1, 40)
+
+
+@pytest.fixture(autouse=True)
+def planning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(plans, "on_cpu", True)
+    plans.forget()
+    yield
+    monkeypatch.undo()
+    plans.forget()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_public_function_takes_the_plan(
+    driver: MockDriver, masked: bool, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = BASE._replace(query=BASE.query.clone().requires_grad_(grad))
+    mask = MASK if masked else None
+
+    def attend(scale: float = 1.0) -> Any:
+        before = driver.launched
+        out = additive_attention(*call[:4], attn_mask=mask, scale=scale)
+        (found,) = driver.since(before)
+        assert out.requires_grad == grad and out.shape == (2, 1, 20)
+        assert out.data_ptr() in found.parameters
+        moving = zip(found.parameters, found.pointers, strict=True)
+        given = {x.data_ptr() for x in call if isinstance(x, torch.Tensor)}
+        fixed = [x for x, pointer in moving if not pointer or x in given]
+        return found._replace(parameters=fixed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "enabled", False)
+        expected = attend()
+        others = [attend(scale) for scale in (0.5, 0.0, -0.0)]
+    for _ in range(4):
+        assert attend() == expected
+    # From now on Python does not even look for its own plan.
+    for name in ("_key", "_plans"):
+        monkeypatch.setattr(plans, name, None)
+    for _ in range(2):
+        assert attend() == expected
+    monkeypatch.undo()
+    monkeypatch.setattr(plans, "on_cpu", True)
+    for scale, other in zip((0.5, 0.0, -0.0), others, strict=True):
+        for _ in range(4):
+            assert attend(scale) == other
+    assert attend() == expected
+
+
+def test_modes_and_subclasses_see_the_operator(
+    driver: MockDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(4):
+        additive_attention(*BASE[:4])
+    with Traffic(driver) as seen:
+        additive_attention(*BASE[:4])
+    assert any(event.what[0] == "additive_attn::forward" for event in seen.events)
+
+    class Subclass(torch.Tensor):
+        pass
+
+    taken: list[Any] = []
+    monkeypatch.setattr(plans, "_replay_forward", lambda *x: taken.append(x))
+    additive_attention(BASE.query.as_subclass(Subclass), *BASE[1:4])
+    assert not taken
+    with pytest.raises(TypeError):  # of what is not there
+        additive_attention(*BASE[:4])
+    assert taken
+
+
+def test_a_repeated_call_costs_little_on_the_host(driver: MockDriver) -> None:
+    """Against one launch that does nothing else, with as many arguments: at most four times as
+    much on an idle machine."""
+    call = inputs(1)
+
+    def attend() -> None:
+        additive_attention(*call[:4])
+
+    for _ in range(4):
+        attend()
+    plan = next(x for x in plans._plans.values() if isinstance(x, plans.Plan))
+    (launch,) = [step.launch for step in plan.steps if step.launch is not None]
+    run, _, function, metadata, arguments, places, _ = launch
+    arguments = list(arguments)
+    for place, *_ in places:
+        arguments[place] = call.query
+
+    def empty() -> None:
+        run(1, 1, 1, 0, function, metadata, None, None, None, *arguments)
+
+    def least(function: Callable[[], None]) -> int:
+        times = []
+        for _ in range(1500):
+            begin = time.perf_counter_ns()
+            function()
+            times.append(time.perf_counter_ns() - begin)
+        return min(times)
+
+    assert least(attend) <= 6 * least(empty)
+    calls = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame) if event == "call" else None)
+    try:
+        attend()
+    finally:
+        sys.setprofile(None)
+    assert len(calls) <= 20, [frame.f_code.co_name for frame in calls]
+
+
+def test_the_library_refuses_what_is_no_plan(driver: MockDriver) -> None:
+    library, x = torch.ops.additive_attn, torch.zeros(3)
+    for program, problem in (
+        ([], "ends early"),
+        ([0, 1, 1, 6, 1, 3], "ends early"),
+        ([-1, 0, 0], "counts -1"),
+        ([0, 99, 0], "counts 99"),
+        ([0, 0, 1, 1, 1, 128, 0, 1, 7, 0], "no tensor 7"),
+        ([0, 0, 1, 1, 1, 99999, 0, 0], "counts 99999"),
+    ):
+        with pytest.raises(RuntimeError, match=problem):
+            library.keep_plan(-1, [x], program)
+    with pytest.raises(RuntimeError, match="needs a tensor"):
+        library.keep_plan(-1, [], [0, 0, 0])
+    library.keep_plan(-1, [x], [0, 0, 0])
+    with pytest.raises(RuntimeError, match="3 results"):
+        for _ in range(2):
+            library.keep_plan(-1, [x] * 4, [0, 0, 0])
+            library.replay_forward(-1, 0, x, x, x, x)
+    assert library.replay(-2, 0, [x]) == [] and library.replay(-1, 0, []) == []
