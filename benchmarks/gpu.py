@@ -199,6 +199,10 @@ def main() -> None:
         require_kernel(device, None)
     rows.write(args.output, answers(args.question, device, args.quick), COLUMNS)
     print(f"wrote {args.output}")
+    with args.output.open(newline="") as file:
+        failed = [row["value"] for row in csv.DictReader(file) if row["what"] == "failed"]
+    if failed:
+        raise SystemExit(f"{len(failed)} failed, first: {failed[0]}")
 
 
 if __name__ == "__main__":

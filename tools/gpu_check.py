@@ -217,15 +217,14 @@ def parts(check: Check) -> None:
     folder, dry = check.folder, check.dry
     device = ["--device", "cpu"] if dry else []
     interpreter = {"ADDITIVE_ATTN_CPU": "triton", "TRITON_INTERPRET": "1"} if dry else {}
-    check.part("machine", 0.08, lambda limit: machine(check, limit))
+    if not dry:
+        check.part("build", 0.2, build)
+        if check.first:  # without the library Python starts the kernels
+            os.environ["ADDITIVE_ATTN_CPU"] = "pytorch"
+    check.part("machine", 0.06, lambda limit: machine(check, limit))
     if not dry:
         os.environ.setdefault("ADDITIVE_ATTN_GPU", "triton")
-        os.environ.setdefault("ADDITIVE_ATTN_CPU", "pytorch")
-    with ThreadPoolExecutor(1) as pool:  # beside the tests, which do not need it
-        building = pool.submit(check.part, "build", 0.3, build) if not dry else None
-        check.part("tests", 0.36, tests(check))
-        if building is not None:
-            building.result()
+    check.part("tests", 0.34, tests(check))
     check.part("questions", 0.12, check.command(
         PYTHON, "-m", "benchmarks.gpu", *device, *(["--quick"] if dry else []),
         "--output", str(folder / "questions.csv"), environment=interpreter,

@@ -54,16 +54,13 @@ BACKWARD = {"gradient_tile"}
 
 
 @contextmanager
-def chosen(name: str, change: Any, written: dict[Any, Any]) -> Iterator[None]:
-    """``written``: the launch plans of this choice, which hold its tiles."""
-    kept, others = getattr(tiles, name), plans._plans
+def chosen(name: str, change: Any) -> Iterator[None]:
+    kept = getattr(tiles, name)
     setattr(tiles, name, tiles.changed(kept, change))
-    plans._plans = written
     try:
         yield
     finally:
         setattr(tiles, name, kept)
-        plans._plans = others
 
 
 def tune(
@@ -77,16 +74,30 @@ def tune(
     assert runner is not None
     call = measure.action(runner, inputs, mode)
     reference.check("the package's choice", runner, mode)
-    actions: dict[tuple[str, str], Callable[[], object]] = {(OWN, ""): call}
+    turn = OWN, ""
+
+    def begin(label: tuple[str, str]) -> None:
+        """Launch plans hold the tiles of the choice that ran before."""
+        nonlocal turn
+        if label != turn:
+            plans.forget()
+            turn = label
+
+    def as_it_is() -> object:
+        begin((OWN, ""))
+        return call()
+
+    actions: dict[tuple[str, str], Callable[[], object]] = {(OWN, ""): as_it_is}
     notes: dict[tuple[str, str], str] = {}
 
     def under(name: str, change: Any, runner: Runner) -> Callable[[], object]:
-        written: dict[Any, Any] = {}
-        with chosen(name, change, written):
+        plans.forget()
+        with chosen(name, change):
             reference.check(f"{name} {change}", runner, mode)
 
         def action() -> object:
-            with chosen(name, change, written):
+            begin((name, repr(change)))
+            with chosen(name, change):
                 return call()
 
         return action

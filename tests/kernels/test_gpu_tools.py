@@ -63,7 +63,7 @@ def test_changed_tiles():
 def test_choices_are_those_of_tiles():
     for name in tune.CHOICES:
         if hasattr(tiles, name):
-            with tune.chosen(name, tune.CHOICES[name][0], {}):
+            with tune.chosen(name, tune.CHOICES[name][0]):
                 pass
     assert sum(hasattr(tiles, name) for name in tune.CHOICES) >= 3
 
