@@ -58,7 +58,8 @@ def check(plans, operator, *arguments):
         pairs = [(results, expected)] if single else zip(results, expected, strict=True)
         for ours, theirs in pairs:
             assert_same(ours, theirs)
-    assert isinstance(plans._plans[plans._key(operator.__wrapped__, arguments)], plans.Plan)
+    number, _, tensors = plans.begin(operator.__wrapped__, arguments)
+    assert isinstance(plans._plans[plans._key(number, tensors)], plans.Plan)
     return results
 
 
