@@ -10,8 +10,9 @@ import functools
 import re
 import subprocess
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.backends.nvidia.compiler import CUDABackend
 
+import additive_attn
 from additive_attn.backends import triton as operators
-from additive_attn.backends.triton import arguments, launch
+from additive_attn.backends.triton import arguments, launch, plans
 from additive_attn.ops import dispatch
 
 _PARAMETERS, _KEPT = 128, 64  # as in mock_libcuda.c
@@ -225,3 +227,52 @@ def installed() -> Iterator[MockDriver]:
 def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
+
+
+def _least(function: Callable[[], Any]) -> float:
+    """Microseconds of the fastest of many calls."""
+    times = []
+    for _ in range(2000):
+        begin = time.perf_counter_ns()
+        function()
+        times.append(time.perf_counter_ns() - begin)
+    return min(times) / 1000
+
+
+def _figures(driver: MockDriver, B: int, Lq: int, Lk: int, H: int, Dv: int) -> str:
+    """Of a small call that repeats: launches; microseconds on the host without and with a plan;
+    those of a launch that does nothing else, with as many arguments as the largest; the ratio."""
+    given = torch.zeros(B, Lq, H), torch.zeros(B, Lk, H), torch.zeros(B, Lk, Dv), torch.zeros(H)
+
+    def attend() -> Any:
+        return additive_attn.additive_attention(*given)
+
+    plans.on_cpu = False
+    attend()
+    before = driver.launched
+    attend()
+    launches = driver.launched - before
+    ordinary = _least(attend)
+    plans.on_cpu = True
+    plans.forget()
+    for _ in range(3):
+        attend()
+    planned = _least(attend)
+    (plan,) = (x for x in plans._plans.values() if isinstance(x, plans.Plan))
+    found = [step.launch for step in plan.steps if step.launch is not None]
+    run, _, function, metadata, arguments, places, tuples = max(found, key=lambda x: len(x[4]))
+    arguments = list(arguments)
+    for place, *_ in places:
+        arguments[place] = given[0]
+    for place, several in tuples:
+        arguments[place] = tuple(given[0] if n >= 0 else x for n, x in several)
+    empty = _least(lambda: run(1, 1, 1, 0, function, metadata, None, None, None, *arguments))
+    return f"{launches} {ordinary:.1f} {planned:.1f} {empty:.1f} {planned / empty:.1f}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print("B Lq Lk H Dv launches ordinary planned empty ratio")
+    for shape in ((1, 1, 10, 32, 20), (64, 1, 400, 512, 512), (1, 8, 10, 32, 20)):
+        with installed() as driver:
+            print(*shape, _figures(driver, *shape), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from additive_attn.backends.triton import backward as _backward
 from additive_attn.backends.triton import forward as _forward
 from additive_attn.backends.triton import location_features as _location
-from additive_attn.backends.triton import steps
+from additive_attn.backends.triton import plans, steps
 from additive_attn.backends.triton.launch import interpreted
 from additive_attn.backends.triton.plans import planned, repeated_forward
 from additive_attn.spec.call import Call, Inputs
@@ -41,7 +42,31 @@ def probe(
 ) -> None:
     """Runs the kernels of several queries and of one, forward and backward, and compares them with
     a reference. Raises where Triton, its compiler or the driver fails, and RuntimeError where the
-    results differ by more than rounding."""
+    results differ by more than rounding. Where only launch plans fail there are none."""
+    references = reference_forward, reference_backward
+    plans.enabled = False
+    try:
+        _compare(device, *references)
+    finally:
+        plans.enabled = True
+    try:
+        # A call, the one that is written down, and one that repeats it.
+        for _ in range(3 if device.type == "cuda" or plans.on_cpu else 0):
+            _compare(device, *references)
+    except Exception as error:
+        plans.enabled = False
+        warnings.warn(
+            f"additive_attn repeats no calls on {device} from launch plans, so small calls cost "
+            f"several times as much: {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+
+
+def _compare(
+    device: torch.device,
+    reference_forward: Callable[..., Any],
+    reference_backward: Callable[..., Any],
+) -> None:
     exact = torch.get_float32_matmul_precision() == "highest"
     tolerance = 1e-4 if exact else 1e-2  # matmul may round to 10 bits
     generator = torch.Generator().manual_seed(0)

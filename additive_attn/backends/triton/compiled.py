@@ -134,20 +134,18 @@ def unknown() -> None:
 
 def settings() -> tuple[Any, ...] | None:
     """What else Triton compiles for: the driver, the device, options of the process. None where
-    someone watches launches or replaces them."""
+    someone watches launches, instruments or replaces them."""
     before, after = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     if (
         JITFunction.run is not _run
         or getattr(before, "calls", before)
         or getattr(after, "calls", after)
         or _runtime.add_stages_inspection_hook is not None
+        or _compilation.instrumentation_mode
     ):
         return None
     driver = _drivers.active
-    return (
-        driver, driver.get_current_device(), _runtime.debug, _compilation.instrumentation_mode,
-        getattr(_compilation, "fpsan_homomorphic_casts", None),
-    )  # fmt: skip
+    return driver, driver.get_current_device(), _runtime.debug
 
 
 def run(
