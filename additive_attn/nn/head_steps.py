@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from additive_attn.nn.decoding import (
+    MOST_ROWS,
     Prepared,
     ProjectedMemory,
     attended_keys,
@@ -101,18 +102,33 @@ def step_heads(
 ) -> tuple[Tensor, Tensor | None]:
     """:meth:`MultiheadAdditiveAttention.step`."""
     prepared, dropout_p = memory.prepared, layer.dropout if layer.training else 0.0
-    several = query.dim() == memory.key.dim()
-    # The weights after dropout come from the ordinary call alone.
-    one = memory.beams == 1 and not several and not (need_weights and dropout_p > 0.0)
-    if not (one and prepared is not None and prepared.is_of(layer)):
+    several, batched = query.dim() == memory.key.dim(), memory.key.dim() == 3
+    flat = memory.beams > 1 and not several and batched
+    # Rows of queries per sequence; 0 where it has one query, without a dim for it.
+    number = memory.beams if flat else query.shape[-2] if several else 0
+    if (
+        prepared is None
+        or not several <= number <= MOST_ROWS
+        or (memory.beams > 1 and number == 0)
+        # The weights after dropout come from the ordinary call alone.
+        or (need_weights and dropout_p > 0.0)
+        or not prepared.is_of(layer)
+    ):
         return _rows(layer, query, memory, several, dropout_p, need_weights, averaged)
+    if flat:
+        query = query.unflatten(0, (-1, memory.beams))
     if prepared.lent.source.query_weight is None:
         query = layer._projected(query)[0].unflatten(-1, (layer.num_heads, -1))
-    out, weights, _ = attend_step(prepared.lent, query, dropout_p=dropout_p)
+        query = query.transpose(-2, -3) if number else query
+    out, weights, _ = attend_step(prepared.lent, query, dropout_p=dropout_p, several=number > 0)
+    out = out.transpose(-2, -3) if number else out
     out = projected(layer._modules["out_proj"], out.flatten(-2))
-    if need_weights and averaged:
-        weights = weights.mean(dim=-2)
-    return out, weights if need_weights else None
+    out = out.flatten(0, 1) if flat else out
+    if not need_weights:
+        return out, None
+    if number:
+        return out, _of_rows(weights, averaged, flat)
+    return out, weights.mean(dim=-2) if averaged else weights
 
 
 def _rows(
@@ -146,7 +162,7 @@ def _of_rows(weights: Tensor, averaged: bool, flat: bool) -> Tensor:
     """Weights ``(N, heads, n, S)`` as ``(N, [heads,] n, S)``; or flat, of one query per beam, as
     ``(N * n, [heads,] S)``."""
     if averaged:
-        weights = weights.mean(dim=1)
+        weights = weights.mean(dim=-3)
     elif flat:
-        weights = weights.transpose(1, 2)
+        weights = weights.transpose(-2, -3)
     return weights.flatten(0, 1) if flat else weights

@@ -65,7 +65,7 @@ def attend_step(
             lent, seed, (dropout_p, several), *given, *lent.shared, filters
         )
         return outputs
-    projected = _projected(query, lent.shared)
+    projected = _projected(query, lent.shared, several)
     with _below_autograd():
         location = _features(location, filters)
         out, weights, lse = _operators.step(
@@ -112,12 +112,18 @@ def _features(location: Tensor | None, filters: Tensor | None) -> Tensor | None:
     return made
 
 
-def _projected(query: Tensor, shared: Shared) -> Tensor:
+def _projected(query: Tensor, shared: Shared, several: bool) -> Tensor:
     if shared.query_weight is None:
         return query
     projected = linear(query, shared.query_weight, shared.query_bias)
-    hidden = shared.key.shape[-1]
-    return projected if projected.shape[-1] == hidden else projected.unflatten(-1, (-1, hidden))
+    key = shared.key
+    hidden = key.shape[-1]
+    if projected.shape[-1] == hidden and (
+        query.dim() - several > key.dim() - 2 or key.shape[-3] != 1
+    ):
+        return projected
+    heads = projected.unflatten(-1, (-1, hidden))
+    return heads.transpose(-2, -3) if several else heads
 
 
 def _arguments(
@@ -154,7 +160,7 @@ def _ordinary(
     dropout_p: float, several: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same as one differentiable call."""
-    projected = _projected(query, lent.source)
+    projected = _projected(query, lent.source, several)
     rows = projected if several else projected.unsqueeze(-2)
     inputs, lengths = _inputs(lent.source, rows, location, location_weight), lent.lengths
     if lengths is not None and lengths.dim() > 2:
@@ -189,7 +195,10 @@ class _Step(SingleLevelFunction):
         location: Tensor | None, location_weight: Tensor | None, *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         shared = Shared(*tensors[:6])  # type: ignore[arg-type]
-        projected, features = _projected(query, shared), _features(location, tensors[6])
+        projected, features = (
+            _projected(query, shared, options[1]),
+            _features(location, tensors[6]),
+        )
         out, weights, lse = _operators.step(
             *_arguments(lent, projected, shared, features, location_weight, seed, *options)
         )
@@ -243,11 +252,9 @@ class _Step(SingleLevelFunction):
             grad_out = None if grad_out is None else grad_out.squeeze(-2)
         else:
             rows = rows.unsqueeze(-2)
-        if (
-            shared.query_weight is not None
-            and grad_query.shape[-1] != shared.query_weight.shape[0]
-        ):
-            grad_query = grad_query.flatten(-2)  # of all heads
+        if shared.query_weight is not None and grad_query.dim() > query.dim():
+            # Of all heads.
+            grad_query = (grad_query.transpose(-2, -3) if several else grad_query).flatten(-2)
         if running is not None:
             content, weighs = location is None, needs[7] and grad_out is not None
             running.records.append(
@@ -297,7 +304,7 @@ def _differentiable(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tens
     memory = (*shared[:3], None, lent.attn_mask, lent.lengths)
     if several:
         memory = _for_several(*memory)
-    rows = _projected(query, shared).unsqueeze(-2)
+    rows = _projected(query, shared, several).unsqueeze(-2)
     inputs = _inputs(Shared(*memory[:3]), rows, features, location_weight)
     call = Call(
         *inputs, *memory[4:], seed=seed, dropout_p=dropout_p, scale=lent.scale

@@ -14,8 +14,8 @@ F64 = torch.float64
 
 
 def made(**options):
-    options = {"batch_first": True, "dtype": F64} | options
-    layer = MultiheadAdditiveAttention(E, HEADS, **options)
+    options = {"num_heads": HEADS, "batch_first": True, "dtype": F64} | options
+    layer = MultiheadAdditiveAttention(E, **options)
     nn.init.normal_(layer.energy_weight)
     return layer
 

@@ -54,13 +54,6 @@ def test_what_the_memory_holds_may_be_written_to(kind, mode, beams, order, field
     with mode():
         memory = layer.project(key, value, **masking).expand(beams)
         before = [x.clone() for x in stepped(layer, query, memory)]
-        if kind == "heads" and mode is torch.enable_grad and field in ("key", "value"):
-            # Views of one projection: autograd refuses an ordinary step.
-            with torch.no_grad():
-                getattr(memory, field).mul_(0.5)
-            with pytest.raises(RuntimeError, match="modified inplace"):
-                stepped(layer, query, ordinary(memory))
-            return
         with torch.no_grad():
             tensor = getattr(memory, field)
             if field in ("key", "value"):

@@ -75,6 +75,43 @@ def test_steps_of_several_queries_beams_and_unbatched_memories():
     assert layer.step(query[1, 0], alone, need_weights=False)[1] is None
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"bias": False}], ids=str)
+def test_gradients_of_single_several_and_beams_are_made_at_once(options, heads, passes):
+    layer = made(num_heads=heads, **options)
+    query = torch.randn(N, STEPS, E, dtype=F64, requires_grad=True)
+    key = torch.randn(N, S, E, dtype=F64, requires_grad=True)
+    memory, padding = layer.project(key, lengths=[7, 4, 0]), padded()
+    for averaged in (True, False):
+        expected = plain_heads(layer, query, key, key, padding, averaged=averaged)
+        single = layer.step(query[:, 0], memory, average_attn_weights=averaged)
+        some = layer.step(query[:, 1:], memory, average_attn_weights=averaged)
+        flat = layer.step(query.flatten(0, 1), memory.expand(STEPS), average_attn_weights=averaged)
+        rows = expected[1] if averaged else expected[1].transpose(1, 2)
+        torch.testing.assert_close(single, (expected[0][:, 0], rows[:, 0]))
+        torch.testing.assert_close(some, (expected[0][:, 1:], expected[1][..., 1:, :]))
+        torch.testing.assert_close(flat, (expected[0].flatten(0, 1), rows.flatten(0, 1)))
+    leaves = [query, key, *layer.parameters()]
+    ours = (torch.cat([single[0][:, None], some[0]], 1) + 2 * flat[0].unflatten(0, (N, -1))).sin()
+    ours = ours.sum() + some[1].square().sum() + flat[1].square().sum()
+    theirs = (3 * expected[0]).sin().sum() + expected[1][..., 1:, :].square().sum()
+    theirs = theirs + expected[1].square().sum()
+    for mine, other in zip(
+        torch.autograd.grad(ours, leaves, retain_graph=True),
+        torch.autograd.grad(theirs, leaves, retain_graph=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+    assert passes == [3]
+    twice = torch.autograd.grad(ours, leaves[:2], create_graph=True)
+    other = torch.autograd.grad(theirs, leaves[:2], create_graph=True)
+    penalty, wanted = (sum(x.square().sum() for x in grads) for grads in (twice, other))
+    for mine, right in zip(
+        torch.autograd.grad(penalty, leaves), torch.autograd.grad(wanted, leaves), strict=True
+    ):
+        torch.testing.assert_close(mine, right)
+
+
 def test_steps_follow_parameters_that_change_and_drop_as_a_call_does():
     layer = made(dropout=0.5)
     key, query = torch.randn(N, S, E, dtype=F64), torch.randn(N, E, dtype=F64)
