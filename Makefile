@@ -78,7 +78,7 @@ COMPILED = @echo "==> compiled kernels in an emulator of PTX: $(1) sm_$(2)"; $(1
 FEATURES := tests/kernels/test_compiled.py tests/kernels/test_triton.py
 STEPS    := $(patsubst %,tests/kernels/test_%.py,triton_steps triton_probe compiled_plans)
 CENTRE   := $(FEATURES) -k 'compiled or sizes or magnitudes or repeats'
-OLDEST_TRITON := $(VENV)/triton-3.6.0
+OLDEST_TRITON := $(abspath $(VENV))/triton-3.6.0
 
 $(OLDEST_TRITON): $(VENV)/.requirements
 	@rm -rf $@.part && $(BIN)/pip install --quiet --no-deps --target $@.part triton==3.6.0
