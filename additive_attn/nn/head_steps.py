@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from additive_attn.nn.decoding import (
-    MOST_ROWS,
     Prepared,
     ProjectedMemory,
     attended_keys,
@@ -24,6 +23,10 @@ from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.head_checks import check_masks
 from additive_attn.ops.layer_checks import check_memory_dtype, check_narrowed
 from additive_attn.ops.memory import NARROW_MEMORY, lend
+
+# Queries per sequence up to which a step of prepared keys is faster than an ordinary call, with
+# heads of this many features and more, and with smaller ones.
+MOST_ROWS, MANY_FEATURES, MOST_ROWS_OF_FEW = 8, 32, 2
 
 
 @counting_writes
@@ -106,9 +109,10 @@ def step_heads(
     flat = memory.beams > 1 and not several and batched
     # Rows of queries per sequence; 0 where it has one query, without a dim for it.
     number = memory.beams if flat else query.shape[-2] if several else 0
+    many = layer.energy_weight.shape[1] >= MANY_FEATURES
     if (
         prepared is None
-        or not several <= number <= MOST_ROWS
+        or not several <= number <= (MOST_ROWS if many else MOST_ROWS_OF_FEW)
         or (memory.beams > 1 and number == 0)
         # The weights after dropout come from the ordinary call alone.
         or (need_weights and dropout_p > 0.0)

@@ -78,7 +78,7 @@ def test_steps_of_several_queries_beams_and_unbatched_memories():
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"bias": False}], ids=str)
 def test_gradients_of_single_several_and_beams_are_made_at_once(options, heads, passes):
-    layer = made(num_heads=heads, **options)
+    layer = made(num_heads=heads, hidden_dim=32 * heads, **options)
     query = torch.randn(N, STEPS, E, dtype=F64, requires_grad=True)
     key = torch.randn(N, S, E, dtype=F64, requires_grad=True)
     memory, padding = layer.project(key, lengths=[7, 4, 0]), padded()
