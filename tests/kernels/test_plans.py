@@ -189,6 +189,18 @@ def test_what_reads_a_tensor_has_no_plan(driver: MockDriver) -> None:
     assert not any(isinstance(x, plans.Plan) for x in plans._plans.values())
 
 
+def test_a_planned_call_within_another(driver: MockDriver) -> None:
+    @plans.planned
+    def outer(*call: Any) -> tuple[torch.Tensor, ...]:
+        first = operators.forward(*call, False)
+        return (first[0] + 1, *operators.forward(*call, False)[1:])
+
+    for _ in range(6):
+        before = driver.launched
+        outer(*BASE)
+        assert driver.launched - before == 2
+
+
 def test_operations_of_torch_are_repeated(driver: MockDriver) -> None:
     @plans.planned
     def function(x: torch.Tensor, y: torch.Tensor, n: int) -> tuple[torch.Tensor, ...]:

@@ -155,6 +155,16 @@ def test_the_library_refuses_what_is_no_plan(driver: MockDriver) -> None:
     assert library.replay(-2, 0, [x]) == [] and library.replay(-1, 0, []) == []
 
 
+def test_the_library_is_told_again_of_what_it_forgot(driver: MockDriver) -> None:
+    for _ in range(3):
+        operators.forward(*BASE, False)
+    assert operators.repeated(BASE, False) is not None
+    plans._library.forget_plans()
+    assert operators.repeated(BASE, False) is None
+    operators.forward(*BASE, False)
+    assert operators.repeated(BASE, False) is not None
+
+
 def test_plans_that_fail_are_not_used(driver: MockDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     def compare(*_: Any) -> None:
         enabled.append(plans.enabled)

@@ -119,11 +119,11 @@ _thread = _Thread()
 @contextlib.contextmanager
 def recorded(recorder: Any) -> Iterator[None]:
     """Tells ``recorder`` of the launches of this thread."""
-    _thread.recorder = recorder
+    before, _thread.recorder = _thread.recorder, recorder
     try:
         yield
     finally:
-        _thread.recorder = None
+        _thread.recorder = before
 
 
 def unknown() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -159,6 +160,7 @@ class _Unplanned(NamedTuple):
 
 
 _ONCE = _Unplanned(None)
+_lock = threading.Lock()
 _plans: dict[Any, Plan | _Unplanned] = {}
 _states: dict[Any, int] = {}
 _usual: dict[Any, int] = {}
@@ -234,17 +236,19 @@ def planned(function: Callable[..., Any], single: bool = False) -> Callable[...,
             number, stream, tensors = found
             key = _key(number, tensors)
             plan = _plans.get(key)
+            result = None
             if plan is _ONCE:
                 result, plan = _written_down(function, arguments)
                 _keep(key, plan)
-                if isinstance(plan, Plan) and plan.program is not None and _library is not None:
-                    _held.update((id(x), x) for x in plan.kernels)
-                    _library.keep_plan(number, tensors, plan.program)
+            elif plan is None:
+                _keep(key, _ONCE)
+            if not isinstance(plan, Plan):
+                return function(*arguments) if result is None else result
+            if plan.program is not None and _library is not None:  # which may have forgotten it
+                _held.update((id(x), x) for x in plan.kernels)
+                _library.keep_plan(number, tensors, plan.program)
+            if result is not None:
                 return result
-            if type(plan) is not Plan:
-                if plan is None:
-                    _keep(key, _ONCE)
-                return function(*arguments)
             results = plan.replay(tensors, stream)
         return results[0] if single else tuple(results)
 
@@ -285,10 +289,11 @@ def repeated_forward(function: Any, call: tuple[Any, ...], need_weights: bool) -
 
 
 def _keep(key: Any, plan: Plan | _Unplanned) -> None:
-    _plans.pop(key, None)
-    if len(_plans) >= _MOST:
-        _plans.pop(next(iter(_plans), None), None)
-    _plans[key] = plan
+    with _lock:
+        _plans.pop(key, None)
+        if len(_plans) >= _MOST:
+            del _plans[next(iter(_plans))]
+        _plans[key] = plan
 
 
 def _written_down(
