@@ -153,12 +153,15 @@ void add_energies(const T* query, const T* keys, std::int64_t groups, const T* c
 }
 
 // One score in the direct form with lanes over features: a single query row would use every packed key only once. With
-// `located`, location * term is added to the key.
+// `located`, location * term is added to the key. Meanwhile memory is fetched.
 template <class T, bool located = false>
-T energy(const T* query, const T* key, const T* weight, std::int64_t hidden, T location = 0, const T* term = nullptr) {
+T energy(const T* query, const T* key, const T* weight, std::int64_t hidden, T location = 0, const T* term = nullptr,
+         Fetch* value = nullptr, Fetch* next_key = nullptr) {
   constexpr int L = lanes<T>;
   Vec<T> total = {};
   for (std::int64_t h = 0; h < hidden; h += group * L) {
+    if (value) value->some();
+    if (next_key) next_key->some();
     Vec<T> x[group], w[group], z[group], y[group];
     for (int g = 0; g < group; ++g) {
       const std::int64_t at = h + g * L, left = hidden - at;

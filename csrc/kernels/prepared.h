@@ -2,29 +2,6 @@
 
 constexpr int rows_together = VECTOR_BYTES == 64 ? 4 : 2;  // queries that meet a key at a time
 
-// A row of memory that is fetched while scores are computed, a few lines of 64 bytes at a time: scores are
-// compute-bound, the weighted sum is memory-bound.
-class Fetch {
- public:
-  // In so many calls of `some`.
-  Fetch(std::int64_t bytes, std::int64_t times)
-      : bytes_(bytes), share_(64 * ((bytes + 64 * times - 1) / std::max<std::int64_t>(64 * times, 1))) {}
-  void begin(const void* row) {
-    next_ = static_cast<const char*>(row);
-    end_ = next_ + bytes_;
-  }
-  void some() { to(std::min(next_ + share_, end_)); }
-  void all() { to(end_); }
-
- private:
-  void to(const char* end) {
-    for (; next_ < end; next_ += 64) __builtin_prefetch(next_);
-  }
-
-  const std::int64_t bytes_, share_;
-  const char *next_ = nullptr, *end_ = nullptr;
-};
-
 // Queries against one prepared key after the other: several keys at a time would share the queries' constants, but
 // memory is read fastest in its own order.
 template <class T>

@@ -197,23 +197,27 @@ class ScoreBlock {
     }
   }
 
-  // A single row where keys have a location term.
+  // A single row where keys have a location term. Meanwhile the values are fetched, and the keys to come: those of the
+  // next tile where a tile is read at once. Memory that is asked for in one burst is waited for.
   void located_row(std::int64_t key0) {
     form_[0] = direct;
+    const bool one = p.location.features == 1;
+    const std::int64_t ahead = one && p.key.storage == Storage::computed ? location_rows : location_keys;
+    const std::int64_t groups = (p.hidden + group * lanes<T> - 1) / (group * lanes<T>);
+    Fetch value(p.values * p.value.element(), groups), key(p.hidden * p.key.element(), groups);
+    const T* query = p.query.at(entry, row0);
     for (std::int64_t j = 0; j < count; j += location_keys) {
       const std::int64_t end = std::min<std::int64_t>(j + location_keys, count);
       bool any = false;
       for (std::int64_t b = j / K; b * K < end; ++b) any = any || attended[0][b];
       if (!any) continue;
-      const bool one = p.location.features == 1;
       const T* rows = one ? located_.load_keys(key0 + j, end - j) : located_.rows(key0 + j, end - j);
       for (std::int64_t i = j; i < end; ++i, rows += one ? located_.key_row() : located_.row) {
-        // One by one: memory that is asked for in one burst is waited for.
-        if (p.values > 0) prefetch_stored(p.value, entry, key0 + i, p.values);
-        if (key0 + i + location_keys < p.keys) prefetch_stored(p.key, entry, key0 + i + location_keys, p.hidden);
-        const T* query = p.query.at(entry, row0);
-        scores[i] = one ? energy<T, true>(query, rows, weight_.get(0), p.hidden, located_.x[i - j], located_.weight)
-                        : energy(query, rows, weight_.get(0), p.hidden);
+        if (p.values > 0) value.begin(p.value.at(entry, key0 + i));
+        if (key0 + i + ahead < p.keys) key.begin(p.key.at(entry, key0 + i + ahead));
+        scores[i] = one ? energy<T, true>(query, rows, weight_.get(0), p.hidden, located_.x[i - j], located_.weight,
+                                          &value, &key)
+                        : energy<T>(query, rows, weight_.get(0), p.hidden, 0, nullptr, &value, &key);
       }
     }
     finish_row(0, key0);

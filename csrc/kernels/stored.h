@@ -88,3 +88,26 @@ ALWAYS_INLINE void prefetch_stored(const StoredRows<T>& rows, std::int64_t n, st
                                    std::int64_t first = 0) {
   prefetch(static_cast<const char*>(rows.at(n, i)) + first * rows.element(), columns * rows.element());
 }
+
+// A row of memory that is fetched while scores are computed, a few lines of 64 bytes at a time: scores are
+// compute-bound, the weighted sum is memory-bound.
+class Fetch {
+ public:
+  // In so many calls of `some`.
+  Fetch(std::int64_t bytes, std::int64_t times)
+      : bytes_(bytes), share_(64 * ((bytes + 64 * times - 1) / std::max<std::int64_t>(64 * times, 1))) {}
+  void begin(const void* row) {
+    next_ = static_cast<const char*>(row);
+    end_ = next_ + bytes_;
+  }
+  void some() { to(end_ - next_ > share_ ? next_ + share_ : end_); }
+  void all() { to(end_); }
+
+ private:
+  void to(const char* end) {
+    for (; next_ < end; next_ += 64) __builtin_prefetch(next_);
+  }
+
+  const std::int64_t bytes_, share_;
+  const char *next_ = nullptr, *end_ = nullptr;
+};
