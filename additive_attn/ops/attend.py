@@ -68,7 +68,7 @@ def masked_attention(
     autocasts = _autocasts()
     if autocasts:
         inputs, attn_mask = _autocasted(inputs, attn_mask)
-        query, key = inputs[:2]
+        query, key, value, weight = inputs
     batch = checked_batch(inputs)
     if batch is None:
         # Imported here, since it calls this function.
@@ -107,8 +107,11 @@ def masked_attention(
     if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
         dropout_p = checked_probability("dropout_p", dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0.0 else None
-    masking = attn_mask, lengths, starts, table, tiles, left, right
-    call = _tuple(Call, (*inputs, *masking, seed, dropout_p, scale))
+    arguments = (
+        query, key, value, weight, attn_mask, lengths, starts, table, tiles, left, right,
+        seed, dropout_p, scale,
+    )  # fmt: skip
+    call = _tuple(Call, arguments)
     if autocasts and not torch.compiler.is_compiling():
         with torch.autocast(query.device.type, enabled=False):  # no backend narrows further
             return compute(call, need_weights, score_bias, need_lse)
