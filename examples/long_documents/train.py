@@ -5,7 +5,7 @@
     python examples/long_documents/train.py --demo           half a minute, fewer documents
 
 Which subpackage of torch, sympy or networkx does a source file belong to? Prints the accuracy on
-files that were not trained on after every epoch.
+files that were not trained on after every second epoch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def accuracy(model: Classifier, documents: Sequence[Document], size: int, length
     return right / len(documents)
 
 
-def train(documents: Documents, options: argparse.Namespace) -> float:
+def train(documents: Documents, options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     model = Classifier(VOCABULARY, len(documents.classes))
@@ -59,6 +59,8 @@ def train(documents: Documents, options: argparse.Namespace) -> float:
             optimizer.step()
             losses.append(loss.item())
             done += 1
+        if (options.epochs - epoch) % 2 == 0:
+            continue
         right = accuracy(model, documents.test, options.batch_size, options.tokens)
         print(f"epoch {epoch + 1}: loss {sum(losses) / len(losses):.3f}, accuracy on "
               f"{len(documents.test)} other files {right:.1%}, "
@@ -67,7 +69,6 @@ def train(documents: Documents, options: argparse.Namespace) -> float:
             numbers = [round(sum(losses) / len(losses), 4), round(right, 4), len(documents.test)]
             with options.csv.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow([options.tokens, options.seed, epoch + 1, *numbers])
-    return right
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=4096, help="of each document (4096)")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
