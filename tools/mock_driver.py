@@ -208,6 +208,7 @@ def installed() -> Iterator[MockDriver]:
         replace = functools.partial(_replace, stack)
         replace(CUDABackend, "add_stages", _first_stage)
         replace(triton.knobs.cache, "dir", cache)
+        replace(dispatch, "cpu_is_plain", False)
         replace(dispatch, "repeated_forward", operators.repeated)
         for module in (launch, arguments):
             replace(module, "processors", lambda device: 132)
