@@ -325,7 +325,7 @@ def prepare(
     mantissa, exponent = (scale, 0) if wide else math.frexp(scale)
     launch(
         prepare_kernel, sum(programs) + outer * inner, weight,
-        query, key, weight, *views[0].stride(), *views[1].stride(),
+        *views, w, *views[0].stride(), *views[1].stride(),
         *(0 if n == 1 else s for n, s in zip(w.shape[:2], w.stride(), strict=False)), w.stride(2),
         *prepared,
         *(y for x, n in zip(views, programs, strict=True) for y in (n, x.shape[1], x.shape[2])),
