@@ -87,7 +87,7 @@ $(OLDEST_TRITON): $(VENV)/.requirements
 ifneq ($(wildcard $(ADDITIVE_ATTN_PTX)),)
 compiled: build $(OLDEST_TRITON)
 	$(call COMPILED,,80 $(FEATURES) $(STEPS))
-	$(call COMPILED,PTX_BACKWARDS=1,80 $(FEATURES))
+	$(call COMPILED,PTX_BACKWARDS=1,80 $(CENTRE))
 	$(call COMPILED,PYTHONPATH=$(OLDEST_TRITON),90 $(CENTRE))
 
 compiled-all: build $(OLDEST_TRITON)
