@@ -8,40 +8,44 @@
 //
 // so that a feature costs one addition, y = b + a, and a share of one division: the fractions of four features are
 // joined, n0/y0 + n1/y1 = (n0 y1 + n1 y0) / (y0 y1), twice. Joining needs products of four y that neither overflow nor
-// underflow, and differences that do not cancel; three forms of numerator and denominator cover every input:
+// underflow, and differences that do not cancel; four forms of numerator and denominator cover every input:
 //
 //     form        when                  numerator z        denominator y       result
-//     centred     |q|, |k| <= 1/4       w beta - w alpha   beta + (2 + alpha)  sum z/y    alpha = a - 1, beta = b - 1
-//     matched     |q|, |k| <= safe      of two features    of two features     sum z/y    (matched.h)
+//     centred     |q|, |k| <= 1         w beta - w alpha   beta + (2 + alpha)  sum z/y    alpha = a - 1, beta = b - 1
+//     difference  |q|, |k| <= safe      w (b - a)          b + a               sum z/y
+//     factored    the same              w a                b + a               sum (w - 2 z/y)
 //     direct      otherwise, NaN, Inf   w P(q + k)         Q(q + k)            sum z/y    tanh = P / Q
 //
-// (math.md, eq. 4, 5, 7 and 29). `matched` is the fastest, and keeps sums as small as the scores. What it leaves of the
-// roundings of a and b is a few hundredths of an ulp of 1 per tanh. `centred` keeps the relative error where q and k are
-// small. `direct` evaluates a tanh per pair, so it keeps the relative error of q + k. It serves beyond the range of the
-// others, for NaN and Inf, and where q and k cancel: if q is near c and k near -c for all pairs, the errors of the other
-// forms would exceed the plain layer's (cancellation.h). The form is chosen per query row and key tile, from attended
-// keys alone. So neither masked keys nor the number of threads change a result.
+// (math.md, eq. 4 to 7). `factored` is the fastest. Every tanh has an absolute error of an ulp of 1, as the plain layer
+// has where tanh is near 1. Over many features these errors average out better than the plain layer's. With few
+// features, or without fused multiply-add, which spares the joining its roundings, `difference` keeps the sum as small
+// as the score. `centred` keeps the relative error where q and k are small. `direct` evaluates a tanh per pair, so it
+// keeps the relative error of q + k. It serves beyond the range of the others, for NaN and Inf, and where q and k
+// cancel: if q is near c and k near -c for all pairs, the errors of the other forms would exceed the plain layer's
+// (cancellation.h). The form is chosen per query row and key tile, from attended keys alone. So neither masked keys nor
+// the number of threads change a result.
 //
 // The weights are divided by a power of two so that |w| <= 2 and no numerator overflows.
 //
-// Lanes run over keys: a tile is packed as [block of 2 vectors of keys][h][key], a query row as [4 features][constant];
-// matched.h has its own order.
+// Lanes run over keys: a tile is packed as [block of 2 vectors of keys][h][key], a query row as [4 features][constant].
 
-enum Form { centred, matched, direct };
-constexpr int forms = 3;
+enum Form { centred, difference, factored, direct };
+constexpr int forms = 4;
 
-constexpr float centred_most = 0.25f;  // of |q| and |k| in the centred form
-constexpr int features_cached = 128;   // so many features of a key block stay in the first-level cache
-constexpr int features_per_sum = 32;   // of a partial sum
+constexpr int features_cached = 128;         // so many features of a key block stay in the first-level cache
+constexpr int difference_max_features = 64;  // up to so many, `difference` rather than `factored`
+constexpr int features_per_sum = 32;         // partial sums are centred after so many features, which keeps them small
 
 // Constants per feature of a query row.
 constexpr int constants(Form form) { return form == centred ? 3 : 2; }
 
 template <class T>
-Form choose_form(typename Simd<T>::Bits query, typename Simd<T>::Bits key, typename Simd<T>::Bits weight) {
+Form choose_form(typename Simd<T>::Bits query, typename Simd<T>::Bits key, typename Simd<T>::Bits weight,
+                 std::int64_t hidden) {
   const auto most = std::max(query, key);
   if (most > ordered_bits<T>(Range<T>::safe) || weight >= ordered_bits<T>(INFINITY)) return direct;
-  return most <= ordered_bits<T>(centred_most) ? centred : matched;
+  if (most <= ordered_bits<T>(1)) return centred;
+  return fused_multiply_add && hidden > difference_max_features ? factored : difference;
 }
 
 // 2^-e with 2^e <= largest |w| < 2^(e+1). NaN where a weight is nonfinite: then the plain layer's results are NaN too.
@@ -67,6 +71,10 @@ void pack_query(Form form, const T* q, const T* w, std::int64_t hidden, T* packe
       store(constant[0], u);
       store(constant[1], -u * alpha);
       store(constant[2], alpha + T(2));
+    } else if (form != direct) {
+      const Vec<T> a = exp<T>(x * T(-2));
+      store(constant[0], a);
+      store(constant[1], form == factored ? u * a : u);
     } else {
       store(constant[0], x);
       store(constant[1], u);
@@ -82,7 +90,9 @@ void pack_query(Form form, const T* q, const T* w, std::int64_t hidden, T* packe
 template <class T>
 struct KeyConstant {
   Form form;
-  Vec<T> operator()(Vec<T> k) const { return form == direct ? k : expm1<T>(k * T(2)); }
+  Vec<T> operator()(Vec<T> k) const {
+    return form == direct ? k : form == centred ? expm1<T>(k * T(2)) : exp<T>(k * T(2));
+  }
 };
 
 // A block of keys in one form, [h][key].
@@ -97,6 +107,12 @@ inline void fraction(const T* constant, int feature, Vec<T> k, Vec<T>& z, Vec<T>
   if constexpr (form == centred) {
     z = k * *c0 + *c1;
     y = k + *c2;
+  } else if constexpr (form == difference) {
+    z = (k - *c0) * *c1;
+    y = k + *c0;
+  } else if constexpr (form == factored) {
+    z = splat<T>(*c1);
+    y = k + *c0;
   } else {
     const Vec<T> x = k + *c0;
     tanh_fractions<1>(&x, &z, &y);
@@ -105,8 +121,9 @@ inline void fraction(const T* constant, int feature, Vec<T> k, Vec<T>& z, Vec<T>
 }
 
 // Adds sum_h z/y of one query row and one block of keys to scores[2 L]; groups of features [0, groups).
+// `centre` holds, per features_per_sum features, what to subtract: the mean of the sum for `factored`.
 template <class T, Form form>
-void add_energies(const T* query, const T* keys, std::int64_t groups, T* scores) {
+void add_energies(const T* query, const T* keys, std::int64_t groups, const T* centre, T* scores) {
   constexpr int L = lanes<T>, K = block_keys<T>;
   Vec<T> total[2] = {load(scores), load(scores + L)};
   while (groups > 0) {
@@ -127,7 +144,8 @@ void add_energies(const T* query, const T* keys, std::int64_t groups, T* scores)
       query += group * constants(form);
       keys += group * K;
     }
-    for (int v = 0; v < 2; ++v) total[v] += part[v];
+    for (int v = 0; v < 2; ++v) total[v] += form == factored ? part[v] - *centre : part[v];
+    ++centre;
     groups -= some;
   }
   store(scores, total[0]);

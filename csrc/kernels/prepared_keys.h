@@ -17,7 +17,7 @@
 
 template <class T>
 constexpr T lift = T(sizeof(T) == 4 ? 0x1p30 : 0x1p240);
-constexpr float small_energy = 0.4f, small_tanh = 0.38f;  // tanh(small_energy)
+constexpr float small_tanh = 0.38f;  // tanh(small_energy)
 
 enum KeyForm { small, wide, unprepared };
 template <class T>

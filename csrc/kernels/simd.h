@@ -112,21 +112,16 @@ inline UVec<T> magnitude(Vec<T> v) {
   return as_bits<T>(v) & ~((UVec<T>){} + (typename Simd<T>::Bits(1) << (8 * sizeof(T) - 1)));
 }
 
-// Hides a value from the compiler.
-template <class T>
-inline Vec<T> opaque(Vec<T> x) {
-#if defined(__x86_64__)
-  asm("" : "+v"(x));
-#elif defined(__aarch64__)
-  asm("" : "+w"(x));
-#endif
-  return x;
-}
-
-// So that GCC emits minimum and maximum instructions in `clamp`.
+// Hides the value from the compiler, so that GCC emits minimum and maximum instructions in `clamp`.
 template <class T>
 inline Vec<T> variable(T x) {
-  return opaque<T>(splat<T>(x));
+  Vec<T> v = splat<T>(x);
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
 }
 
 template <class T>
