@@ -24,8 +24,6 @@ GPU_LINK = 50e9  # bytes per second and direction: 400 Gbit/s for each device
 CPU_LINK = 1.25e9  # 10 Gbit/s for each process
 # Of one lane, that an H100 starts per second: multiprocessors, schedulers, lanes, clock.
 GPU_INSTRUCTIONS = 132 * 4 * 32 * 1.755e9
-FORWARD_KERNELS = ("score_kernel",)
-BACKWARD_KERNELS = ("score_kernel", "query_kernel", "key_kernel")
 
 
 class Machine(NamedTuple):
@@ -71,15 +69,12 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def gpu() -> Machine:
     """Its instructions at the rate at which they start: a bound that no kernel reaches."""
-    per_tanh = {
-        row["kernel"]: float(row["instructions_per_tanh"])
-        for row in rows(RESULTS / "machine-code.csv")
-        if row["target"] == "sm_90" and row["instructions_per_tanh"]
+    in_all = {
+        row["kernel"]: float(row["in_all_per_tanh"]) / GPU_INSTRUCTIONS
+        for row in rows(RESULTS / "machine-code.csv")  # the last one: of the newest Triton
+        if row["target"] == "sm_90" and row["in_all_per_tanh"] and row["dtype"] == "float32"
     }
-    forward, backward = (
-        sum(per_tanh[name] for name in kernels) / GPU_INSTRUCTIONS
-        for kernels in (FORWARD_KERNELS, BACKWARD_KERNELS)
-    )
+    forward, backward = in_all["forward in all"], in_all["backward in all"]
     return Machine("GPU, bound by instructions", forward, backward, GPU_LINK)
 
 

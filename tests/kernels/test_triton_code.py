@@ -106,6 +106,13 @@ CALLS = {
     "step, float64": step_call(2, 1, 500, 40, 300, filters=3, dtype=torch.float64, **STEPPED),
 }
 OTHERS = ("sm_80", "sm_100", "gfx942")
+# Bytes that Triton 3.6 to 3.8 spill at most, outside of innermost loops, where their assembler
+# holds a kernel to fewer registers than it needs at one place; 3.9 spills none.
+SPILLS = {
+    ("score_kernel", "sm_100"): 40,
+    ("key_kernel", "sm_90"): 24,
+    ("forward_kernel", "sm_90"): 32,
+}
 # Of a hot loop on sm_90, at most: instructions per tanh, special functions per tanh, and what
 # SLOW names.
 BARS = {
@@ -159,10 +166,11 @@ def test_calls_compile_without_spills(label, target):
         assert code.registers <= (512 if target in AMD else 255), kernel.name
         assert code.shared <= 48 * 1024, kernel.name
         assert 0 < kernel.programs < 2**31, kernel.name
-        # Earlier versions spill up to four registers outside all loops, where that lets more
-        # programs run at once; in the usual call on sm_100 alone.
-        most = 16 if VERSION < (3, 9) and (label != "usual" or target == "sm_100") else 0
+        most = SPILLS.get((kernel.name, target), 0) if VERSION < (3, 9) else 0
         assert code.spilled <= most, kernel.name
+        if code.spilled and target not in AMD:
+            for loop in code.graph.innermost:
+                assert not number(code.graph.iteration(loop), "LDL|STL"), kernel.name
         if label == "usual" and target not in AMD and kernel.tanh:
             assert not number(kernel.hot_loop(), "LDL|STL"), kernel.name
 
