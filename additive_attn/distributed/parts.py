@@ -8,7 +8,6 @@ sum, so it serves only rows without keys elsewhere; others are made of scores an
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,6 +24,8 @@ from additive_attn.spec.dropout import keep_mask
 _DROPOUT_PAIRS = 2**20
 # Pairs whose scores are kept at a time in backward.
 _PAIRS = 2**21
+# Keys whose gradients lie beside their sums.
+_KEYS = 2**11
 
 
 class Part(NamedTuple):
@@ -159,7 +160,7 @@ def _tiles(part: Part) -> Iterator[tuple[slice, slice, Part]]:
     call = part.call
     num_rows, num_keys = call.query.shape[-2], call.key.shape[-2]
     pairs = max(_PAIRS // max(call.batch().numel(), 1), 1)
-    most_keys = min(max(math.isqrt(pairs), pairs // num_rows), num_keys)
+    most_keys = min(_KEYS, num_keys)
     most_rows = max(pairs // most_keys, 1)
     for first in range(0, num_keys, most_keys):
         positions = cut(part.keys, Bounds(first, first + most_keys))
