@@ -38,9 +38,7 @@ DIFFERENCE_MAX_FEATURES = 64  # up to so many the plain layer rounds so little t
 FEATURES_PER_SUM = 32  # partial sums are centred after so many features, which keeps them small
 STEP = tl.constexpr(4)  # the gradient's loops take so many rows at a time, and begin anywhere
 SKETCH = tl.constexpr(32)  # numbers of a sketch
-GROUP = tl.constexpr(8)  # rows that share flags; lengths are padded to whole groups
-SMALL = tl.constexpr(1)  # a flag: a row of the group has no |x| > 1
-WILD = tl.constexpr(2)  # a flag: a row of the group is not within SAFE
+GROUP = tl.constexpr(8)  # rows of a program; lengths are padded to whole groups
 SPARE = tl.constexpr(128)  # rows that a tile may reach beyond the last of all quads
 
 
@@ -61,18 +59,16 @@ class PreparedRows(NamedTuple):
     that are not within SAFE and in the rows beyond the last, so that loops need no bounds;
     ``quads``, the same as (outer inner, HP / 4, LP, 4) and SPARE rows more, flat; ``weighted``,
     quads of w e^{-2q} (queries only); ``size`` (outer, inner, LP) = max |x|, Inf for NaN;
-    ``correction`` (outer, inner, LP); ``flags`` (outer, inner, LP / GROUP); ``sketch`` (outer,
-    inner, LP, 32), in float16: sums of w x / |w| over every 32nd feature, with random signs;
-    ``distance`` (outer, inner, LP): the square of a key's sketch, and what twice its product with
-    a query's and this square must stay below for a pair to be opposite. What no pass will read
-    has no elements."""
+    ``correction`` (outer, inner, LP); ``sketch`` (outer, inner, LP, 32), in float16: sums of
+    w x / |w| over every 32nd feature, with random signs; ``distance`` (outer, inner, LP): the
+    square of a key's sketch, and what twice its product with a query's and this square must stay
+    below for a pair to be opposite. What no pass will read has no elements."""
 
     exponential: Tensor
     quads: Tensor
     weighted: Tensor
     size: Tensor
     correction: Tensor
-    flags: Tensor
     distance: Tensor
     sketch: Tensor
 
@@ -178,9 +174,6 @@ def _prepare_rows(
     most = tl.max(largest, 1)
     at = n * length_padded + row
     tl.store(rows.size + at, most)
-    small = tl.max((inside & (most <= 1.0)).to(tl.int32), 0)
-    wild = tl.max((inside & (most > SAFE)).to(tl.int32), 0)
-    tl.store(rows.flags + (n * length_padded // GROUP + tile), small * SMALL + wild * WILD)
     of_row = tl.sum(tl.reshape(sums, [GROUP, BLOCK // SKETCH, SKETCH]), 1)
     of_row = (of_row / tl.sqrt(tl.sum(squares, 0))).to(tl.float16)  # [GROUP, SKETCH]
     tl.store(rows.sketch + SKETCH * at[:, None] + tl.arange(0, SKETCH)[None, :], of_row)
@@ -281,7 +274,6 @@ def _empty_rows(
         weighted=empty(size if queries else 0),
         size=empty(*of_rows),
         correction=empty(*of_rows),
-        flags=empty(outer, inner, length_padded // GROUP.value, dtype=torch.int32),
         distance=empty(*of_rows),
         sketch=empty(*of_rows, SKETCH.value, dtype=torch.float16),
     )
@@ -321,7 +313,7 @@ def prepare(
         views.append(x)
         rows.append(None if wide else _empty_rows(x, padded, exponential, quads, queries))
     prepared = Prepared(of_weight, rows[0], rows[1])
-    programs = [0 if x is None else x.flags.numel() for x in rows]
+    programs = [0 if x is None else x.size.numel() // GROUP.value for x in rows]
     mantissa, exponent = (scale, 0) if wide else math.frexp(scale)
     launch(
         prepare_kernel, sum(programs) + outer * inner, weight,
