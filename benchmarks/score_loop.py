@@ -15,19 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from additive_attn.backends.triton.launch import launch, target
-from additive_attn.backends.triton.numerics import reciprocal, split4
+from additive_attn.backends.triton.numerics import reciprocal, split4, tile4
 
 Call = Callable[[], object]
 RM, TM, RN, TN = 4, 16, 4, 16
 TILE = 64
-
-
-@triton.jit
-def _fourths(x, R: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
-    even, odd = tl.split(tl.reshape(x, [R, TM, TN, 2, 2]))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
 
 
 @triton.jit
@@ -53,9 +45,9 @@ def loop_kernel(
             a4 = tl.load(tl.multiple_of(tl.max_contiguous(a_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
             b4 = tl.load(tl.multiple_of(tl.max_contiguous(b_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
             z4 = tl.load(tl.multiple_of(tl.max_contiguous(z_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
-            a0, a1, a2, a3 = _fourths(a4, RM, TM, TN)
-            z0, z1, z2, z3 = _fourths(z4, RM, TM, TN)
-            b0, b1, b2, b3 = _fourths(b4, RN, TM, TN)
+            a0, a1, a2, a3 = tile4(a4, RM, TM, TN)
+            z0, z1, z2, z3 = tile4(z4, RM, TM, TN)
+            b0, b1, b2, b3 = tile4(b4, RN, TM, TN)
             y0 = a0[:, None, :, :] + b0[None, :, :, :]
             y1 = a1[:, None, :, :] + b1[None, :, :, :]
             y2 = a2[:, None, :, :] + b2[None, :, :, :]

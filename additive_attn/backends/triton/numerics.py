@@ -95,9 +95,21 @@ def tanh_slope(x, t):
 
 
 @triton.jit
-def split4(x, R: tl.constexpr, T: tl.constexpr):
-    """The four slices [R, T] of [R, T, 4]."""
-    even, odd = tl.split(tl.reshape(x, [R, T, 2, 2]))
+def _slices(x):
+    """The four slices [...] of [..., 2, 2]."""
+    even, odd = tl.split(x)
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
+
+
+@triton.jit
+def split4(x, R: tl.constexpr, T: tl.constexpr):
+    """The four slices [R, T] of [R, T, 4]."""
+    return _slices(tl.reshape(x, [R, T, 2, 2]))
+
+
+@triton.jit
+def tile4(x, R: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
+    """The four slices [R, TM, TN] of [R, TM, TN, 4]."""
+    return _slices(tl.reshape(x, [R, TM, TN, 2, 2]))

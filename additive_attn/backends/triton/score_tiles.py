@@ -27,7 +27,7 @@ from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.launch import kernel, launch, registers
 from additive_attn.backends.triton.masks import attended_pairs, block_codes, interval, stored
-from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, tanh
+from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, tanh, tile4
 from additive_attn.backends.triton.opposite import (
     Flags,
     holds_opposite,
@@ -48,15 +48,6 @@ def _rows_of(x):
 def _keys_of(x):
     """[RN, TN] as [1, RN, 1, TN]."""
     return x[None, :, None, :]
-
-
-@triton.jit
-def _split(x, R: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
-    """The four slices [R, TM, TN] of [R, TM, TN, 4]."""
-    even, odd = tl.split(tl.reshape(x, [R, TM, TN, 2, 2]))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
 
 
 @triton.jit
@@ -82,8 +73,8 @@ def _joined(
         b_at = b_rows + tl.cast(u, tl.int64) * b_step
         a4 = tl.load(tl.multiple_of(tl.max_contiguous(a_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
         b4 = tl.load(tl.multiple_of(tl.max_contiguous(b_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
-        a0, a1, a2, a3 = _split(a4, RM, TM, TN)
-        b0, b1, b2, b3 = _split(b4, RN, TM, TN)
+        a0, a1, a2, a3 = tile4(a4, RM, TM, TN)
+        b0, b1, b2, b3 = tile4(b4, RN, TM, TN)
         y0 = _pairs(a0, b0)
         y1 = _pairs(a1, b1)
         y2 = _pairs(a2, b2)
@@ -97,7 +88,7 @@ def _joined(
         else:
             z_at = z_rows + tl.cast(u, tl.int64) * a_step
             z4 = tl.load(tl.multiple_of(tl.max_contiguous(z_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
-            z0, z1, z2, z3 = _split(z4, RM, TM, TN)
+            z0, z1, z2, z3 = tile4(z4, RM, TM, TN)
             z0 = z0[:, None, :, :]
             z1 = z1[:, None, :, :]
             z2 = z2[:, None, :, :]
