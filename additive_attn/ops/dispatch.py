@@ -109,7 +109,7 @@ def gpu_path() -> tuple[ModuleType | None, str]:
         return None, "ADDITIVE_ATTN_GPU=pytorch asks for plain PyTorch"
     try:
         kernels = importlib.import_module("additive_attn.backends.triton")
-        kernels.probe(torch.device("cuda"), blocks.forward, blocks.backward)
+        kernels.probe(torch.device("cuda"), blocks.forward, blocks.backward, warn_user)
     # Whatever Triton, the driver or the host compiler may raise, plain PyTorch still computes.
     except Exception as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]

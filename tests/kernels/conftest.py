@@ -26,3 +26,15 @@ def driver() -> Iterator[Any]:
         pytest.skip("a mock driver needs a C compiler, and stands where a GPU's would")
     with mock_driver.installed() as driver:
         yield driver
+
+
+@pytest.fixture
+def planning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls on CPU tensors have launch plans, at first none."""
+    from additive_attn.backends.triton import plans
+
+    monkeypatch.setattr(plans, "on_cpu", True)
+    plans.forget()
+    yield
+    monkeypatch.undo()
+    plans.forget()

@@ -4,7 +4,6 @@ What reaches the device is written down by a driver that runs nothing."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,15 +18,7 @@ from additive_attn.backends.triton import plans
 from additive_attn.spec.call import Call
 from tools.mock_driver import MockDriver
 
-
-@pytest.fixture(autouse=True)
-def planning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(plans, "on_cpu", True)
-    plans.forget()
-    yield
-    plans.forget()
-
-
+pytestmark = pytest.mark.usefixtures("planning")
 CALLS: dict[str, Call] = {
     "several queries": inputs(9),
     "one query": inputs(1),

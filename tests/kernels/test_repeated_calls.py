@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,21 +17,16 @@ from additive_attn import additive_attention
 from additive_attn.backends import triton as operators
 from additive_attn.backends.plain import blocks
 from additive_attn.backends.triton import plans
-from tools.mock_driver import MockDriver
+from additive_attn.ops.checks import warn_user
+from tools.mock_driver import MockDriver, empty_launch, least
 
-pytestmark = pytest.mark.skipif(plans._replay is None, reason="no compiled library")
+pytestmark = [
+    pytest.mark.skipif(plans._replay is None, reason="no compiled library"),
+    pytest.mark.usefixtures("planning"),
+]
 
 BASE = inputs(1)
 MASK = torch.zeros(2, 1, 40)
-
-
-@pytest.fixture(autouse=True)
-def planning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(plans, "on_cpu", True)
-    plans.forget()
-    yield
-    monkeypatch.undo()
-    plans.forget()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -105,25 +98,7 @@ def test_a_repeated_call_costs_little_on_the_host(driver: MockDriver) -> None:
 
     for _ in range(4):
         attend()
-    plan = next(x for x in plans._plans.values() if isinstance(x, plans.Plan))
-    (launch,) = [step.launch for step in plan.steps if step.launch is not None]
-    run, _, function, metadata, arguments, places, _ = launch
-    arguments = list(arguments)
-    for place, *_ in places:
-        arguments[place] = call.query
-
-    def empty() -> None:
-        run(1, 1, 1, 0, function, metadata, None, None, None, *arguments)
-
-    def least(function: Callable[[], None]) -> int:
-        times = []
-        for _ in range(1500):
-            begin = time.perf_counter_ns()
-            function()
-            times.append(time.perf_counter_ns() - begin)
-        return min(times)
-
-    assert least(attend) <= 5 * least(empty)
+    assert least(attend) <= 5 * least(empty_launch(call.query))
     calls = []
     sys.setprofile(lambda frame, event, _: calls.append(frame) if event == "call" else None)
     try:
@@ -175,7 +150,7 @@ def test_plans_that_fail_are_not_used(driver: MockDriver, monkeypatch: pytest.Mo
     monkeypatch.setattr(plans, "enabled", True)
     monkeypatch.setattr(operators, "_compare", compare)
     with pytest.warns(UserWarning, match="from launch plans.* another out"):
-        operators.probe(torch.device("cpu"), blocks.forward, blocks.backward)
+        operators.probe(torch.device("cpu"), blocks.forward, blocks.backward, warn_user)
     assert enabled == [False, True, True, True] and not plans.enabled
     before = driver.launched
     for _ in range(4):

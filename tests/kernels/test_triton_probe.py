@@ -9,6 +9,7 @@ import torch
 from oracle import DEVICE, fused, make
 
 from additive_attn.backends.plain import blocks
+from additive_attn.ops.checks import warn_user
 
 pytestmark = pytest.mark.triton
 
@@ -17,7 +18,7 @@ def probe():
     from additive_attn.backends import triton
 
     fused(make())  # which says that Triton's kernels are what runs
-    triton.probe(torch.device(DEVICE), blocks.forward, blocks.backward)
+    triton.probe(torch.device(DEVICE), blocks.forward, blocks.backward, warn_user)
 
 
 def test_kernels_agree():

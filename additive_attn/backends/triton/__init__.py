@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -39,10 +38,12 @@ def probe(
     device: torch.device,
     reference_forward: Callable[..., Any],
     reference_backward: Callable[..., Any],
+    warn: Callable[[str], None],
 ) -> None:
     """Runs the kernels of several queries and of one, forward and backward, and compares them with
     a reference. Raises where Triton, its compiler or the driver fails, and RuntimeError where the
-    results differ by more than rounding. Where only launch plans fail there are none."""
+    results differ by more than rounding. Where only launch plans fail there are none, and ``warn``
+    is told why."""
     references = reference_forward, reference_backward
     plans.enabled = False
     try:
@@ -55,10 +56,9 @@ def probe(
             _compare(device, *references)
     except Exception as error:
         plans.enabled = False
-        warnings.warn(
+        warn(
             f"additive_attn repeats no calls on {device} from launch plans, so small calls cost "
-            f"several times as much: {type(error).__name__}: {error}",
-            stacklevel=2,
+            f"several times as much: {type(error).__name__}: {error}"
         )
 
 
