@@ -18,6 +18,8 @@ from additive_attn.spec.call import Call, TangentCall, backward_arguments, call_
 Cell = tuple[str, str, str, str]  # feature, path, dtype, forward or backward
 COLUMNS = ("feature", "path", "dtype", "direction")
 
+# What sums over the features in operators that are composed of others.
+_COMPOSED = {"tangent": "pair_scores", "scores_tangent": "pair_scores"}
 _seen: set[Cell] = set()  # by the test that runs
 _library: torch.library.Library | None = None
 _NAMES = (
@@ -68,19 +70,19 @@ def _told_whole(function: Any, kind: str) -> Any:
 def _note(name: str, arguments: tuple[Any, ...]) -> None:
     direction = "backward" if name.endswith("_backward") or name == "backward" else "forward"
     if name.startswith("location_features"):
-        _add(["location features"], arguments[0].dtype, direction)
+        _add(["location features"], arguments[0].dtype, direction, name)
     elif name.startswith("step"):
         start = 3 if direction == "backward" else 0
         step = arguments[start : start + 12]
-        _add(_of_step(*step), step[0].dtype, direction)
+        _add(_of_step(*step), step[0].dtype, direction, name)
         if step[1].dtype != step[0].dtype:
-            _add(["step: keys of fewer bits than queries"], step[1].dtype, direction)
+            _add(["step: keys of fewer bits than queries"], step[1].dtype, direction, name)
     elif name.endswith("tangent"):
         made = TangentCall.of(arguments) if name == "tangent" else TangentCall.of_scores(arguments)
         second = any(x is not None for x in made.upstream)
         kind = "second derivatives" if second else "forward mode"
         _add([f"{kind} of scores" if name == "scores_tangent" else kind],
-             made.call.query.dtype, "forward")  # fmt: skip
+             made.call.query.dtype, "forward", _COMPOSED[name])  # fmt: skip
     elif name in ("forward", "backward"):
         call, extra = Call(*arguments[:14]), []
         if name == "backward":
@@ -90,11 +92,11 @@ def _note(name: str, arguments: tuple[Any, ...]) -> None:
             extra += ["gradient of a float mask"] * needs.mask
         elif arguments[14]:
             extra = ["weights returned"]
-        _add([*_of_call(call, False), *extra], call.query.dtype, direction)
+        _add([*_of_call(call, False), *extra], call.query.dtype, direction, name)
     else:
         given = arguments[direction == "backward" :]
         call = call_of_scores(*given[:11])
-        _add(_of_call(call, True), call.query.dtype, direction)
+        _add(_of_call(call, True), call.query.dtype, direction, name)
 
 
 def _of_call(call: Call, scores: bool) -> list[str]:
@@ -139,10 +141,22 @@ def _of_step(*arguments: Any) -> list[str]:
     return [f"step: {name}" for name, has in found.items() if has]
 
 
-def _add(features: Iterable[str], dtype: torch.dtype, direction: str) -> None:
+def _add(
+    features: Iterable[str], dtype: torch.dtype, direction: str, operator: str = "forward"
+) -> None:
     path = paths.current()
-    path = "plain" if path in paths.PLAIN else path
+    if path in paths.PLAIN or not _has_kernel(path, operator):
+        path = "plain"
     _seen.update((x, path, str(dtype).removeprefix("torch."), direction) for x in features)
+
+
+def _has_kernel(path: str, operator: str) -> bool:
+    """Where there is none, plain PyTorch computes."""
+    if path != "triton":
+        return True
+    from additive_attn.backends import triton
+
+    return hasattr(triton, operator)
 
 
 def forget() -> None:

@@ -17,14 +17,21 @@ PATHS = {
 }  # fmt: skip
 DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 GROUPS = {"": "attention", "scores": "`additive_scores`", "step": "a decoder's step"}
-# Why a feature does not run in a dtype.
-REASONS = {
-    ("step: keys of fewer bits than queries", dtype): "keys have 16 bits, or those of the queries"
-    for dtype in ("float64", "float32")
-}
-
 Cells = dict[str, dict[tuple[str, str], set[str]]]  # feature: (path, dtype): directions
 Hole = tuple[str, str, str]  # feature, path, dtype
+
+_SIXTEEN = "keys have 16 bits, or those of the queries"
+_PLAIN = "plain PyTorch on a GPU"
+_COMPOSED = (
+    *("forward mode", "forward mode of scores"),
+    *("second derivatives", "second derivatives of scores"),
+)
+# Why a feature does not run on a path in a dtype.
+REASONS: dict[Hole, str] = {
+    ("step: keys of fewer bits than queries", path, dtype): _SIXTEEN
+    for path in PATHS
+    for dtype in ("float64", "float32")
+} | {(feature, "triton", dtype): _PLAIN for feature in _COMPOSED for dtype in DTYPES}
 
 
 def read(file: str) -> Cells:
@@ -51,7 +58,7 @@ def main() -> None:
     print(f"| of | feature | {' | '.join(PATHS.values())} |\n|---|---|{'---|' * len(PATHS)}")
     for feature in sorted(cells, key=lambda x: (x.rpartition(": ")[0], x.lower())):
         group, _, name = feature.rpartition(": ")
-        reasons = {text for (of, _), text in REASONS.items() if of == feature}
+        reasons = {text for (of, *_), text in REASONS.items() if of == feature}
         columns = []
         for path in PATHS:
             ran = [
