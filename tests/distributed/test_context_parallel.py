@@ -134,15 +134,15 @@ def check_attention_masks(mesh, folder):
 
 def check_tiles(mesh, folder):
     """Backward keeps the scores of some rows and keys at a time."""
-    before = parts._PAIRS
-    parts._PAIRS = 2 * 6 * 5
+    before = parts._PAIRS, parts._KEYS
+    parts._PAIRS, parts._KEYS = 2 * 6 * 5, 5
     mask = torch.rand(2, 37, 37, generator=torch.Generator().manual_seed(2)) < 0.8
     for options, balanced in itertools.product((
         {}, {"window": (5, 2)}, {"is_causal": True, "lengths": torch.tensor([30, 9])},
         {"attn_mask": mask, "starts": torch.tensor([3, 0])}, {"dropout_p": 0.4},
     ), (False, True)):  # fmt: skip
         compare(mesh, make((2,), 37, 37, 8, 6, dtype=torch.float64), balanced, **options)
-    parts._PAIRS = before
+    parts._PAIRS, parts._KEYS = before
 
 
 def check_exchanges(mesh, folder):

@@ -12,9 +12,11 @@ from oracle import (
     assert_same,
     check_against_plain,
     fused,
+    fused_scores,
     generator,
     gradients,
     make,
+    plain_scores,
     random_upstream,
 )
 
@@ -100,6 +102,17 @@ def test_a_workspace_smaller_than_the_problem(mask, workspace, monkeypatch):
     masking = dict(window=(3, 2)) if mask is None else dict(attn_mask=torch.randn(mask))
     batch, queries, keys = ((), 40, 9) if mask is None else ((2, 2), 12, 5)
     check_against_plain([make(batch, queries, keys, 7, 5)], **masking)
+
+
+def test_parts_without_keys(monkeypatch):
+    """All rows of the last parts have a window beyond the last key."""
+    triton_tiles = pytest.importorskip("additive_attn.backends.triton.tiles")
+    monkeypatch.setattr(triton_tiles, "WORKSPACE_ELEMENTS", 700)
+    case = make((), 70, 16, 7, 5)
+    check_against_plain([case], window=(3, 2))
+    check_against_plain(
+        [case], function=fused_scores, formula=plain_scores, upstream_of=("scores",), window=(3, 2)
+    )
 
 
 @pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
