@@ -204,6 +204,36 @@ def test_bias(shape):
     torch.testing.assert_close(grad, rows.reshape(shape))
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (3,)], ids=str)
+@pytest.mark.parametrize("queries,keys", [(1, LK), (1, 200), (LQ, LK)])
+def test_a_bias_of_any_float_dtype(queries, keys, shape, dtype):
+    """It is never computed with, so it never changes what is computed, nor its dtype."""
+    tensors = list(make((3,), queries, keys, H, DV, dtype=dtype).values())
+    tensors = [x.requires_grad_() for x in tensors]
+    expected = additive_attention(*tensors)
+    expected = [expected, *torch.autograd.grad(expected.sum(), tensors)]
+    for other in (dtype, torch.float64, torch.bfloat16):
+        bias = torch.randn(shape, dtype=other, requires_grad=True)
+        out = additive_attention(*tensors, bias=bias)
+        *gradients, zeros = torch.autograd.grad(out.sum(), [*tensors, bias])
+        bound = 4 * torch.finfo(dtype).eps  # plain PyTorch sums in another order
+        for a, b in zip([out, *gradients], expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=bound, atol=bound)
+        assert zeros.dtype == other and zeros.shape == shape and not zeros.any()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("batch", [(3,), (2, 3)], ids=str)
+def test_a_value_that_all_share(batch):
+    """Of as many keys as there are sequences, too."""
+    query, key, value, weight = inputs_of(batch)
+    key, value = key[..., :3, :], value[(0,) * len(batch)][:3]
+    out = additive_attention(query, key, value, weight)
+    assert_same(out, additive_attention(query, key, value.expand(*batch, 3, DV), weight))
+
+
 @pytest.mark.parametrize("mask", ["bool", "float"])
 def test_bias_beside_a_mask(mask):
     tensors, bias = inputs_of((3,)), torch.randn((), requires_grad=True)

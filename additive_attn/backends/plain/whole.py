@@ -64,7 +64,7 @@ def attend(
         # The usual call; a small one would pay for every question below.
         result = _scored(query, key, weight, None, None, differentiable, score_bias)
         weights = torch.softmax(result if scale == 1.0 else result * scale, -1)
-        if weights.shape[0] == value.shape[0]:
+        if weights.shape[0] == value.shape[0] and value.dim() == 3:
             return torch.bmm(weights, value), weights, None
     if seed is not None:
         batch = query.shape[:-2]
@@ -127,11 +127,12 @@ def _scored(
             vectors = weight.expand(energy.shape[0], 1, -1)
             if score_bias is None or not differentiable:
                 return torch.bmm(vectors, energy.mT)
-            return torch.baddbmm(score_bias, vectors, energy.mT, beta=0)
+            zeros = score_bias.to(vectors.dtype).unsqueeze(-1)
+            return torch.baddbmm(zeros, vectors, energy.mT, beta=0)
         if not differentiable:
             return (energy @ weight.flatten()).unsqueeze(-2)
     if differentiable and score_bias is not None:
-        weight = torch.add(weight, score_bias, alpha=0)
+        weight = torch.add(weight, score_bias.to(weight.dtype), alpha=0)
     return scores(energies(query, key, shield), weight)
 
 
