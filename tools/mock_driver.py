@@ -28,7 +28,7 @@ from additive_attn.backends import triton as operators
 from additive_attn.backends.triton import arguments, launch, plans
 from additive_attn.ops import dispatch
 
-_PARAMETERS, _KEPT = 128, 64  # as in mock_libcuda.c
+_PARAMETERS, _KEPT = 128, 1024  # as in mock_libcuda.c
 _SIZES = {"1": 1, "8": 1, "16": 2, "32": 4, "64": 8}
 # What torch runs no kernel for.
 _NO_KERNEL = {
@@ -60,6 +60,7 @@ class _Launch(ctypes.Structure):
         ("threads", ctypes.c_uint),
         ("shared", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
+        ("context", ctypes.c_long),
         ("parameters", ctypes.c_ulonglong * _PARAMETERS),
     ]
 
@@ -73,6 +74,7 @@ class Launched(NamedTuple):
     threads: int
     shared: int
     stream: int
+    context: int
     parameters: tuple[int, ...]
     pointers: tuple[bool, ...]
 
@@ -85,6 +87,9 @@ class MockDriver:
         self.device, self.stream = 0, 0
         self._utils = nvidia.CudaUtils()
         self._count = ctypes.c_ulonglong.in_dll(library, "launched")
+        self.enter = library.cuCtxSetCurrent  # for the calling thread
+        self.enter.argtypes = [ctypes.c_void_p]
+        self._others = ctypes.c_ulonglong.in_dll(library, "others")
         self._launches = (_Launch * _KEPT).in_dll(library, "launches")
         self._types: list[str] = []
 
@@ -126,6 +131,11 @@ class MockDriver:
         """How many kernels of Triton."""
         return self._count.value
 
+    @property
+    def others(self) -> int:
+        """How many calls that load, allocate or set something, which a capture may not allow."""
+        return self._others.value
+
     def since(self, number: int) -> list[Launched]:
         """The launches from that number on."""
         assert self.launched - number <= _KEPT, "more launches than are kept"
@@ -135,7 +145,7 @@ class MockDriver:
         function = launch.function.contents
         return Launched(
             function.name.decode(), ctypes.addressof(function), tuple(launch.grid),
-            launch.threads, launch.shared, launch.stream or 0,
+            launch.threads, launch.shared, launch.stream or 0, launch.context,
             tuple(launch.parameters[: function.count]),
             _pointers[ctypes.addressof(function)],
         )  # fmt: skip

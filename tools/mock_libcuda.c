@@ -1,10 +1,11 @@
-/* A libcuda that accepts everything and runs nothing: what is launched is written down. */
+/* A libcuda of four devices that accepts everything and runs nothing: what is launched is written down. */
 #include <cuda.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define DONE return CUDA_SUCCESS
-enum { PARAMETERS = 128, KEPT = 64 };
+#define OTHER { __atomic_fetch_add(&others, 1, __ATOMIC_SEQ_CST); DONE; }
+enum { PARAMETERS = 128, KEPT = 1024, DEVICES = 4 };
 
 typedef struct {
   char name[128];
@@ -15,16 +16,19 @@ typedef struct {
   Function *function;
   unsigned grid[3], threads, shared;
   CUstream stream;
+  long context; /* of the thread */
   unsigned long long parameters[PARAMETERS];
 } Launch;
 
 unsigned long long launched = 0;
+unsigned long long others = 0; /* calls that load, allocate or set something */
 Launch launches[KEPT]; /* the last ones: number n at n % KEPT */
+static __thread long context = 0; /* 0: none; 1, 1 + DEVICES, ... are of device 0 */
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **parameters, void **extra) {
-  Launch *to = &launches[launched++ % KEPT];
+  Launch *to = &launches[__atomic_fetch_add(&launched, 1, __ATOMIC_SEQ_CST) % KEPT];
   Function *function = (Function *)f;
-  *to = (Launch){function, {c->gridDimX, c->gridDimY, c->gridDimZ}, c->blockDimX, c->sharedMemBytes, c->hStream, {0}};
+  *to = (Launch){function, {c->gridDimX, c->gridDimY, c->gridDimZ}, c->blockDimX, c->sharedMemBytes, c->hStream, context, {0}};
   for (int n = 0; n < function->count; ++n) memcpy(&to->parameters[n], parameters[n], function->size[n]);
   DONE;
 }
@@ -34,20 +38,23 @@ CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *name) {
   *f = (CUfunction)function;
   DONE;
 }
-CUresult cuModuleLoadData(CUmodule *m, const void *image) { *m = (CUmodule)1; DONE; }
-CUresult cuModuleUnload(CUmodule m) { DONE; }
+CUresult cuModuleLoadData(CUmodule *m, const void *image) { *m = (CUmodule)1; OTHER; }
+CUresult cuModuleUnload(CUmodule m) OTHER
 CUresult cuFuncGetAttribute(int *v, CUfunction_attribute a, CUfunction f) {
   *v = a == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
   DONE;
 }
-CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int v) { DONE; }
-CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache c) { DONE; }
+CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int v) OTHER
+CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache c) OTHER
 CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *c) { *n = 1; DONE; }
 
 CUresult cuInit(unsigned flags) { DONE; }
 CUresult cuDriverGetVersion(int *v) { *v = 13000; DONE; }
-CUresult cuDeviceGet(CUdevice *d, int number) { *d = 0; DONE; }
-CUresult cuDeviceGetCount(int *n) { *n = 1; DONE; }
+CUresult cuDeviceGet(CUdevice *d, int number) {
+  *d = number;
+  return 0 <= number && number < DEVICES ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
+}
+CUresult cuDeviceGetCount(int *n) { *n = DEVICES; DONE; }
 CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) {
   *v = a == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR         ? 9
        : a == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR       ? 0
@@ -56,14 +63,17 @@ CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) {
                                                                  : 65536;
   DONE;
 }
-CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = (CUcontext)1; DONE; }
-CUresult cuCtxGetCurrent(CUcontext *c) { *c = (CUcontext)1; DONE; }
-CUresult cuCtxSetCurrent(CUcontext c) { DONE; }
-CUresult cuCtxGetDevice(CUdevice *d) { *d = 0; DONE; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = (CUcontext)(d + 1L); DONE; }
+CUresult cuCtxGetCurrent(CUcontext *c) { *c = (CUcontext)context; DONE; }
+CUresult cuCtxSetCurrent(CUcontext c) { context = (long)c; DONE; }
+CUresult cuCtxGetDevice(CUdevice *d) {
+  *d = (context - 1) % DEVICES;
+  return context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT;
+}
 CUresult cuCtxGetLimit(size_t *v, CUlimit l) { *v = 0; DONE; }
-CUresult cuCtxSetLimit(CUlimit l, size_t v) { DONE; }
+CUresult cuCtxSetLimit(CUlimit l, size_t v) OTHER
 CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus *c) { *c = CU_STREAM_CAPTURE_STATUS_NONE; DONE; }
 /* Of any memory, so that tensors may lie on the CPU. */
 CUresult cuPointerGetAttribute(void *d, CUpointer_attribute a, CUdeviceptr p) { *(CUdeviceptr *)d = p; DONE; }
 CUresult cuPointerGetAttributes(unsigned n, CUpointer_attribute *a, void **d, CUdeviceptr p) { DONE; }
-CUresult cuGetErrorString(CUresult r, const char **text) { *text = "none"; DONE; }
+CUresult cuGetErrorString(CUresult r, const char **text) { *text = r ? "refused by the mock driver" : "none"; DONE; }

@@ -28,6 +28,7 @@ struct Config {
 struct Driver {
   int (*launch)(const Config*, void*, void**, void**) = nullptr;
   int (*current)(void**) = nullptr;
+  int (*current_device)(int*) = nullptr;
   int (*make_current)(void*) = nullptr;
   int (*device)(int*, int) = nullptr;
   int (*retain)(void**, int) = nullptr;
@@ -43,6 +44,7 @@ struct Driver {
     };
     find(launch, "cuLaunchKernelEx");
     find(current, "cuCtxGetCurrent");
+    find(current_device, "cuCtxGetDevice");
     find(make_current, "cuCtxSetCurrent");
     find(device, "cuDeviceGet");
     find(retain, "cuDevicePrimaryCtxRetain");
@@ -59,13 +61,17 @@ struct Driver {
     STD_TORCH_CHECK(false, "The driver of the GPU refuses a launch: ", problem ? problem : "for no known reason", ".");
   }
 
-  // A thread that has not used the device yet has no context.
+  // A thread has no context before it uses a device, and may have that of another device. One of this device stays,
+  // whether or not it is the device's own.
   void enter(int number) const {
     void* context = nullptr;
-    check(current(&context));
-    if (context) return;
-    int handle = 0;
+    int handle = 0, entered = 0;
     check(device(&handle, number));
+    check(current(&context));
+    if (context) {
+      check(current_device(&entered));
+      if (entered == handle) return;
+    }
     check(retain(&context, handle));
     check(make_current(context));
   }
@@ -198,7 +204,7 @@ Numbers key_of(int64_t state, const Tensors& tensors) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
     STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &data));
-    key.insert(key.end(), {dim, type, device, dtype, reinterpret_cast<uintptr_t>(data) % 16 == 0});
+    key.insert(key.end(), {dim, type, device, dtype, reinterpret_cast<uintptr_t>(data) % 16});
     key.insert(key.end(), size, size + dim);
     key.insert(key.end(), stride, stride + dim);
   }

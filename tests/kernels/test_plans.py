@@ -153,7 +153,7 @@ def test_settings_of_the_process(
     monkeypatch.setattr(driver, "device", 0)
     assert launched(driver, BASE).kernel == usual.kernel
     count = len(plans._plans)
-    monkeypatch.setattr(plans, "_precision", lambda: "medium")
+    monkeypatch.setattr(plans, "matmul_precision", lambda: "medium")
     launched(driver, BASE)
     assert len(plans._plans) == count + 1
 

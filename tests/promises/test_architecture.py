@@ -161,3 +161,14 @@ def functions_of(text: str) -> list[tuple[str, int]]:
         if end and name:
             found.append((name[1], text.count("\n", start.start(), end.start()) + 1))
     return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_nested_function_calls_itself(module):
+    """It would hold itself and all variables around it, tensors among them, until Python looks for
+    cycles."""
+    for outer in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        for inner in ast.walk(outer) if isinstance(outer, ast.FunctionDef) else ():
+            if isinstance(inner, ast.FunctionDef) and inner is not outer:
+                names = {x.id for x in ast.walk(inner) if isinstance(x, ast.Name)}
+                assert inner.name not in names, inner.name

@@ -95,8 +95,17 @@ class _Signature:
         return (*tensors, *integers)
 
 
-def _kind(x: Tensor) -> tuple[torch.dtype, bool]:
+def _kind(x: Tensor) -> tuple[Any, ...]:
     return x.dtype, x.data_ptr() % 16 == 0
+
+
+def _kind_on_amd(x: Tensor) -> tuple[Any, ...]:
+    """There also for memory that 31 bits address."""
+    return x.dtype, x.data_ptr() % 16 == 0, x.untyped_storage().nbytes() < 2**31
+
+
+if torch.version.hip is not None:
+    _kind = _kind_on_amd
 
 
 def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from additive_attn.backends.triton import decode_forward, tiles
 from additive_attn.backends.triton.arguments import Problem
-from additive_attn.backends.triton.launch import launch, target
+from additive_attn.backends.triton.launch import launch, matmul_precision, target
 from additive_attn.backends.triton.plan import splits
 from additive_attn.backends.triton.score_tiles import tile_scores
 from additive_attn.backends.triton.softmax_values import lse_kernel, value_kernel
@@ -101,5 +101,5 @@ def precision(p: Problem) -> str:
     """TF32 holds 16-bit numbers exactly; for float32 the user decides."""
     if target() == "hip":
         return "ieee"
-    allowed = torch.get_float32_matmul_precision() != "highest"
+    allowed = matmul_precision() == "tf32"
     return "tf32" if p.dtype in (torch.float16, torch.bfloat16) or allowed else "ieee"

@@ -32,6 +32,11 @@ kernel = triton.jit(
 )  # fmt: skip
 
 
+# "tf32" where products of float32 may round to 10 bits. torch.get_float32_matmul_precision raises
+# once torch.backends.cuda.matmul.fp32_precision has been set.
+matmul_precision = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on any device."""
     return bool(triton.knobs.runtime.interpret)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from additive_attn.backends.triton import compiled, programs
 from additive_attn.backends.triton.compiled import TENSORS
+from additive_attn.backends.triton.launch import matmul_precision
 from additive_attn.backends.triton.recorder import (
     Buffer,
     Launch,
@@ -34,7 +35,6 @@ _MOST = 1024  # calls that are known; the oldest is forgotten
 _ALIGNED = 256  # bytes, between buffers that share an allocation
 _Allocation = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 _empty, _modes = torch.empty_strided, torch._C._len_torch_dispatch_stack
-_precision = torch.get_float32_matmul_precision
 
 
 class _Step(NamedTuple):
@@ -140,15 +140,16 @@ def _launch(step: Launch) -> tuple[Any, ...]:
     return found.run, step.programs, found.function, found.metadata, arguments, places, tuples
 
 
-def _operate(x: Operation, tensors: list[Any]) -> list[tuple[int, Tensor]]:
-    def restored(x: Any) -> Any:
-        if isinstance(x, Part):
-            return x.of(tensors[x.buffer.number])
-        return [restored(y) for y in x] if isinstance(x, tuple) else x
+def _restored(x: Any, tensors: list[Any]) -> Any:
+    if isinstance(x, Part):
+        return x.of(tensors[x.buffer.number])
+    return [_restored(y, tensors) for y in x] if isinstance(x, tuple) else x
 
+
+def _operate(x: Operation, tensors: list[Any]) -> list[tuple[int, Tensor]]:
     with torch._C._DisableAutocast():
-        options = {name: restored(y) for name, y in x.options.items()}
-        result = x.function(*map(restored, x.arguments), **options)
+        options = {name: _restored(y, tensors) for name, y in x.options.items()}
+        result = x.function(*[_restored(y, tensors) for y in x.arguments], **options)
     results = result if isinstance(result, (tuple, list)) else (result,)
     return [(buffer.number, y) for buffer, y in zip(x.results, results, strict=False)]
 
@@ -185,7 +186,7 @@ def begin(function: Any, arguments: tuple[Any, ...]) -> tuple[int, int, list[Ten
     if where is None:
         return None
     tensors: list[Tensor] = []
-    rest = [function, _precision(), where]
+    rest = [function, matmul_precision(), where]
     for x in arguments:
         kind = type(x)
         if kind in TENSORS:
@@ -211,7 +212,7 @@ def _key(number: int, tensors: list[Tensor]) -> tuple[Any, ...]:
     """What a plan holds for; the same as in csrc/bindings/plans.cpp."""
     key: list[Any] = [number]
     for x in tensors:
-        key += (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0, x.device)
+        key += (x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.device)
     return tuple(key)
 
 
@@ -264,7 +265,7 @@ def repeated_forward(function: Any, call: tuple[Any, ...], need_weights: bool) -
     where = compiled.settings() if enabled and _modes() == 0 else None
     if where is None:
         return None
-    rest = call[4:], need_weights, _precision(), where
+    rest = call[4:], need_weights, matmul_precision(), where
     number = _usual.get(rest)
     if number is None:
         found = begin(function, (*call, need_weights))
@@ -303,7 +304,7 @@ def _written_down(
     # Tensors of their own: one that is given twice may be two the next time.
     arguments = tuple(x.detach() if type(x) in TENSORS else x for x in arguments)
     recorder = Recorder([x for x in arguments if isinstance(x, Tensor)])
-    with compiled.recorded(recorder), recorder:
+    with compiled.recorded(recorder), torch._C._DisableAutocast(), recorder:
         result = function(*arguments)
     try:
         return result, Plan(recorder, (result,) if isinstance(result, Tensor) else result)

@@ -138,6 +138,8 @@ class Recorder(TorchDispatchMode):
 
     def _add(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         results = result if isinstance(result, (tuple, list)) else (result,)
+        if torch.Tag.dynamic_output_shape in func.tags:
+            raise NotPlanned(f"{func} reads a tensor, to know the shape of its result")
         if not all(type(x) is Tensor for x in results):
             raise NotPlanned(f"{func} reads a tensor")
         name, now = func._schema.name.split("::")[1], len(self.steps)
