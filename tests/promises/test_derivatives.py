@@ -13,7 +13,12 @@ from torch import nn
 from torch.func import functional_call, functionalize, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from additive_attn import AdditiveAttention, PlainAdditiveAttention, additive_attention
+from additive_attn import (
+    AdditiveAttention,
+    PlainAdditiveAttention,
+    additive_attention,
+    additive_scores,
+)
 from additive_attn.spec.call import Call
 
 G = torch.Generator().manual_seed(0)
@@ -109,6 +114,33 @@ def gradients(function, *inputs):
     leaves = [x.clone().requires_grad_() for x in inputs]
     out = function(*leaves)
     return torch.autograd.grad((out * COTANGENT).square().sum(), leaves)
+
+
+ATTENDS = {
+    "attention": additive_attention,
+    "one query": lambda q, *others: additive_attention(q[:, :1], *others),
+    "heads": lambda q, k, v, w: additive_attention(
+        *(x.unsqueeze(1) for x in (q, k, v)), w.unsqueeze(0)
+    ),
+    "lengths": lambda *inputs: additive_attention(*inputs, lengths=[2, 5]),
+    "scores": lambda q, k, v, w: additive_scores(q, k, w) + v.sum(),
+}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", ATTENDS)
+def test_batches_of_upstream_gradients(name):
+    leaves = [x.clone().requires_grad_() for x in INPUTS]
+    out = ATTENDS[name](*leaves)
+    upstream = torch.randn(3, *out.shape)
+
+    def pulled_back(cotangent, **options):
+        return torch.autograd.grad(out, leaves, cotangent, retain_graph=True, **options)
+
+    batched = pulled_back(upstream, is_grads_batched=True)
+    for i, cotangent in enumerate(upstream):
+        for ours, single in zip(batched, pulled_back(cotangent), strict=True):
+            torch.testing.assert_close(ours[i], single)
 
 
 def test_raw_operator():

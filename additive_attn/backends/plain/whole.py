@@ -230,8 +230,10 @@ class _Scores(torch.autograd.Function):
             if weight.numel() == energy.shape[-1] and weight.dim() <= energy.dim() - 2:
                 features = weight.flatten()  # the usual case, in fewer operations
                 if need_weight:
+                    # Batched gradients have a rule for reshape, and none for flatten.
+                    keys, width = energy.shape[-2:]
                     rows = torch.bmm(
-                        grad_score.flatten(0, -2).unsqueeze(-2), energy.flatten(0, -3)
+                        grad_score.reshape(-1, 1, keys), energy.reshape(-1, keys, width)
                     )
                     grad_weight = rows.sum((0, 1)).view(weight.shape)
             else:
@@ -241,7 +243,7 @@ class _Scores(torch.autograd.Function):
             product = grad_score.unsqueeze(-1) * features
             grad_energy = product if grad_energy is None else product + grad_energy
         if grad_energy is not None and (need_query or need_key):
-            if grad_score is None or torch.is_grad_enabled():
+            if grad_score is None or torch.is_grad_enabled() or _is_batched(grad_score):
                 slope = torch.ops.aten.tanh_backward(grad_energy, energy)
             else:
                 # In place: fresh memory of this size costs as much as the arithmetic.
@@ -257,6 +259,11 @@ class _Scores(torch.autograd.Function):
                 grad_key = _summed(grad_key, ctx.shapes[1])
         grad_bias = torch.zeros_like(ctx.score_bias) if need_bias else None
         return grad_query, grad_key, grad_weight, None, grad_bias
+
+
+def _is_batched(upstream: Tensor) -> bool:
+    """Whether it stands for several gradients (``is_grads_batched=True``)."""
+    return torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
 def _summed(gradient: Tensor, shape: torch.Size) -> Tensor:
