@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -151,7 +152,7 @@ def _rows(
         key, value = key.to(q.dtype), value.to(q.dtype)
     out, weights = attend_heads(
         q, key, value, layer.energy_weight,
-        None if mask is None else mask.reshape(mask.shape[:-1].numel(), 1, 1, mask.shape[-1]),
+        None if mask is None else mask.reshape(math.prod(mask.shape[:-1]), 1, 1, mask.shape[-1]),
         None if lengths is None else lengths.reshape(-1, 1), False, dropout_p, need_weights,
     )  # fmt: skip
     out = projected(layer._modules["out_proj"], out.transpose(1, 2).flatten(-2))

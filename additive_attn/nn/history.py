@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -228,5 +229,6 @@ def _state_shape(memory: ProjectedMemory) -> tuple[int, ...]:
     if attn_mask is not None:
         batch = torch.broadcast_shapes(batch, attn_mask.shape[:-2])
     if memory.beams > 1:
-        batch = torch.Size((memory.beams * batch.numel(),))
+        # Size.numel would make a symbolic size of torch.export a constant.
+        return memory.beams * math.prod(batch), key.shape[-2]
     return *batch, key.shape[-2]

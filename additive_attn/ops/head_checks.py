@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -100,7 +101,7 @@ def check_replaced(memory: Any) -> None:
     if attn_mask is not None and (
         attn_mask.dim() == 0
         or attn_mask.shape[-1] not in (1, key.shape[-2])
-        or attn_mask.shape[:-1].numel() not in (1, sequences)
+        or math.prod(attn_mask.shape[:-1]) not in (1, sequences)
     ):
         wanted = (sequences, 1, key.shape[-2])
         raise ValueError(

@@ -46,7 +46,7 @@ def prefers_formula(call: Call) -> bool:
         one = rows[-2] == 1 and ELEMENTS >= 0
         return one and torch.is_grad_enabled() and _differentiable(*call[:4])
     batch = torch.broadcast_shapes(rows[:-2], keys[:-2])
-    return batch.numel() * rows[-2] * keys[-2] * keys[-1] <= ELEMENTS
+    return math.prod(batch) * rows[-2] * keys[-2] * keys[-1] <= ELEMENTS
 
 
 def attend(
