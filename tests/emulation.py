@@ -6,17 +6,20 @@ fails the test: races, reads of bytes that nobody wrote, addresses out of bounds
 
 The emulator lies beside the checkout, or where ADDITIVE_ATTN_PTX says. PTX_NOISE=1 makes
 approximate instructions as inexact as they are documented, PTX_BACKWARDS=1 runs threads in reverse
-order, and PTX_CONTRACT=1 fuses every product with the sum that takes it.
+order, PTX_CONTRACT=1 fuses every product with the sum that takes it, and PTX_PLANS=1 repeats every
+call from its launch plan.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,9 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = Path(os.environ.get("ADDITIVE_ATTN_PTX") or ROOT.parent / "shared" / "tools" / "ptx")
 
 SHAPE_ONLY = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
-OPTIONS = ("PTX_NOISE", "PTX_BACKWARDS", "PTX_CONTRACT")
+OPTIONS = ("PTX_NOISE", "PTX_BACKWARDS", "PTX_CONTRACT", "PTX_PLANS")
 
-# Whose addresses kernels may be given in place of tensors, as by launch plans.
+# Whose addresses kernels may be given in place of tensors, as by launch plans; and memory that is
+# made while an operator is ``tracked``.
 memory: list[torch.Tensor] = []
 
 _emulator: Any = None
@@ -62,6 +66,7 @@ def install(capability: int) -> None:
     _driver.emulate.Program = program_class(_driver.emulate)
     _driver.Tracker = tracker_class(_driver)
     _driver.Emulator.launcher_cls = launcher_class(_driver)
+    _driver._Utils = utils_class(_driver)
     _emulator = _driver.install(
         capability,
         strict=False,
@@ -105,10 +110,10 @@ def _flat(signature: Any, arguments: Any, names: Any) -> Iterator[tuple[Any, str
             yield from _flat(kind, argument, [f"{name}.{field}" for field in fields])
         elif kind != "constexpr":
             pointer = str(kind).startswith("*") and isinstance(argument, int)
-            yield _at(argument) if pointer else argument, name
+            yield at(argument) if pointer else argument, name
 
 
-def _at(address: int) -> torch.Tensor | None:
+def at(address: int) -> torch.Tensor | None:
     """The bytes from an address to the end of the tensor that holds it."""
     if address == 0:
         return None
@@ -117,21 +122,68 @@ def _at(address: int) -> torch.Tensor | None:
         if 0 <= offset < storage.nbytes():
             whole = torch.empty(0, dtype=torch.uint8).set_(storage)
             return whole[offset:]
+    for start, written in _emulator.defined.items():
+        if 0 <= address - start < written.size:
+            whole = torch.frombuffer(
+                (ctypes.c_uint8 * written.size).from_address(start), dtype=torch.uint8
+            )
+            return whole[address - start :]
     raise AssertionError(f"a kernel is given {address:#x}, which is in no tensor")
 
 
+def made(start: int, size: int) -> None:
+    """Memory that nobody has written yet."""
+    _emulator.defined[start] = _driver.np.zeros(size, _driver.np.uint8)
+
+
+def gone(start: int, with_: torch.Tensor | None = None) -> None:
+    """That memory, at once or with a tensor."""
+    if with_ is None:
+        del _emulator.defined[start]
+    else:
+        weakref.finalize(with_.untyped_storage(), _emulator.defined.pop, start, None)
+
+
+# What a function of the driver stands for: a compiled kernel, and its launcher.
+functions: dict[int, tuple[Any, Any]] = {}
+
+
+def run(function: int, grid: tuple[int, ...], values: list[Any], names: list[str]) -> None:
+    program, launcher = functions[function]
+    missing = len(program.kernel.parameters) - len(values)
+    assert missing in (0, 1, 2), (len(values), program.kernel.parameters)
+    values, names = [*values, *[None] * missing], [*names, *["scratch"] * missing]
+    _emulator.launch(program, grid, launcher.metadata, values, names)
+
+
 def launcher_class(driver: Any) -> type:
-    class Launcher(driver._Launcher):
-        def __call__(self, x: int, y: int, z: int, stream: Any, program: Any, *more: Any) -> None:
+    """Named as what launch plans know."""
+
+    class CudaLauncher(driver._Launcher):
+        last: Any = None
+
+        def __init__(self, source: Any, metadata: Any) -> None:
+            super().__init__(source, metadata)
+            CudaLauncher.last = self
+
+        def __call__(self, x: int, y: int, z: int, stream: Any, function: int, *more: Any) -> None:
             _packed, _launch_metadata, _enter, _leave, *arguments = more
             flat = list(_flat(self.signature, arguments, map(str, self.names)))
-            missing = len(program.kernel.parameters) - len(flat)
-            assert missing in (0, 1, 2), (len(flat), program.kernel.parameters)
-            flat += [(None, "scratch")] * missing
-            values, names = map(list, zip(*flat, strict=True))
-            _emulator.launch(program, (x, y, z), self.metadata, values, names)
+            run(function, (x, y, z), [value for value, _ in flat], [name for _, name in flat])
 
-    return Launcher
+    return CudaLauncher
+
+
+def utils_class(driver: Any) -> type:
+    class Utils(driver._Utils):
+        def load_binary(self, *arguments: Any) -> tuple[Any, ...]:
+            """A number takes the place of the kernel that the last launcher was made for."""
+            module, program, *rest = super().load_binary(*arguments)
+            number = len(functions) + 1
+            functions[number] = program, driver.Emulator.launcher_cls.last
+            return (module, number, *rest)
+
+    return Utils
 
 
 def tracker_class(driver: Any) -> type:
@@ -158,6 +210,13 @@ def tracked(operator: Callable[..., Any]) -> Callable[..., Any]:
         return results
 
     return call
+
+
+def operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator of the package in the emulator."""
+    if _chosen("PTX_PLANS"):
+        function = importlib.import_module("emulated_libcuda").with_plans(function)
+    return tracked(function)
 
 
 def unwritten() -> type[Exception]:

@@ -172,7 +172,7 @@ def _switched(path: str) -> Iterator[None]:
             override = _Override(
                 {
                     name: dispatch.PLAIN[name] if operator is None
-                    else emulation.tracked(operator) if compiled
+                    else emulation.operator(operator) if compiled
                     else operator
                     for name, operator in operators.items()
                 }

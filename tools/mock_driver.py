@@ -198,7 +198,7 @@ class TorchKernels(TorchDispatchMode):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def mock_library() -> ctypes.CDLL:
     """Loaded for the whole process: a library of this name is found before any other."""
     place = tempfile.mkdtemp(prefix="mock_libcuda")
     source, built = Path(__file__).with_name("mock_libcuda.c"), Path(place, "libcuda.so.1")
@@ -212,7 +212,7 @@ def _library() -> ctypes.CDLL:
 @contextlib.contextmanager
 def installed() -> Iterator[MockDriver]:
     """Kernels go to the mock driver, and the operators of tensors on the CPU to the kernels."""
-    driver, before = MockDriver(_library()), triton.runtime.driver._active
+    driver, before = MockDriver(mock_library()), triton.runtime.driver._active
     library = torch.library.Library("additive_attn", "IMPL")
     with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
         replace = functools.partial(_replace, stack)

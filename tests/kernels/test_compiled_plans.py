@@ -1,41 +1,25 @@
-"""A call that is repeated from its launch plan computes the same: kernels are given addresses, of
-memory that several buffers share."""
+"""A call that is repeated from its launch plan computes the same, in Python and by the compiled
+library: kernels are given addresses, of memory that several buffers share."""
 
 from __future__ import annotations
 
 import emulation
 import pytest
-import test_plans
 import torch
 from oracle import assert_same
+
+pytest.importorskip("triton", minversion="3.6")
+
+import emulated_libcuda
+import test_plans
 
 pytestmark = pytest.mark.compiled
 
 
 @pytest.fixture(autouse=True)
-def planned(monkeypatch):
-    """Calls on CPU tensors have plans, and all memory that plans make is known."""
-    plans = pytest.importorskip("additive_attn.backends.triton.plans")
-
-    def empty(*arguments, **options):
-        x = torch.empty_strided(*arguments, **options)
-        emulation.memory.append(x)
-        return x
-
-    def operate(*arguments):
-        made = original(*arguments)
-        emulation.memory.extend(x for _, x in made)
-        return made
-
-    original = plans._operate
-    monkeypatch.setattr(plans, "on_cpu", True)
-    monkeypatch.setattr(plans, "_empty", empty)
-    monkeypatch.setattr(plans, "_operate", operate)
-    plans.forget()
-    with emulation.running():
-        yield plans
-    plans.forget()
-    emulation.memory.clear()
+def planned():
+    with emulation.running(), emulated_libcuda.plans_in_the_emulator():
+        yield emulated_libcuda.plans
 
 
 def check(plans, operator, *arguments):
@@ -55,11 +39,16 @@ def check(plans, operator, *arguments):
         expected = operator.__wrapped__(*case)
         results = operator(*case)
         single = isinstance(expected, torch.Tensor)
-        pairs = [(results, expected)] if single else zip(results, expected, strict=True)
-        for ours, theirs in pairs:
+        expected = [expected] if single else expected
+        for ours, theirs in zip([results] if single else results, expected, strict=True):
             assert_same(ours, theirs)
-    number, _, tensors = plans.begin(operator.__wrapped__, arguments)
-    assert isinstance(plans._plans[plans._key(number, tensors)], plans.Plan)
+    number, stream, tensors = plans.begin(operator.__wrapped__, case)
+    plan = plans._plans[plans._key(number, tensors)]
+    assert isinstance(plan, plans.Plan)
+    if plan.program is not None:  # then Python has not repeated it yet
+        assert plans._replay is None or plans._replay(number, stream, tensors)
+        for ours, theirs in zip(plan.replay(tensors, stream), expected, strict=True):
+            assert_same(ours, theirs)
     return results
 
 
