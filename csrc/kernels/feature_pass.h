@@ -99,12 +99,13 @@ class FeaturePass {
       for (std::int64_t r = 0; r < ws.rows; ++r) store(part_query + r * width + h, Vec<T>{});
       for (int l = 0; l < L; ++l) part_weight[h + l] = 0;
     }
+    if (ws.rows > 1) std::memset(known_.get(ws.rows), 0, ws.rows);
     for (std::int64_t key0 = key_begin; key0 < key_end; key0 += gradient_keys) {
       const std::int64_t keys = std::min(gradient_keys, key_end - key0);
       if (ws.rows == 1)
         single_row(first, count, key0, keys, part_query, part_weight);
       else
-        for (std::int64_t h = first; h < first + count; h += F) rows(h, key0, keys, part_query, part_weight, width);
+        rows(first, key0, keys, part_query, part_weight, width);
     }
   }
 
@@ -135,7 +136,7 @@ class FeaturePass {
     for (std::int64_t h = 0; h < count; ++h) part_weight[first + h] += sum_weight[h];
   }
 
-  // Many rows against a tile of keys, F features at a time.
+  // Many rows against a tile of keys; F features.
   void rows(std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query, double* part_weight,
             std::int64_t width) {
     find_rows(key0, keys);
@@ -209,10 +210,14 @@ class FeaturePass {
   void row(const TileRow& tile_row, std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query) {
     const auto [r, g, on] = tile_row;
     // Aligned, because row_factored reads them for every key.
-    alignas(64) T q[F], a[2 * F], sum_query[F] = {}, sum_query_direct[F] = {}, sum_weight[F] = {};
+    alignas(64) T q[F], sum_query[F] = {}, sum_query_direct[F] = {}, sum_weight[F] = {};
+    T* a = a_.get(ws.rows * 2 * F) + r * 2 * F;
+    unsigned char& known = known_.get(0)[r];
+    if (!known) known = load_query(r, h, q, a) ? 2 : 1;
     const T size = ws.largest_gradient[ws.index(entry, ws.row0 + r)];
     const bool direct_i =
-        load_query(r, h, q, a) || factors.early != T(1) || !(size >= factored_least<T> && size <= factored_most<T>);
+        known == 2 || factors.early != T(1) || !(size >= factored_least<T> && size <= factored_most<T>);
+    if (direct_i || any_direct_) load_query(r, h, q, nullptr);
     for (std::int64_t j = 0; j < keys;) {
       if (!on[j / K]) {
         j += K;
@@ -378,7 +383,8 @@ class FeaturePass {
   alignas(64) double weight_[F];                  // the tile's share of dw
   T *b_ = nullptr, *b_error_ = nullptr;           // [key][F]
   T *sum_key_ = nullptr, *sum_direct_ = nullptr;  // [all rows, the last rows][key][F]
-  Buffer<T> a_, keys_;
+  Buffer<T> a_, keys_;                            // a_: [row][a, its error][F]
+  Buffer<unsigned char> known_;  // of a_, per row: 0 not yet, 1 known, 2 and out of the factored form's range
   Buffer<TileRow> rows_;
   std::int64_t found_ = 0;  // of them
 };

@@ -27,7 +27,7 @@ class RowPass {
       if (column < 0) continue;
       weights_[r] = row_[r].weights + column;
       grad_[r] = row_[r].gradient + column;
-      std::memset(grad_[r], 0, TK * sizeof(T));
+      for (int j = 0; j < TK; j += lanes<T>) store(grad_[r] + j, Vec<T>{});
       for (int b = 0; b < tile_blocks; ++b) row_[r].attended[column / K + b] = s.attended[r][b];
     }
     if (p.grad_out && p.values > 0) {

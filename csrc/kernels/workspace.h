@@ -1,6 +1,8 @@
 // P and G of a bounded number of rows, kept for the keys that the rows may attend to.
 
 constexpr std::int64_t workspace_elements = std::int64_t(1) << 21;  // of P, and as many of G
+constexpr std::int64_t cached_elements = workspace_elements / 4;    // of fewer keys: so many, in which caches help...
+constexpr std::int64_t piece_rows = 256;                            // ...but no fewer rows, for a piece reads all keys
 constexpr std::int64_t most_piece_rows = 8192;
 constexpr std::int64_t most_places = std::int64_t(1) << 18;  // of the strips of all groups
 constexpr std::int64_t strip_keys = 128;
@@ -17,7 +19,7 @@ class Workspace {
   explicit Workspace(const Problem<T>& problem, bool given)
       : p(problem),
         strips((p.keys + W - 1) / W),
-        budget_(std::max(workspace_elements, 16 * strips * W)),
+        budget_(std::max(std::clamp(piece_rows * strips * W, cached_elements, workspace_elements), 16 * strips * W)),
         most_rows_(std::max(most_piece_rows, budget_ / (strips * W))),
         most_groups_(std::min({most_rows_, std::max<std::int64_t>(16, most_places / strips),
                                p.batch * ((p.queries + group_rows - 1) / group_rows)})),
@@ -57,7 +59,7 @@ class Workspace {
   struct Row {
     T *weights, *gradient;
     unsigned char* attended;    // per key block: does it have an attended key?
-    std::int64_t width;         // keys that are kept
+    std::int64_t width;         // keys that are kept, or a block more
     const std::int32_t* place;  // of each strip
 
     std::int64_t column(std::int64_t j) const { return place[j / W] < 0 ? -1 : place[j / W] * W + j % W; }
@@ -92,7 +94,7 @@ class Workspace {
     std::int64_t taken = 0;
     while (taken < count && found_ < most_groups_) {
       const std::int64_t i = row0 + taken, wanted = std::min<std::int64_t>(group_rows, count - taken);
-      const Group group{size_, mark(n, i, wanted, place_ + found_ * strips) * W};
+      const Group group{size_, spaced(mark(n, i, wanted, place_ + found_ * strips) * W)};
       const std::int64_t fit = group.width ? (budget_ - size_) / group.width : wanted;
       const std::int64_t some = std::min({wanted, fit, most_rows_ - before - taken});
       if (some <= 0) break;
@@ -102,6 +104,11 @@ class Workspace {
       if (some < wanted) break;
     }
     return taken;
+  }
+
+  // Rows that lie a power of two apart share few places of a cache.
+  static std::int64_t spaced(std::int64_t width) {
+    return width + (width > 0 && width * std::int64_t(sizeof(T)) % 2048 == 0 ? K : 0);
   }
 
   // Finds the strips of `count` rows from i on, and returns their number.
