@@ -205,8 +205,9 @@ class _Step(SingleLevelFunction):
         ctx.lent, ctx.options = lent, options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            seed, query, location, location_weight, *tensors, projected, weights, lse
-        )
+            seed, query, location, location_weight, *tensors, projected, weights, lse,
+            lent.lengths, lent.attn_mask,  # saved so that writing to them raises
+        )  # fmt: skip
         # No views: a caller may write to the results.
         return out.squeeze(-2).detach(), weights.squeeze(-2).detach(), lse.squeeze(-1).detach()
 
@@ -218,7 +219,7 @@ class _Step(SingleLevelFunction):
         if grad_out is None and grad_weights is None and grad_lse is None:
             return (None,) * len(needs)
         seed, query, location, location_weight, *tensors = ctx.saved_tensors
-        shared, (filters, projected, weights, lse) = Shared(*tensors[:6]), tensors[6:]
+        shared, (filters, projected, weights, lse) = Shared(*tensors[:6]), tensors[6:10]
         if torch.is_grad_enabled() or any(map(_is_batch, (grad_out, grad_weights, grad_lse))):
             return _differentiable(ctx, (grad_out, grad_weights, grad_lse))
         lent, (_, several), batch = ctx.lent, ctx.options, weights.shape[:-2]

@@ -66,6 +66,22 @@ def test_what_the_memory_holds_may_be_written_to(kind, mode, beams, order, field
     assert any(not torch.equal(x, y) for x, y in zip(before, expected, strict=True))
 
 
+@KINDS
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("field", ["key", "value", "lengths", "attn_mask"])
+def test_what_a_step_has_read_may_not_be_written_to_before_backward(kind, beams, field):
+    layer = made(kind)
+    padding = torch.arange(LK) >= torch.tensor([LK, 5, 1])[:, None]
+    masking = {"key_padding_mask": padding} if field == "attn_mask" else {"lengths": [LK, 4, 2]}
+    key, value = torch.randn(B, LK, K, dtype=F64), torch.randn(B, LK, 7, dtype=F64)
+    memory = layer.project(key, value, **masking).expand(beams)
+    context, _ = stepped(layer, torch.randn(B * beams, D, dtype=F64), memory)
+    with torch.no_grad():
+        getattr(memory, field).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        context.sum().backward()
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="autocast of the CPU")
 @MODES
 @pytest.mark.parametrize("field", ["key", "value"])
