@@ -103,13 +103,14 @@ def plot_attention(
     if isinstance(vmax, str) and vmax == "robust":
         top = _top(images, vmin, 0.9)
     elif vmax is not None:
-        top = checked_limit("vmax", vmax)
+        top = checked_limit("vmax", vmax, vmin)
     axes, panel = _axes(plt, ax, images, labels)
     for each, image in zip(axes, images, strict=True):
         drawn = _draw(each, image, style, colors, vmin, top)
     labels.write(axes, images, panel, is_grid=head == "grid", is_own=ax is None)
     if colorbar:
-        extend = "max" if largest > top else "neither"
+        below = ((images < vmin) & (images != -torch.inf)).any()
+        extend = ("neither", "max", "min", "both")[(largest > top) + 2 * int(below)]
         axes[0].figure.colorbar(drawn, ax=list(axes), label="weight", extend=extend, aspect=30)
     return axes if head == "grid" else axes[0]
 
@@ -263,7 +264,8 @@ def _length(name: str, length: int | None, tokens: Sequence[Any] | None, availab
         count = "no" if tokens is None else str(given)
         raise ValueError(
             f"The weights have {positions}, but {name}_length asks for {length} and there are "
-            f"{count} {name}_tokens. Pass one token per drawn position."
+            f"{count} {name}_tokens. Draw at least one position, at most all, and pass no tokens, "
+            "or one for each."
         )
     return length
 
@@ -332,7 +334,7 @@ def _draw(ax: Any, image: Tensor, style: str, cmap: Any, vmin: float, vmax: floa
     block_rows, block_columns = (math.ceil(count / MAX_PIXELS) for count in image.shape)
     pixels = F.max_pool2d(image[None], (block_rows, block_columns), ceil_mode=True)[0]
     blank = (pixels == 0).all(dim=1, keepdim=True)
-    missing = pixels.isnan()
+    missing = pixels.isnan() | (pixels == torch.inf)
     pixels = pixels.masked_fill(blank, torch.nan).cpu()
     # The last block may reach beyond the last position, so the extent goes by blocks and the
     # limits by positions.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -69,16 +70,22 @@ def checked_length(name: str, length: Any) -> int | None:
         ) from None
 
 
-def checked_limit(name: str, limit: Any) -> float:
+def checked_limit(name: str, limit: Any, lower: float = -math.inf) -> float:
     try:
         if isinstance(limit, str | bool | bytes):
             raise TypeError
-        return float(limit)
+        number = float(limit)
     except (TypeError, ValueError, RuntimeError):
         other = ', "robust" or None' if name == "vmax" else ""
         raise TypeError(
             f"{name} is {limit!r:.60}, but the range of the colours needs a number{other}."
         ) from None
+    if not lower < number < math.inf:
+        above = "" if lower == -math.inf else f" above vmin, which is {lower}"
+        raise ValueError(
+            f"{name} is {limit!r:.60}, but the range of the colours needs a finite number{above}."
+        )
+    return number
 
 
 def checked_colors(plt: Any, cmap: Any) -> Any:

@@ -112,11 +112,27 @@ def test_one_large_weight_does_not_darken_the_others():
     assert plot_attention(weights, vmax=0.5).images[0].get_clim() == (0, 0.5)
 
 
-def test_nan_and_empty_rows_look_different():
+@pytest.mark.parametrize(
+    "weights,options,extend",
+    [
+        ([[0.1, 0.9]], {}, "neither"),
+        ([[0.1, 0.9]], dict(vmax=0.5), "max"),
+        ([[-1.0, 0.9]], {}, "min"),  # scores
+        ([[-1.0, 0.9]], dict(vmax=0.5), "both"),
+        ([[-torch.inf, 0.9]], {}, "neither"),  # a masked score is blank
+    ],
+)
+def test_the_colorbar_shows_what_lies_beyond_it(weights, options, extend):
+    axes = plot_attention(torch.tensor(weights), **options)
+    assert axes.images[0].colorbar.extend == extend
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_nan_and_empty_rows_look_different(number):
     from matplotlib import pyplot
 
     weights = torch.eye(4)
-    weights[1], weights[2] = 0, torch.nan
+    weights[1], weights[2] = 0, number
     axes = plot_attention(weights)
     axes.set_axis_off()
     axes.figure.canvas.draw()
@@ -179,6 +195,9 @@ BAD = {
         ValueError,
         "max_ticks is 0",
     ),
+    "no length": (dict(head=0, source_length=0), ValueError, "asks for 0 .* at least one"),
+    "no range": (dict(head=0, vmin=1, vmax=0.5), ValueError, "vmax is 0.5, .* above vmin"),
+    "no limit": (dict(head=0, vmin=float("nan")), ValueError, "vmin is nan"),
     "axes": (dict(head=0, ax=3), TypeError, "ax is 3, but must be matplotlib Axes"),
 }
 
