@@ -4,6 +4,7 @@ the package's block sizes, and a check that survives the failure of its parts.""
 from __future__ import annotations
 
 import csv
+import os
 import sys
 import time
 
@@ -80,6 +81,7 @@ def test_a_check_survives_its_parts(tmp_path):
 
     check.part("good", 0.5, python("print('fine')"))
     check.part("slow", 0.1, python("import time; print('begins', flush=True); time.sleep(60)"))
+    assert "KeyboardInterrupt" not in (tmp_path / "log.txt").read_text()
     check.part("bad", 0.5, python("import sys; print('why'); sys.exit(3)"))
     check.part("broken", 0.5, broken)
     assert time.monotonic() - begin < 30
@@ -91,6 +93,21 @@ def test_a_check_survives_its_parts(tmp_path):
     late = gpu_check.Check(tmp_path, 1, dry=True)
     late.part("late", 0.5, broken)
     assert late.results == [("late", "no time left", 0.0)]
+
+
+@pytest.mark.parametrize("problem", ["", "the kernels give another out"])
+def test_kernels_that_fail_the_self_check_are_tested(tmp_path, monkeypatch, problem):
+    seen = {}
+
+    def part(self, name, share, run):
+        self.results.append((name, (run(1) if name == "machine" else "") or "ok", 0.0))
+        seen[name] = os.environ.get("ADDITIVE_ATTN_TEST_UNCHECKED")
+
+    monkeypatch.setattr(gpu_check.Check, "part", part)
+    monkeypatch.setattr(gpu_check, "machine", lambda check, limit: problem)
+    monkeypatch.setenv("ADDITIVE_ATTN_TEST_UNCHECKED", "")
+    gpu_check.parts(gpu_check.Check(tmp_path, 20, dry=True))
+    assert seen["tests"] == ("1" if problem else "") and "questions" in seen
 
 
 @pytest.mark.parametrize("command", [gpu_check, tune, gpu])
