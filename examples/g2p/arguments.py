@@ -48,11 +48,22 @@ def threads(text: str) -> int:
     return torch.get_num_threads()
 
 
+def output(text: str) -> Path:
+    """A file to be written, whose folders are made."""
+    path = Path(text)
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not (above.is_dir() and os.access(above, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"no file can be made at {text}")
+    return path
+
+
+def picture(text: str) -> Path:
+    if Path(text).suffix not in (".png", ".pdf", ".svg", ".jpg", ".webp"):
+        raise argparse.ArgumentTypeError(f"{text} does not end in .png, .pdf, .svg, .jpg or .webp")
+    return output(text)
+
+
 positive = number(int, 1)
-picture = checked(
-    lambda text: Path(text).suffix in (".png", ".pdf", ".svg", ".jpg", ".webp"),
-    "{} does not end in .png, .pdf, .svg, .jpg or .webp",
-)
 OPTIONS: dict[str, dict[str, Any]] = {
     "--layer": {"choices": ["plain", "fused"], "help": "default: as trained"},
     "--beam": {"type": positive, "default": 5, "help": "hypotheses of a word (default 5)"},

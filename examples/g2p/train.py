@@ -16,10 +16,9 @@ import os
 import platform
 import time
 from itertools import islice
-from pathlib import Path
 
 import torch
-from arguments import RUNS, command, number, parser_with, positive
+from arguments import RUNS, command, number, output, parser_with, positive
 from data import PAD, Batch, Dictionary, Pairs, read_dictionary, select
 from evaluate import error_rates, pronounce
 from model import Config, Pronouncer, save
@@ -87,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="MINUTES",
         help="the learning rate falls in step, so that a run cut short still ends well",
     )
-    parser.add_argument("--save", type=Path, help="default: runs/LAYER.pt beside this file")
+    parser.add_argument("--save", type=output, help="default: runs/LAYER.pt beside this file")
     args = parser.parse_args()
     if args.demo:
         parser.set_defaults(**DEMO)

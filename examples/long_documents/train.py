@@ -85,6 +85,10 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if min(options.tokens, options.epochs, options.batch_size) < 1:
         parser.error("--tokens, --epochs and --batch-size are 1 or more")
+    if not 0 <= options.lr < float("inf"):
+        parser.error(f"--lr is {options.lr}, but must be a finite number of 0 or more")
+    if options.csv and (options.csv.is_dir() or not options.csv.parent.is_dir()):
+        parser.error(f"--csv: no file can be made at {options.csv}")
     if options.demo:
         options.epochs = min(options.epochs, 3)
     return options

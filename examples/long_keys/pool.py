@@ -130,6 +130,11 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if min(options.instances, options.steps, options.chunk) < 1:
         parser.error("--instances, --steps and --chunk are 1 or more")
+    file, size = options.file, (options.instances + options.chunk) * FEATURES * 4
+    if file and not file.parent.is_dir():
+        parser.error(f"--file: there is no folder {file.parent}")
+    if file and file.exists() and not (file.is_file() and file.stat().st_size == size):
+        parser.error(f"--file: {file} is no bag of this size, and would be overwritten")
     return options
 
 

@@ -23,6 +23,8 @@ WRONG = {
     "other file": ("pronounce.py --model README.md cat", "README.md is no model of train.py"),
     "dictionary": ("compare.py --dictionary none.txt", "there is no file none.txt"),
     "device": ("train.py --device cudda", "there is no device cudda"),
+    "no folder": ("pronounce.py --plot README.md/x.png cat", "no file can be made at README.md/x"),
+    "save": ("train.py --save examples", "argument --save: no file can be made at examples"),
     "threads": ("train.py --threads 0", "argument --threads: 0 is not between 1"),
 }
 
@@ -49,6 +51,21 @@ def test_bad_input_is_answered_in_a_sentence(scripts, monkeypatch, capsys, line,
         runpy.run_path(str(scripts / script), run_name="__main__")
     assert stopped.value.code != 0
     assert sentence in f"{stopped.value.code}{capsys.readouterr().err}"
+
+
+MORE = {
+    "lr": ("long_documents", "train.py --lr nan", "--lr is nan"),
+    "csv": ("long_documents", "train.py --csv none/x.csv", "no file can be made at none/x.csv"),
+    "no folder": ("long_keys", "pool.py --file none/bag", "--file: there is no folder none"),
+    "a file of the user": ("long_keys", "pool.py --file README.md", "README.md is no bag of this"),
+}
+
+
+@pytest.mark.parametrize("scripts,line,sentence", MORE.values(), ids=MORE, indirect=["scripts"])
+def test_also_of_the_other_examples(scripts, monkeypatch, capsys, line, sentence):
+    before = (ROOT / "README.md").read_bytes()
+    test_bad_input_is_answered_in_a_sentence(scripts, monkeypatch, capsys, line, sentence)
+    assert (ROOT / "README.md").read_bytes() == before
 
 
 def test_commands_are_those_of_the_current_folder(scripts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -186,6 +187,13 @@ def test_module_prints_the_configuration():
         env={**os.environ, "PYTHONPATH": PACKAGE_PARENT}, cwd=PACKAGE_PARENT,
     )  # fmt: skip
     assert succeeded(result).stdout.strip() == show_config().strip()
+
+
+def test_module_takes_no_arguments(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["additive_attn", "speed"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("additive_attn", run_name="__main__", alter_sys=True)
+    assert "unrecognized arguments: speed" in capsys.readouterr().err
 
 
 def test_works_in_forked_workers():
