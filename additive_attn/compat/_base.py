@@ -19,6 +19,7 @@ from additive_attn.nn.linear import bare_parameters, energy_of
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.location import location_features
 from additive_attn.ops.memory import Lent, Shared, eager, lend, version
+from additive_attn.ops.products import LentWeight
 
 _saving = torch._C._autograd._top_saved_tensors_default_hooks
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -55,7 +56,7 @@ class Lease(NamedTuple):
     lent: Lent
     location_weight: Tensor | None = None  # (F, H)
     filters: Tensor | None = None  # (F, C, K)
-    output: Tensor | None = None  # (out, heads * Dv): what contexts of all heads are projected by
+    output: LentWeight | None = None  # (out, heads * Dv), of the contexts of all heads
 
 
 class Leases:
@@ -112,10 +113,10 @@ class Leases:
         held = tuple(ref(x, end) for x in sources)
         graded = torch.is_grad_enabled()
         entry = self._entry = held, tuple(parameters), state, graded, scale, kept
-        if lease.output is not None and lease.output.requires_grad:
+        if lease.output is not None and lease.output.node is not None:
             # A backward pass frees the graph that it was made by.
             owner = ref(self)
-            lease.output.register_hook(lambda _: _forget(owner))
+            lease.output.source.register_hook(lambda _: _forget(owner))
         return lease
 
 

@@ -28,6 +28,7 @@ from additive_attn.nn.linear import energy_of
 from additive_attn.ops.compat_checks import explained
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.memory import lend
+from additive_attn.ops.products import lend_weight, multiply
 
 Affine = tuple[Tensor, Tensor | None]
 
@@ -133,7 +134,9 @@ class _Heads(Cached):
                 scale=float(scaling), query_weight=query_weight, query_bias=query_bias,
             )  # fmt: skip
             weights = None if dense is None else torch.stack([x[0].t() for x in dense])
-            return Lease(lent, weights, output=None if products is None else _product(products))
+            return Lease(
+                lent, weights, output=None if products is None else lend_weight(_product(products))
+            )
 
         if owned:
             used = [x for pair in (*(energies or ()), *(queries or ())) for x in pair]
@@ -148,7 +151,7 @@ class _Heads(Cached):
             location_weight=None if term is None else lease.location_weight,
         )  # fmt: skip
         out = out.flatten(1)
-        context = self.mlp_o(out) if lease.output is None else linear(out, lease.output)
+        context = self.mlp_o(out) if lease.output is None else multiply(lease.output, out)
         return context, list(weights.unbind(1))
 
 

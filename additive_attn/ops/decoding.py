@@ -12,7 +12,16 @@ from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.checks import checked_probability
 from additive_attn.ops.location import location_features
-from additive_attn.ops.memory import Lent, Record, Shared, eager, running_pass, summed, version
+from additive_attn.ops.memory import (
+    Lent,
+    Record,
+    Shared,
+    eager,
+    is_batch,
+    running_pass,
+    summed,
+    version,
+)
 from additive_attn.ops.second_order import SingleLevelFunction, reduced
 from additive_attn.spec.call import Call, Inputs
 from additive_attn.spec.dropout import draw_seed
@@ -74,11 +83,6 @@ def attend_step(
             )
         )
     return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
-
-
-def _is_batch(upstream: Tensor | None) -> bool:
-    """Whether it stands for several gradients (``is_grads_batched=True``)."""
-    return upstream is not None and torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
 def _records(lent: Lent, given: tuple[Tensor | None, ...]) -> bool:
@@ -220,7 +224,7 @@ class _Step(SingleLevelFunction):
             return (None,) * len(needs)
         seed, query, location, location_weight, *tensors = ctx.saved_tensors
         shared, (filters, projected, weights, lse) = Shared(*tensors[:6]), tensors[6:10]
-        if torch.is_grad_enabled() or any(map(_is_batch, (grad_out, grad_weights, grad_lse))):
+        if torch.is_grad_enabled() or any(map(is_batch, (grad_out, grad_weights, grad_lse))):
             return _differentiable(ctx, (grad_out, grad_weights, grad_lse))
         lent, (_, several), batch = ctx.lent, ctx.options, weights.shape[:-2]
         running = None

@@ -144,6 +144,11 @@ def eager(tensors: Sequence[Tensor | None], like: Tensor) -> bool:
     )
 
 
+def is_batch(upstream: Tensor | None) -> bool:
+    """Whether it stands for several gradients (``is_grads_batched=True``)."""
+    return upstream is not None and torch._C._functorch.is_legacy_batchedtensor(upstream)
+
+
 def _through_node(lent: Lent) -> tuple[Shared, Any]:
     needed = [x is not None and x.requires_grad for x in lent.shared]
     if not any(needed):
@@ -168,12 +173,12 @@ class Record(NamedTuple):
 
 
 class _Pass:
-    """The records of one backward pass over a memory."""
+    """The records of one backward pass over what steps share."""
 
     __slots__ = ("__weakref__", "grad_key", "grad_weight", "records")
 
     def __init__(self) -> None:
-        self.records: list[Record] = []
+        self.records: list[Any] = []  # Record, or pairs of products.py
         self.grad_key: Tensor | None = None  # of steps with a location term
         self.grad_weight: Tensor | None = None
 

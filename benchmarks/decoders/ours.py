@@ -19,6 +19,7 @@ from additive_attn.compat.speechbrain import LocationAwareAttention
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.location import location_features
 from additive_attn.ops.memory import lend
+from additive_attn.ops.products import lend_weight, multiply
 from benchmarks.decoders.originals import Attention, Heads, PointerNetwork, State
 
 
@@ -175,10 +176,11 @@ class FusedHeads:
             location_weight = torch.stack([head.location.weight.T for head in self.heads])
         products = self.original.output.weight.unflatten(1, (count, -1)).transpose(0, 1)
         output = torch.bmm(products, torch.stack([head.value.weight for head in self.heads]))
-        return lent, location_weight, output.transpose(0, 1).flatten(1), states
+        product = lend_weight(output.transpose(0, 1).flatten(1))
+        return lent, location_weight, product, states
 
     def step(self, query: Tensor, state: Any) -> tuple[Tensor, Any, Any]:
-        lent, location_weight, output, states = state
+        lent, location_weight, product, states = state
         location = None
         if states is not None:
             pairs = zip(self.heads, states, strict=True)
@@ -189,7 +191,8 @@ class FusedHeads:
         if states is not None:
             triples = zip(self.heads, states, weights.unbind(1), strict=True)
             states = [next_state(*triple) for triple in triples]
-        return linear(context.flatten(1), output), weights, (lent, location_weight, output, states)
+        state = lent, location_weight, product, states
+        return multiply(product, context.flatten(1)), weights, state
 
 
 class FusedPointerNetwork:

@@ -1,0 +1,89 @@
+"""A product with the same weight at every step of a decoder: the weight's gradient is made once
+for all steps, from what their backward passes leave, as those of a memory are (memory.py)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from additive_attn.ops.autocast import autocast_dtype
+from additive_attn.ops.memory import eager, is_batch, running_pass, summed
+from additive_attn.ops.second_order import SingleLevelFunction
+
+_pass_number = torch._C._current_graph_task_id
+_will_run = torch._C._will_engine_execute_node
+
+
+class LentWeight(NamedTuple):
+    source: Tensor  # (out, in)
+    shared: Tensor  # as a step takes it
+    node: Any  # None: the weight needs no gradient
+
+
+def lend_weight(weight: Tensor) -> LentWeight:
+    """Prepares a weight ``(out, in)`` for :func:`multiply`."""
+    if not (weight.requires_grad and torch.is_grad_enabled() and eager((weight,), weight)):
+        return LentWeight(weight, weight, None)
+    shared: Tensor = _Weight.apply(weight)
+    return LentWeight(weight, shared, shared.grad_fn)
+
+
+def multiply(lent: LentWeight, x: Tensor) -> Tensor:
+    """``linear(x, weight)``, x ``(..., in)``."""
+    if (
+        lent.node is None
+        or not torch.is_grad_enabled()
+        or not eager((x,), lent.source)
+        or autocast_dtype(x.device.type) is not None
+    ):
+        return linear(x, lent.source)
+    out: Tensor = _Product.apply(lent.node, x, lent.shared)
+    return out
+
+
+class _Weight(SingleLevelFunction):
+    """The identity. Its backward makes the gradient from the records of the steps."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.passes = WeakValueDictionary()
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor | None) -> Tensor | None:
+        running = ctx.passes.get(_pass_number())
+        if running is None or not running.records:
+            return incoming
+        grads, rows = zip(*running.records, strict=True)
+        running.records.clear()
+        return summed(incoming, torch.cat(grads).mT @ torch.cat(rows))
+
+
+class _Product(SingleLevelFunction):
+    @staticmethod
+    def forward(ctx: Any, node: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.node = node
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, of_x, of_weight = ctx.needs_input_grad
+        if grad is None:
+            return None, None, None
+        x, weight = ctx.saved_tensors
+        grad_x = grad @ weight if of_x else None
+        if not of_weight:
+            return None, grad_x, None
+        rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled() or is_batch(grad):
+            return None, grad_x, rows[0].mT @ rows[1]
+        if _will_run(ctx.node):
+            running_pass(ctx.node).records.append(rows)
+        return None, grad_x, None
