@@ -21,6 +21,7 @@ from triton.backends.amd.compiler import HIPBackend
 from triton.backends.compiler import BaseBackend
 from triton.backends.nvidia.driver import CudaLauncher
 
+from additive_attn import additive_attention
 from additive_attn.backends import triton as operators
 from additive_attn.backends.triton import compiled, plans
 from additive_attn.backends.triton.launch import launch
@@ -147,7 +148,7 @@ def test_streams(driver: MockDriver, monkeypatch: Any, first: int, then: int) ->
             assert_same(ordinary, repeated, given)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", ["several queries", "one query", "one query, keys split"])
 def test_repeated_calls_ask_only_for_launches(driver: MockDriver, name: str) -> None:
     """A capture refuses to load kernels, for example."""
     for operator, arguments in both_ways(name):
@@ -366,3 +367,27 @@ def test_kinds_of_tensors_are_those_of_triton(backend: Any) -> None:
         own.setdefault(kind(x), set()).add(backend.get_tensor_specialization(x, align=True))
     assert all(len(each) == 1 for each in own.values()), own
     assert len(set().union(*own.values())) >= (2 if backend is BaseBackend else 3)
+
+
+@pytest.mark.sweep
+def test_compiled_graphs_repeat_from_plans(driver: MockDriver) -> None:
+    """What they trace leaves no plan behind."""
+    query, key, value, weight = (x.clone().requires_grad_() for x in BASE[:4])
+
+    def attend() -> torch.Tensor:
+        return additive_attention(query, key, value, weight, scale=0.7)
+
+    def launches(function: Callable[[], torch.Tensor]) -> list[Any]:
+        before = driver.launched
+        out = function()
+        torch.autograd.grad(out, query, torch.ones_like(out))
+        return [(x.kernel, x.grid, x.parameters[:2]) for x in driver.since(before)]
+
+    expected = launches(attend)
+    compiled_attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    plans.forget()
+    compiled_attend()
+    assert not any(isinstance(x, plans.Plan) for x in plans._plans.values())
+    for _ in range(3):
+        assert launches(compiled_attend) == expected
+    assert sum(isinstance(x, plans.Plan) for x in plans._plans.values()) == 2
