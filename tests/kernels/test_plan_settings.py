@@ -209,12 +209,17 @@ def test_alignment_of_what_lies_within_an_argument(driver: MockDriver, address: 
         assert len({launch.kernel for launch in driver.since(before)}) == 1
 
 
-def test_shapes_that_numbers_decide_have_no_plan(driver: MockDriver) -> None:
+def test_shapes_that_numbers_decide_and_other_devices_have_no_plan(driver: MockDriver) -> None:
     @plans.planned
     def positive(x: torch.Tensor) -> torch.Tensor:
         return x[x > 0]
 
+    @plans.planned
+    def elsewhere(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty(3, device="meta")
+
     for n in range(5):
+        assert elsewhere(torch.zeros(3)).is_meta
         assert positive(torch.arange(5.0) - n).numel() == 4 - n
     assert not any(isinstance(x, plans.Plan) for x in plans._plans.values())
 

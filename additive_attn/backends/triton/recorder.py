@@ -92,6 +92,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, given: Sequence[Tensor]) -> None:
         super().__init__()
         self.steps: list[Launch | Operation] = []
+        self.device = given[0].device if given else None
         self.given = [_buffer(x) for x in given]
         self.allocated: list[Buffer] = []
         self.reason: str | None = None
@@ -147,6 +148,8 @@ class Recorder(TorchDispatchMode):
         bases = [self._base(x, args) if fixed else None for x in results]
         nothing = len(results) == 1 and fixed and not results[0].numel()  # nobody reads it
         if name in _FRESH or (nothing and bases == [None]):
+            if result.device != self.device:
+                raise NotPlanned(f"{func} takes memory on {result.device}")
             buffer = self._buffers[result] = _buffer(result, born=now)
             self.allocated.append(buffer)
         elif results and all(bases):
