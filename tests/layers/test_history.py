@@ -291,3 +291,18 @@ def test_memory_of_the_steps(kind):
     kept = sum(storage.nbytes() for storage in saved.values())
     # Weights, their sum, and both once more as the inputs of the filters.
     assert kept <= steps * 2 * 4 * (4 * 512 + 4 * (64 + K)), kept
+
+
+@EVERY
+def test_batches_of_upstream_gradients(kind):
+    decoder, tensors = Decoder(build(kind)), inputs()
+    outputs = decoder(*tensors, lengths=LENGTHS)
+    leaves = [*tensors, decoder.layer.query_layer.weight, decoder.layer.energy_layer.weight]
+    upstream = [torch.randn(2, *x.shape, dtype=x.dtype) for x in outputs]
+
+    def pulled_back(cotangents, **options):
+        return torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True, **options)
+
+    batched = pulled_back(upstream, is_grads_batched=True)
+    for i in range(2):
+        assert_close([x[i] for x in batched], pulled_back([x[i] for x in upstream]))

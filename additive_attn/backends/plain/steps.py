@@ -125,7 +125,10 @@ def _windows(inputs: Tensor, width: int) -> Tensor:
     if inputs.shape[-1] == 0:
         return inputs.repeat(1, width, 1)
     padded = torch.nn.functional.pad(inputs, (width // 2, width // 2))
-    return padded.unfold(-1, width, 1).transpose(-1, -2).flatten(-3, -2)
+    windows = padded.unfold(-1, width, 1).transpose(-1, -2)
+    # Batches of upstream gradients have a rule for reshape, and none for flatten.
+    *batch, channels, _, keys = windows.shape
+    return windows.reshape(*batch, channels * width, keys)
 
 
 def keep_entries(seed: Tensor, rows: int, keys: int, dropout_p: float) -> Tensor:
@@ -135,7 +138,7 @@ def keep_entries(seed: Tensor, rows: int, keys: int, dropout_p: float) -> Tensor
 def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
     """Cross-correlation along the keys, ``(B, C, Lk)`` with ``(F, C, width)``. The convolutions of
     libraries are slow where inputs have one channel."""
-    return filters.flatten(1) @ _windows(inputs, filters.shape[-1])
+    return filters.reshape(filters.shape[0], -1) @ _windows(inputs, filters.shape[-1])
 
 
 def location_features_backward(
