@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from additive_attn.ops.layer_checks import (
 from additive_attn.ops.memory import NARROW_MEMORY, Lent, lend, version
 
 _is_compiling = torch.compiler.is_compiling
+_traces_classes = torch.compiler.is_dynamo_compiling  # which cannot make any
 # Of one memory in a step: beyond, an ordinary call is as fast.
 MOST_ROWS = 16
 
@@ -53,16 +54,13 @@ class ProjectedMemory(_Memory):
     beams: int = 1
     prepared: Prepared | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # A copy is not a node of this graph.
-        return {"beams": self.beams}
+        return _memory_of, (tuple(self), self.beams)
 
     def _replace(self, **fields: Any) -> ProjectedMemory:
         """A copy with other fields, whose steps are ordinary calls."""
-        memory: ProjectedMemory = super()._replace(**fields)
-        if self.beams != 1:
-            memory.beams = self.beams
-        return memory
+        return _memory_of(super()._replace(**fields), self.beams)
 
     def expand(self, beams: int) -> ProjectedMemory:
         """The memory of a beam search: a step takes ``(B * beams, query_dim)``, the queries of a
@@ -79,8 +77,8 @@ class ProjectedMemory(_Memory):
                 f"A memory of {self.beams} beams per sequence is expanded to {beams}. Expand the "
                 "memory that project() returned, to 1 or more beams."
             )
-        memory = ProjectedMemory(*self)
-        memory.beams, memory.prepared = beams, self.prepared
+        memory = _memory_of(self, beams)
+        memory.prepared = self.prepared
         return memory
 
     def reorder(self, index: Tensor) -> ProjectedMemory:
@@ -130,9 +128,23 @@ class ProjectedMemory(_Memory):
                     f"{tuple(x.shape)}: dim 0 must be {sequences}, or 1."
                 )
             rows.append(x if shared else x.index_select(0, chosen))
-        memory = ProjectedMemory(*rows)
-        memory.beams = self.beams
-        return memory
+        return _memory_of(rows, self.beams)
+
+
+def _memory_of(fields: Iterable[Any], beams: int) -> ProjectedMemory:
+    if beams != 1 and not _traces_classes():
+        return _class_of(beams)(*fields)
+    memory = ProjectedMemory(*fields)
+    if beams != 1:
+        memory.beams = beams
+    return memory
+
+
+@functools.cache
+def _class_of(beams: int) -> type[ProjectedMemory]:
+    """Beams make a class: where torch takes a named tuple apart and puts it together again, as in
+    FSDP2 and torch.func, it keeps the class and the fields, and nothing else."""
+    return type("ProjectedMemory", (ProjectedMemory,), {"beams": beams})
 
 
 def counting_writes(project: Callable[..., ProjectedMemory]) -> Callable[..., ProjectedMemory]:

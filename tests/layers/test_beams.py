@@ -6,6 +6,7 @@ import pytest
 import torch
 from decoders import LK, B, D, H, K, build
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from additive_attn import AdditiveAttention, AttentionState, ProjectedMemory
 
@@ -267,3 +268,39 @@ def test_fields_of_another_number_of_sequences_are_not_reordered(field, size):
         memory.reorder(torch.arange(B - 1, -1, -1))
     one = memory._replace(**{field: torch.zeros(())})  # one for all sequences
     assert one.reorder(torch.arange(B - 1, -1, -1))[memory._fields.index(field)].dim() == 0
+
+
+@KINDS
+def test_what_takes_a_memory_apart_keeps_its_beams(kind):
+    """As FSDP2, torch.func and torch.export do."""
+    layer, (key, value, query) = made(kind), inputs()
+    memory = layer.project(key, value, lengths=LENGTHS).expand(BEAMS)
+    again = tree_map(lambda x: x, memory)
+    assert again.beams == BEAMS and isinstance(again, ProjectedMemory)
+    choices = chosen(number=2)
+    expected = steps(layer, query, memory, choices)
+    for ours, theirs in zip(steps(layer, query, again, choices), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class Expanding(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, key, value):
+        return self.layer.project(key, value).expand(BEAMS)
+
+
+class Stepping(Expanding):
+    def forward(self, query, memory):
+        return self.layer.step(query, memory)
+
+
+def test_a_memory_between_two_programs():
+    layer, (key, value, query) = made("content"), inputs()
+    memory = layer.project(key, value).expand(BEAMS)
+    expected = layer.step(query, memory)
+    first = torch.export.export(Expanding(layer), (key, value)).module()
+    second = torch.export.export(Stepping(layer), (query, memory)).module()
+    torch.testing.assert_close(second(query, first(key, value)), expected)
