@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from additive_attn.nn.linear import bare_parameters, energy_of
+from additive_attn.ops.compat_checks import check_keys
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.location import location_features
 from additive_attn.ops.memory import Lent, Shared, eager, lend, version
@@ -208,7 +209,7 @@ def step(
         if dense is not None and dense[1] is not None and query_weight is not None:
             # The same for all keys: as well added to the query.
             query_bias = dense[1] if query_bias is None else query_bias + dense[1]
-        lengths, attn_mask = masks(padding, attended)
+        lengths, attn_mask = masks(key, padding, attended)
         read = value if need_context else key.detach().narrow(-1, 0, 0)
         lent = lend(
             key, read, vector(weight, bias), lengths=lengths, attn_mask=attn_mask, scale=scale,
@@ -249,7 +250,7 @@ def narrowed(lent: Lent, window: Tensor) -> Lent:
 
 
 def masks(
-    padding: Tensor | None, attended: Tensor | None = None
+    key: Tensor, padding: Tensor | None, attended: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """lengths ``(B, 1)`` or attn_mask ``(B, 1, Lk)``. The kernel skips keys beyond a length; on
     a GPU it would wait to know whether there is one."""
@@ -257,6 +258,7 @@ def masks(
         if padding is None:
             return None, None
         attended = padding.logical_not()
+    check_keys(attended, key)
     if attended.device.type == "cpu" and not torch.compiler.is_compiling():
         lengths = attended.sum(-1, keepdim=True)
         if torch.equal(attended, torch.arange(attended.shape[-1], device="cpu") < lengths):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from additive_attn.compat._base import Modules, features, step
-from additive_attn.ops.compat_checks import explained
+from additive_attn.ops.compat_checks import check_lengths, explained
 
 Lengths = Sequence[int] | Tensor
 STATES = {
@@ -62,6 +62,7 @@ def uniform(enc_hs_pad: Tensor, enc_hs_len: Lengths) -> Tensor:
 
 def _attended(enc_hs_pad: Tensor, enc_hs_len: Lengths) -> tuple[Tensor, Tensor]:
     lengths = torch.as_tensor(enc_hs_len, device=enc_hs_pad.device).unsqueeze(-1)
+    check_lengths("enc_hs_len", lengths, *enc_hs_pad.shape[:2])
     return torch.arange(enc_hs_pad.size(1), device=enc_hs_pad.device) < lengths, lengths
 
 

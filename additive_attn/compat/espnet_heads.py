@@ -125,7 +125,7 @@ class _Heads(Cached):
 
         def build() -> Lease:
             pairs = energies or [energy_of(x, key.shape[-1], key) for x in self.gvec]
-            lengths, attn_mask = masks(padding)
+            lengths, attn_mask = masks(key, padding)
             query_weight, query_bias = (None, None) if queries is None else _beside(queries)
             lent = lend(
                 key, value, torch.stack([vector(*x) for x in pairs]),

@@ -96,7 +96,7 @@ class BahdanauAttention(nn.Module):
 
         def build() -> Lease:
             weight, bias = self._energy()
-            lengths, attn_mask = masks(self.mask)
+            lengths, attn_mask = masks(value, self.mask)
             return Lease(
                 lend(
                     self.linear_k(value), value, weight, lengths=lengths, attn_mask=attn_mask,

@@ -102,7 +102,7 @@ class GlobalAttention(nn.Module):
         energy, queries, projection = map(bare_parameters, modules)
 
         def build() -> Lease:
-            lengths, attn_mask = masks(padding)
+            lengths, attn_mask = masks(enc_out, padding)
             weight, bias = queries or (None, None)
             return Lease(
                 lend(

@@ -1,5 +1,5 @@
 """What does not fit a layer of another code base. Its own classes take anything that happens to
-work; so nothing is checked until a call has failed."""
+work; so nothing is checked until a call has failed, but what ours alone would take silently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from additive_attn.ops.checks import INTEGERS
+from additive_attn.ops.checks import INTEGERS, bounds, is_readable
 
 _ERRORS = AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError
 
@@ -92,3 +92,26 @@ def _misfit(x: Any, text: str, parameter: Tensor | None) -> str:
     casts = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
     same = x.dtype == parameter.dtype or casts
     return "" if same else f"of {x.dtype}, and the layer is of {parameter.dtype}"
+
+
+def check_keys(mask: Tensor, key: Tensor) -> None:
+    """Of a mask ``(B, Lk)`` beside keys ``(B, ..., Lk, H)``."""
+    batch, keys = key.shape[0], key.shape[-2]
+    rows = mask.shape[0]
+    if mask.dim() != 2 or mask.shape[1] != keys or not (rows == batch or rows == 1 or batch == 1):
+        raise ValueError(
+            f"The mask has shape {tuple(mask.shape)}, but needs one entry per key, "
+            f"{(batch, keys)}."
+        )
+
+
+def check_lengths(name: str, lengths: Tensor, batch: int, keys: int) -> None:
+    if len(lengths) not in (1, batch):
+        raise ValueError(f"{name} holds {len(lengths)} lengths for {batch} sequences.")
+    if is_readable(lengths) and lengths.numel() and lengths.dtype in INTEGERS:
+        low, high = bounds(lengths)
+        if low < 0 or high > keys:
+            raise ValueError(
+                f"{name} holds {low} to {high}, but there are {keys} keys: lengths lie between 0 "
+                f"and {keys}."
+            )

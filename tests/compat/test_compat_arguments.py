@@ -105,6 +105,17 @@ def test_calls(name):
     assert failed > 10
 
 
+@pytest.mark.parametrize("argument,bad", [
+    ("mask", IGNORED[:, 1:]), ("mask", IGNORED[:, :1]), ("mask", IGNORED.repeat(2, 1)),
+    ("enc_hs_len", [LK + 1, 3]), ("enc_hs_len", [-1, 3]), ("enc_hs_len", [3]*3),
+])  # fmt: skip
+def test_masks_and_lengths_of_other_keys(argument, bad):
+    """Which the originals refuse, and which would mask other keys here."""
+    for name, (make, good) in CALLS.items():
+        if argument in good and "Original" not in name:
+            assert refused(functools.partial(make(), **good | {argument: bad}), good), name
+
+
 @pytest.mark.parametrize(
     "cls",
     [espnet.AttAdd, espnet.AttLoc, espnet_heads.AttMultiHeadLoc, gnmt.BahdanauAttention,
