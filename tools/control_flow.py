@@ -24,8 +24,9 @@ class Through:
     """What a path must pass: a loop, or blocks where ``trips`` is empty, that holds instructions
     whose names begin with these (regular expressions), at least so many of each; 0: none.
 
-    Of the innermost loops that do, the cheapest runs ``trips[0]`` times, the loop around it
-    ``trips[1]`` times and so on, one number for every loop that there is."""
+    Of the loops that do, and have one less around them than ``trips`` has numbers, the cheapest
+    runs ``trips[0]`` times, the loop around it ``trips[1]`` times and so on. A loop within it is
+    rare, and passed by."""
 
     holds: Mapping[str, int]
     trips: tuple[float, ...] = ()
@@ -72,7 +73,8 @@ class Graph:
         self.spans = list(zip(starts, [*starts[1:], len(self.instructions)], strict=True))
         at = {start: block for block, start in enumerate(starts)}
         self.successors: list[tuple[int, ...]] = []
-        for _, end in self.spans:
+        self.ends: set[int] = set()  # blocks where the program may end
+        for block, (_, end) in enumerate(self.spans):
             last = self.instructions[end - 1]
             found = [at[targets[end - 1]]] if end - 1 in targets else []
             always = end - 1 in targets or re.search(r"\b(EXIT|RET)\b", last)
@@ -80,6 +82,8 @@ class Graph:
             if (not always or conditional) and end in at:
                 found.append(at[end])
             self.successors.append(tuple(dict.fromkeys(found)))
+            if not found or re.search(r"\bEXIT\b", last):
+                self.ends.add(block)
 
     def names(self, cost: Mapping[int, float]) -> Counter[str]:
         """Instructions by their full names."""
@@ -181,17 +185,16 @@ class _Paths:
                 self.bits[block] |= 1 << number
 
     def choose(self, each: Through) -> Loop:
-        """The innermost loop that ``each`` means; notes how often it and those around it run."""
+        """The loop that ``each`` means; notes how often it and those around it run."""
         graph, found, others = self.graph, [], []
-        for loop in graph.innermost:
+        for loop in graph.loops:
             around = [outer for outer in graph.loops if loop.blocks <= outer.blocks]
             counted = graph.iteration(loop)
             if len(around) == len(each.trips) and each.passes(counted):
                 found.append((counted.total(), loop.head, loop, around))
             others.append((len(around), counted))
         assert found, (
-            f"no innermost loop, {len(each.trips)} with those around it, holds {each.holds}: "
-            f"{others}"
+            f"no loop, {len(each.trips)} with those around it, holds {each.holds}: {others}"
         )
         _, _, chosen, around = min(found)
         for loop, trips in zip(around, each.trips, strict=True):
@@ -248,7 +251,7 @@ class _Paths:
     def _steps(self, block: int, within: Loop | None) -> Ways:
         inner = self.heads.get(block)
         if inner is None or inner is within:
-            after = self.graph.successors[block] or (-1,)
+            after = self.graph.successors[block] + ((-1,) if block in self.graph.ends else ())
             return {(to, self.bits[block]): {block: 1} for to in after}
         ways = self._region(inner)
         again = {bits: cost for (to, bits), cost in ways.items() if to == block}

@@ -24,7 +24,7 @@ class Work:
 
 
 # What they do grows with the rows or the keys, not with the pairs.
-PER_ROW = {"prepare_kernel"}
+PER_ROW = {"prepare_kernel", "merge_kernel"}
 
 
 def score_kernel(a: SimpleNamespace) -> Work:
@@ -37,18 +37,21 @@ def score_kernel(a: SimpleNamespace) -> Work:
     return Work((hot,), 4 * pairs)
 
 
-def lse_kernel(a: SimpleNamespace) -> Work:
-    per_thread = a.BLOCK // (32 * a.num_warps)
-    main = Through({"MUFU": 2 * per_thread}, (a.score_padded / a.BLOCK,))
-    if a.weights is None:
-        return Work((main,))
-    return Work((main, Through({"MUFU": per_thread, "STG": 1}, (a.key_count / a.BLOCK,))))
-
-
-def value_kernel(a: SimpleNamespace) -> Work:
-    per_thread = a.BM * a.BN // (32 * a.num_warps)
-    keys = min(a.keys_per_split, a.key_count)
-    return Work((Through({"MUFU": per_thread}, (keys / a.BN,)),))
+def attend_kernel(a: SimpleNamespace) -> Work:
+    """The loop around all others runs again only where a value is not finite."""
+    pairs = a.RM * a.RN
+    tiles = min(a.keys_per_split, a.keys) / (a.RN * a.TN)
+    if a.DIFFERENCE:
+        hot = Through({"MUFU": pairs, "FADD": 4 * pairs}, (a.padded / 4, tiles, 1))
+    else:
+        trips = a.FEATURES_PER_SUM / 4, a.padded / a.FEATURES_PER_SUM, tiles, 1
+        hot = Through({"MUFU": pairs, "MUFU.EX2": 0}, trips)
+    if not a.MEMORY:
+        return Work((hot,), 4 * pairs)
+    columns = a.values / a.BD
+    products = Through({"HGMMA|HMMA|LDTM": 1, "MUFU": 0}, (columns, tiles, 1))
+    results = Through({"STG": 1, "MUFU": 0}, (columns, 1))
+    return Work((hot, products, results), 4 * pairs)
 
 
 def row_gradient_kernel(a: SimpleNamespace) -> Work:
@@ -76,6 +79,6 @@ def _gradients(a: SimpleNamespace, length: int) -> Work:
 WORK: dict[str, Callable[[SimpleNamespace], Work]] = {
     function.__name__: function
     for function in (
-        score_kernel, lse_kernel, value_kernel, row_gradient_kernel, query_kernel, key_kernel,
+        score_kernel, attend_kernel, row_gradient_kernel, query_kernel, key_kernel,
     )
 }  # fmt: skip

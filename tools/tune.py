@@ -44,13 +44,10 @@ CHOICES: dict[str, list[Any]] = {
     "score_tile": [{"RN": 8}, {"TN": 8}, {"TM": 8, "TN": 32}, {"RM": 2, "TN": 32}, {"RN": 2}],
     "attend_tile": [{"RN": 8}, {"TN": 8}, {"TM": 8}, {"TM": 8, "TN": 32}, {"RM": 2, "TN": 32}],
     "attend_columns": [32, 128, 256],
-    "value_tile": [
-        {"BD": 64}, {"BD": 64, "num_warps": 8}, {"BN": 16, "BD": 64}, {"BM": 32},
-    ],
     "gradient_tile": [{"RX": 1}, {"RX": 2}, {"RX": 4}, {"RX": 8}, {"RX": 16}],
 }  # fmt: skip
 # Those that matter in backward alone.
-BACKWARD = {"gradient_tile"}
+BACKWARD = {"WORKSPACE_ELEMENTS", "score_tile", "gradient_tile"}
 
 
 @contextmanager

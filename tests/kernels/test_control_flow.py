@@ -66,9 +66,9 @@ def test_a_loop_of_which_nothing_is_said():
     with pytest.raises(AssertionError, match="how often"):
         graph.executed(())
     for holds in ({"HMMA": 1}, {"MUFU": 2}, {"MUFU": 1, "FADD": 0}):
-        with pytest.raises(AssertionError, match="no innermost loop"):
+        with pytest.raises(AssertionError, match="no loop"):
             graph.executed((Through(holds, (10, 3)),))
-    with pytest.raises(AssertionError, match="no innermost loop, 1 with"):
+    with pytest.raises(AssertionError, match="no loop, 1 with"):
         graph.executed((Through({"MUFU": 1}, (10,)),))
 
 
@@ -95,3 +95,15 @@ def test_loops_that_wait_are_passed_once():
         EXIT
     """)
     assert graph.executed(()).total() == 4
+
+
+def test_an_exit_on_a_condition():
+    graph = listing("""
+    MOV R1, R2
+    .L_x_0:
+    FADD R1, R1, R2
+    @P0 EXIT
+    BRA `(.L_x_0)
+    """)
+    counted = graph.executed((Through({"FADD": 1}, (3,)),))
+    assert counted == {"MOV": 1, "FADD": 3, "EXIT": 3, "BRA": 2}

@@ -35,6 +35,9 @@ SHAPES = [
     ((2,), 5, 65, 4, 16),
     ((), 33, 64, 65, 1),
     ((), 65, 31, 100, 70),
+    # Sums of the values in memory.
+    ((2,), 5, 150, 6, 70),
+    ((), 30, 70, 5, 150),
     # Long enough for the reduced index to be split over programs.
     ((2,), 1, 300, 6, 5),
     ((), 2, 530, 3, 2),
@@ -115,15 +118,19 @@ def test_parts_without_keys(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("dtype,values", [(torch.float32, 5), (torch.float64, 40)], ids=str)
 @pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
-def test_values_that_are_not_finite(strange):
-    """They reach the rows that attend to them, alone, dropout included."""
-    case = make((), 20, 37, 7, 5)
+def test_values_that_are_not_finite(strange, dtype, values):
+    """They reach the rows that attend to them, alone, dropout included. Times weights of 0, which
+    the larger scale makes of most, they are NaN."""
+    case = make((), 20, 37, 7, values, dtype=dtype)
     case["value"][[3, 34], [1, 2]] = strange
+    if dtype == torch.float64:
+        case["value"][:, 3] *= 1e300
     mask = torch.rand(20, 37, generator=generator(1)) > 0.5
     seed = draw_seed(torch.device(DEVICE))
-    for chosen, dropout_p in ((None, 0.0), (seed, 0.5)):
-        options = mask, *(None,) * 4, -1, -1, chosen, dropout_p, 1.0, False
+    for chosen, dropout_p, scale in ((None, 0.0, 1.0), (seed, 0.5, 1.0), (None, 0.0, 1000.0)):
+        options = mask, *(None,) * 4, -1, -1, chosen, dropout_p, scale, False
         arguments = *case.values(), *options
         torch.testing.assert_close(
             dispatch.forward(*arguments)[0], blocks.forward(*arguments)[0], equal_nan=True

@@ -113,19 +113,23 @@ SPILLS = {
     ("key_kernel", "sm_90"): 24,
     ("forward_kernel", "sm_90"): 32,
 }
+# Around the hot loop of one pass the sums of the values leave too few registers; what that costs
+# is counted in all.
+ONE_PASS_SPILLS = 1024 if VERSION >= (3, 9) else 2048
 # Of a hot loop on sm_90, at most: instructions per tanh, special functions per tanh, and what
 # SLOW names.
 BARS = {
     "score_kernel": (4.3, 0.25, 0),
+    "attend_kernel": (4.3, 0.25, 0),
     "query_kernel": (6.6, 0.5, 9),
     "key_kernel": (5.6, 0.5, 0),
 }
 # Instructions per tanh in all, on sm_90, at most: everything that a call does for each pair.
 FORWARD = {
-    "float32": (call(*LONG, need_weights=False, upstream=()), 7.3),
-    "bfloat16": (call(*LONG, dtype=torch.bfloat16, need_weights=False, upstream=()), 6.3),
+    "float32": (call(*LONG, need_weights=False, upstream=()), 5.3),
+    "bfloat16": (call(*LONG, dtype=torch.bfloat16, need_weights=False, upstream=()), 4.9),
     "512 values": (
-        call(*LONG[:4], 512, dtype=torch.bfloat16, need_weights=False, upstream=()), 8.4
+        call(*LONG[:4], 512, dtype=torch.bfloat16, need_weights=False, upstream=()), 5.6
     ),
 }  # fmt: skip
 BACKWARD = 18.6  # float32, scores computed again
@@ -164,13 +168,15 @@ def test_calls_compile_without_spills(label, target):
     for kernel in found:
         code = kernel.code
         assert code.registers <= (512 if target in AMD else 255), kernel.name
-        assert code.shared <= 48 * 1024, kernel.name
+        one_pass = kernel.name == "attend_kernel"
+        assert code.shared <= (80 if one_pass else 48) * 1024, kernel.name
         assert 0 < kernel.programs < 2**31, kernel.name
         most = SPILLS.get((kernel.name, target), 0) if VERSION < (3, 9) else 0
-        assert code.spilled <= most, kernel.name
+        assert code.spilled <= (ONE_PASS_SPILLS if one_pass else most), kernel.name
         if code.spilled and target not in AMD:
-            for loop in code.graph.innermost:
-                assert not number(code.graph.iteration(loop), "LDL|STL"), kernel.name
+            loops = [code.graph.iteration(loop) for loop in code.graph.innermost]
+            for loop in [kernel.hot_loop()] if one_pass else loops:
+                assert not number(loop, "LDL|STL"), kernel.name
         if label == "usual" and target not in AMD and kernel.tanh:
             assert not number(kernel.hot_loop(), "LDL|STL"), kernel.name
 

@@ -27,7 +27,7 @@ def test_kernels_agree():
 
 @pytest.mark.parametrize(
     ("module", "name", "queries"),
-    [("forward", "splits", 5), ("decode_forward", "decode_inputs", 1)],
+    [("one_pass", "pass_splits", 5), ("decode_forward", "decode_inputs", 1)],
 )
 def test_a_broken_kernel_is_refused(module, name, queries, monkeypatch):
     """A kernel that is given half of the keys, or the values for the keys."""
@@ -36,8 +36,8 @@ def test_a_broken_kernel_is_refused(module, name, queries, monkeypatch):
 
     def broken(*arguments):
         results = right(*arguments)
-        if name == "splits":
-            return 1, results[1] // 2
+        if name == "pass_splits":
+            return 1, arguments[1] // 2
         query, key, value, *others = results
         return (query, value, key, *others)
 

@@ -19,6 +19,7 @@ pytest.importorskip("triton", minversion="3.6")
 from additive_attn.backends import triton as package
 
 WITH_BARRIER = {
+    ("attend_kernel", "sums"),
     ("row_gradient_kernel", "scores"),
     ("forward_kernel", "scores"),
     ("location_kernel", "grad_key"),

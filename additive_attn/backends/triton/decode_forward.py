@@ -53,7 +53,9 @@ def block_attended(mask, mask_column, j, low, high):
     bias = 0.0
     if mask is not None:
         zero = tl.zeros([1], tl.int32)
-        bias, attended = masked_bias(mask, 0, mask_column, None, zero, j, attended)
+        bias, attended = masked_bias(
+            mask, 0, mask_column, None, zero[:, None], j[None, :], attended
+        )
         bias = tl.reshape(bias, j.shape)
     return bias, tl.reshape(attended, j.shape)
 
@@ -120,14 +122,14 @@ def block_factors(seed, n, k0, threshold, keep_bits, ACC: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _inverse(top, total):
+def softmax_inverse(top, total):
     """1 / the sum of a softmax: 1 for an empty row, NaN where all scores overflowed."""
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
     return tl.where(overflowed(top), float("nan"), inverse)
 
 
 @triton.jit
-def _lse(top, total):
+def softmax_lse(top, total):
     return tl.where((total == 0.0) | overflowed(top), float("-inf"), top + tl.log(total))
 
 
@@ -209,9 +211,9 @@ def forward_kernel(
                 minus = tl.full([BLOCK], float("-inf"), ACC)
                 tl.store(scores + j, minus, mask=j < last * stores)
     else:
-        inverse = _inverse(top, total)
+        inverse = softmax_inverse(top, total)
         tl.store(out + n * values + d, (acc * inverse).to(out.dtype.element_ty), mask=d < values)
-        tl.store(lse + n + lane, _lse(top, total), mask=lane < stores)
+        tl.store(lse + n + lane, softmax_lse(top, total), mask=lane < stores)
         if scores is not None:
             # The scores come from other threads of this program.
             tl.debug_barrier()
@@ -238,7 +240,7 @@ def merge_kernel(
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     sums = tl.load(totals + s * entries + n, mask=s < splits, other=0.0)
     total = tl.sum(sums * tl.exp(top - shift), 0)
-    inverse = _inverse(largest, total)
+    inverse = softmax_inverse(largest, total)
     d = tile * VALUES + tl.arange(0, VALUES)
     acc = tl.zeros([VALUES], lse.dtype.element_ty)
     for split in range(0, splits):
@@ -247,7 +249,7 @@ def merge_kernel(
         acc += factor * tl.load(parts + part * values + d, mask=d < values, other=0.0)
     tl.store(out + n * values + d, (acc * inverse).to(out.dtype.element_ty), mask=d < values)
     lane = tl.arange(0, 1)
-    result = _lse(largest, total) + tl.zeros([1], lse.dtype.element_ty)
+    result = softmax_lse(largest, total) + tl.zeros([1], lse.dtype.element_ty)
     tl.store(lse + n + lane, result, mask=lane < tl.where(tile == 0, 1, 0))
     if weights is not None:
         j = tile * KEYS + tl.arange(0, KEYS)
@@ -293,15 +295,23 @@ def decode_forward(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tens
         p.batch.inner, p.entries, p.keys, p.hidden, p.values, p.left, p.right, p.scale_bits,
         splits, keys_per_split, **tile, **_registers(p), TARGET=target(),
     )  # fmt: skip
-    if splits > 1:
-        values, keys = 256, 1024
-        tile_count = max(-(-p.values // values), -(-p.keys // keys) if need_weights else 1)
-        launch(
-            merge_kernel, p.entries * tile_count, lse,
-            parts, tops, totals, scores, out, given, lse, p.entries, p.keys, p.values, splits,
-            VALUES=values, KEYS=keys, SPLITS=power_of_two(splits), num_warps=4,
-        )  # fmt: skip
+    if tops is not None and totals is not None:
+        merge(p, p.entries, splits, parts, tops, totals, scores, out, given, lse)
     return out, weights, lse
+
+
+def merge(
+    p: Problem, rows: int, splits: int, parts: Tensor, tops: Tensor, totals: Tensor,
+    scores: Tensor | None, out: Tensor, weights: Tensor | None, lse: Tensor,
+) -> None:  # fmt: skip
+    """Of the rows of all entries."""
+    values, keys = 256, 1024
+    tile_count = max(1, -(-p.values // values), 0 if weights is None else -(-p.keys // keys))
+    launch(
+        merge_kernel, rows * tile_count, lse,
+        parts, tops, totals, scores, out, weights, lse, rows, p.keys, p.values, splits,
+        VALUES=values, KEYS=keys, SPLITS=power_of_two(splits), num_warps=4,
+    )  # fmt: skip
 
 
 def decode_scores(p: Problem) -> Tensor:

@@ -36,8 +36,8 @@ def interval(lengths, length_row, i, rows, keys, left, right):
 @triton.jit
 def block_codes(table, table_row, table_column, tiles, i, j, attended):
     """What a block table says of the ``attended`` pairs (i, j), 0 of others."""
-    row = (i // tiles.rows)[:, None].to(tl.int64) * table_row
-    place = table + row + (j // tiles.keys)[None, :].to(tl.int64) * table_column
+    row = (i // tiles.rows).to(tl.int64) * table_row
+    place = table + row + (j // tiles.keys).to(tl.int64) * table_column
     return tl.load(place, mask=attended, other=0)
 
 
@@ -48,11 +48,11 @@ def masked_bias(mask, mask_row, mask_column, tiles, i, j, attended):
     if tiles is not None:
         code = block_codes(mask, mask_row, mask_column, tiles, i, j, attended)
         partial = (code > 1) & (code < tiles.number + 2)
-        place = (code - 2).to(tl.int64) * tiles.rows + (i % tiles.rows)[:, None]
-        place = place * tiles.keys + (j % tiles.keys)[None, :]
+        place = (code - 2).to(tl.int64) * tiles.rows + i % tiles.rows
+        place = place * tiles.keys + j % tiles.keys
         inside = tl.load(tiles.pairs + place, mask=partial, other=0) != 0
         return tl.zeros(attended.shape, tl.float32), (code == 1) | inside
-    place = mask + i[:, None].to(tl.int64) * mask_row + j[None, :].to(tl.int64) * mask_column
+    place = mask + i.to(tl.int64) * mask_row + j.to(tl.int64) * mask_column
     if mask.dtype.element_ty == tl.uint8:
         attended = attended & (tl.load(place, mask=attended, other=0) != 0)
         return tl.zeros(attended.shape, tl.float32), attended
@@ -65,12 +65,10 @@ def masked_bias(mask, mask_row, mask_column, tiles, i, j, attended):
 
 
 @triton.jit
-def attended_pairs(
-    lengths, length_row, mask, mask_row, mask_column, tiles, i, j, rows, keys, left, right
-):  # fmt: skip
-    """The mask's bias, 0 without one, and which pairs (i, j) are attended: [BM, BN]."""
-    low, high = interval(lengths, length_row, i, rows, keys, left, right)
-    attended = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+def attended_pairs(low, high, mask, mask_row, mask_column, tiles, i, j):
+    """The mask's bias, 0 without one, and which pairs are attended, of rows i with their interval
+    and keys j, which broadcast together."""
+    attended = (j >= low) & (j < high)
     bias = 0.0
     if mask is not None:
         bias, attended = masked_bias(mask, mask_row, mask_column, tiles, i, j, attended)
@@ -87,6 +85,18 @@ def stored(score, attended):
         low = tl.where(score == float("-inf"), LOWEST32, NEXT32)
         score = tl.where(score < NEXT32, low, score)
     return tl.where(attended, score, float("-inf"))
+
+
+@triton.jit
+def stored_top(top, total, attends):
+    """The largest stored score of rows from that of their scores and the sum of e^{score - top}:
+    if it is 0 all scores of the rows that attend to a key have overflowed."""
+    if top.dtype == tl.float64:
+        none = tl.where(attends, LOWEST64, float("-inf"))
+        return tl.where(total == 0.0, none, tl.maximum(top, NEXT64))
+    else:
+        none = tl.where(attends, LOWEST32, float("-inf"))
+        return tl.where(total == 0.0, none, tl.maximum(top, NEXT32))
 
 
 @triton.jit

@@ -36,6 +36,18 @@ def exact_reciprocal(x, TARGET: tl.constexpr):
 
 
 @triton.jit
+def exp(x, TARGET: tl.constexpr):
+    """e^x for x <= 0. ``tl.exp`` would scale x first, lest the result be subnormal."""
+    if TARGET == "cuda" and x.dtype == tl.float32:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
 def exp_with_error(x):
     """e^x in float32 for |x| <= 20 to 0.6 ulp, and what its rounding leaves out. ``tl.exp`` rounds
     x log2(e) first, which at x = 20 costs 20 ulp."""

@@ -40,13 +40,13 @@ def holds_opposite(
 
 @triton.jit
 def opposite_pairs(query_rows, key_rows, i, j):
-    """Which pairs (i, j) are opposite, [BM, BN]."""
-    square = tl.load(key_rows.distance + j)[None, :] + 0.0 * i[:, None].to(tl.float32)
+    """Which pairs (i, j), which broadcast together, are opposite."""
+    square = tl.load(key_rows.distance + j) + 0.0 * i.to(tl.float32)
     for f in range(0, SKETCH):
         a = tl.load(query_rows.sketch + i * SKETCH + f).to(tl.float32)
         b = tl.load(key_rows.sketch + j * SKETCH + f).to(tl.float32)
-        square += 2.0 * a[:, None] * b[None, :]
-    return square < tl.load(query_rows.distance + i)[:, None]
+        square += 2.0 * a * b
+    return square < tl.load(query_rows.distance + i)
 
 
 @kernel

@@ -57,6 +57,17 @@ def splits(programs: int, length: int, block: int, processors: int) -> tuple[int
     return max(1, -(-length // per_split)), per_split
 
 
+def pass_splits(programs: int, length: int, block: int, resident: int) -> tuple[int, int]:
+    """The same where ``resident`` programs run at a time, each to its end: one round of them, or
+    two where that leaves fewer idle."""
+    programs = max(programs, 1)
+    once, twice = max(1, resident // programs), max(1, 2 * resident // programs)
+    fill = [n * programs / (-(-n * programs // resident) * resident) for n in (once, twice)]
+    wanted = min(twice if fill[1] > 1.2 * fill[0] else once, max(1, length // (2 * block)))
+    per_split = max(1, -(-length // (wanted * block))) * block
+    return max(1, -(-length // per_split)), per_split
+
+
 def decode_splits(programs: int, keys: int, processors: int) -> tuple[int, int]:
     """``splits`` of the keys of one query per entry. A range has at most 64 blocks: more would be
     added up one after the other, each with a rounding of the whole sum."""

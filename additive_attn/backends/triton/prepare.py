@@ -38,7 +38,9 @@ DIFFERENCE_MAX_FEATURES = 64  # up to so many the plain layer rounds so little t
 FEATURES_PER_SUM = 32  # partial sums are centred after so many features, which keeps them small
 STEP = tl.constexpr(4)  # the gradient's loops take so many rows at a time, and begin anywhere
 SKETCH = tl.constexpr(32)  # numbers of a sketch
-GROUP = tl.constexpr(8)  # rows of a program; lengths are padded to whole groups
+GROUP = tl.constexpr(8)  # rows that share flags; lengths are padded to whole groups
+SMALL = tl.constexpr(1)  # in the flags of a group: one of its rows has no |x| > 1
+WILD = tl.constexpr(256)  # the same: not within SAFE; so far apart that flags may be added up
 SPARE = tl.constexpr(128)  # rows that a tile may reach beyond the last of all quads
 
 
@@ -59,16 +61,18 @@ class PreparedRows(NamedTuple):
     that are not within SAFE and in the rows beyond the last, so that loops need no bounds;
     ``quads``, the same as (outer inner, HP / 4, LP, 4) and SPARE rows more, flat; ``weighted``,
     quads of w e^{-2q} (queries only); ``size`` (outer, inner, LP) = max |x|, Inf for NaN;
-    ``correction`` (outer, inner, LP); ``sketch`` (outer, inner, LP, 32), in float16: sums of
-    w x / |w| over every 32nd feature, with random signs; ``distance`` (outer, inner, LP): the
-    square of a key's sketch, and what twice its product with a query's and this square must stay
-    below for a pair to be opposite. What no pass will read has no elements."""
+    ``correction`` (outer, inner, LP); ``flags`` (outer, inner, LP / GROUP), of keys beside
+    ``quads``; ``sketch`` (outer, inner, LP, 32), in float16: sums of w x / |w| over every 32nd
+    feature, with random signs; ``distance`` (outer, inner, LP): the square of a key's sketch, and
+    what twice its product with a query's and this square must stay below for a pair to be
+    opposite. What no pass will read has no elements."""
 
     exponential: Tensor
     quads: Tensor
     weighted: Tensor
     size: Tensor
     correction: Tensor
+    flags: Tensor
     distance: Tensor
     sketch: Tensor
 
@@ -174,6 +178,10 @@ def _prepare_rows(
     most = tl.max(largest, 1)
     at = n * length_padded + row
     tl.store(rows.size + at, most)
+    if QUADS and SIGN > 0:
+        small = tl.max((inside & (most <= 1.0)).to(tl.int32), 0)
+        wild = tl.max((inside & (most > SAFE)).to(tl.int32), 0)
+        tl.store(rows.flags + n * length_padded // GROUP + tile, small * SMALL + wild * WILD)
     of_row = tl.sum(tl.reshape(sums, [GROUP, BLOCK // SKETCH, SKETCH]), 1)
     of_row = (of_row / tl.sqrt(tl.sum(squares, 0))).to(tl.float16)  # [GROUP, SKETCH]
     tl.store(rows.sketch + SKETCH * at[:, None] + tl.arange(0, SKETCH)[None, :], of_row)
@@ -268,12 +276,14 @@ def _empty_rows(
 
     of_rows = outer, inner, length_padded
     size = outer * inner * length_padded * padded + 4 * SPARE.value if quads else 0
+    groups = 0 if queries or not quads else length_padded // GROUP.value
     return PreparedRows(
         exponential=empty(*of_rows, padded if exponential else 0),
         quads=empty(size),
         weighted=empty(size if queries else 0),
         size=empty(*of_rows),
         correction=empty(*of_rows),
+        flags=empty(outer, inner, groups, dtype=torch.int32),
         distance=empty(*of_rows),
         sketch=empty(*of_rows, SKETCH.value, dtype=torch.float16),
     )

@@ -7,7 +7,7 @@ import triton.language as tl
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.dropout import keep_factors
 from additive_attn.backends.triton.launch import kernel
-from additive_attn.backends.triton.masks import attended_pairs
+from additive_attn.backends.triton.masks import attended_pairs, interval
 from additive_attn.backends.triton.numerics import number
 
 
@@ -105,13 +105,13 @@ def given_kernel(
         lengths += o * length_outer + m * length_inner
     # Rows beyond those of the piece attend to nothing.
     i = tl.where(r < row_count, row_begin + r, rows) + tl.zeros([1], tl.int32)
+    low, high = interval(lengths, length_row, i, rows, keys, left, right)
+    low, high, i = low[:, None], high[:, None], i[:, None]
     grad_scores += o * gs_outer + m * gs_inner + i.to(tl.int64) * gs_row
     for key0 in range(0, key_padded, BLOCK):
         c = key0 + tl.arange(0, BLOCK)
-        j = key_begin + c
-        _bias, attended = attended_pairs(
-            lengths, length_row, mask, mask_row, mask_column, tiles, i, j, rows, keys, left, right
-        )
-        place = grad_scores[:, None] + j[None, :].to(tl.int64) * gs_column
+        j = (key_begin + c)[None, :]
+        _bias, attended = attended_pairs(low, high, mask, mask_row, mask_column, tiles, i, j)
+        place = grad_scores + j.to(tl.int64) * gs_column
         g = tl.load(place, mask=attended, other=0.0).to(gradient.dtype.element_ty)  # [1, BLOCK]
         tl.store(gradient + c[None, :], g, mask=(c < key_padded)[None, :])

@@ -12,7 +12,7 @@ that they share one reciprocal. One small product of sketches tells whether a ti
 opposite pair. If so its pairs are computed in both forms, and each takes its own.
 
 A thread keeps RM rows by RN keys in registers: tiles are [RM, RN, TM, TN], since Triton gives the
-last dims to the threads, and become [RM TM, RN TN] = [BM, BN] when the sum is complete.
+last dims to the threads.
 """
 
 from __future__ import annotations
@@ -35,19 +35,7 @@ from additive_attn.backends.triton.opposite import (
     opposite_pairs,
 )
 from additive_attn.backends.triton.plan import Piece
-from additive_attn.backends.triton.prepare import SAFE, padded_length
-
-
-@triton.jit
-def _rows_of(x):
-    """[RM, TM] as [RM, 1, TM, 1]."""
-    return x[:, None, :, None]
-
-
-@triton.jit
-def _keys_of(x):
-    """[RN, TN] as [1, RN, 1, TN]."""
-    return x[None, :, None, :]
+from additive_attn.backends.triton.prepare import GROUP, SAFE, WILD, padded_length
 
 
 @triton.jit
@@ -110,8 +98,9 @@ def _indirect(
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
     DIFFERENCE: tl.constexpr, FEATURES_PER_SUM: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """The energies of a tile in the difference or the factored form, [RM, RN, TM, TN]. Of rows and
-    keys beyond the last they are finite: what is read in their place are other rows."""
+    """The energies of a tile in the difference form, or in the factored form -1/2 of them, [RM,
+    RN, TM, TN]. Of rows and keys beyond the last they are finite: what is read in their place are
+    other rows."""
     padded = tl.multiple_of(padded, 4)
     a_step = 4 * padded_length(rows).to(tl.int64)
     b_step = 4 * padded_length(keys).to(tl.int64)
@@ -139,76 +128,145 @@ def _indirect(
     else:
         STEPS: tl.constexpr = FEATURES_PER_SUM // 4
         for block in range(0, padded // FEATURES_PER_SUM):
-            part = tl.zeros([RM, RN, TM, TN], tl.float32)
-            part = _joined(
-                a_rows, z_rows, b_rows, weight, part, block * STEPS, block * STEPS + STEPS,
+            total = _joined(
+                a_rows, z_rows, b_rows, weight, total, block * STEPS, block * STEPS + STEPS,
                 a_step, b_step, RM, TM, RN, TN, False, False, TARGET,
             )  # fmt: skip
-            total += 2.0 * (tl.load(centre + block) - part)
+            total -= tl.load(centre + block)
     return total
 
 
 @triton.jit
-def _square(x, RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr):
-    """[RM, RN, TM, TN] to [BM, BN]; row = tm RM + rm, key = rn TN + tn."""
-    return tl.reshape(tl.permute(x, [2, 0, 1, 3]), [RM * TM, RN * TN])
-
-
-@triton.jit
-def _chosen(query_rows, key_rows, i, j, attended):
-    """Which pairs (i, j) take the direct form; whether one of the attended is opposite."""
-    opposite = opposite_pairs(query_rows, key_rows, i, j)
-    any_opposite = tl.max(tl.max((opposite & attended).to(tl.int32), 1), 0)
-    direct_j = (tl.load(key_rows.size + j) > SAFE)[None, :] & attended
-    direct_i = tl.load(query_rows.size + i) > SAFE
-    direct_i |= tl.max(direct_j.to(tl.int32), 1) != 0
-    return opposite | direct_i[:, None], any_opposite
-
-
-@triton.jit
-def _forms(
-    query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, attended,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Whether a pair of a tile takes the direct form, and whether no |q|, |k| of the others is
-    above 1. What rows and keys hold that attend to nothing here decides nothing."""
-    ci = tl.minimum(tl.arange(0, BM), rows - 1 - row0)
-    cj = tl.minimum(tl.arange(0, BN), keys - 1 - key0)
-    row_counts = tl.max(attended.to(tl.int32), 1) != 0
-    key_counts = tl.max(attended.to(tl.int32), 0) != 0
-    size_i = tl.where(row_counts, tl.load(query_rows.size + at_query + row0 + ci), 0.0)
-    size_j = tl.where(key_counts, tl.load(key_rows.size + at_key + key0 + cj), 0.0)
-    near_i = tl.where(size_i > SAFE, 0.0, size_i)
-    near_j = tl.where(size_j > SAFE, 0.0, size_j)
-    any_direct = tl.maximum(tl.max(size_i, 0), tl.max(size_j, 0)) > SAFE
-    any_direct |= holds_opposite(
-        query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, BM, BN
-    )
-    return any_direct, tl.maximum(tl.max(near_i, 0), tl.max(near_j, 0)) <= 1.0
-
-
-@triton.jit
-def _rounding(rows, keys, ri, rj):
-    """What the roundings of the exponentials leave out of the scores of rows ri and keys rj, [RM,
-    RN, TM, TN] (math.md, eq. 8); 0 where a size is beyond 1."""
-    rounding = _rows_of(tl.load(rows.correction + ri)) + _keys_of(tl.load(keys.correction + rj))
-    near = _rows_of(tl.load(rows.size + ri) <= 1.0) & _keys_of(tl.load(keys.size + rj) <= 1.0)
-    return tl.where(near, rounding, 0.0)
-
-
-@triton.jit
 def _direct(
-    q_place, k_place, weight, hidden, query_h, key_h, acc,
-    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, TARGET: tl.constexpr,
+    query, key, query_row, query_h, key_row, key_h, weight, ri, rj, hidden, acc,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum w tanh(q + k), [BM, BN] (math.md, eq. 7)."""
+    """acc + sum w tanh(q + k) of rows ri and keys rj (math.md, eq. 7)."""
+    q_place = query + ri.to(tl.int64) * query_row
+    k_place = key + rj.to(tl.int64) * key_row
     for h in range(0, hidden):
         q = tl.load(q_place).to(acc.dtype)
         k = tl.load(k_place).to(acc.dtype)
-        acc += tl.load(weight + h) * tanh(_rows_of(q) + _keys_of(k), TARGET)
+        acc += tl.load(weight + h) * tanh(q[:, None, :, None] + k[None, :, None, :], TARGET)
         q_place += query_h
         k_place += key_h
-    return _square(acc, RM, TM, RN, TN)
+    return acc
+
+
+@triton.jit
+def _is_special(
+    query_rows, key_rows, at_query, at_key, row0, key0, rows, keys,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Whether a pair of a tile may be small, beyond SAFE or opposite, masked ones included."""
+    size = tl.load(query_rows.size + at_query + tl.minimum(row0 + tl.arange(0, BM), rows - 1))
+    group = key0 // GROUP + tl.arange(0, BN // GROUP)
+    flags = tl.load(key_rows.flags + at_key // GROUP + group, mask=group * GROUP < keys, other=0)
+    flags = tl.sum(flags, 0)
+    small = (tl.min(size, 0) <= 1.0) & (flags % WILD != 0)
+    special = (tl.max(size, 0) > SAFE) | (flags >= WILD) | small
+    return special | holds_opposite(
+        query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, BM, BN
+    )
+
+
+@triton.jit
+def _all_small(query_rows, key_rows, i, j, attended):
+    """Whether no |q|, |k| of the attended pairs (i, j) is above 1, those beyond SAFE aside."""
+    size = tl.maximum(tl.load(query_rows.size + i), tl.load(key_rows.size + j))
+    return tl.max((attended & (size > 1.0) & (size <= SAFE)).to(tl.int32)) == 0
+
+
+@triton.jit
+def pair_scores(
+    query, key, query_row, query_h, key_row, key_h, query_rows, key_rows, at_query, at_key,
+    weight, centre, score_scale, low, high, mask, mask_row, mask_column, block_tiles,
+    row0, key0, rows, keys, hidden, padded,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
+    DIFFERENCE: tl.constexpr, FEATURES_PER_SUM: tl.constexpr, TARGET: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Of a tile, [RM, RN, TM, TN]: scale * score + mask; which pairs are attended; and whether one
+    of them is opposite. Row = tm RM + rm, key = rn TN + tn. ``low`` and ``high``, [RM, 1, TM, 1],
+    are the rows' intervals; pointers are the entry's."""
+    ri = row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]  # [RM, TM]
+    rj = key0 + TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]  # [RN, TN]
+    i = ri[:, None, :, None]
+    j = rj[None, :, None, :]
+    # Rows and keys beyond the last repeat the last.
+    ri = tl.minimum(ri, rows - 1)
+    rj = tl.minimum(rj, keys - 1)
+    any_opposite = 0
+    factor = 1.0
+    if query_rows is None:
+        bias, attended = attended_pairs(low, high, mask, mask_row, mask_column, block_tiles, i, j)
+        total = _direct(
+            query, key, query_row, query_h, key_row, key_h, weight, ri, rj, hidden,
+            tl.zeros([RM, RN, TM, TN], ACC), TARGET,
+        )  # fmt: skip
+    else:
+        qi = at_query + ri[:, None, :, None]
+        kj = at_key + rj[None, :, None, :]
+        special = _is_special(
+            query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, RM * TM, RN * TN
+        )
+        small = key0 < 0
+        if special:
+            # What rows and keys hold that attend to nothing here decides nothing.
+            _bias, attended = attended_pairs(
+                low, high, mask, mask_row, mask_column, block_tiles, i, j
+            )
+            small = _all_small(query_rows, key_rows, qi, kj, attended)
+        total = _indirect(
+            query_rows, key_rows, weight, centre, at_query, at_key, row0, key0, rows, keys,
+            padded, small, RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET,
+        )  # fmt: skip
+        if not DIFFERENCE:
+            factor = tl.where(small, 1.0, -2.0)
+        bias, attended = attended_pairs(low, high, mask, mask_row, mask_column, block_tiles, i, j)
+        if special:
+            total *= factor
+            if not DIFFERENCE:
+                factor = tl.where(small, 1.0, 1.0)
+            size = tl.maximum(tl.load(query_rows.size + qi), tl.load(key_rows.size + kj))
+            # What the roundings of the exponentials leave out (math.md, eq. 8).
+            rounding = tl.load(query_rows.correction + qi) + tl.load(key_rows.correction + kj)
+            total += tl.where(size <= 1.0, rounding, 0.0)
+            opposite = opposite_pairs(query_rows, key_rows, qi, kj)
+            any_opposite = tl.max((attended & opposite).to(tl.int32))
+            direct = attended & (opposite | (size > SAFE))
+            if tl.max(direct.to(tl.int32)) != 0:
+                exact = _direct(
+                    query, key, query_row, query_h, key_row, key_h, weight, ri, rj, hidden,
+                    tl.zeros([RM, RN, TM, TN], ACC), TARGET,
+                )  # fmt: skip
+                total = tl.where(direct, exact, total)
+    score = total * (factor * tl.load(score_scale)) * tl.load(score_scale + 1)
+    if mask is not None:
+        score += bias
+    return score, attended, any_opposite
+
+
+@triton.jit
+def row_interval(
+    lengths, length_row, row0, rows, keys, left, right, RM: tl.constexpr, TM: tl.constexpr
+):  # fmt: skip
+    """The intervals of the rows of a tile, [RM, 1, TM, 1]."""
+    i = row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]
+    low, high = interval(lengths, length_row, i, rows, keys, left, right)
+    return low[:, None, :, None], high[:, None, :, None]
+
+
+@triton.jit
+def is_kept(
+    mask, mask_row, mask_column, block_tiles, row0, key0, rows, keys,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Whether a block table keeps a pair of a tile."""
+    i = (row0 + tl.arange(0, BM))[:, None]
+    j = (key0 + tl.arange(0, BN))[None, :]
+    code = block_codes(mask, mask_row, mask_column, block_tiles, i, j, (i < rows) & (j < keys))
+    return tl.max((code != 0).to(tl.int32)) != 0
 
 
 @kernel
@@ -237,80 +295,39 @@ def score_kernel(
     key_tile = program // row_tiles
     key0 = key_begin + key_tile % key_tiles * BN
     n, o, m = batch_entry(entry_begin + key_tile // key_tiles, inner)
-    i = row0 + tl.arange(0, BM)
-    j = key0 + tl.arange(0, BN)
     if lengths is not None:
         lengths += o * length_outer + m * length_inner
-    low, high = interval(lengths, length_row, i, rows, keys, left, right)
-    place = ((n - entry_begin) * row_count + i - row_begin)[:, None] * score_padded
-    place += (j - key_begin)[None, :]
-    inside = (i < row_begin + row_count)[:, None] & (tl.full([BN], 1, tl.int1))[None, :]
-    any_opposite = 0
     if mask is not None:
         mask += o * mask_outer + m * mask_inner
-    computed = tl.max(tl.minimum(high, key0 + BN) - tl.maximum(low, key0), 0) > 0
+    low, high = row_interval(lengths, length_row, row0, rows, keys, left, right, RM, TM)
+    r = row0 - row_begin + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]  # [RM, TM]
+    c = key0 - key_begin + TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]  # [RN, TN]
+    place = ((n - entry_begin) * row_count + r[:, None, :, None]) * score_padded
+    place += c[None, :, None, :]
+    inside = (r < row_count)[:, None, :, None] & (c < score_padded)[None, :, None, :]
+    any_opposite = 0
+    computed = tl.max(tl.minimum(high, key0 + BN) - tl.maximum(low, key0)) > 0
     if block_tiles is not None:
-        both = (i < rows)[:, None] & (j < keys)[None, :]
-        code = block_codes(mask, mask_row, mask_column, block_tiles, i, j, both)
-        computed &= tl.max(tl.max((code != 0).to(tl.int32), 1), 0) != 0
+        computed &= is_kept(
+            mask, mask_row, mask_column, block_tiles, row0, key0, rows, keys, BM, BN
+        )
     if computed:
-        # Rows and keys beyond the last repeat the last.
-        ri = row0 + tl.arange(0, RM)[:, None] + RM * tl.arange(0, TM)[None, :]
-        rj = key0 + TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]
-        ri = tl.minimum(ri, rows - 1).to(tl.int64)  # [RM, TM]
-        rj = tl.minimum(rj, keys - 1).to(tl.int64)  # [RN, TN]
         at_weight = o * weight_outer + m * weight_inner
-        weight = prepared.weight + at_weight * padded
-        if query_rows is None:
-            energy = tl.zeros([BM, BN], ACC)
-            any_direct = True
-        else:
-            _bias, attended = attended_pairs(
-                lengths, length_row, mask, mask_row, mask_column, block_tiles, i,
-                j, rows, keys, left, right,
-            )  # fmt: skip
-            at_query = o * query_exp_outer + m * query_exp_inner
-            at_key = o * key_exp_outer + m * key_exp_inner
-            any_direct, small = _forms(
-                query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, attended, BM, BN
-            )
-            centre = prepared.centre + at_weight * (padded // FEATURES_PER_SUM)
-            total = _indirect(
-                query_rows, key_rows, weight, centre, at_query, at_key, row0, key0, rows, keys,
-                padded, small, RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET,
-            )  # fmt: skip
-            total += _rounding(query_rows, key_rows, at_query + ri, at_key + rj)
-            energy = _square(total, RM, TM, RN, TN)  # [BM, BN]
-
-        # Which pairs are attended is computed again, from an i that the compiler cannot know to
-        # be that of above: it would keep all pairs in registers through the loops.
-        i = tl.maximum(row0, -padded) + tl.arange(0, BM)
-        bias, attended = attended_pairs(
-            lengths, length_row, mask, mask_row, mask_column, block_tiles, i,
-            j, rows, keys, left, right,
+        at_query = o * query_exp_outer + m * query_exp_inner
+        at_key = o * key_exp_outer + m * key_exp_inner
+        score, attended, any_opposite = pair_scores(
+            query + o * query_outer + m * query_inner, key + o * key_outer + m * key_inner,
+            query_row, query_h, key_row, key_h, query_rows, key_rows, at_query, at_key,
+            prepared.weight + at_weight * padded,
+            prepared.centre + at_weight * (padded // FEATURES_PER_SUM),
+            prepared.score_scale + 2 * at_weight,
+            low, high, mask, mask_row, mask_column, block_tiles,
+            row0, key0, rows, keys, hidden, padded,
+            RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET, ACC,
         )  # fmt: skip
-        if any_direct:
-            chosen = attended
-            if query_rows is not None:
-                ci = at_query + tl.minimum(i, rows - 1)
-                cj = at_key + tl.minimum(j, keys - 1)
-                chosen, any_opposite = _chosen(query_rows, key_rows, ci, cj, attended)
-            exact = _direct(
-                query + o * query_outer + m * query_inner + ri * query_row,
-                key + o * key_outer + m * key_inner + rj * key_row,
-                weight, hidden, query_h, key_h, tl.zeros([RM, RN, TM, TN], ACC),
-                RM, TM, RN, TN, TARGET,
-            )  # fmt: skip
-            energy = exact if query_rows is None else tl.where(chosen, exact, energy)
-
-        score_scale = prepared.score_scale + 2 * at_weight
-        score = energy * tl.load(score_scale) * tl.load(score_scale + 1)
-        if mask is not None:
-            if mask.dtype.element_ty.is_floating():
-                score += bias
         tl.store(scores + place, stored(score, attended), mask=inside)
     else:
-        tl.store(scores + place, float("-inf"), mask=inside)
+        tl.store(scores + place, tl.full([RM, RN, TM, TN], float("-inf"), ACC), mask=inside)
     if flags is not None:
         entry_tile = key_tile // key_tiles * row_tiles + program % row_tiles
         tl.store(flags + entry_tile * key_tiles + key_tile % key_tiles, any_opposite)

@@ -53,14 +53,22 @@ def score_tile(rows: int, wide: bool = False) -> Tile:
     return Tile(4, 2, 2, 64) if rows > 4 else Tile(2, 2, 2, 64)
 
 
-def value_tile(rows: int, wide: bool) -> dict[str, int]:
-    """For the weighted sum: BM rows, BN keys at a time, BD features of the value."""
+def attend_tile(rows: int, wide: bool) -> Tile:
+    """For attention in one pass. A row lies within a warp, so that its softmax needs no other."""
     if wide:
-        return {"BM": 1, "BN": 32, "BD": 32, "num_warps": 4}
-    if rows <= 16:
-        return {"BM": 16, "BN": 32, "BD": 64, "num_warps": 4}
-    # More loads in flight, or larger tiles, cost registers that are not there.
-    return {"BM": 64, "BN": 32, "BD": 32, "num_warps": 4, "num_stages": 1}
+        return Tile(2, 8, 2, 16)
+    if rows >= 24:
+        return Tile(4, 16, 4, 16)
+    return Tile(4, 4, 4, 32) if rows > 8 else Tile(4, 2, 4, 32)
+
+
+def attend_columns(values: int, keys: int, wide: bool) -> int:
+    """Numbers of a value that are summed at a time: all of them, in registers, or some. Those of
+    ``keys`` must fit the shared memory."""
+    all_columns = power_of_two(max(values, 16))
+    if wide or keys > 64:
+        return min(all_columns, 32)
+    return all_columns if all_columns <= 128 else 64
 
 
 def row_block(keys: int) -> dict[str, int]:

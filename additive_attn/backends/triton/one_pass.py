@@ -1,0 +1,396 @@
+"""Attention of several queries in one pass over tiles of keys (math.md, section 4).
+
+A program keeps some rows: their largest scores, the sums of their exponentials, and the weighted
+sums of the values, which stay in registers, or where values are long in memory that only this
+program touches. The scores of a tile never leave the registers, and the softmax stays in their
+layout. Where rows alone would not fill the machine the keys are split over programs.
+
+A value that is not finite is seen when it has reached a sum, even times 0. Then the program starts
+again, and takes from each tile first the finite values, then the others for the rows that attend
+to them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from additive_attn.backends.triton import tiles
+from additive_attn.backends.triton.arguments import Problem
+from additive_attn.backends.triton.batch import batch_entry
+from additive_attn.backends.triton.decode_forward import merge, softmax_inverse, softmax_lse
+from additive_attn.backends.triton.dropout import keep_factors
+from additive_attn.backends.triton.launch import (
+    kernel,
+    launch,
+    matmul_precision,
+    registers,
+    target,
+)
+from additive_attn.backends.triton.masks import attended_pairs, stored, stored_top
+from additive_attn.backends.triton.numerics import exp, number
+from additive_attn.backends.triton.plan import pass_splits
+from additive_attn.backends.triton.score_tiles import (
+    is_kept,
+    pair_scores,
+    row_interval,
+)
+
+
+@triton.jit
+def _in_order(x):
+    """[RM, RN, TM, TN] as [BM, BN]."""
+    BM: tl.constexpr = x.shape[0] * x.shape[2]
+    BN: tl.constexpr = x.shape[1] * x.shape[3]
+    return tl.reshape(tl.permute(x, [2, 0, 1, 3]), [BM, BN])
+
+
+@triton.jit
+def _often_enough(x, LEAST: tl.constexpr):
+    """[BM, BN] as [LEAST, BN], which a product takes: each row LEAST / BM times."""
+    BM: tl.constexpr = x.shape[0]
+    BN: tl.constexpr = x.shape[1]
+    if BM < LEAST:
+        x = tl.broadcast_to(x[:, None, :], [BM, LEAST // BM, BN])
+        x = tl.reshape(x, [LEAST, BN])
+    return x
+
+
+@triton.jit
+def _of_rows(x, LEAST: tl.constexpr):
+    """[RM, TM] as [LEAST, 1]."""
+    BM: tl.constexpr = x.shape[0] * x.shape[1]
+    return _often_enough(tl.reshape(tl.permute(x, [1, 0]), [BM, 1]), LEAST)
+
+
+@triton.jit
+def _add_nonfinite(acc, p, value, value_row, key0, last, inside_d):
+    """Adds the values of a tile that are not finite to the rows that attend to them: p != 0, and
+    -1 in place of 0."""
+    BN: tl.constexpr = p.shape[1]
+    c = tl.arange(0, BN)[None, :]
+    for k in range(0, tl.minimum(last - key0, BN)):
+        p_k = tl.sum(tl.where(c == k, p, 0.0), 1)[:, None]
+        at = value + (key0 + tl.cast(k, tl.int64)) * value_row
+        v = tl.load(at, mask=inside_d, other=0.0).to(acc.dtype)  # [1, BD]
+        share = tl.where(p_k < 0.0, 0.0, p_k) * v
+        acc += tl.where((p_k != 0.0) & ((tl.abs(v) < float("inf")) == 0), share, 0.0)
+    return acc
+
+
+@triton.jit
+def _weighted_sum(
+    acc, p, attended, value, value_row, value_column, key0, last, d, values, again,
+    PRECISION: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """acc + P V of a tile, [LEAST, BD]. ``again``: values that are not finite reach the rows alone
+    that attend to them, by ``attended`` [RM, RN, TM, TN]."""
+    BN: tl.constexpr = p.shape[1]
+    j = key0 + tl.arange(0, BN)
+    inside_d = (d < values)[None, :]
+    value += d[None, :].to(tl.int64) * value_column
+    v = tl.load(  # [BN, BD]
+        value + j[:, None].to(tl.int64) * value_row, mask=(j < last)[:, None] & inside_d, other=0.0
+    )
+    if again:
+        finite = tl.abs(v.to(acc.dtype)) < float("inf")
+        if tl.min(finite.to(tl.int32)) == 0:
+            marked = tl.where((p == 0.0) & _often_enough(_in_order(attended), p.shape[0]), -1.0, p)
+            acc = _add_nonfinite(acc, marked, value, value_row, key0, last, inside_d)
+        v = tl.where(finite, v, 0.0)
+    p_v = p.to(v.dtype)
+    if TARGET == "none":  # NumPy has no bfloat16
+        return tl.dot(p_v.to(acc.dtype), v.to(acc.dtype), acc, out_dtype=acc.dtype)
+    else:
+        return tl.dot(p_v, v, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def _attending(
+    empty, low, high, mask, mask_row, mask_column, block_tiles, row0, first, last,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
+):  # fmt: skip
+    """Which of the rows [RM, TM] whose sum is 0 attend to a key in [first, last): all their scores
+    have overflowed."""
+    attends = tl.maximum(low, first) < tl.minimum(high, last)  # [RM, 1, TM, 1]
+    attends = tl.reshape(attends, [RM, TM]) & empty
+    if mask is not None:
+        if tl.max(attends.to(tl.int32)) != 0:
+            found = tl.zeros([RM, TM], tl.int32)
+            i = row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]
+            j = TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]
+            for key0 in range(first, last, RN * TN):
+                _bias, attended = attended_pairs(
+                    low, high, mask, mask_row, mask_column, block_tiles,
+                    i[:, None, :, None], key0 + j[None, :, None, :],
+                )  # fmt: skip
+                found = tl.maximum(found, tl.max(tl.max(attended.to(tl.int32), 3), 1))
+            attends &= found != 0
+    return attends
+
+
+@triton.jit
+def _row_results(
+    top, total, low, high, mask, mask_row, mask_column, block_tiles, row0, first, last, rows,
+    lse, tops, totals, part,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
+):  # fmt: skip
+    """Stores what is known of rows [RM, TM]; what their sums of values are multiplied by."""
+    attends = _attending(
+        total == 0.0, low, high, mask, mask_row, mask_column, block_tiles, row0, first, last,
+        RM, TM, RN, TN,
+    )  # fmt: skip
+    top = stored_top(top, total, attends)
+    r = row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]
+    if tops is None:
+        tl.store(lse + r, softmax_lse(top, total), mask=r < rows)
+        share = softmax_inverse(top, total)
+    else:
+        tl.store(tops + part + r, top, mask=r < rows)
+        tl.store(totals + part + r, total, mask=r < rows)
+        share = tl.full([RM, TM], 1.0, total.dtype)
+    return share
+
+
+@triton.jit
+def _softmax_step(score, top, total, TARGET: tl.constexpr):
+    """e^{score - top} with the largest score so far, and what shrinks the sums that were taken
+    with the one before."""
+    before = top
+    top = tl.maximum(top, tl.max(tl.max(score, 1), 2))
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    p = exp(score - shift[:, None, :, None], TARGET)
+    shrink = exp(before - shift, TARGET)
+    return p, shrink, top, total * shrink[:, :, None] + tl.sum(p, 1)
+
+
+@triton.jit
+def _accumulate(
+    acc, shrink, p, attended, sums, started, inside, value, value_row, value_column, key0, last,
+    values, again, BD: tl.constexpr,
+    MEMORY: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """acc shrink + P V of a tile, in registers or in memory."""
+    d = tl.arange(0, BD)
+    if MEMORY:
+        # Other threads may have written what this one reads.
+        tl.debug_barrier()
+        for d0 in range(0, values, BD):
+            here = inside & (d0 + d < values)[None, :]
+            at = sums + (d0 + d)[None, :]
+            written = inside & (d0 + d < values * started)[None, :]
+            acc = tl.load(at, mask=written, other=0.0) * shrink
+            # Other threads may have to read what this one writes.
+            tl.debug_barrier()
+            acc = _weighted_sum(
+                acc, p, attended, value, value_row, value_column, key0, last, d0 + d, values,
+                again, PRECISION, TARGET,
+            )  # fmt: skip
+            tl.store(at, acc, mask=here)
+    else:
+        acc = _weighted_sum(
+            acc * shrink, p, attended, value, value_row, value_column, key0, last, d, values,
+            again, PRECISION, TARGET,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _store(scores, x, n, row0, key0, rows, keys):
+    """A tile of scores [entry][row][key]."""
+    RM: tl.constexpr = x.shape[0]
+    RN: tl.constexpr = x.shape[1]
+    TM: tl.constexpr = x.shape[2]
+    TN: tl.constexpr = x.shape[3]
+    r = row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]  # [RM, TM]
+    j = key0 + TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]  # [RN, TN]
+    place = scores + (n * rows + r[:, None, :, None]) * keys + j[None, :, None, :]
+    tl.store(place, x, mask=(r < rows)[:, None, :, None] & (j < keys)[None, :, None, :])
+
+
+@triton.jit
+def _finish(
+    acc, factor, started, out, sums, place, inside, values, BD: tl.constexpr, MEMORY: tl.constexpr
+):  # fmt: skip
+    """Stores acc times ``factor``; whether a number of acc is not finite."""
+    d = tl.arange(0, BD)
+    nonfinite = 0
+    if MEMORY:
+        tl.debug_barrier()
+        for d0 in range(0, values, BD):
+            here = inside & (d0 + d < values)[None, :]
+            at = place + (d0 + d)[None, :]
+            written = inside & (d0 + d < values * started)[None, :]
+            acc = tl.load(sums + at, mask=written, other=0.0)
+            nonfinite = tl.maximum(
+                nonfinite, tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1)
+            )
+            tl.debug_barrier()
+            tl.store(out + at, (acc * factor).to(out.dtype.element_ty), mask=here)
+    else:
+        here = inside & (d < values)[None, :]
+        nonfinite = tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1)
+        tl.store(out + place + d[None, :], (acc * factor).to(out.dtype.element_ty), mask=here)
+    return nonfinite
+
+
+@kernel
+def attend_kernel(
+    query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
+    query_rows, key_rows, query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
+    prepared, weight_outer, weight_inner,
+    mask, mask_outer, mask_inner, mask_row, mask_column, block_tiles,
+    lengths, length_outer, length_inner, length_row,
+    value, value_outer, value_inner, value_row, value_column,
+    seed, seed_outer, seed_inner, threshold, keep_bits,
+    out, sums, lse, tops, totals, scores,
+    inner, entries, rows, keys, hidden, padded, values, left, right, splits, keys_per_split,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, BD: tl.constexpr,
+    MEMORY: tl.constexpr, STORED: tl.constexpr, ALIGNED: tl.constexpr, DIFFERENCE: tl.constexpr,
+    FEATURES_PER_SUM: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """Some rows of an entry and a range of its keys. Without ``tops`` the range is all keys, and
+    ``out`` and ``lse`` are final; else ``out`` is [split][entry][row], for ``merge_kernel``.
+    STORED: the scores are kept too. MEMORY: the weighted sums of the values lie in ``sums``, which
+    has the size of ``out``, BD columns at a time. ALIGNED: the values of all entries are."""
+    BM: tl.constexpr = RM * TM
+    BN: tl.constexpr = RN * TN
+    LEAST: tl.constexpr = 16 if BM < 16 else BM
+    ACC: tl.constexpr = lse.dtype.element_ty
+    row_tiles = tl.cdiv(rows, BM)
+    program = tl.program_id(0)
+    # Of a causal mask the longest rows come first.
+    row0 = (row_tiles - 1 - program % row_tiles) * BM
+    split = program // row_tiles % splits
+    n, o, m = batch_entry(program // row_tiles // splits, inner)
+    begin = split * keys_per_split
+    end = tl.minimum(begin + keys_per_split, keys)
+    at_weight = o * weight_outer + m * weight_inner
+    weight = prepared.weight + at_weight * padded
+    centre = prepared.centre + at_weight * (padded // FEATURES_PER_SUM)
+    score_scale = prepared.score_scale + 2 * at_weight
+    at_query = o * query_exp_outer + m * query_exp_inner
+    at_key = o * key_exp_outer + m * key_exp_inner
+    query += o * query_outer + m * query_inner
+    key += o * key_outer + m * key_inner
+    at_value = o * value_outer + m * value_inner
+    if ALIGNED:
+        at_value = tl.multiple_of(at_value, 16)
+    value += at_value
+    if lengths is not None:
+        lengths += o * length_outer + m * length_inner
+    if mask is not None:
+        mask += o * mask_outer + m * mask_inner
+    if seed is not None:
+        seed += o * seed_outer + m * seed_inner
+    low, high = row_interval(lengths, length_row, row0, rows, keys, left, right, RM, TM)
+    first = tl.maximum(tl.min(low) // BN * BN, begin)
+    last = tl.minimum(tl.max(high), end)
+    i = row0 + tl.arange(0, LEAST) // (LEAST // BM)
+    part = (tl.cast(split, tl.int64) * entries + n) * rows
+    place = (part + i[:, None]) * values
+    # Of rows that are there several times the first is stored.
+    inside = ((i < rows) & (tl.arange(0, LEAST) % (LEAST // BM) == 0))[:, None]
+
+    keep_scale = 1.0
+    if seed is not None:
+        keep_scale = number(keep_bits).to(ACC)
+    attempt = 0
+    while attempt < 2:
+        again = attempt > 0
+        started = 0
+        top = tl.full([RM, TM], float("-inf"), ACC)
+        total = tl.zeros([RM, TM, TN], ACC)
+        acc = tl.zeros([LEAST, BD], ACC)
+        for key0 in tl.range(
+            begin if STORED else first, end if STORED else last, BN, disable_licm=True
+        ):
+            computed = True
+            if STORED or block_tiles is not None:
+                computed = (key0 < last) & (key0 + BN > first)
+                if block_tiles is not None:
+                    computed &= is_kept(
+                        mask, mask_row, mask_column, block_tiles, row0, key0, rows, keys, BM, BN
+                    )
+            if computed:
+                score, attended, _any = pair_scores(
+                    query, key, query_row, query_h, key_row, key_h, query_rows, key_rows,
+                    at_query, at_key, weight, centre, score_scale,
+                    low, high, mask, mask_row, mask_column, block_tiles, row0, key0, rows, keys,
+                    hidden, padded,
+                    RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET, ACC,
+                )  # fmt: skip
+                if STORED:
+                    _store(scores, stored(score, attended), n, row0, key0, rows, keys)
+                score = tl.where(attended, score, float("-inf"))
+                p, shrink, top, total = _softmax_step(score, top, total, TARGET)
+                p = _in_order(p)
+                if seed is not None:
+                    b = row0 + tl.arange(0, BM)
+                    p *= keep_factors(tl.load(seed), n, b, key0, threshold, 1.0, BM, BN)
+                acc = _accumulate(
+                    acc, _of_rows(shrink, LEAST), _often_enough(p, LEAST), attended,
+                    sums + place, started, inside, value, value_row, value_column, key0, last,
+                    values, again, BD, MEMORY, PRECISION, TARGET,
+                )  # fmt: skip
+                started = 1
+            elif STORED:
+                minus = tl.full([RM, RN, TM, TN], float("-inf"), ACC)
+                _store(scores, minus, n, row0, key0, rows, keys)
+
+        share = keep_scale * _row_results(
+            top, tl.sum(total, 2), low, high, mask, mask_row, mask_column, block_tiles,
+            row0, first, last, rows, lse + n * rows, tops, totals, part, RM, TM, RN, TN,
+        )  # fmt: skip
+        nonfinite = _finish(
+            acc, _of_rows(share, LEAST), started, out, sums, place, inside, values, BD, MEMORY
+        )
+        attempt = tl.where(nonfinite != 0, attempt + 1, 2)
+
+
+def attend(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of at least one entry, row and key."""
+    shape = (*p.batch.shape, p.rows)
+    count = p.entries * p.rows
+    out = torch.empty(*shape, p.values, dtype=p.dtype, device=p.device)
+    lse = torch.empty(shape, dtype=p.accumulator, device=p.device)
+    weights = out.new_empty((*shape, p.keys) if need_weights else (0,))
+    tile = tiles.attend_tile(p.rows, p.wide)
+    columns = tiles.attend_columns(p.values, tile.keys, p.wide)
+    programs = p.entries * -(-p.rows // tile.rows)
+    splits, per_split = pass_splits(
+        programs, p.keys, tile.keys, p.processors * max(1, 8 // tile.warps)
+    )
+    parts, tops, totals, scores = out, None, None, None
+    if splits > 1 or need_weights:
+        parts = lse.new_empty(splits, count, p.values)
+        tops, totals = lse.new_empty(2, splits, count)
+    if need_weights:
+        scores = lse.new_empty(count, p.keys)
+    memory = columns < p.values
+    sums = (
+        torch.empty_like(parts, dtype=lse.dtype) if memory and parts.dtype != lse.dtype else parts
+    )
+    launch(
+        attend_kernel, programs * splits, lse,
+        *p.inputs(), *p.prepared_arguments(), *p.mask_arguments(), *p.length_arguments(),
+        p.value, *p.value_strides, *p.dropout_arguments(),
+        parts, sums, lse, tops, totals, scores, p.batch.inner, p.entries, p.rows, p.keys,
+        p.hidden, p.padded, p.values, p.left, p.right, splits, per_split,
+        **tile.sizes(), BD=columns, MEMORY=memory, STORED=need_weights,
+        ALIGNED=all(stride % 16 == 0 for stride in p.value_strides[:2]), PRECISION=_precision(p),
+        **p.form(), num_warps=tile.warps, num_stages=1, **registers(min(255, 2048 // tile.warps)),
+    )  # fmt: skip
+    if tops is not None and totals is not None:
+        given = weights if need_weights else None
+        merge(p, count, splits, parts, tops, totals, scores, out, given, lse)
+    return out, weights, lse
+
+
+def _precision(p: Problem) -> str:
+    """Of the products with the values. Three products of TF32 are as exact as float32."""
+    if target() != "cuda" or p.dtype != torch.float32:
+        return "ieee"
+    return "tf32" if matmul_precision() == "tf32" else "tf32x3"
