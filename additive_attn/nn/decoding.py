@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -70,8 +71,9 @@ class ProjectedMemory(_Memory):
             TypeError: beams is no integer.
             ValueError: beams is below 1, or the memory has been expanded already.
         """
-        if type(beams) is not int:
+        if isinstance(beams, bool) or not isinstance(beams, Integral):
             raise TypeError(f"beams is {beams!r}; it must be an integer, the beams per sequence.")
+        beams = int(beams)
         if beams < 1 or self.beams != 1:
             raise ValueError(
                 f"A memory of {self.beams} beams per sequence is expanded to {beams}. Expand the "

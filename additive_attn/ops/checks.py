@@ -280,8 +280,8 @@ def checked_probability(name: str, p: float) -> float:
 
 
 def _is_side(side: Any) -> bool:
-    if isinstance(side, int):
-        return not isinstance(side, bool) and -1 <= side < 2**63
+    if isinstance(side, (int, Integral)):  # the first answers fast
+        return not isinstance(side, bool) and -1 <= int(side) < 2**63
     return isinstance(side, torch.SymInt) and side >= -1
 
 
@@ -289,11 +289,12 @@ def checked_window(window: tuple[int, int]) -> tuple[int, int]:
     pair = isinstance(window, (tuple, list)) and len(window) == 2
     if not (pair and _is_side(window[0]) and _is_side(window[1])):
         raise ValueError(
-            f"window is {window!r}, but must be a pair (left, right) of Python integers below "
+            f"window is {window!r}, but must be a pair (left, right) of integers below "
             "2**63, each -1 (unbounded) or more: query i attends to the keys i - left ... i + "
             "right."
         )
-    return window[0], window[1]
+    left, right = (x if isinstance(x, torch.SymInt) else int(x) for x in window)
+    return left, right
 
 
 _TYPE_HINTS = {

@@ -3,6 +3,7 @@ Nested tensors of the layout jagged are such sequences too."""
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -71,9 +72,10 @@ def checked_sequences(name: str, cu_seq: Any, total: int, longest: int, like: Te
         )
     if cu_seq.device != like.device:
         require_one_device(**{"query": like, name: cu_seq})
-    if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
+    if isinstance(longest, bool) or not isinstance(longest, (Integral, torch.SymInt)):
         raise TypeError(
-            f"{most} is {longest!r}, but must be an integer: the length of the longest sequence."
+            f"{most} is {longest!r:.60}, but must be an integer: the length of the longest "
+            "sequence. Convert it with int()."
         )
     if is_readable(cu_seq):
         sizes = cu_seq.diff()

@@ -20,6 +20,7 @@ from additive_attn import (
     additive_attention_step,
     additive_scores,
     merge_attention,
+    varlen_additive_attention,
 )
 from additive_attn.ops import dispatch
 from additive_attn.spec.call import Call
@@ -511,6 +512,12 @@ def test_numbers_of_other_types():
     assert torch.equal(call(scale=numpy.float32(2)), call(scale=2))
     layer = AdditiveAttention(numpy.int64(8), numpy.int32(4), dropout=numpy.float32(0.5))
     assert type(layer.hidden_dim) is int and layer.dropout == 0.5
+    assert torch.equal(call(window=(numpy.int64(1), 0)), call(window=(1, 0)))
+    memory = layer.project(torch.randn(2, 3, 8)).expand(numpy.int64(2))
+    assert type(memory.beams) is int and memory.beams == 2
+    packed, ends, most = torch.randn(5, 4), torch.tensor([0, 2, 5]), numpy.int64(3)
+    out = varlen_additive_attention(packed, packed, packed, packed[0], ends, ends, most, most)
+    assert out.shape == (5, 4)
     with pytest.raises(TypeError, match=r"key_padding_mask is a ndarray.*torch.as_tensor"):
         call(key_padding_mask=numpy.zeros((2, 5), bool))
 
