@@ -138,7 +138,8 @@ def keep_entries(seed: Tensor, rows: int, keys: int, dropout_p: float) -> Tensor
 def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
     """Cross-correlation along the keys, ``(B, C, Lk)`` with ``(F, C, width)``. The convolutions of
     libraries are slow where inputs have one channel."""
-    return filters.reshape(filters.shape[0], -1) @ _windows(inputs, filters.shape[-1])
+    count, channels, width = filters.shape
+    return filters.reshape(count, channels * width) @ _windows(inputs, width)
 
 
 def location_features_backward(
