@@ -232,8 +232,9 @@ class _Scores(torch.autograd.Function):
                 if need_weight:
                     # Batched gradients have a rule for reshape, and none for flatten.
                     keys, width = energy.shape[-2:]
+                    count = math.prod(energy.shape[:-2])
                     rows = torch.bmm(
-                        grad_score.reshape(-1, 1, keys), energy.reshape(-1, keys, width)
+                        grad_score.reshape(count, 1, keys), energy.reshape(count, keys, width)
                     )
                     grad_weight = rows.sum((0, 1)).view(weight.shape)
             else:
