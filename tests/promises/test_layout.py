@@ -200,6 +200,24 @@ def test_size_zero(queries, zero, dtype):
             assert torch.equal(result[f"gradient of {name}"], torch.zeros_like(inputs[name]))
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("mask", ["all", "causal", "lengths"])
+@pytest.mark.parametrize("zero", ["batch", "queries", "keys", "hidden", "values"])
+def test_size_zero_beside_masks(zero, mask):
+    """Which exclude no pair."""
+    sizes = dict(batch=2, queries=1, keys=1, hidden=4, values=6) | {zero: 0}
+    batch, queries, keys, *features = sizes.values()
+    inputs = make((batch,), queries, keys, *features)
+    masks = {
+        "all": dict(attn_mask=torch.ones(queries, keys, dtype=torch.bool)),
+        "causal": dict(is_causal=True),
+        "lengths": dict(lengths=torch.full((batch,), keys)),
+    }
+    expected, found = everything(inputs), everything(inputs, **masks[mask])
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
 def test_one_key_has_all_the_weight():
     result = everything(make((2,), 3, 1, 8, 5))
     assert torch.equal(result["weights"], torch.ones(2, 3, 1))
