@@ -50,7 +50,7 @@ def attend_kernel(a: SimpleNamespace) -> Work:
         return Work((hot,), 4 * pairs)
     columns = a.values / a.BD
     products = Through({"HGMMA|HMMA|LDTM": 1, "MUFU": 0}, (columns, tiles, 1))
-    results = Through({"STG": 1, "MUFU": 0}, (columns, 1))
+    results = Through({"LDG": 1, "STG": 1, "MUFU": 0}, (columns, 1))
     return Work((hot, products, results), 4 * pairs)
 
 
