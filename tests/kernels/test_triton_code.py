@@ -124,12 +124,13 @@ BARS = {
     "query_kernel": (6.6, 0.5, 9),
     "key_kernel": (5.6, 0.5, 0),
 }
-# Instructions per tanh in all, on sm_90, at most: everything that a call does for each pair.
+# Instructions per tanh in all, on sm_90, at most: everything that a call does for each pair; with
+# versions before 3.9, which spill more around the hot loop.
 FORWARD = {
-    "float32": (call(*LONG, need_weights=False, upstream=()), 5.3),
-    "bfloat16": (call(*LONG, dtype=torch.bfloat16, need_weights=False, upstream=()), 4.9),
+    "float32": (call(*LONG, need_weights=False, upstream=()), 5.2, 5.4),
+    "bfloat16": (call(*LONG, dtype=torch.bfloat16, need_weights=False, upstream=()), 4.8, 5.0),
     "512 values": (
-        call(*LONG[:4], 512, dtype=torch.bfloat16, need_weights=False, upstream=()), 5.6
+        call(*LONG[:4], 512, dtype=torch.bfloat16, need_weights=False, upstream=()), 5.5, 5.9
     ),
 }  # fmt: skip
 BACKWARD = 18.6  # float32, scores computed again
@@ -199,8 +200,8 @@ def in_all(kernels):
 @figures
 @pytest.mark.parametrize("label", FORWARD)
 def test_instructions_in_all(label):
-    function, most = FORWARD[label]
-    assert in_all(compiled_calls("sm_90", function)) <= most
+    function, most, before = FORWARD[label]
+    assert in_all(compiled_calls("sm_90", function)) <= (most if VERSION >= (3, 9) else before)
 
 
 @figures
