@@ -3,6 +3,9 @@
 constexpr std::int64_t gradient_keys = strip_keys;              // of a tile in the pass over features
 constexpr std::int64_t part_elements = 2 * workspace_elements;  // of dq, over the splits
 
+// Fewer tasks than this leave threads idle: then keys are split into shorter ranges too.
+constexpr std::int64_t few_tasks = 4, few_split_keys = 256;
+
 // The pass over features works on two vectors of features at once, which share a reciprocal. It joins factors of a
 // single pair (i, j), so no pair depends on what another one holds, not even by rounding.
 constexpr int feature_vectors = 2;
@@ -47,7 +50,9 @@ struct FeatureTasks {
     piece = ws.rows == 1 ? width : F;
     pieces = width / piece;
     const std::int64_t keys = ws.key_end() - ws.key_begin(), most = part_elements / (ws.entries * ws.rows * width);
-    splits = std::max<std::int64_t>(1, std::min({tasks_wanted / (ws.entries * pieces), keys / split_keys, most}));
+    const std::int64_t tasks = ws.entries * pieces, few = ws.rows > 1 ? few_tasks / tasks : 1;
+    splits = std::max(std::min(tasks_wanted / tasks, keys / split_keys), std::min(few, keys / few_split_keys));
+    splits = std::max<std::int64_t>(1, std::min(splits, most));
     split = round_up((std::max<std::int64_t>(keys, 1) + splits - 1) / splits, gradient_keys);
     splits = (keys + split - 1) / split;
   }
