@@ -62,23 +62,20 @@ def row_gradient_kernel(a: SimpleNamespace) -> Work:
     )
 
 
-def query_kernel(a: SimpleNamespace) -> Work:
-    return _gradients(a, min(a.keys_per_split, a.key_count))
+def feature_kernel(a: SimpleNamespace) -> Work:
+    # Of four keys, two have one reciprocal for two features, and two have one for each.
+    loop = {"MUFU": 6 * a.RX, "MUFU.EX2": 0}
+    keys = min(a.keys_per_split, a.key_count)
+    return Work((Through(loop, (a.BLOCK / 4, keys / a.BLOCK)),), 8 * a.RX)
 
 
-def key_kernel(a: SimpleNamespace) -> Work:
-    return _gradients(a, min(a.rows_per_split, a.row_count))
-
-
-def _gradients(a: SimpleNamespace, length: int) -> Work:
-    reciprocals = 4 * a.RX * a.RH
-    hot = Through({"MUFU": reciprocals, "MUFU.EX2": 0}, (a.BLOCK / 4, length / a.BLOCK))
-    return Work((hot,), 2 * reciprocals)
+def key_sum_kernel(a: SimpleNamespace) -> Work:
+    return Work((Through({"LDG": 1, "FADD": 1}, (a.row_tiles,)),))
 
 
 WORK: dict[str, Callable[[SimpleNamespace], Work]] = {
     function.__name__: function
     for function in (
-        score_kernel, attend_kernel, row_gradient_kernel, query_kernel, key_kernel,
+        score_kernel, attend_kernel, row_gradient_kernel, feature_kernel, key_sum_kernel,
     )
 }  # fmt: skip

@@ -44,7 +44,7 @@ CHOICES: dict[str, list[Any]] = {
     "score_tile": [{"RN": 8}, {"TN": 8}, {"TM": 8, "TN": 32}, {"RM": 2, "TN": 32}, {"RN": 2}],
     "attend_tile": [{"RN": 8}, {"TN": 8}, {"TM": 8}, {"TM": 8, "TN": 32}, {"RM": 2, "TN": 32}],
     "attend_columns": [32, 128, 256],
-    "gradient_tile": [{"RX": 1}, {"RX": 2}, {"RX": 4}, {"RX": 8}, {"RX": 16}],
+    "gradient_tile": [{"RX": 4}, {"TX": 4, "TF": 8}, {"TX": 1, "TF": 32}],
 }  # fmt: skip
 # Those that matter in backward alone.
 BACKWARD = {"WORKSPACE_ELEMENTS", "score_tile", "gradient_tile"}

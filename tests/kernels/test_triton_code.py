@@ -110,7 +110,6 @@ OTHERS = ("sm_80", "sm_100", "gfx942")
 # holds a kernel to fewer registers than it needs at one place; 3.9 spills none.
 SPILLS = {
     ("score_kernel", "sm_100"): 40,
-    ("key_kernel", "sm_90"): 24,
     ("forward_kernel", "sm_90"): 32,
 }
 # Around the hot loop of one pass the sums of the values leave too few registers; what that costs
@@ -121,8 +120,7 @@ ONE_PASS_SPILLS = 1024 if VERSION >= (3, 9) else 2304
 BARS = {
     "score_kernel": (4.3, 0.25, 0),
     "attend_kernel": (4.3, 0.25, 0),
-    "query_kernel": (6.6, 0.5, 9),
-    "key_kernel": (5.6, 0.5, 0),
+    "feature_kernel": (7.5, 0.75, 0),
 }
 # Instructions per tanh in all, on sm_90, at most: everything that a call does for each pair; with
 # versions before 3.9, which spill more around the hot loop.
@@ -133,7 +131,7 @@ FORWARD = {
         call(*LONG[:4], 512, dtype=torch.bfloat16, need_weights=False, upstream=()), 5.5, 5.9
     ),
 }  # fmt: skip
-BACKWARD = 18.6  # float32, scores computed again
+BACKWARD = 13.3  # float32, scores computed again
 
 
 @functools.cache
@@ -215,7 +213,9 @@ def test_instructions_in_all_backward():
 @pytest.mark.parametrize("target", ["sm_80", "sm_100"])
 @pytest.mark.parametrize("name", BARS)
 def test_instructions_on_other_gpus(name, target):
-    assert instructions_per_tanh(name, target) <= 1.1 * instructions_per_tanh(name, "sm_90")
+    # The assembler of Triton 3.6 to 3.8 moves numbers about to pair them for sm_100.
+    most = 1.1 if VERSION >= (3, 9) or target != "sm_100" else 1.2
+    assert instructions_per_tanh(name, target) <= most * instructions_per_tanh(name, "sm_90")
 
 
 @pytest.mark.parametrize("queries", [1, 5])

@@ -175,10 +175,11 @@ class Problem:
         rows = piece.row, piece.row + piece.rows
         return key_range(*rows, self.keys, self.left, self.right)
 
-    def pieces(self, row_block: int = 1) -> list[Piece]:
+    def pieces(self, row_block: int = 1, features: int = 0) -> list[Piece]:
         return workspace_pieces(
-            self.entries, self.rows, self.keys, self.left, self.right, self.wide, row_block
-        )
+            self.entries, self.rows, self.keys, self.left, self.right, self.wide, row_block,
+            features,
+        )  # fmt: skip
 
 
 def _with_dense_table(call: Call) -> Call:

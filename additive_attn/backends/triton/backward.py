@@ -16,8 +16,9 @@ from torch import Tensor
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.decode_backward import Rows, decode_gradients, decode_rows
-from additive_attn.backends.triton.feature_gradients import key_kernel, query_kernel
-from additive_attn.backends.triton.launch import launch, target
+from additive_attn.backends.triton.feature_gradients import feature_kernel
+from additive_attn.backends.triton.key_sums import key_sum_kernel
+from additive_attn.backends.triton.launch import launch, registers, target
 from additive_attn.backends.triton.opposite import Flags, opposite_tiles
 from additive_attn.backends.triton.plan import Piece, splits
 from additive_attn.backends.triton.row_gradient import given_kernel, row_gradient_kernel
@@ -101,7 +102,9 @@ def backward(*arguments: Any) -> Results:
 
 
 def _pieces(p: Problem) -> list[Piece]:
-    return p.pieces(tiles.gradient_block(p.rows)) if p.entries and p.rows and p.keys else []
+    if not (p.entries and p.rows and p.keys):
+        return []
+    return p.pieces(tiles.gradient_block(p.rows), p.padded if p.hidden else 0)
 
 
 def scores_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,7 +114,8 @@ def scores_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need_mask = need_mask and p.float_mask is not None
     needs = Needs(need_query, need_key, False, need_weight, need_mask)
     if p.entries and p.rows == 1 and p.keys:
-        gradient = _given(p, Piece(0, p.entries, 0, 1), grad_scores, (1, p.keys))
+        gradient = grad_scores.new_empty((p.entries, 1, p.keys), dtype=p.accumulator)
+        _given(p, Piece(0, p.entries, 0, 1), grad_scores, gradient, 1, p.keys)
         results = _decode_results(p, Rows(gradient), needs, gradient, Upstream())
     else:
         pieces = _pieces(p)
@@ -119,7 +123,9 @@ def scores_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         for piece in pieces:
             key, end = p.key_range(piece)
             if key < end:
-                gradient = _given(p, piece, grad_scores, _padded(piece, end - key))
+                gradient = _fours(p, piece, end - key)
+                rows, keys = gradient.shape[2], 4 * gradient.shape[1]
+                _given(p, piece, grad_scores, gradient, rows, keys)
                 flags = None if p.wide else opposite_tiles(p, piece, key, end - key)
                 _add_from_scores(p, piece, gradient, flags, sums)
         results = _results(p, sums)
@@ -145,24 +151,27 @@ def _entries(x: Tensor, p: Problem, rank: int) -> Tensor:
     return x.to(p.accumulator).reshape(p.entries, *x.shape[2:]).contiguous()
 
 
-def _padded(piece: Piece, keys: int) -> tuple[int, int]:
-    """Rows and keys of a piece in whole blocks, without which the passes read no G."""
+def _fours(p: Problem, piece: Piece, keys: int) -> Tensor:
+    """For G of a piece, (entries, keys / 4, rows, 4), in whole blocks, without which the pass over
+    features reads none: a thread reads four keys of several rows at once."""
     row_block, key_block = tiles.gradient_block(piece.rows), tiles.gradient_block(keys)
-    return -(-piece.rows // row_block) * row_block, -(-keys // key_block) * key_block
+    rows, keys = -(-piece.rows // row_block) * row_block, -(-keys // key_block) * key_block
+    return torch.empty(piece.entries, keys // 4, rows, 4, dtype=p.accumulator, device=p.device)
 
 
-def _given(p: Problem, piece: Piece, grad_scores: Tensor, padded: tuple[int, int]) -> Tensor:
-    """G of a piece, (entries, *padded), from the gradient of the scores."""
+def _given(
+    p: Problem, piece: Piece, grad_scores: Tensor, gradient: Tensor, padded_rows: int,
+    padded_keys: int,
+) -> None:  # fmt: skip
+    """Fills G of a piece from the gradient of the scores."""
     entry, entries, row, rows = piece
     key, end = p.key_range(piece)
-    gradient = torch.empty(entries, *padded, dtype=p.accumulator, device=p.device)
     launch(
-        given_kernel, entries * padded[0], gradient,
+        given_kernel, entries * padded_rows, gradient,
         *p.batched(grad_scores, 2), *p.mask_arguments(), *p.length_arguments(), gradient,
-        p.batch.inner, entry, p.rows, row, rows, padded[0], p.keys, key, padded[1],
+        p.batch.inner, entry, p.rows, row, rows, padded_rows, p.keys, key, padded_keys,
         p.left, p.right, **tiles.row_block(end - key),
     )  # fmt: skip
-    return gradient
 
 
 def _add_piece(
@@ -181,13 +190,13 @@ def _add_piece(
     else:
         grad_out = upstream.out[of_entries, row : row + rows]
         products = grad_out @ values[of_entries, of_keys].mT
-    padded = _padded(piece, count)
-    gradient = scores.new_empty(entries, *padded)
+    gradient = _fours(p, piece, count)
+    key_padded, row_padded = 4 * gradient.shape[1], gradient.shape[2]
     launch(
-        row_gradient_kernel, entries * padded[0], scores,
+        row_gradient_kernel, entries * row_padded, scores,
         scores, products, gradient, lse, *p.batched(upstream.weights, 2),
         *p.batched(upstream.lse, 1), *p.dropout_arguments(),
-        p.batch.inner, entry, p.rows, row, rows, padded[0], key, count, padded[1],
+        p.batch.inner, entry, p.rows, row, rows, row_padded, key, count, key_padded,
         scores.shape[-1], **tiles.row_block(count),
     )  # fmt: skip
     if sums.value is not None and upstream.out is not None:
@@ -203,82 +212,87 @@ def _add_from_scores(
     p: Problem, piece: Piece, gradient: Tensor, flags: Flags | None, sums: Gradients
 ) -> None:
     """Adds what comes from G of a piece, padded: the gradients of mask, query, key and weight."""
+    entry, _, row, rows = piece
+    key, end = p.key_range(piece)
+    count = end - key
+    if sums.mask is not None:
+        of_rows = gradient.permute(0, 2, 1, 3).flatten(2)
+        _add_mask(p, of_rows[:, :rows, :count], entry, row, key, sums.mask)
+    if p.hidden == 0:
+        return
+    if sums.query is not None or sums.key is not None or sums.weight is not None:
+        _add_features(p, piece, gradient, flags, sums)
+
+
+def _add_features(
+    p: Problem, piece: Piece, gradient: Tensor, flags: Flags | None, sums: Gradients
+) -> None:
+    """Adds the gradients of query, key and weight."""
     entry, entries, row, rows = piece
     key, end = p.key_range(piece)
     count = end - key
     of_entries = slice(entry, entry + entries)
-    if sums.mask is not None:
-        _add_mask(p, gradient[:, :rows, :count], entry, row, key, sums.mask)
-    if p.hidden == 0:
-        return
-    inputs = (
+    key_padded, row_padded = 4 * gradient.shape[1], gradient.shape[2]
+    tile, block = tiles.gradient_tile(rows, p.padded, p.wide), tiles.gradient_block(count)
+    row_tiles = -(-rows // (tile["RX"] * tile["TX"]))
+    programs = entries * row_tiles * -(-p.padded // (2 * tile["TW"] * tile["TF"]))
+    ranges, per_range = splits(programs, count, block, p.processors)
+    # What roundings of the keys' exponentials leave out of dw comes from the sums of dk.
+    corrected = sums.weight is not None and not p.wide
+    summed = sums.key is not None or corrected
+    query = key_sums = weight_sums = of_query = of_weight = None
+    if sums.query is not None:
+        query = of_query = sums.query[of_entries, row : row + rows]
+        if ranges > 1:
+            query = gradient.new_empty(ranges, entries, rows, p.hidden)
+    if summed:
+        key_sums = gradient.new_empty(row_tiles, entries, -(-count // 4) * 4, p.padded)
+    sum_tile = tiles.KEY_SUM
+    shares, blocks = ranges * row_tiles, -(-count // sum_tile["BLOCK"])
+    if sums.weight is not None:
+        weight_sums = gradient.new_empty(shares + corrected * blocks, entries, p.hidden)
+    launch(
+        feature_kernel, programs * ranges, gradient,
         *p.inputs(), *p.prepared_rows_arguments(), p.weight, *p.weight_strides, gradient,
-        *(flags or (None, 1, 1)),
-    )  # fmt: skip
-    row_padded, key_padded = gradient.shape[1:]
-    sizes = (
+        None if flags is None else flags.tiles, query, key_sums, weight_sums,
         p.batch.inner, entries, entry, p.rows, row, rows, row_padded, p.keys, key, count,
-        key_padded, p.hidden, p.left, p.right, p.scale_bits,
+        key_padded, p.hidden, p.left, p.right, p.scale_bits, ranges, per_range,
+        **tile, BLOCK=block, padded=p.padded, FLAG_ROWS=1 if flags is None else flags.rows,
+        FLAG_KEYS=1 if flags is None else flags.keys, TARGET=target(), **registers(255),
     )  # fmt: skip
-
-    passes: list[tuple[Any, int, int, Tensor]] = []  # kernel, length, reduced index, result
-    if sums.query is not None or sums.weight is not None:
-        if sums.query is None:
-            total = gradient.new_empty(entries, rows, p.hidden)
-        else:
-            total = sums.query[of_entries, row : row + rows]
-        passes.append((query_kernel, rows, count, total))
-    if sums.key is not None or (sums.weight is not None and not p.wide):
-        if sums.key is None or sums.added:
-            total = gradient.new_empty(entries, count, p.hidden)
-        else:
-            total = sums.key[of_entries]
-        passes.append((key_kernel, count, rows, total))
-    plans = [_feature_plan(p, entries, kernel, *lengths) for kernel, *lengths, _ in passes]
-    # Shares of dw, of both passes: (split, tile; entry; feature).
-    of_weight = gradient.new_empty(sum(x.weights for x in plans), entries, p.hidden)
-    begin = 0
-    for (function, _, _, total), plan in zip(passes, plans, strict=True):
-        parts = total if plan.splits == 1 else gradient.new_empty(plan.splits, *total.shape)
+    if query is not None and of_query is not None and ranges > 1:
+        _total(query, of_query)
+    weight = None if sums.weight is None else sums.weight[of_entries]
+    whole = corrected and blocks == 1 and shares <= 32 and not sums.added
+    if summed:
+        of_key = None if sums.key is None else sums.key[of_entries, key:end]
+        if of_key is not None and sums.added:
+            of_key = gradient.new_empty(of_key.shape)
+        if corrected and weight_sums is not None:
+            of_weight = weight if whole else weight_sums[shares:]
+        _, key_rows, _, _, *key_strides = p.prepared_rows_arguments()
         launch(
-            function, plan.programs, gradient,
-            *inputs, parts, of_weight[begin:], *sizes, plan.splits, plan.per_split,
-            **plan.tile, BLOCK=plan.block, padded=p.padded, SPARSE=p.block_tiles is not None,
-            TARGET=target(),
+            key_sum_kernel, entries * blocks * -(-p.hidden // sum_tile["FEATURES"]), gradient,
+            p.key, *p.key_strides, key_rows, *key_strides, p.weight, *p.weight_strides,
+            key_sums, weight_sums if whole else None, of_key, of_weight,
+            p.batch.inner, entries, entry, row_tiles, key, count, p.keys, p.hidden, p.padded,
+            p.scale_bits, shares, **sum_tile,
         )  # fmt: skip
-        begin += plan.weights
-        if plan.splits > 1 and total.dtype == parts.dtype:
-            torch.sum(parts, 0, out=total)
-        elif plan.splits > 1:
-            total.copy_(parts.sum(0))
-    if sums.key is not None and sums.added:
-        sums.key[of_entries, key:end].add_(total)
-    if sums.weight is not None and sums.added:
-        sums.weight[of_entries].add_(of_weight.sum(0))
-    elif sums.weight is not None:
-        torch.sum(of_weight, 0, out=sums.weight[of_entries])
+        if of_key is not None and sums.key is not None and sums.added:
+            sums.key[of_entries, key:end].add_(of_key)
+    if weight is not None and weight_sums is not None and not whole:
+        if sums.added:
+            weight.add_(weight_sums.sum(0))
+        else:
+            torch.sum(weight_sums, 0, out=weight)
 
 
-class _FeaturePlan(NamedTuple):
-    """How a pass over the features is cut."""
-
-    tile: dict[str, int]
-    block: int
-    programs: int
-    splits: int
-    per_split: int
-    weights: int  # shares of dw that it leaves
-
-
-def _feature_plan(
-    p: Problem, entries: int, kernel: object, length: int, reduced: int
-) -> _FeaturePlan:
-    tile, block = tiles.gradient_tile(length, p.wide), tiles.gradient_block(reduced)
-    tile_count = -(-length // (tile["RX"] * tile["TX"]))
-    programs = entries * tile_count * -(-p.padded // (2 * tile["RH"] * tile["TH"]))
-    ranges, per_range = splits(programs, reduced, block, p.processors)
-    weights = 0 if p.wide and kernel is key_kernel else ranges * tile_count
-    return _FeaturePlan(tile, block, programs * ranges, ranges, per_range, weights)
+def _total(parts: Tensor, out: Tensor) -> None:
+    """The sum of parts, rounded once."""
+    if out.dtype == parts.dtype:
+        torch.sum(parts, 0, out=out)
+    else:
+        out.copy_(parts.sum(0))
 
 
 def _add_mask(

@@ -71,26 +71,3 @@ def batch_entry(n, inner):
     """Entry n with its indices into (outer, inner), in 64 bits, which offsets need. Divided in 32,
     which programs are counted in: a 64-bit division is a call of about a hundred instructions."""
     return n.to(tl.int64), (n // inner).to(tl.int64), (n % inner).to(tl.int64)
-
-
-@triton.jit
-def feature_tile(
-    length, begin, limit, padded, inner, splits, entry_begin,
-    RX: tl.constexpr, TX: tl.constexpr, RH: tl.constexpr, TH: tl.constexpr,
-):  # fmt: skip
-    """What a program takes: (entry, split, tile) and the number of tiles; its rows (or keys)
-    within the piece, [RX, TX], and in the input, not beyond ``limit``; its features, twice
-    [RH, TH]; the indices of its entry into (outer, inner)."""
-    tile_count = tl.cdiv(length, RX * TX)
-    feature_tiles = tl.cdiv(padded, 2 * RH * TH)
-    program = tl.program_id(0)
-    tile = program % tile_count
-    program = program // tile_count
-    h0 = program % feature_tiles * (2 * RH * TH)
-    program = program // feature_tiles
-    split = program % splits
-    n, o, m = batch_entry(entry_begin + program // splits, inner)
-    h = h0 + tl.arange(0, RH)[:, None] + RH * tl.arange(0, TH)[None, :]
-    c = tile * (RX * TX) + tl.arange(0, RX)[:, None] + RX * tl.arange(0, TX)[None, :]
-    x = tl.minimum(begin + c, limit - 1).to(tl.int64)
-    return n - entry_begin, split, tile, tile_count, c, x, (h, h + RH * TH), o, m

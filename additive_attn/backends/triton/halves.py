@@ -1,21 +1,19 @@
-"""Pairs of tensors, of two halves of the features: what the passes over features compute with."""
+"""Pairs of tensors, of even and odd features: what the pass over features computes with. They are
+[TW, TX, TF], or broadcast to that: features lie along warps and lanes, rows along the other lanes,
+and a thread has one of each, and neighbours of its features in the other tensor."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from additive_attn.backends.triton.numerics import exp_with_error, reciprocal, tanh, tanh_slope
-
-
-@triton.jit
-def add(x, y):
-    return x[0] + y[0], x[1] + y[1]
-
-
-@triton.jit
-def scaled(g, x):
-    return g * x[0], g * x[1]
+from additive_attn.backends.triton.numerics import (
+    exp_with_error,
+    reciprocal,
+    tanh,
+    tanh_slope,
+    tile4,
+)
 
 
 @triton.jit
@@ -24,92 +22,109 @@ def where(condition, x, y):
 
 
 @triton.jit
-def exponentials(x, direct, factor):
-    """e^{factor x} of both halves, 1 in rows that take the direct form, and their errors."""
-    direct = direct[:, None, :, None]
-    ea, ra = exp_with_error(tl.where(direct, 0.0, factor * x[0]))
-    eb, rb = exp_with_error(tl.where(direct, 0.0, factor * x[1]))
+def exponentials(x, direct):
+    """e^{2x} of both, 1 in rows that take the direct form, and their relative errors."""
+    ea, ra = exp_with_error(tl.where(direct, 0.0, 2.0 * x[0]))
+    eb, rb = exp_with_error(tl.where(direct, 0.0, 2.0 * x[1]))
     return (ea, eb), (ra / ea, rb / eb)
 
 
 @triton.jit
-def fractions(x, y, TARGET: tl.constexpr):
-    """s = 1 / (1 + x y) of both halves from one reciprocal: of a single pair (i, j), so that pairs
-    of rows and keys stay apart."""
+def fractions(x, y, APART: tl.constexpr, TARGET: tl.constexpr):
+    """s = 1 / (1 + x y) of both: from one reciprocal, which is of a single pair (i, j), so that
+    pairs of rows and keys stay apart; or from one each, which costs more special functions and
+    fewer other instructions."""
     ya = x[0] * y[0] + 1.0
     yb = x[1] * y[1] + 1.0
-    both = reciprocal(ya * yb, TARGET)
-    return both * yb, both * ya
+    if APART:
+        sa = reciprocal(ya, TARGET)
+        sb = reciprocal(yb, TARGET)
+    else:
+        joined = reciprocal(ya * yb, TARGET)
+        sa = joined * yb
+        sb = joined * ya
+    return sa, sb
 
 
 @triton.jit
 def slope(s):
-    """(1 - t^2) / 4 of both halves."""
+    """(1 - t^2) / 4 of both."""
     return s[0] - s[0] * s[0], s[1] - s[1] * s[1]
 
 
 @triton.jit
-def prepared(row, h, padded: tl.constexpr, TILE: tl.constexpr):
-    """Both halves of a prepared row, [1, RH, 1, TH]; 1 beyond the last feature, since what lies
-    there belongs to other rows."""
+def energies(x, y, s):
+    """t of both, with the digits that 1 - 2 s loses where t is small."""
+    return tl.fma(x[0], y[0], -1.0) * s[0], tl.fma(x[1], y[1], -1.0) * s[1]
+
+
+@triton.jit
+def prepared(place, h, padded: tl.constexpr, TILE: tl.constexpr):
+    """Both of a prepared row; 1 beyond the last feature, since what lies there belongs to other
+    rows. Every thread loads what it needs, without a conversion between layouts."""
     if padded % TILE == 0:
-        xa = tl.load(row + h[0])
-        xb = tl.load(row + h[1])
+        x = tl.load(place)
     else:
-        xa = tl.load(row + h[0], mask=h[0] < padded, other=1.0)
-        xb = tl.load(row + h[1], mask=h[1] < padded, other=1.0)
-    return xa[None, :, None, :], xb[None, :, None, :]
+        x = tl.load(place, mask=h[:, :, :, None] + tl.arange(0, 2) < padded, other=1.0)
+    return tl.split(x)
 
 
 @triton.jit
 def raw(row, h, hidden, stride, ACC: tl.constexpr):
-    """Both halves of a row of the input, [1, RH, 1, TH]; the last feature again beyond it."""
-    xa = tl.load(row + tl.minimum(h[0], hidden - 1).to(tl.int64) * stride).to(ACC)
-    xb = tl.load(row + tl.minimum(h[1], hidden - 1).to(tl.int64) * stride).to(ACC)
-    return xa[None, :, None, :], xb[None, :, None, :]
+    """Both of a row of the input; the last feature again beyond it."""
+    xa = tl.load(row + tl.minimum(h, hidden - 1).to(tl.int64) * stride).to(ACC)
+    xb = tl.load(row + tl.minimum(h + 1, hidden - 1).to(tl.int64) * stride).to(ACC)
+    return xa, xb
 
 
 @triton.jit
-def kept(rows, h, hidden, stride, ACC: tl.constexpr, again=None):
-    """The same of a tile of rows, [RX, RH, TX, TH], to stay in registers. A loop's layout follows
-    that of such loads, which follows the contiguity of their addresses. Here it is not the true
-    one but an order, last dim first, so that threads lie along TX and TH, registers along RX and
-    RH, which Triton 3.6 does not choose by itself. A multiple of 1: never a vector.
-
-    ``again``, a number >= 0: reads what the program has read before, which costs less than
-    registers through its loop. The addresses depend on it, since the compiler keeps those that
-    do not change in registers."""
-    if again is not None:
-        hidden = tl.maximum(hidden, -again)
-    a = rows + tl.minimum(h[0], hidden - 1).to(tl.int64)[None, :, None, :] * stride
-    b = rows + tl.minimum(h[1], hidden - 1).to(tl.int64)[None, :, None, :] * stride
-    a = tl.multiple_of(tl.max_contiguous(a, [1, 2, 4, 8]), [1, 1, 1, 1])
-    b = tl.multiple_of(tl.max_contiguous(b, [1, 2, 4, 8]), [1, 1, 1, 1])
-    VOLATILE: tl.constexpr = again is not None
-    return tl.load(a, volatile=VOLATILE).to(ACC), tl.load(b, volatile=VOLATILE).to(ACC)
+def rows_of(x, TW: tl.constexpr, TX: tl.constexpr, TF: tl.constexpr, RX: tl.constexpr):
+    """The tuple of RX slices [TW, TX, TF] of [TW, TX, TF, RX]."""
+    if RX == 2:
+        return tl.split(x)
+    elif RX == 4:
+        return tile4(x, TW, TX, TF)
+    else:
+        even, odd = tl.split(tl.reshape(x, [TW, TX, TF, 4, 2]))
+        x0, x2, x4, x6 = tile4(even, TW, TX, TF)
+        x1, x3, x5, x7 = tile4(odd, TW, TX, TF)
+        return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit
-def direct(x, y, g, TARGET: tl.constexpr):
-    """g (1 - t^2) / 4 and g t with t = tanh(x + y); a pair with G = 0 contributes exactly 0."""
-    z = x + y
-    t = tanh(z, TARGET)
-    counts = g != 0.0
-    return (
-        tl.where(counts, g * tanh_slope(z, t) * 0.25, 0.0),
-        tl.where(counts, g * t, 0.0),
-    )
+def _joined(x, y):
+    """[..., 2 N] of [..., N], one of each in turn."""
+    z = tl.join(x, y)
+    return tl.reshape(z, [z.shape[0], z.shape[1], z.shape[2], 2 * z.shape[3]])
+
+
+@triton.jit
+def of_rows(x, RX: tl.constexpr):
+    """[TW, TX, TF, RX] of a tuple of slices [TW, TX, TF]."""
+    if RX == 2:
+        return tl.join(x[0], x[1])
+    elif RX == 4:
+        return _joined(tl.join(x[0], x[2]), tl.join(x[1], x[3]))
+    else:
+        even = _joined(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
+        odd = _joined(tl.join(x[1], x[5]), tl.join(x[3], x[7]))
+        return _joined(even, odd)
 
 
 @triton.jit
 def direct_pairs(x, y, g, TARGET: tl.constexpr):
-    """``direct`` of both halves: the slopes, and the terms of dw."""
-    da, ta = direct(x[0], y[0], g, TARGET)
-    db, tb = direct(x[1], y[1], g, TARGET)
-    return (da, db), (ta, tb)
+    """g (1 - t^2) / 4 and g t of both, with t = tanh(x + y); a pair with G = 0 contributes
+    exactly 0."""
+    za = x[0] + y[0]
+    zb = x[1] + y[1]
+    ta = tanh(za, TARGET)
+    tb = tanh(zb, TARGET)
+    counts = g != 0.0
+    slopes = g * tanh_slope(za, ta) * 0.25, g * tanh_slope(zb, tb) * 0.25
+    return where(counts, slopes, (0.0, 0.0)), where(counts, (g * ta, g * tb), (0.0, 0.0))
 
 
 @triton.jit
-def over_rows(x):
-    """The sums over a thread's rows, [RH, TX, TH]."""
-    return tl.sum(x[0], 0), tl.sum(x[1], 0)
+def weighted(x, weight, scale):
+    """4 scale w_h x. Where no pair has contributed that is 0 beside any weight."""
+    return tl.where(x == 0.0, 0.0, x * 4.0 * scale * weight)

@@ -17,15 +17,21 @@ class Piece(NamedTuple):
 
 
 def workspace_pieces(
-    entries: int, rows: int, keys: int, left: int, right: int, wide: bool, row_block: int = 1
-) -> list[Piece]:
-    """Pieces whose scores, padded to whole blocks, fit the workspace. A single row always does."""
+    entries: int, rows: int, keys: int, left: int, right: int, wide: bool, row_block: int = 1,
+    features: int = 0,
+) -> list[Piece]:  # fmt: skip
+    """Pieces whose scores, padded to whole blocks, fit the workspace, and whose sums of so many
+    features per key, but for those of one tile of rows, fit twice as much. A single row always
+    does."""
     budget = tiles.WORKSPACE_ELEMENTS
     key_block = tiles.score_tile(rows, wide).keys
 
     def size(some_rows: int) -> int:
         some_keys = max(1, min(keys, some_rows + left + right))
-        return -(-some_rows // row_block) * row_block * (-(-some_keys // key_block) * key_block)
+        scores = -(-some_rows // row_block) * row_block * (-(-some_keys // key_block) * key_block)
+        tile = tiles.gradient_tile(some_rows, features, wide)
+        further_tiles = -(-some_rows // (tile["RX"] * tile["TX"])) - 1
+        return max(scores, further_tiles * some_keys * features // 2)
 
     some_rows = rows
     while some_rows > 1 and size(some_rows) > budget:

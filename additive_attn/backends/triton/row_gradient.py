@@ -20,8 +20,9 @@ def row_gradient_kernel(
     inner, entry_begin, rows, row_begin, row_count, row_padded, key_begin, key_count, key_padded,
     score_padded, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``gradient`` becomes G, with zeros up to its padded size, and ``scores`` P o D. ``products``
-    is dO V^T. P is divided by its sum, which takes out the rounding of lse."""
+    """``gradient`` becomes G in fours of keys, [key_padded / 4][row_padded][4], zeros up to its
+    padded size, and ``scores`` P o D. ``products`` is dO V^T. P is divided by its sum, which takes
+    out the rounding of lse."""
     ACC: tl.constexpr = scores.dtype.element_ty
     program = tl.program_id(0)
     r = program % row_padded
@@ -31,7 +32,9 @@ def row_gradient_kernel(
     inside = r < row_count
     scores += (entry * row_count + r) * score_padded
     products += (entry * row_count + r) * key_count
-    gradient += (entry * row_padded + r) * key_padded
+    gradient += entry * row_padded * key_padded + 4 * r
+    b4 = 4 * tl.arange(0, BLOCK // 4)[:, None]
+    fours = row_padded.to(tl.int64) * b4 + tl.arange(0, 4)[None, :]  # [BLOCK / 4, 4]
     if grad_weights is not None:
         grad_weights += o * gw_outer + m * gw_inner + i.to(tl.int64) * gw_row
     b = tl.arange(0, BLOCK)
@@ -69,7 +72,8 @@ def row_gradient_kernel(
             else:
                 p *= inverse
                 g = tl.where(attended, p * (g - delta), 0.0)
-                tl.store(gradient + j, g, mask=j < key_padded)
+                to = gradient + row_padded.to(tl.int64) * key0 + fours
+                tl.store(to, tl.reshape(g, [BLOCK // 4, 4]), mask=key0 + b4 < key_padded)
                 # A score may lie in several threads.
                 tl.debug_barrier()
                 tl.store(scores + j, p * factor, mask=j < key_count)
@@ -81,8 +85,8 @@ def row_gradient_kernel(
                 grad_lse += o * gl_outer + m * gl_inner + i.to(tl.int64) * gl_row
                 delta -= tl.load(grad_lse, mask=inside, other=0.0)
     for key0 in range(tl.cdiv(count, BLOCK) * BLOCK, key_padded, BLOCK):
-        j = key0 + b
-        tl.store(gradient + j, tl.zeros([BLOCK], ACC), mask=j < key_padded)
+        to = gradient + row_padded.to(tl.int64) * key0 + fours
+        tl.store(to, tl.zeros([BLOCK // 4, 4], ACC), mask=key0 + b4 < key_padded)
 
 
 @kernel
@@ -93,12 +97,12 @@ def given_kernel(
     inner, entry_begin, rows, row_begin, row_count, row_padded, keys, key_begin, key_padded,
     left, right, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``gradient`` becomes G as it is given, with zeros where a pair is masked, whatever lies
-    there, and up to its padded size."""
+    """``gradient`` becomes G as it is given, laid out as above, with zeros where a pair is masked,
+    whatever lies there, and up to its padded size."""
     program = tl.program_id(0)
     r = program % row_padded
     n, o, m = batch_entry(entry_begin + program // row_padded, inner)
-    gradient += ((n - entry_begin) * row_padded + r) * key_padded
+    gradient += (n - entry_begin) * row_padded * key_padded + 4 * r
     if mask is not None:
         mask += o * mask_outer + m * mask_inner
     if lengths is not None:
@@ -114,4 +118,5 @@ def given_kernel(
         _bias, attended = attended_pairs(low, high, mask, mask_row, mask_column, tiles, i, j)
         place = grad_scores + j.to(tl.int64) * gs_column
         g = tl.load(place, mask=attended, other=0.0).to(gradient.dtype.element_ty)  # [1, BLOCK]
-        tl.store(gradient + c[None, :], g, mask=(c < key_padded)[None, :])
+        to = gradient + (c // 4).to(tl.int64) * (4 * row_padded) + c % 4
+        tl.store(to[None, :], g, mask=(c < key_padded)[None, :])

@@ -76,12 +76,18 @@ def row_block(keys: int) -> dict[str, int]:
     return {"BLOCK": 256, "num_warps": 2} if keys <= 4096 else {"BLOCK": 2048, "num_warps": 8}
 
 
-def gradient_tile(length: int, wide: bool = False) -> dict[str, int]:
-    """For the passes over features: RX rows (or keys) by 2 RH features per thread, TX by TH
-    threads."""
-    if length > 16:
-        return {"RX": 2, "TX": 32, "RH": 2 if wide else 4, "TH": 8, "num_warps": 8}
-    return {"RX": 1, "TX": 16, "RH": 4, "TH": 16, "num_warps": 8}
+def gradient_tile(rows: int, padded: int, wide: bool = False) -> dict[str, int]:
+    """For the pass over features: RX rows by two features per thread, TX by TF lanes of TW
+    warps."""
+    TX, TF = (8, 4) if wide else (2, 16)
+    TW = min(4, power_of_two(-(-padded // (2 * TF))))
+    if not wide and padded > 64 and padded % 128:
+        TW = 2
+    RX = 8 if rows > 8 else 4 if rows > 4 else 2
+    return {"RX": 2 if wide else RX, "TX": TX, "TW": TW, "TF": TF, "num_warps": TW}
+
+
+KEY_SUM = {"BLOCK": 64, "FEATURES": 32, "num_warps": 4}  # for the sums over tiles of rows
 
 
 def gradient_block(length: int) -> int:

@@ -1,0 +1,59 @@
+"""dk from the sums that the tiles of rows leave, and their share of dw (math.md, section 3.3)."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from additive_attn.backends.triton.batch import batch_entry
+from additive_attn.backends.triton.halves import exponentials, weighted
+from additive_attn.backends.triton.launch import kernel
+from additive_attn.backends.triton.numerics import number
+from additive_attn.backends.triton.prepare import SAFE
+
+
+@kernel
+def key_sum_kernel(
+    key, key_outer, key_inner, key_row, key_h, key_rows, key_exp_outer, key_exp_inner,
+    weight, weight_outer, weight_inner, weight_h, key_sums, weight_sums, grad_key, grad_weight,
+    inner, entries, entry_begin, row_tiles, key_begin, key_count, keys, hidden, padded,
+    scale_bits, splits,
+    BLOCK: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """A block of keys and features of the tiles' sums of ``feature_kernel``: dk, and what the
+    roundings of the stored e^{2k} leave out of dw to [key block][entry]. With ``weight_sums``,
+    of ``splits`` shares, dw as a whole."""
+    ACC: tl.constexpr = key_sums.dtype.element_ty
+    program = tl.program_id(0)
+    blocks = tl.cdiv(key_count, BLOCK)
+    block = program % blocks
+    program = program // blocks
+    feature_tiles = tl.cdiv(hidden, FEATURES)
+    f = program % feature_tiles * FEATURES + tl.arange(0, FEATURES)
+    n, o, m = batch_entry(entry_begin + program // feature_tiles, inner)
+    entry = n - entry_begin
+    c = block * BLOCK + tl.arange(0, BLOCK)
+    inside = (c < key_count)[:, None] & (f < hidden)[None, :]
+    stored = tl.cdiv(key_count, 4) * 4
+    place = (entry * stored + c)[:, None] * padded + f[None, :]
+    total = tl.zeros([BLOCK, FEATURES], ACC)
+    for tile in range(0, row_tiles):
+        from_tile = key_sums + tl.cast(tile, tl.int64) * entries * stored * padded
+        total += tl.load(from_tile + place, mask=inside, other=0.0)
+    h = tl.minimum(f, hidden - 1).to(tl.int64)
+    scale = number(scale_bits).to(ACC)
+    if grad_key is not None:
+        w = tl.load(weight + o * weight_outer + m * weight_inner + h * weight_h).to(ACC)
+        to = grad_key + (entry * key_count + c)[:, None] * hidden + f[None, :]
+        tl.store(to, weighted(total, w[None, :], scale), mask=inside)
+    if grad_weight is not None:
+        j = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
+        place = key + o * key_outer + m * key_inner + j[:, None] * key_row + h[None, :] * key_h
+        k = tl.load(place).to(ACC)
+        size = tl.load(key_rows.size + o * key_exp_outer + m * key_exp_inner + j)[:, None]
+        _K, error = exponentials((k, k), size > SAFE)
+        share = tl.sum(tl.where(inside, 2.0 * total * error[0], 0.0), 0) * scale
+        if weight_sums is not None:
+            for part in range(0, splits):
+                of_part = weight_sums + (tl.cast(part, tl.int64) * entries + entry) * hidden
+                share += tl.load(of_part + f, mask=f < hidden, other=0.0)
+        tl.store(grad_weight + (block * entries + entry) * hidden + f, share, mask=f < hidden)
