@@ -77,6 +77,8 @@ COMPILED = @echo "==> compiled kernels in an emulator of PTX: $(1) sm_$(2)"; $(1
 	ADDITIVE_ATTN_PTX='$(abspath $(ADDITIVE_ATTN_PTX))' $(PYTEST) --quiet --compiled $(2)
 FEATURES := tests/kernels/test_compiled.py tests/kernels/test_triton.py
 STEPS    := $(patsubst %,tests/kernels/test_%.py,triton_steps triton_probe compiled_plans)
+# Where approximate instructions cost most.
+NOISY    := tests/kernels/test_triton.py -k '(magnitudes and 10) or (around and 150)'
 CENTRE   := $(FEATURES) -k 'compiled or sizes or magnitudes or repeats'
 OLDEST_TRITON := $(abspath $(VENV))/triton-3.6.0
 
@@ -88,6 +90,7 @@ ifneq ($(wildcard $(ADDITIVE_ATTN_PTX)),)
 compiled: build
 	$(call COMPILED,,80 $(FEATURES) $(STEPS))
 	$(call COMPILED,PTX_BACKWARDS=1,80 $(CENTRE))
+	$(call COMPILED,PTX_NOISE=1,80 $(NOISY))
 	@$(MAKE) --no-print-directory compiled-oldest || { [ ! -d $(OLDEST_TRITON) ] && \
 		echo "==> compiled kernels: Triton 3.6 is left out, it does not install"; }
 
