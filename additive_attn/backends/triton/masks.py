@@ -76,6 +76,30 @@ def attended_pairs(low, high, mask, mask_row, mask_column, tiles, i, j):
 
 
 @triton.jit
+def attending(
+    empty, low, high, mask, mask_row, mask_column, block_tiles, row0, first, last,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
+):  # fmt: skip
+    """Which of the rows [RM, TM] whose sum is 0 attend to a key in [first, last): all their scores
+    have overflowed."""
+    attends = tl.maximum(low, first) < tl.minimum(high, last)  # [RM, 1, TM, 1]
+    attends = tl.reshape(attends, [RM, TM]) & empty
+    if mask is not None:
+        if tl.max(attends.to(tl.int32)) != 0:
+            found = tl.zeros([RM, TM], tl.int32)
+            i = row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]
+            j = TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]
+            for key0 in range(first, last, RN * TN):
+                _bias, attended = attended_pairs(
+                    low, high, mask, mask_row, mask_column, block_tiles,
+                    i[:, None, :, None], key0 + j[None, :, None, :],
+                )  # fmt: skip
+                found = tl.maximum(found, tl.max(tl.max(attended.to(tl.int32), 3), 1))
+            attends &= found != 0
+    return attends
+
+
+@triton.jit
 def stored(score, attended):
     """Scores as kernels keep them: see the head of this file. NaN stays NaN."""
     if score.dtype == tl.float64:

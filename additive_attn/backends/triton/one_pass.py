@@ -29,7 +29,7 @@ from additive_attn.backends.triton.launch import (
     registers,
     target,
 )
-from additive_attn.backends.triton.masks import attended_pairs, stored, stored_top
+from additive_attn.backends.triton.masks import attending, stored, stored_top
 from additive_attn.backends.triton.numerics import exp, number
 from additive_attn.backends.triton.plan import pass_splits
 from additive_attn.backends.triton.score_tiles import (
@@ -81,6 +81,19 @@ def _add_nonfinite(acc, p, value, value_row, key0, last, inside_d):
 
 
 @triton.jit
+def _add_finite(acc, p, value, value_row, key0, last, inside_d, again):
+    """acc + P V of a tile, key by key. ``again``: without the values that are not finite."""
+    BN: tl.constexpr = p.shape[1]
+    c = tl.arange(0, BN)[None, :]
+    for k in range(0, tl.minimum(last - key0, BN)):
+        at = value + (key0 + tl.cast(k, tl.int64)) * value_row
+        v = tl.load(at, mask=inside_d, other=0.0).to(acc.dtype)  # [1, BD]
+        v = tl.where(again & ((tl.abs(v) < float("inf")) == 0), 0.0, v)
+        acc += tl.sum(tl.where(c == k, p, 0.0), 1)[:, None] * v
+    return acc
+
+
+@triton.jit
 def _weighted_sum(
     acc, p, attended, value, value_row, value_column, key0, last, d, values, again,
     PRECISION: tl.constexpr, TARGET: tl.constexpr,
@@ -91,44 +104,32 @@ def _weighted_sum(
     j = key0 + tl.arange(0, BN)
     inside_d = (d < values)[None, :]
     value += d[None, :].to(tl.int64) * value_column
-    v = tl.load(  # [BN, BD]
-        value + j[:, None].to(tl.int64) * value_row, mask=(j < last)[:, None] & inside_d, other=0.0
-    )
-    if again:
-        finite = tl.abs(v.to(acc.dtype)) < float("inf")
-        if tl.min(finite.to(tl.int32)) == 0:
+    if acc.dtype == tl.float64:
+        # Triton 3.6 does not compile some products.
+        acc = _add_finite(acc, p, value, value_row, key0, last, inside_d, again)
+        if again:
             marked = tl.where((p == 0.0) & _often_enough(_in_order(attended), p.shape[0]), -1.0, p)
             acc = _add_nonfinite(acc, marked, value, value_row, key0, last, inside_d)
-        v = tl.where(finite, v, 0.0)
-    p_v = p.to(v.dtype)
-    if TARGET == "none":  # NumPy has no bfloat16
-        return tl.dot(p_v.to(acc.dtype), v.to(acc.dtype), acc, out_dtype=acc.dtype)
     else:
-        return tl.dot(p_v, v, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
-def _attending(
-    empty, low, high, mask, mask_row, mask_column, block_tiles, row0, first, last,
-    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
-):  # fmt: skip
-    """Which of the rows [RM, TM] whose sum is 0 attend to a key in [first, last): all their scores
-    have overflowed."""
-    attends = tl.maximum(low, first) < tl.minimum(high, last)  # [RM, 1, TM, 1]
-    attends = tl.reshape(attends, [RM, TM]) & empty
-    if mask is not None:
-        if tl.max(attends.to(tl.int32)) != 0:
-            found = tl.zeros([RM, TM], tl.int32)
-            i = row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]
-            j = TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]
-            for key0 in range(first, last, RN * TN):
-                _bias, attended = attended_pairs(
-                    low, high, mask, mask_row, mask_column, block_tiles,
-                    i[:, None, :, None], key0 + j[None, :, None, :],
-                )  # fmt: skip
-                found = tl.maximum(found, tl.max(tl.max(attended.to(tl.int32), 3), 1))
-            attends &= found != 0
-    return attends
+        v = tl.load(  # [BN, BD]
+            value + j[:, None].to(tl.int64) * value_row,
+            mask=(j < last)[:, None] & inside_d,
+            other=0.0,
+        )
+        if again:
+            finite = tl.abs(v.to(acc.dtype)) < float("inf")
+            if tl.min(finite.to(tl.int32)) == 0:
+                marked = tl.where(
+                    (p == 0.0) & _often_enough(_in_order(attended), p.shape[0]), -1.0, p
+                )
+                acc = _add_nonfinite(acc, marked, value, value_row, key0, last, inside_d)
+            v = tl.where(finite, v, 0.0)
+        p_v = p.to(v.dtype)
+        if TARGET == "none":  # NumPy has no bfloat16
+            acc = tl.dot(p_v.to(acc.dtype), v.to(acc.dtype), acc, out_dtype=acc.dtype)
+        else:
+            acc = tl.dot(p_v, v, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    return acc
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def _row_results(
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
 ):  # fmt: skip
     """Stores what is known of rows [RM, TM]; what their sums of values are multiplied by."""
-    attends = _attending(
+    attends = attending(
         total == 0.0, low, high, mask, mask_row, mask_column, block_tiles, row0, first, last,
         RM, TM, RN, TN,
     )  # fmt: skip
