@@ -1,17 +1,17 @@
 // Pairs whose q and k cancel: q near c, k near -c in every feature. Their scores are far below what the rounding of
-// e^{-2q} and e^{2k} does to them, while the plain layer rounds q + k alone. A row with such a pair takes another form
+// e^{-2q} and e^{2k} does to them, while the plain layer rounds q + k alone. A row with such a pair takes the direct form
 // (math.md, 2.2).
 
 constexpr int most_rows = 128;                    // query rows of a block
 constexpr int probe_group = 8, most_probes = 16;  // the second group serves where many pairs pass the first
 
 // q and k cancel where all terms |w (q + k)| are at most this part of the largest |w|, in the centred form times the
-// largest |q| and |k|. The factored form rounds sums of size sum |w| besides.
-constexpr float small_energy_factored = 0.2f, small_energy_centred = 0.15f, small_energy_difference = 0.1f;
+// largest |q| and |k|.
+constexpr float small_energy_other = 0.1f, small_energy_centred = 0.15f;
 constexpr float small_energy = 0.4f;  // of the first and the last attended key: where both cancel, others do
 
-// It matters where a rounding of every tanh changes the scores by more than this; that of the softmax is about 1.
-constexpr double rounding_factored = 0.3, rounding_other = 1;
+// It matters where a rounding of every tanh changes the scores by more than that of the softmax, which is about this.
+constexpr double rounding_of_softmax = 1;
 
 // Few pairs of ordinary rows and keys agree in a handful of features of large weight, the probes. The axis of a probe's
 // terms w k is cut into intervals as wide as the limit. For each of them, bits tell which keys of a tile have their term
@@ -31,11 +31,15 @@ class Cancellation {
     probes = 0;
     T above = T(INFINITY);
     for (const T least : {T(0.7) * most, T(0.35) * most, T(0)}) {
-      for (std::int64_t h = 0; h < hidden && probes < most_probes && matters(factored); ++h)
+      for (std::int64_t h = 0; h < hidden && probes < most_probes && matters(); ++h)
         if (std::fabs(w[h]) > least && std::fabs(w[h]) <= above) probe[probes++] = h;
       above = least;
     }
     for (int i = probes; i < most_probes; ++i) probe[i] = 0;
+  }
+
+  // Forgets the rows of another block.
+  void begin_rows() {
     for (Screen& screen : screens) screen.width = 0;
   }
 
@@ -48,42 +52,33 @@ class Cancellation {
     for (Screen& screen : screens) screen.packed = 0;
   }
   void take_key(std::int64_t j) {  // each of them, while it is in the cache
-    if (matters(factored)) gather(0, key + j * row, first_group + j * probe_group);
+    if (matters()) gather(0, key + j * row, first_group + j * probe_group);
   }
 
   // The form of row r, which would take `form` but for cancelling pairs. size: its largest |q|; most: that or the
   // largest |k| that it attends to; attended(j): does it attend to key j of the tile?
   template <class Attended>
   Form row_form(Form form, std::int64_t r, const T* q, Bits size, Bits most, Attended attended) {
-    if (form == direct || !matters(form)) return form;
-    const T share = form == factored  ? small_energy_factored
-                    : form == centred ? small_energy_centred
-                                      : small_energy_difference;
-    const T limit = share * largest_weight, deep = matters(direct) ? small_energy_difference * largest_weight : T(-1);
+    if (form == direct || !matters()) return form;
+    const bool relative = form == centred;
+    const T limit = (relative ? small_energy_centred : small_energy_other) * largest_weight;
+    const T usual = small_energy * largest_weight;
     std::int64_t from = attended.first(), to = attended.last();
     while (from < to && !attended(from)) ++from;
     while (from < to && !attended(to)) --to;
-    const T usual = small_energy * largest_weight;
-    const bool centre = form == centred;
-    const bool usually = cancels(q, size, from, usual, centre) >= T(0) && cancels(q, size, to, usual, centre) >= T(0);
-    if (usually && matters(direct)) return direct;
-    Form result = usually ? difference : form;
-    Screen& screen = screens[form == centred];
-    screen.prepare(limit * (form == centred ? power_above(as_number<T>(most)) : T(1)));
+    if (cancels(q, size, from, usual, relative) && cancels(q, size, to, usual, relative)) return direct;
+    Screen& screen = screens[relative];
+    screen.prepare(limit * (relative ? power_above(as_number<T>(most)) : T(1)));
     std::uint64_t near[words];
     std::fill(near, near + words, ~std::uint64_t(0));
     for (int group = 0; group * probe_group < probes && screen.narrow(*this, group, r, q, near);) ++group;
     for (int word = 0; word < words; ++word) {
       for (; near[word]; near[word] &= near[word] - 1) {
         const std::int64_t j = word * 64 + __builtin_ctzll(near[word]);
-        if (j >= count || !attended(j)) continue;
-        const T term = cancels(q, size, j, limit, centre);
-        if (term < T(0)) continue;
-        if (form != factored || term <= deep) return direct;
-        result = difference;
+        if (j < count && attended(j) && cancels(q, size, j, limit, relative)) return direct;
       }
     }
-    return result;
+    return form;
   }
 
  private:
@@ -163,7 +158,7 @@ class Cancellation {
     for (int i = 0; i < probe_group; ++i) to[i] = x[probe[group * probe_group + i]];
   }
 
-  bool matters(Form form) const { return rounding > (form == factored ? rounding_factored : rounding_other); }
+  bool matters() const { return hidden > 0 && rounding > rounding_of_softmax; }
 
   static T power_above(T x) {
     int exponent = 0;
@@ -171,19 +166,17 @@ class Cancellation {
     return std::ldexp(T(1), exponent);
   }
 
-  // The largest |w (q + k)| of key j, or -1 where it exceeds the limit: most calls end at once.
-  T cancels(const T* q, Bits q_size, std::int64_t j, T limit, bool relative) const {
+  // Are all |w (q + k)| of key j within the limit? Most calls end at once.
+  bool cancels(const T* q, Bits q_size, std::int64_t j, T limit, bool relative) const {
     const T* k = key + j * row;
     if (relative) limit *= as_number<T>(std::max(q_size, sizes[j]));
-    UVec<T> most = {};
     for (std::int64_t h = 0; h < hidden; h += L) {
       const std::int64_t some = hidden - h;
       const UVec<T> x =
           magnitude<T>(load_part<T>(w + h, some, 0) * (load_part<T>(q + h, some, 0) + load_part<T>(k + h, some, 0)));
-      if (any<T>((UVec<T>)(x > ordered_bits<T>(limit)))) return T(-1);
-      most = x > most ? x : most;
+      if (any<T>((UVec<T>)(x > ordered_bits<T>(limit)))) return false;
     }
-    return as_number<T>(largest_lane<T>(most));
+    return true;
   }
 
   const T *w = nullptr, *key = nullptr;

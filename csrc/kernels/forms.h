@@ -13,28 +13,28 @@
 //     form        when                  numerator z        denominator y       result
 //     centred     |q|, |k| <= 1         w beta - w alpha   beta + (2 + alpha)  sum z/y    alpha = a - 1, beta = b - 1
 //     difference  |q|, |k| <= safe      w (b - a)          b + a               sum z/y
-//     factored    the same              w a                b + a               sum (w - 2 z/y)
+//     matched     the same              of two features    of two features     sum z/y    (matched.h)
 //     direct      otherwise, NaN, Inf   w P(q + k)         Q(q + k)            sum z/y    tanh = P / Q
 //
-// (math.md, eq. 4 to 7). `factored` is the fastest. Every tanh has an absolute error of an ulp of 1, as the plain layer
-// has where tanh is near 1. Over many features these errors average out better than the plain layer's. With few
-// features, or without fused multiply-add, which spares the joining its roundings, `difference` keeps the sum as small
-// as the score. `centred` keeps the relative error where q and k are small. `direct` evaluates a tanh per pair, so it
-// keeps the relative error of q + k. It serves beyond the range of the others, for NaN and Inf, and where q and k
-// cancel: if q is near c and k near -c for all pairs, the errors of the other forms would exceed the plain layer's
-// (cancellation.h). The form is chosen per query row and key tile, from attended keys alone. So neither masked keys nor
-// the number of threads change a result.
+// (math.md, eq. 4 to 7 and 29). All of them keep sums as small as the scores. `matched` is the fastest for many features.
+// With few of them, or without fused multiply-add, which spares the joining its roundings, `difference` rounds less.
+// `centred` keeps the relative error where q and k are small, and with many features serves up to a quarter alone.
+// `direct` evaluates a tanh per pair, so it keeps the relative error of q + k. It serves beyond the range of the others,
+// for NaN and Inf, and where q and k cancel: if q is near c and k near -c for all pairs, the errors of the other forms
+// would exceed the plain layer's (cancellation.h). The form is chosen per query row and key tile, from attended keys
+// alone. So neither masked keys nor the number of threads change a result.
 //
 // The weights are divided by a power of two so that |w| <= 2 and no numerator overflows.
 //
-// Lanes run over keys: a tile is packed as [block of 2 vectors of keys][h][key], a query row as [4 features][constant].
+// Lanes run over keys: a tile is packed as [block of 2 vectors of keys][h][key], a query row as [4 features][constant];
+// matched.h has its own order.
 
-enum Form { centred, difference, factored, direct };
+enum Form { centred, difference, matched, direct };
 constexpr int forms = 4;
 
 constexpr int features_cached = 128;         // so many features of a key block stay in the first-level cache
-constexpr int difference_max_features = 64;  // up to so many, `difference` rather than `factored`
-constexpr int features_per_sum = 32;         // partial sums are centred after so many features, which keeps them small
+constexpr int difference_max_features = 64;  // up to so many, `difference` rather than `matched`
+constexpr int features_per_sum = 32;         // of a partial sum
 
 // Constants per feature of a query row.
 constexpr int constants(Form form) { return form == centred ? 3 : 2; }
@@ -44,8 +44,9 @@ Form choose_form(typename Simd<T>::Bits query, typename Simd<T>::Bits key, typen
                  std::int64_t hidden) {
   const auto most = std::max(query, key);
   if (most > ordered_bits<T>(Range<T>::safe) || weight >= ordered_bits<T>(INFINITY)) return direct;
-  if (most <= ordered_bits<T>(1)) return centred;
-  return fused_multiply_add && hidden > difference_max_features ? factored : difference;
+  const bool few = !fused_multiply_add || hidden <= difference_max_features;
+  if (most <= ordered_bits<T>(few ? T(1) : T(0.25))) return centred;
+  return few ? difference : matched;
 }
 
 // 2^-e with 2^e <= largest |w| < 2^(e+1). NaN where a weight is nonfinite: then the plain layer's results are NaN too.
@@ -74,7 +75,7 @@ void pack_query(Form form, const T* q, const T* w, std::int64_t hidden, T* packe
     } else if (form != direct) {
       const Vec<T> a = exp<T>(x * T(-2));
       store(constant[0], a);
-      store(constant[1], form == factored ? u * a : u);
+      store(constant[1], u);
     } else {
       store(constant[0], x);
       store(constant[1], u);
@@ -110,9 +111,6 @@ inline void fraction(const T* constant, int feature, Vec<T> k, Vec<T>& z, Vec<T>
   } else if constexpr (form == difference) {
     z = (k - *c0) * *c1;
     y = k + *c0;
-  } else if constexpr (form == factored) {
-    z = splat<T>(*c1);
-    y = k + *c0;
   } else {
     const Vec<T> x = k + *c0;
     tanh_fractions<1>(&x, &z, &y);
@@ -121,9 +119,8 @@ inline void fraction(const T* constant, int feature, Vec<T> k, Vec<T>& z, Vec<T>
 }
 
 // Adds sum_h z/y of one query row and one block of keys to scores[2 L]; groups of features [0, groups).
-// `centre` holds, per features_per_sum features, what to subtract: the mean of the sum for `factored`.
 template <class T, Form form>
-void add_energies(const T* query, const T* keys, std::int64_t groups, const T* centre, T* scores) {
+void add_energies(const T* query, const T* keys, std::int64_t groups, T* scores) {
   constexpr int L = lanes<T>, K = block_keys<T>;
   Vec<T> total[2] = {load(scores), load(scores + L)};
   while (groups > 0) {
@@ -144,8 +141,7 @@ void add_energies(const T* query, const T* keys, std::int64_t groups, const T* c
       query += group * constants(form);
       keys += group * K;
     }
-    for (int v = 0; v < 2; ++v) total[v] += form == factored ? part[v] - *centre : part[v];
-    ++centre;
+    for (int v = 0; v < 2; ++v) total[v] += part[v];
     groups -= some;
   }
   store(scores, total[0]);

@@ -10,6 +10,7 @@ void scores(const Scores<T>& p, const ParallelFor& parallel_for) {
   const std::int64_t split = round_up((p.keys + wanted - 1) / wanted, TK), splits = (p.keys + split - 1) / split;
   parallel_for(p.batch * blocks * splits, rows * split * (p.hidden + 1), [&](Tasks& tasks) {
     ScoreBlock<T> s(p);
+    s.raw = true;
     for (std::int64_t task; tasks.take(task);) {
       const std::int64_t k = task % splits, b = task / splits % blocks, n = task / splits / blocks;
       const std::int64_t row0 = b * rows, count = std::min(rows, p.queries - row0);

@@ -37,7 +37,8 @@ class ScoreBlock {
         last = std::max(last, stop[r]);
       }
     }
-    prepare_weight();
+    if (!prepared_ || p.weight.at(entry, 0) != prepared_) prepare_weight();
+    cancellation_.begin_rows();
     if (p.location)
       located_.begin(n);
     else if (p.queries == 1)
@@ -64,19 +65,21 @@ class ScoreBlock {
     bool form_used[forms] = {};
     keys_ = key_reader_.read(p.key, entry, key0, count, p.hidden);
     choose_forms(key0, form_used);
-    for (const Form f : {centred, difference, factored, direct})
+    for (const Form f : {centred, difference, matched, direct})
       if (form_used[f] && !query_packed_[f]) pack_queries(f);
     for (std::int64_t h0 = 0; h0 < std::max<std::int64_t>(features, 1); h0 += features_cached) {
-      for (const Form f : {centred, difference, factored, direct})
-        if (form_used[f]) pack_tile(f, key0, h0, block_attended);
       const std::int64_t groups = std::min(features - h0, slab) / group;
-      for (int b = 0; b < tile_blocks; ++b)
+      for (int b = 0; b < tile_blocks; ++b) {
+        if (!block_attended[b]) continue;
+        for (const Form f : {centred, difference, matched, direct})
+          if (form_used[f]) pack_block(f, b, h0);
         for (std::int64_t r = 0; r < rows; ++r) {
           if (!attended[r][b]) continue;
           T* s = scores + r * TK + b * K;
           if (h0 == 0) std::memset(s, 0, K * sizeof(T));
-          add(form_[r], r, b, h0, groups, s);
+          add(form_[r], r, h0, groups, s);
         }
+      }
     }
     for (std::int64_t r = 0; r < rows; ++r)
       if (reached[r])
@@ -110,35 +113,33 @@ class ScoreBlock {
   bool complete = false;                           // no key of the tile is masked for any row
   bool attended[most_rows][tile_blocks];           // blocks with an attended key
   bool reached[most_rows];                         // rows with such a block
+  bool raw = false;                                // scores are results: no softmax rounds them
   bool may_overflow = false;                       // an attended score may be -Inf too
   int bound_bits = 0;                              // above 0: every |score| < bound_bits ln 2
   T* scores = nullptr;
 
  private:
   void prepare_weight() {
-    const T* w = p.weight.at(entry, 0);
+    const T* w = prepared_ = p.weight.at(entry, 0);
     weight_largest_ = largest(w, p.hidden);
     normaliser_ = weight_normaliser(w, p.hidden);
     T* normalised = weight_.get(p.hidden);
-    T* centre = centre_.get(features / features_per_sum + 1);
     double reach = 0, squares = 0, total = 0;
-    for (std::int64_t h0 = 0; h0 < p.hidden; h0 += features_per_sum) {
-      double sum = 0;
-      for (std::int64_t h = h0; h < std::min<std::int64_t>(p.hidden, h0 + features_per_sum); ++h) {
-        normalised[h] = w[h] * normaliser_;
-        sum += normalised[h];
-        reach += std::fabs(normalised[h]);
-        squares += double(normalised[h]) * normalised[h];
-      }
-      total += sum;
-      centre[h0 / features_per_sum] = T(sum / 2);
+    for (std::int64_t h = 0; h < p.hidden; ++h) {
+      normalised[h] = w[h] * normaliser_;
+      total += normalised[h];
+      reach += std::fabs(normalised[h]);
+      squares += double(normalised[h]) * normalised[h];
     }
     // Beside this bound, a finite mask value cannot overflow either: the score is less than its rounding.
     constexpr double bound = double(std::numeric_limits<T>::max() * std::numeric_limits<T>::epsilon() / 8);
     const double unit = std::fabs(double(p.scale)) / double(normaliser_);
-    if (p.queries > 1)
+    rounding_ = raw ? INFINITY : std::sqrt(squares) * unit;
+    if (p.queries > 1 && normaliser_ == normaliser_)
       cancellation_.begin(normalised, p.hidden, as_number<T>(weight_largest_) * normaliser_,
-                          std::max(std::sqrt(squares), std::fabs(total)) * unit);
+                          std::max(rounding_, std::fabs(total) * unit));
+    norm_ = std::sqrt(squares);
+    matching_known_ = false;
     may_overflow = !(reach * unit < bound);
     const bool added = p.mask.type != MaskType::none && p.mask.type != MaskType::boolean;
     bound_bits = reach * unit <= most_bound && !added && !p.location ? 1 + int(reach * unit * 1.4427) : 0;
@@ -257,34 +258,44 @@ class ScoreBlock {
   }
 
   void pack_queries(Form f) {
-    const std::int64_t width = features * constants(f);
+    if (f == matched && !matching_known_) {
+      matching_.begin(weight_.get(0), p.hidden, norm_, rounding_ > rounding_of_softmax);
+      matching_known_ = true;
+    }
+    const std::int64_t width = f == matched ? matching_.width : features * constants(f);
     T* to = query_[f].get(rows * width);
-    for (std::int64_t r = 0; r < rows; ++r)
-      pack_query(f, p.query.at(entry, row0 + r), weight_.get(0), p.hidden, to + r * width);
+    for (std::int64_t r = 0; r < rows; ++r, to += width)
+      if (f == matched)
+        matching_.pack_query(p.query.at(entry, row0 + r), to);
+      else
+        pack_query(f, p.query.at(entry, row0 + r), weight_.get(0), p.hidden, to);
     query_packed_[f] = true;
   }
 
-  // Features [h0, h0 + slab) of the tile's keys.
-  void pack_tile(Form f, std::int64_t key0, std::int64_t h0, const bool* block_attended) {
-    T* to = key_[f].get(slab * TK);
-    for (int b = 0; b < tile_blocks; ++b)
-      if (block_attended[b])
-        pack_keys(f, keys_ + b * K * key_reader_.row + h0, key_reader_.row, std::min<std::int64_t>(K, count - b * K),
-                  std::min(p.hidden - h0, slab), to + b * K * slab);
+  // Features [h0, h0 + slab) of a block of keys, which then are in the first-level cache.
+  void pack_block(Form f, int b, std::int64_t h0) {
+    const T* k = keys_ + b * K * key_reader_.row + h0;
+    const std::int64_t keys = std::min<std::int64_t>(K, count - b * K), some = std::min(p.hidden - h0, slab);
+    if (f == matched)
+      matching_.pack_keys(k, key_reader_.row, keys, some, h0 / features_cached, key_[f].get(matching_.key_width()));
+    else
+      pack_keys(f, k, key_reader_.row, keys, some, key_[f].get(K * slab));
   }
 
-  void add(Form f, std::int64_t r, int b, std::int64_t h0, std::int64_t groups, T* s) {
+  void add(Form f, std::int64_t r, std::int64_t h0, std::int64_t groups, T* s) {
+    const T* k = key_[f].get(0);
+    if (f == matched) {
+      const std::int64_t i = h0 / features_cached;
+      return add_matched(query_[f].get(0) + r * matching_.width + matching_.place(i), k, matching_.groups(i), s);
+    }
     const T* q = query_[f].get(0) + (r * features + h0) * constants(f);
-    const T* k = key_[f].get(0) + b * K * slab;
-    const T* c = centre_.get(0) + h0 / features_per_sum;
-    if (f == centred) return add_energies<T, centred>(q, k, groups, c, s);
-    if (f == difference) return add_energies<T, difference>(q, k, groups, c, s);
-    if (f == factored) return add_energies<T, factored>(q, k, groups, c, s);
-    add_energies<T, direct>(q, k, groups, c, s);
+    if (f == centred) return add_energies<T, centred>(q, k, groups, s);
+    if (f == difference) return add_energies<T, difference>(q, k, groups, s);
+    add_energies<T, direct>(q, k, groups, s);
   }
 
   void finish_row(std::int64_t r, std::int64_t key0) {
-    const T unit = (form_[r] == factored ? T(-2) : T(1)) / normaliser_;
+    const T unit = T(1) / normaliser_;
     // Together they may overflow although neither does with the energy.
     const bool together = std::isnormal(unit * p.scale);
     const T factor = together ? unit * p.scale : unit;
@@ -314,12 +325,16 @@ class ScoreBlock {
   StoredReader<T> key_reader_;
   Form form_[most_rows];
   typename Simd<T>::Bits query_largest_[most_rows], weight_largest_ = 0;
+  const T* prepared_ = nullptr;  // weights
   T normaliser_ = 1;
   PreparedQueries<T> single_queries_;
   LocatedKeys<T> located_;
+  Matching<T> matching_;
+  bool matching_known_ = false;
+  double norm_ = 0, rounding_ = 0;  // of the normalised weights; of scores by a rounding of every tanh
   Cancellation<T> cancellation_;
   Kept kept_ = Kept::all;   // by the block table, of the tile
   T* bias_rows_ = nullptr;  // the mask's terms of the tile, [row][key]
   bool query_packed_[forms] = {};
-  Buffer<T> query_[forms], key_[forms], weight_, centre_, bias_, scores_;
+  Buffer<T> query_[forms], key_[forms], weight_, bias_, scores_;
 };

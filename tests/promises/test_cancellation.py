@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from exact import inputs_of, judge
-from oracle import assert_all_same, fused
+from oracle import SCORED, assert_all_same, fused, fused_scores, plain_scores
 
 pytestmark = pytest.mark.kernel
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -70,6 +74,16 @@ def test_opposite_offsets_among_others(deviation, weight, hidden, mix, dtype):
     judge(cases, size=0.25)
 
 
+def test_opposite_rows_of_a_later_block():
+    """Whether a row cancels is asked of each, wherever it stands."""
+    inputs = inputs_of(0, torch.float32, 300, 150, 72, spread=1e-3, weight=10.0)
+    inputs["query"] += 3.0
+    inputs["key"] -= 3.0
+    inputs["query"][:200] += 1.0
+    alone = {**inputs, "query": inputs["query"][200:]}
+    assert_all_same({name: x[200:] for name, x in fused(inputs).items()}, fused(alone))
+
+
 @pytest.mark.parametrize("masked", ["mask", "length", "window"])
 def test_masked_keys_do_not_choose_the_form(masked):
     """Cancelling keys among masked ones change no bit of the result."""
@@ -126,3 +140,43 @@ def test_weight_gradient(deviation, hidden, queries, mix, dtype):
             inputs["key"] = torch.where(away, 1 + other, inputs["key"] - c)
             cases.append({name: x.to(dtype) for name, x in inputs.items()})
         judge(cases, ("out",), size=deviation, only="dweight")
+
+
+@functools.lru_cache(maxsize=32)
+def degree(seed, hidden, offset, deviation, opposite, signed, dtype):
+    """Queries near an offset and keys near its negative, in a share of the features; their scores
+    in a wider type, and the largest error of the plain formula."""
+    inputs = inputs_of(seed, torch.float64, 6, 140, hidden, spread=deviation)
+    g = torch.Generator().manual_seed(400 + seed)
+    c = offset * (0.5 + torch.rand(hidden, generator=g, dtype=torch.float64))
+    inputs["query"] += c
+    inputs["key"] -= c
+    other = torch.rand(hidden, generator=g) >= opposite
+    inputs["key"][:, other] = torch.randn(140, int(other.sum()), generator=g, dtype=torch.float64)
+    w = torch.randn(hidden, generator=g, dtype=torch.float64)
+    inputs["weight"] = 8 * (w if signed else w.abs()) / w.norm()
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    wide = np.float64 if dtype == torch.float32 else np.longdouble
+    q, k, w = (inputs[name].numpy().astype(wide) for name in SCORED)
+    want = np.tanh(q[:, None] + k) @ w
+    return inputs, want, abs(plain_scores(inputs)["scores"].numpy() - want).max()
+
+
+@BOTH
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "positive"])
+@pytest.mark.parametrize("offset", [1.5, 6.0])
+@pytest.mark.parametrize("hidden", [5, 72, 130])
+def test_degrees_of_cancellation(hidden, offset, signed, dtype):
+    """From pairs that are all but opposite to ordinary ones, scores err as the plain layer's."""
+    bad = []
+    eps = torch.finfo(dtype).eps
+    for deviation, opposite in itertools.product((0.01, 0.05, 0.1, 0.2, 0.4), (1.0, 0.8)):
+        ours, theirs = 0.0, 0.0
+        for seed in range(2):
+            case = degree(seed, hidden, offset, deviation, opposite, signed, dtype)
+            got = fused_scores(case[0])["scores"].numpy()
+            ours = max(ours, abs(got - case[1]).max() - eps / 2 * abs(case[1]).max())
+            theirs = max(theirs, case[2])
+        if not ours <= 2 * theirs:
+            bad.append(f"{deviation} {opposite}: {ours:.3g}, plain {theirs:.3g}")
+    assert not bad, bad
