@@ -111,6 +111,8 @@ OTHERS = ("sm_80", "sm_100", "gfx942")
 SPILLS = {
     ("score_kernel", "sm_100"): 40,
     ("forward_kernel", "sm_90"): 32,
+    ("feature_kernel", "sm_100"): 16,
+    ("prepare_kernel", "sm_90"): 8,
 }
 # Around the hot loop of one pass the sums of the values leave too few registers; what that costs
 # is counted in all.

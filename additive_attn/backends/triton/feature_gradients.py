@@ -87,7 +87,7 @@ def _loop(
                 if DW:
                     t = s
                     if SMALL:
-                        t = energies(Q[x], K, s)
+                        t = energies(Q[x], K, s, TARGET)
                     xa += g * t[0]
                     xb += g * t[1]
             if DQ:
@@ -161,7 +161,7 @@ def _rare_loop(
                 Q, Q_error = exponentials(q, size_i > SAFE)
                 s = fractions(Q, K, False, TARGET)
                 s = where(c % 4 < APART, fractions(Q, K, True, TARGET), s)
-                t = energies(Q, K, s)
+                t = energies(Q, K, s, TARGET)
                 terms = (
                     terms[0] - 2.0 * slopes[0] * (K_error[0] + Q_error[0]),
                     terms[1] - 2.0 * slopes[1] * (K_error[1] + Q_error[1]),

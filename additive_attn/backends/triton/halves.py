@@ -9,6 +9,7 @@ import triton.language as tl
 
 from additive_attn.backends.triton.numerics import (
     exp_with_error,
+    fused,
     reciprocal,
     tanh,
     tanh_slope,
@@ -53,9 +54,11 @@ def slope(s):
 
 
 @triton.jit
-def energies(x, y, s):
+def energies(x, y, s, TARGET: tl.constexpr):
     """t of both, with the digits that 1 - 2 s loses where t is small."""
-    return tl.fma(x[0], y[0], -1.0) * s[0], tl.fma(x[1], y[1], -1.0) * s[1]
+    ta = fused(x[0], y[0], -1.0, TARGET) * s[0]
+    tb = fused(x[1], y[1], -1.0, TARGET) * s[1]
+    return ta, tb
 
 
 @triton.jit

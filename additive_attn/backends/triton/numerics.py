@@ -28,6 +28,15 @@ def reciprocal(x, TARGET: tl.constexpr):
 
 
 @triton.jit
+def fused(x, y, z, TARGET: tl.constexpr):
+    """x y + z in float32, rounded once."""
+    if TARGET == "none":  # the interpreter of Triton 3.6 and 3.7 rounds twice in fma
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
+@triton.jit
 def exact_reciprocal(x, TARGET: tl.constexpr):
     """``reciprocal`` to 0.5 ulp: a step of Newton takes out what the instruction leaves."""
     r = reciprocal(x, TARGET)
