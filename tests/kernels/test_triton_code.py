@@ -106,6 +106,11 @@ CALLS = {
     "step, float64": step_call(2, 1, 500, 40, 300, filters=3, dtype=torch.float64, **STEPPED),
 }
 OTHERS = ("sm_80", "sm_100", "gfx942")
+# The same kernels as of other calls, specialised otherwise.
+VARIANTS = {
+    "float mask", "sizes of one", "odd sizes", "96 features", "few rows", "6 rows", "few keys",
+    "half", "bfloat16", "float64, everything",
+}  # fmt: skip
 # Bytes that Triton 3.6 to 3.8 spill at most, outside of innermost loops, where their assembler
 # holds a kernel to fewer registers than it needs at one place; 3.9 spills none.
 SPILLS = {
@@ -154,8 +159,9 @@ def instructions_per_tanh(name, target):
 @pytest.mark.parametrize(
     "label,target",
     [
-        *((label, "sm_90") for label in CALLS),
+        *((label, "sm_90") for label in CALLS if label not in VARIANTS),
         *(("usual", target) for target in OTHERS),
+        *(pytest.param(label, "sm_90", marks=pytest.mark.sweep) for label in sorted(VARIANTS)),
         *(
             pytest.param(label, target, marks=pytest.mark.sweep)
             for label in ("everything", "single", "single, everything", "step, location")
@@ -238,6 +244,7 @@ def test_offsets_beyond_int32_compile(queries):
     assert len(compiled_calls("sm_90", function)) >= 3
 
 
+@pytest.mark.sweep
 def test_lengths_share_kernels():
     """50 lengths, odd ones too, and many batch sizes compile a bounded number of kernels."""
 
