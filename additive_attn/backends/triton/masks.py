@@ -76,6 +76,18 @@ def attended_pairs(low, high, mask, mask_row, mask_column, tiles, i, j):
 
 
 @triton.jit
+def tile_rows(row0, RM: tl.constexpr, TM: tl.constexpr):
+    """The rows of a tile from row0, [RM, TM]: row0 + tm RM + rm."""
+    return row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]
+
+
+@triton.jit
+def tile_keys(key0, RN: tl.constexpr, TN: tl.constexpr):
+    """The keys of a tile from key0, [RN, TN]: key0 + rn TN + tn."""
+    return key0 + TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]
+
+
+@triton.jit
 def attending(
     empty, low, high, mask, mask_row, mask_column, block_tiles, row0, first, last,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
@@ -87,8 +99,8 @@ def attending(
     if mask is not None:
         if tl.max(attends.to(tl.int32)) != 0:
             found = tl.zeros([RM, TM], tl.int32)
-            i = row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]
-            j = TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]
+            i = tile_rows(row0, RM, TM)
+            j = tile_keys(0, RN, TN)
             for key0 in range(first, last, RN * TN):
                 _bias, attended = attended_pairs(
                     low, high, mask, mask_row, mask_column, block_tiles,

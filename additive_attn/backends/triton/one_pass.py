@@ -29,13 +29,14 @@ from additive_attn.backends.triton.launch import (
     registers,
     target,
 )
-from additive_attn.backends.triton.masks import attending, stored, stored_top
+from additive_attn.backends.triton.masks import attending, stored, stored_top, tile_rows
 from additive_attn.backends.triton.numerics import exp, number
 from additive_attn.backends.triton.plan import pass_splits
 from additive_attn.backends.triton.score_tiles import (
     is_kept,
     pair_scores,
     row_interval,
+    store_tile,
 )
 
 
@@ -144,7 +145,7 @@ def _row_results(
         RM, TM, RN, TN,
     )  # fmt: skip
     top = stored_top(top, total, attends)
-    r = row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]
+    r = tile_rows(row0, RM, TM)
     if tops is None:
         tl.store(lse + r, softmax_lse(top, total), mask=r < rows)
         share = softmax_inverse(top, total)
@@ -196,19 +197,6 @@ def _accumulate(
             again, PRECISION, TARGET,
         )  # fmt: skip
     return acc
-
-
-@triton.jit
-def _store(scores, x, n, row0, key0, rows, keys):
-    """A tile of scores [entry][row][key]."""
-    RM: tl.constexpr = x.shape[0]
-    RN: tl.constexpr = x.shape[1]
-    TM: tl.constexpr = x.shape[2]
-    TN: tl.constexpr = x.shape[3]
-    r = row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]  # [RM, TM]
-    j = key0 + TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]  # [RN, TN]
-    place = scores + (n * rows + r[:, None, :, None]) * keys + j[None, :, None, :]
-    tl.store(place, x, mask=(r < rows)[:, None, :, None] & (j < keys)[None, :, None, :])
 
 
 @triton.jit
@@ -324,7 +312,7 @@ def attend_kernel(
                     RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET, ACC,
                 )  # fmt: skip
                 if STORED:
-                    _store(scores, stored(score, attended), n, row0, key0, rows, keys)
+                    store_tile(scores, stored(score, attended), n, row0, key0, rows, keys)
                 score = tl.where(attended, score, float("-inf"))
                 p, shrink, top, total = _softmax_step(score, top, total, TARGET)
                 p = _in_order(p)
@@ -339,7 +327,7 @@ def attend_kernel(
                 started = 1
             elif STORED:
                 minus = tl.full([RM, RN, TM, TN], float("-inf"), ACC)
-                _store(scores, minus, n, row0, key0, rows, keys)
+                store_tile(scores, minus, n, row0, key0, rows, keys)
 
         share = keep_scale * _row_results(
             top, tl.sum(total, 2), low, high, mask, mask_row, mask_column, block_tiles,

@@ -26,7 +26,14 @@ from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.launch import kernel, launch, registers
-from additive_attn.backends.triton.masks import attended_pairs, block_codes, interval, stored
+from additive_attn.backends.triton.masks import (
+    attended_pairs,
+    block_codes,
+    interval,
+    stored,
+    tile_keys,
+    tile_rows,
+)
 from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, tanh, tile4
 from additive_attn.backends.triton.opposite import (
     Flags,
@@ -106,8 +113,8 @@ def _indirect(
     b_step = 4 * padded_length(keys).to(tl.int64)
     f = tl.arange(0, 4)
     none = tl.zeros([1, TM, TN, 1], tl.int32)
-    ri = RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]  # [RM, TM]
-    rj = TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]  # [RN, TN]
+    ri = tile_rows(0, RM, TM)  # [RM, TM]
+    rj = tile_keys(0, RN, TN)  # [RN, TN]
     of_rows = 4 * ri[:, :, None, None] + none + f[None, None, None, :]
     of_keys = 4 * rj[:, None, :, None] + none + f[None, None, None, :]
     a_rows = query_rows.quads + (at_query * padded + 4 * row0) + of_rows
@@ -189,8 +196,8 @@ def pair_scores(
     """Of a tile, [RM, RN, TM, TN]: scale * score + mask; which pairs are attended; and whether one
     of them is opposite. Row = tm RM + rm, key = rn TN + tn. ``low`` and ``high``, [RM, 1, TM, 1],
     are the rows' intervals; pointers are the entry's."""
-    ri = row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]  # [RM, TM]
-    rj = key0 + TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]  # [RN, TN]
+    ri = tile_rows(row0, RM, TM)  # [RM, TM]
+    rj = tile_keys(key0, RN, TN)  # [RN, TN]
     i = ri[:, None, :, None]
     j = rj[None, :, None, :]
     # Rows and keys beyond the last repeat the last.
@@ -252,7 +259,7 @@ def row_interval(
     lengths, length_row, row0, rows, keys, left, right, RM: tl.constexpr, TM: tl.constexpr
 ):  # fmt: skip
     """The intervals of the rows of a tile, [RM, 1, TM, 1]."""
-    i = row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]
+    i = tile_rows(row0, RM, TM)
     low, high = interval(lengths, length_row, i, rows, keys, left, right)
     return low[:, None, :, None], high[:, None, :, None]
 
@@ -267,6 +274,19 @@ def is_kept(
     j = (key0 + tl.arange(0, BN))[None, :]
     code = block_codes(mask, mask_row, mask_column, block_tiles, i, j, (i < rows) & (j < keys))
     return tl.max((code != 0).to(tl.int32)) != 0
+
+
+@triton.jit
+def store_tile(scores, x, n, row0, key0, rows, keys):
+    """A tile of scores [entry][row][key]."""
+    RM: tl.constexpr = x.shape[0]
+    RN: tl.constexpr = x.shape[1]
+    TM: tl.constexpr = x.shape[2]
+    TN: tl.constexpr = x.shape[3]
+    r = tile_rows(row0, RM, TM)  # [RM, TM]
+    j = tile_keys(key0, RN, TN)  # [RN, TN]
+    place = scores + (n * rows + r[:, None, :, None]) * keys + j[None, :, None, :]
+    tl.store(place, x, mask=(r < rows)[:, None, :, None] & (j < keys)[None, :, None, :])
 
 
 @kernel
@@ -300,11 +320,7 @@ def score_kernel(
     if mask is not None:
         mask += o * mask_outer + m * mask_inner
     low, high = row_interval(lengths, length_row, row0, rows, keys, left, right, RM, TM)
-    r = row0 - row_begin + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]  # [RM, TM]
-    c = key0 - key_begin + TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]  # [RN, TN]
-    place = ((n - entry_begin) * row_count + r[:, None, :, None]) * score_padded
-    place += c[None, :, None, :]
-    inside = (r < row_count)[:, None, :, None] & (c < score_padded)[None, :, None, :]
+    entry, r0, c0 = n - entry_begin, row0 - row_begin, key0 - key_begin
     any_opposite = 0
     computed = tl.max(tl.minimum(high, key0 + BN) - tl.maximum(low, key0)) > 0
     if block_tiles is not None:
@@ -325,9 +341,11 @@ def score_kernel(
             row0, key0, rows, keys, hidden, padded,
             RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET, ACC,
         )  # fmt: skip
-        tl.store(scores + place, stored(score, attended), mask=inside)
+        kept = stored(score, attended)
+        store_tile(scores, kept, entry, r0, c0, row_count, score_padded)
     else:
-        tl.store(scores + place, tl.full([RM, RN, TM, TN], float("-inf"), ACC), mask=inside)
+        minus = tl.full([RM, RN, TM, TN], float("-inf"), ACC)
+        store_tile(scores, minus, entry, r0, c0, row_count, score_padded)
     if flags is not None:
         entry_tile = key_tile // key_tiles * row_tiles + program % row_tiles
         tl.store(flags + entry_tile * key_tiles + key_tile % key_tiles, any_opposite)
