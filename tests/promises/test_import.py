@@ -178,7 +178,7 @@ def test_show_config(capsys):
     assert (
         dispatch.cpu_path() in text and torch.__version__ in text and dispatch.cpu_reason in text
     )
-    assert "the Triton kernels on no GPU yet" in text
+    assert "the Triton kernels on one NVIDIA H200" in text
 
 
 def test_module_prints_the_configuration():
