@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from additive_attn.ops.checks import INTEGERS, bounds, is_readable
 
-_ERRORS = AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError
+_ERRORS = AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError
 
 
 def explained(**wanted: str) -> Callable[[Any], Any]:
