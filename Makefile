@@ -122,8 +122,8 @@ bench: build
 	@$(BIN)/python -m benchmarks.plot
 
 gpu:
-	@$(PYTHON) -c 'import pytest, torch, triton' || { echo "make gpu runs with the Python that has \
-	torch, Triton and pytest, and $(PYTHON) lacks one: make gpu PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import pytest, torch, triton, xdist' || { echo "make gpu runs with the Python that \
+	has torch, Triton, pytest and pytest-xdist: make gpu PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) tools/gpu_check.py
 
 lint: build

@@ -83,9 +83,19 @@ MASKS = [
     replace(BATCH, half_lengths=True),
     replace(BATCH, dropout_p=0.1),
 ]
+GPU = [
+    square(4096),
+    Case(8, 512, 512, 64, 64, "8 sequences of 512"),
+    Case(32, 50, 50, 1024, 1024, "translation, training"),
+    next(case for case in SPEED if case.shape == (64, 1, 400, 512, 512)),
+    SPEED[0],
+    next(case for case in SPEED if case.key_len == 100_000),
+    Case(1, 8, 10, 32, 20, "8 queries of 10 keys"),
+    square(512),
+]
 QUICK = [SPEED[0], replace(SPEED[4], modes=("forward",)), square(1024)]
 
-SUITES = {"speed": SPEED, "scaling": SCALING, "masks": MASKS, "quick": QUICK}
+SUITES = {"speed": SPEED, "scaling": SCALING, "masks": MASKS, "gpu": GPU, "quick": QUICK}
 # What the figure and the tables of the README are made from.
 FIRST_PAGE = "first-page"
 

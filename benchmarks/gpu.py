@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from benchmarks import measure, rows, score_loop
+from benchmarks import measure, rows, score_loop, table
 from benchmarks.cases import Case, make_inputs, parse
 from benchmarks.providers import PROVIDERS
 from benchmarks.rows import Row
@@ -183,6 +183,23 @@ def answers(names: list[str], device: torch.device, quick: bool) -> Iterator[Row
                     yield row
 
 
+def tables(found: list[dict[str, str]]) -> Iterator[str]:
+    """One table of each question, with a column for each of its answers."""
+    for question in dict.fromkeys(row["question"] for row in found):
+        answered = [
+            row for row in found if row["question"] == question and row["what"] != "failed"
+        ]
+        names = list(dict.fromkeys(f"{row['what']}, {row['unit']}" for row in answered))
+        lines: dict[tuple[str, str], list[str]] = {}
+        for row in answered:
+            line = lines.setdefault((row["shape"], row["mode"]), ["-"] * len(names))
+            line[names.index(f"{row['what']}, {row['unit']}")] = row["value"]
+        if lines:
+            yield table.markdown(
+                [[question, "mode", *names]] + [[*k, *v] for k, v in lines.items()]
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
@@ -198,9 +215,10 @@ def main() -> None:
     if device.type == "cuda":
         require_kernel(device, None)
     rows.write(args.output, answers(args.question, device, args.quick), COLUMNS)
-    print(f"wrote {args.output}")
     with args.output.open(newline="") as file:
-        failed = [row["value"] for row in csv.DictReader(file) if row["what"] == "failed"]
+        found = list(csv.DictReader(file))
+    print(f"wrote {args.output}", *tables(found), sep="\n\n")
+    failed = [row["value"] for row in found if row["what"] == "failed"]
     if failed:
         raise SystemExit(f"{len(failed)} failed, first: {failed[0]}")
 

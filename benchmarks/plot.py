@@ -1,7 +1,7 @@
 """Draws time and memory over the length from csv rows, beside the csv.
 
 python -m benchmarks.plot [FILE.csv ...]          the newest run of this checkout
-python -m benchmarks.plot FILE.csv --first-page   docs/figures/scaling.png, for the README
+python -m benchmarks.plot FILE.csv --figure scaling   docs/figures/scaling.png, for the README
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks.rows import (
 )
 from benchmarks.table import duration, size
 
-FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "scaling.png"
+FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 
 # Okabe and Ito's colours, distinguishable with every kind of colour vision.
 STYLES: dict[str, dict[str, Any]] = {
@@ -123,10 +123,10 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--first-page", action="store_true", help="write the figure of the README")
+    parser.add_argument("--figure", metavar="NAME", help="write docs/figures/NAME.png")
     args = parser.parse_args()
     for path in chosen_files(args.files):
-        figure = FIGURE if args.first_page else path.with_suffix(".png")
+        figure = FIGURES / f"{args.figure}.png" if args.figure else path.with_suffix(".png")
         if draw_scaling(read(path), figure):
             print(f"drew {os.path.relpath(figure)}")
         else:

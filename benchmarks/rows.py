@@ -4,6 +4,7 @@ figures are made from them and nothing else."""
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import platform
 import re
 import subprocess
@@ -32,8 +33,8 @@ DOT_PRODUCT = "dot product"
 
 SIZES = ("B", "Lq", "Lk", "H", "Dv")
 COLUMNS = [
-    *("device", "name", "threads", "isa", "torch", "additive_attn", "python", "commit", "date"),
-    *("suite", "what", *SIZES, "options", "dtype", "mode", "provider"),
+    *("device", "name", "threads", "isa", "torch", "triton", "additive_attn", "python"),
+    *("commit", "date", "suite", "what", *SIZES, "options", "dtype", "mode", "provider"),
     *("median_ms", "q20_ms", "q80_ms", "peak_extra_bytes", "note"),
 ]
 Row = dict[str, Any]  # by column; what is not measured is missing
@@ -59,6 +60,7 @@ def machine(device: torch.device) -> Row:
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        **({"triton": importlib.metadata.version("triton")} if device.type == "cuda" else {}),
     }
 
 
@@ -162,8 +164,9 @@ def measured_on(measurements: list[Measurement]) -> str:
 def machine_line(row: Row) -> str:
     threads = f"{row['threads']} threads, " if row["device"] == "cpu" else ""
     commit = f" ({row['commit']})" if row.get("commit") else ""
+    triton = f"Triton {row['triton']}, " if row.get("triton") else ""
     return (
-        f"{row['name']} ({threads}{row['isa']}), torch {row['torch']}, "
+        f"{row['name']} ({threads}{row['isa']}), torch {row['torch']}, {triton}"
         f"additive_attn {row['additive_attn']}{commit}, Python {row['python']}, {row['date'][:10]}"
     )
 

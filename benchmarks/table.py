@@ -3,6 +3,7 @@
 python -m benchmarks.table                            the newest run of this checkout
 python -m benchmarks.table FILE.csv --suites speed,masks
 python -m benchmarks.table AVX512.csv AVX2.csv --side-by-side
+python -m benchmarks.table FILE.csv --dtype float32
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ def side_by_side(runs: list[list[Measurement]]) -> list[list[str]]:
     """Our time in every run, and how many times longer the others took in the same run."""
     header = ["what", "(B, Lq, Lk, H, Dv)", "mode"]
     for run in runs:
-        isa = next(iter(run[0].rows.values()))["isa"]
-        header += [f"{NAMES.get(isa, isa)} {run[0].ours}", "plain", "torch.compile", "dot product"]
+        row = next(iter(run[0].rows.values()))
+        name = NAMES.get(row["isa"], row["isa"]) if row["device"] == "cpu" else row["name"]
+        header += [f"{name} {run[0].ours}", "plain", "torch.compile", "dot product"]
     rows = [header]
     known = [{each.key: each for each in run} for run in runs]
     for each in runs[0]:
@@ -107,15 +109,21 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def show(
-    paths: list[Path], suites: list[str] | None = None, beside: bool = False, spread: bool = False
+    paths: list[Path],
+    suites: list[str] | None = None,
+    beside: bool = False,
+    spread: bool = False,
+    dtype: str | None = None,
 ) -> None:
     runs = []
     for path in paths:
         run = read(path)
         print(f"\n{os.path.relpath(path)}\n{measured_on(run)}\n")
         run = [each for each in run if suites is None or each.suite in suites]
+        run = [each for each in run if dtype in (None, each.dtype)]
         if not run:
-            raise SystemExit(f"{path} has no rows of the suites {', '.join(suites or [])}.")
+            wanted = [*(suites or []), *([dtype] if dtype else [])]
+            raise SystemExit(f"{path} has no rows of {', '.join(wanted)}.")
         runs.append(run)
         if not beside:
             print(markdown(long_table(run, run[0].ours, spread)))
@@ -131,11 +139,12 @@ def main() -> None:
     )
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--suites", help="only these, separated by commas")
+    parser.add_argument("--dtype", help="only this one")
     parser.add_argument("--side-by-side", action="store_true", help="several runs in one table")
     parser.add_argument("--spread", action="store_true", help="with 20 %% and 80 %% quantiles")
     args = parser.parse_args()
     suites = None if args.suites is None else args.suites.split(",")
-    show(list(chosen_files(args.files)), suites, args.side_by_side, args.spread)
+    show(list(chosen_files(args.files)), suites, args.side_by_side, args.spread, args.dtype)
 
 
 if __name__ == "__main__":

@@ -147,10 +147,20 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded() -> Iterator[None]:
     torch.manual_seed(0)
-    if paths.DEVICE != "cpu":
-        poison_device()
+    if paths.DEVICE == "cpu":
+        yield
+        return
+    poison_device()
+    yield
+    try:
+        torch.get_device_module(paths.DEVICE).synchronize()
+    except RuntimeError:
+        # After an illegal access nothing runs any more in a process; xdist starts another.
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        raise
 
 
 @pytest.fixture

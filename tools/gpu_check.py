@@ -4,8 +4,9 @@
     python tools/gpu_check.py --minutes 4   each part gets less time
     python tools/gpu_check.py --dry         whether every part starts, without a GPU (minutes)
 
-Needs Python with torch, Triton and pytest; installs nothing. A part that fails, or takes too long,
-ends there, and the next begins; what failed first is said at the end. $OUT names another folder.
+Needs Python with torch, Triton, pytest and pytest-xdist; installs nothing. A part that fails, or
+takes too long, ends there, and the next begins; what failed first is said at the end. $OUT names
+another folder.
 """
 
 from __future__ import annotations
@@ -19,22 +20,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
+SAID = r"E  |FAILED|ERROR|passed by|skipped \d|left out|=*.* (passed|failed|error)"
 # What is about the CPU, or is only compiled, and runs on any machine.
 NOT_ON_A_GPU = {
     "test_memory.py", "test_library.py", "test_architecture.py", "test_plot.py", "test_errors.py",
     "test_import.py", "test_triton_code.py", "test_triton_races.py", "test_onnx.py",
 }  # fmt: skip
-SHAPES = ",".join([
-    "1x4096x4096x128x128", "8x512x512x64x64", "32x50x50x1024x1024", "64x1x400x512x512",
-    "1x1x10x32x20", "1x16x100000x256x512", "1x8x10x32x20", "1x512x512x128x128",
-])  # fmt: skip
 
 
 @dataclass
@@ -141,63 +139,86 @@ def explained(code: int | None, limit: float, output: str) -> str:
     return "\n".join([reason(code, limit), *lines])
 
 
-def complaints(output: str) -> str:
-    """The first lines of a pytest run that say what is wrong; else its end."""
-    lines = output.splitlines()
-    found = [x for x in lines if x.startswith(("E  ", "FAILED", "ERROR"))]
-    return "\n".join(found[:12] or lines[-12:])
+def files() -> list[str]:
+    """Test files whose tests compute with the Triton kernels on a GPU."""
+    found = list((ROOT / "tests/kernels").glob("test_triton*.py"))
+    for name in ("promises", "layers", "compat"):
+        found += (ROOT / "tests" / name).glob("test_*.py")
+    return sorted(str(x.relative_to(ROOT)) for x in found if x.name not in NOT_ON_A_GPU)
+
+
+def pytest(*arguments: str) -> tuple[str, ...]:
+    options = ("-q", "-p", "no:cacheprovider", "--tb=short", "--durations=20")
+    return (PYTHON, "-m", "pytest", *options, *arguments)
 
 
 def tests(check: Check) -> Callable[[float], str]:
-    """Parts of files side by side, each in a process of its own: an illegal access ends all CUDA
-    work of a process. They share Triton's cache of compiled kernels."""
-    kernels = sorted((ROOT / "tests/kernels").glob("test_triton*.py"))
-    rest = [x for name in ("promises", "layers") for x in (ROOT / "tests" / name).glob("test_*")]
-    rest.sort(key=lambda path: -path.stat().st_size)
-    files = [path for path in (*kernels, *rest) if path.name not in NOT_ON_A_GPU]
+    """The tests, in processes side by side. One whose GPU work has failed is replaced
+    (tests/conftest.py)."""
+    chosen = files()
     if check.dry:
-        files = [path for path in files if path.name in ("test_triton_probe.py", "test_merge.py")]
-    todo = [part for path in files for part in split(path)]
-    device = "cpu" if check.dry else "cuda"
-    environment = {"ADDITIVE_ATTN_TEST_DEVICE": device}
+        chosen = [x for x in chosen if x.endswith(("test_triton_probe.py", "test_merge.py"))]
+    workers = 2 if check.dry else max(2, min(os.cpu_count() or 2, 16) - 2)
+    environment = {"ADDITIVE_ATTN_TEST_DEVICE": "cpu" if check.dry else "cuda"}
     if check.dry:
-        environment |= {"ADDITIVE_ATTN_CPU": "pytorch"}
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--maxfail=4"]
-
-    def one(part: list[str], end: float) -> tuple[str, int | None, str]:
-        limit = end - time.monotonic()
-        if limit < 3:
-            return " ".join(part), None, "not started"
-        code, output = execute((PYTHON, "-m", "pytest", *options, *part), limit, environment)
-        return " ".join(part), code, output
+        environment["ADDITIVE_ATTN_CPU"] = "pytorch"
+    command = pytest("-n", str(workers), "--dist", "worksteal", *chosen)
 
     def run(limit: float) -> str:
-        end = time.monotonic() + limit - 10
-        problems = []
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            waiting = [pool.submit(one, part, end) for part in todo]
-            for each in as_completed(waiting):
-                part, code, output = each.result()
-                last = output.splitlines()[-1] if output else ""
-                check.say(f"    {part[:70]}: {reason(code, limit) if code is None else last}")
-                with (check.folder / "tests.txt").open("a") as log:
-                    log.write(f"==> {part}: {code}\n{output}\n")
-                if code not in (0, 5):  # 5: none of its tests is for this device
-                    problems.append(f"{part}: {reason(code, limit)}\n{complaints(output)}")
-                    check.failed("tests", problems[-1])
-                    check.say(problems[-1])
-        return f"{len(problems)} of {len(todo)} parts\n{problems[0]}" if problems else ""
+        code, output = execute(command, limit - 10, environment)
+        (check.folder / "tests.txt").write_text(output)
+        said = [x for x in output.splitlines() if re.match(SAID, x)]
+        check.say("\n".join(f"    {x[:200]}" for x in said[-60:]))
+        if code in (0, 5):  # 5: none of the tests is for this device
+            return ""
+        return "\n".join([said[-1] if said else reason(code, limit), *said[:12]])
 
     return run
 
 
-def split(path: Path) -> list[list[str]]:
-    """The tests of a large file in several parts, as arguments of pytest."""
-    text = path.read_text()
-    names = re.findall(r"^def (test_\w+)", text, re.MULTILINE)
-    count = min(len(names), 1 + len(text) // 4000)
-    file = str(path.relative_to(ROOT))
-    return [[f"{file}::{name}" for name in names[n::count]] for n in range(count)]
+def sanitizer(check: Check, program: str, tool: str) -> Callable[[float], str]:
+    """Each tensor is an allocation of its own: what lies between tensors would else be the
+    cache's."""
+    few = ("-x", "-p", "no:xdist", "tests/kernels/test_triton.py", "-k", "sizes or strides")
+    command = (program, "--tool", tool, "--error-exitcode", "9", *pytest(*few))
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "ADDITIVE_ATTN_TEST_DEVICE": "cuda"}
+
+    def run(limit: float) -> str:
+        code, output = execute(command, limit - 10, environment)
+        (check.folder / f"{tool}.txt").write_text(output)
+        said = [x for x in output.splitlines() if "=====" in x or re.match(SAID, x)]
+        check.say("\n".join(f"    {tool}: {x[:200]}" for x in said[-3:]))
+        return "" if code == 0 else "\n".join([reason(code, limit), *said[:12]])
+
+    return run
+
+
+def compilers(check: Check) -> Callable[[float], str]:
+    """What torch.compile makes of the cases is kept on disk, so that it costs less time later."""
+
+    def run(limit: float) -> str:
+        commands = [
+            speed("--suite", suite, "--dtype", dtype, "--modes", mode, "--rounds", "2", "--budget",
+                  "0.001", "--providers", "compile sum",
+                  "--output", str(check.folder / f"warm-{suite}-{dtype}-{mode}.csv"))
+            for suite, dtype, mode in (
+                ("gpu", "float32", "full"), ("gpu", "bfloat16", "full"),
+                ("gpu", "float32", "forward"), ("gpu", "bfloat16", "forward"),
+                ("scaling", "float32", "full"),
+            )
+        ]  # fmt: skip
+        with ThreadPoolExecutor(len(commands)) as pool:
+            results = list(pool.map(lambda command: execute(command, limit - 10), commands))
+        for path in check.folder.glob("warm-*.csv"):
+            path.unlink()
+        bad = [explained(code, limit, output) for code, output in results if code != 0]
+        return bad[0] if bad else ""
+
+    return run
+
+
+def speed(*arguments: str) -> tuple[str, ...]:
+    return (PYTHON, "-m", "benchmarks.run", *arguments)
 
 
 def build(limit: float) -> str:
@@ -228,38 +249,38 @@ def parts(check: Check) -> None:
         os.environ["ADDITIVE_ATTN_TEST_UNCHECKED"] = "1"
     if not dry:
         os.environ.setdefault("ADDITIVE_ATTN_GPU", "triton")
-    check.part("tests", 0.34, tests(check))
+    side_by_side: dict[str, Callable[[float], str]] = {"tests": tests(check)}
+    if not dry:
+        side_by_side["torch.compile"] = compilers(check)
+        program = shutil.which("compute-sanitizer")
+        for tool in ("memcheck", "racecheck") if program else ():
+            side_by_side[tool] = sanitizer(check, str(program), tool)
+        if program is None:
+            check.results.append(("compute-sanitizer", "not installed", 0.0))
+    with ThreadPoolExecutor(len(side_by_side)) as pool:
+        for name, run in side_by_side.items():
+            pool.submit(check.part, name, 0.42, run)
+    tiny = ["--shapes", "1x2x5x8x8"]
+    providers = ["--providers", "plain", "fused", "dot product", *([] if dry else ["compile sum"])]
+    check.part("speed", 0.3, check.command(*speed(
+        *device, *(tiny if dry else ["--suite", "gpu"]), *providers,
+        "--dtype", "float32", "bfloat16", "--budget", "0.1", "--rounds", "7",
+        "--output", str(folder / "speed.csv"),
+    ), environment=interpreter))  # fmt: skip
+    check.part("scaling", 0.14, check.command(*speed(
+        *device, *(tiny if dry else ["--suite", "scaling", "--modes", "full"]), *providers,
+        "--budget", "0.2", "--rounds", "5", "--output", str(folder / "scaling.csv"),
+    ), environment=interpreter))  # fmt: skip
     check.part("questions", 0.12, check.command(
         PYTHON, "-m", "benchmarks.gpu", *device, *(["--quick"] if dry else []),
         "--output", str(folder / "questions.csv"), environment=interpreter,
     ))  # fmt: skip
-    shapes = ["--shapes", "1x2x5x8x8"] if dry else ["--shapes", SHAPES]
-    for dtype, chosen, share in (
-        ("float32", shapes, 0.26),
-        ("bfloat16", shapes if dry else ["--shapes", ",".join(SHAPES.split(",")[:3])], 0.08),
-    ):
-        path = str(folder / f"speed-{dtype}.csv")
-        check.part(f"speed, {dtype}", share, check.command(
-            PYTHON, "-m", "benchmarks.run", *device, *chosen, "--dtype", dtype, "--budget", "0.3",
-            "--rounds", "7", "--output", path, environment=interpreter,
-        ))  # fmt: skip
-    check.part("tuner", 0.12, check.command(
+    check.part("tuner", 0.2, check.command(
         PYTHON, "-m", "tools.tune", *device, "--budget", "0.2", "--rounds", "5",
         "--output", str(folder / "tuning.csv"),
         *(["--shapes", "1x24x25x4x4", "--modes", "forward"] if dry else
           ["--shapes", "1x4096x4096x128x128,8x512x512x256x256"]),
         environment=interpreter,
-    ))  # fmt: skip
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        check.results.append(("compute-sanitizer", "not installed", 0.0))
-        return
-    # Each tensor an allocation of its own: what lies between tensors would else be the cache's.
-    check.part("compute-sanitizer", 0.08, check.command(
-        sanitizer, "--error-exitcode", "1", PYTHON, "-m", "pytest", "-q", "-x", "-p",
-        "no:cacheprovider", "-p", "no:xdist", "tests/kernels/test_triton.py",
-        "-k", "sizes or strides",
-        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "ADDITIVE_ATTN_TEST_DEVICE": "cuda"},
     ))  # fmt: skip
 
 
@@ -272,7 +293,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything")
     parser.add_argument("--dry", action="store_true", help="on the CPU, with tiny sizes")
     args = parser.parse_args()
-    import torch
+    try:
+        import torch
+        import xdist  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"{error}: this takes Python with torch, Triton, pytest and pytest-xdist.")
 
     if not args.dry and not torch.cuda.is_available():
         sys.exit("torch sees no GPU on this machine: run this where torch.cuda.is_available().")

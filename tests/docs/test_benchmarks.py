@@ -101,6 +101,19 @@ def test_tables_name_their_file_and_their_cases(tmp_path, capsys):
     assert "AVX-512 fused" in shown and "AVX2 fused" in shown and "8x" in shown
 
 
+def test_tables_of_a_gpu(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    about = {"device": "cuda", "name": "Card", "isa": "sm_90", "triton": "3.6"}
+    sixteen = example(**about, dtype="bfloat16", median_ms=1.0)
+    rows.write(path, [example(**about), sixteen])
+    table.show([path], beside=True, dtype="bfloat16")
+    shown = capsys.readouterr().out
+    assert "Card (sm_90), torch 2, Triton 3.6, additive" in shown and "Card fused" in shown
+    assert "20) bfloat16" in shown and "2 ms" not in shown
+    with pytest.raises(SystemExit, match="no rows of float16"):
+        table.show([path], dtype="float16")
+
+
 def test_figures_without_data_are_sentences(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is an optional dependency")
     from benchmarks import plot
@@ -135,7 +148,7 @@ def test_wrong_arguments_are_answered_in_a_sentence(monkeypatch, capsys, argumen
 
 
 def test_every_case_has_a_name():
-    assert all(case.what for _, case in parse("first-page,quick"))
+    assert all(case.what for _, case in parse("first-page,gpu,quick"))
     assert len({case.what for case in SPEED}) == len(SPEED)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import sys
 import time
 
@@ -108,6 +109,33 @@ def test_kernels_that_fail_the_self_check_are_tested(tmp_path, monkeypatch, prob
     monkeypatch.setenv("ADDITIVE_ATTN_TEST_UNCHECKED", "")
     gpu_check.parts(gpu_check.Check(tmp_path, 20, dry=True))
     assert seen["tests"] == ("1" if problem else "") and "questions" in seen
+
+
+def test_what_is_tested_on_a_gpu():
+    found = set(gpu_check.files())
+    assert {"tests/kernels/test_triton.py", "tests/promises/test_gradients.py"} < found
+    assert gpu_check.NOT_ON_A_GPU.isdisjoint(x.rpartition("/")[2] for x in found)
+    said = ["E   AssertionError", "FAILED a.py", "passed by path: triton 2", "skipped 1: two GPUs"]
+    said += ["1 failed, 2 passed in 3.00s", "== 2 passed, 1 skipped in 3.00s =="]
+    assert all(re.match(gpu_check.SAID, x) for x in said)
+    assert not re.match(gpu_check.SAID, "....s... [ 38%]")
+
+
+def test_answers_end_in_tables(tmp_path, monkeypatch, capsys):
+    def answer(case, mode, device):
+        yield {"what": "fused", "value": "7", "unit": "us"}
+        if mode == "full":
+            yield {"what": "plain", "value": "9", "unit": "us"}
+
+    monkeypatch.setattr(gpu, "QUESTIONS", {"host": answer})
+    path = tmp_path / "a.csv"
+    arguments = ["gpu", "--device", "cpu", "--quick", "--question", "host", "--output", str(path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    gpu.main()
+    shown = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    assert [[x.strip() for x in line.split("|")][2:5] for line in shown if "-:" not in line] == [
+        ["mode", "fused, us", "plain, us"], ["forward", "7", "-"], ["full", "7", "9"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [gpu_check, tune, gpu])
