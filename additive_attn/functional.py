@@ -63,8 +63,8 @@ def additive_attention(
             blocks that it keeps.
         lengths: ``(B,)`` or ``(B, Lq)`` integers in [0, Lk], B the first leading dim (without
             leading dims: ``()`` or ``(Lq,)``), each dim also 1: the number of leading keys to
-            attend to. A tensor, or a list, tuple or NumPy array. The range is checked on the CPU
-            and clamped elsewhere.
+            attend to. A tensor, or a list, tuple or NumPy array. The range is checked,
+            but of a tensor on a GPU, which is clamped.
         is_causal: key j is attended to iff j <= i (upper left aligned).
         window: ``(left, right)``: keys i - left ... i + right; -1 = unbounded.
         dropout_p: probability of dropping a weight; applied whenever it is above 0, so pass 0 in

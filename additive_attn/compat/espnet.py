@@ -61,8 +61,10 @@ def uniform(enc_hs_pad: Tensor, enc_hs_len: Lengths) -> Tensor:
 
 
 def _attended(enc_hs_pad: Tensor, enc_hs_len: Lengths) -> tuple[Tensor, Tensor]:
-    lengths = torch.as_tensor(enc_hs_len, device=enc_hs_pad.device).unsqueeze(-1)
+    listed = None if isinstance(enc_hs_len, Tensor) else "cpu"
+    lengths = torch.as_tensor(enc_hs_len, device=listed).unsqueeze(-1)
     check_lengths("enc_hs_len", lengths, *enc_hs_pad.shape[:2])
+    lengths = lengths.to(enc_hs_pad.device)
     return torch.arange(enc_hs_pad.size(1), device=enc_hs_pad.device) < lengths, lengths
 
 

@@ -189,7 +189,7 @@ def _checked(
 def _aligned(given: Integers, name: str, call: Call) -> Tensor:
     """Checked but for the number of keys, which no process knows yet."""
     anywhere = call.key.new_empty(1, 1).expand(2**62, 1)
-    if (lowest := _extreme(as_integers(name, given, call.key.device), min)) < 0:
+    if (lowest := _extreme(as_integers(name, given, torch.device("cpu")), min)) < 0:
         raise ValueError(f"{name} holds {lowest}, but counts keys from 0.")
     return aligned_lengths(given, anywhere, call.batch(), call.query.shape[-2], name)
 

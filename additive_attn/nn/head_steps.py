@@ -50,7 +50,7 @@ def project_heads(
         if mask.dtype != torch.bool:
             mask = mask.clone()  # not the caller's
     if lengths is not None:
-        counts = as_integers("lengths", lengths, k.device)
+        counts = as_integers("lengths", lengths, k.device, k.shape[1])
         counts = counts if batched else counts.unsqueeze(0)
         counts = aligned_lengths(counts, k, k.shape[:1], 1).reshape(-1, 1).clone()
     k, v, mask, counts = append_keys(layer, k, v, mask, counts)

@@ -136,7 +136,7 @@ class ProjectingAttention(nn.Module):
             if k.shape[-2] != v.shape[-2]:
                 raise ValueError
             if lengths is not None:
-                lengths = as_integers("lengths", lengths, k.device)
+                lengths = as_integers("lengths", lengths, k.device, k.shape[-2])
                 lengths = aligned_lengths(lengths, k, _shared(batch, lengths), 1).clone()
             if key_padding_mask is not None:
                 self._check_polarity(None, key_padding_mask)

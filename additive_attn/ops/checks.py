@@ -167,13 +167,17 @@ def check_mask(
         )
 
 
-def as_integers(name: str, given: Any, device: torch.device) -> Tensor:
-    """A tensor of integers as it is; lists, tuples and NumPy arrays of integers as a tensor."""
+def as_integers(
+    name: str, given: Any, device: torch.device, num_keys: int | None = None
+) -> Tensor:
+    """A tensor of integers as it is; lists, tuples and NumPy arrays of integers as a tensor. What
+    they hold is compared with ``num_keys`` before a device has it."""
+    listed = not isinstance(given, Tensor)
     if not isinstance(given, Tensor):
         try:
             if not isinstance(given, (Sequence, Integral)) and not hasattr(given, "__array__"):
                 raise TypeError
-            given = torch.tensor(given, device=device)
+            given = torch.tensor(given, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"{name} is {given!r:.60}, a {type(given).__name__}, but must be integers: a "
@@ -185,7 +189,21 @@ def as_integers(name: str, given: Any, device: torch.device) -> Tensor:
         raise TypeError(
             f"{name} has dtype {given.dtype}, but must hold integers. Convert it with .long()."
         )
-    return given
+    if listed and num_keys is not None:
+        check_range(name, given, num_keys)
+    return given.to(device) if listed else given
+
+
+def check_range(name: str, numbers: Tensor, num_keys: int) -> None:
+    """Of numbers that can be looked at without waiting for a device."""
+    if not is_readable(numbers) or numbers.numel() == 0:
+        return
+    low, high = bounds(numbers)
+    if low < 0 or high > num_keys:
+        raise ValueError(
+            f"{name} holds values from {low} to {high}, but key has {num_keys} positions: "
+            f"{name} must lie between 0 and {num_keys}."
+        )
 
 
 def aligned_lengths(
@@ -193,7 +211,7 @@ def aligned_lengths(
 ) -> Tensor:
     """``lengths`` as int64, broadcastable to ``(*batch, Lq)``."""
     if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
-        lengths = as_integers(name, lengths, key.device)
+        lengths = as_integers(name, lengths, key.device, key.shape[-2])
     if lengths.layout is not torch.strided:
         refuse_layouts(**{name: lengths})
     if lengths.device != key.device:
@@ -207,14 +225,7 @@ def aligned_lengths(
         )
     if lengths.dtype != torch.int64:
         lengths = lengths.to(torch.int64)
-    if is_readable(lengths) and lengths.numel() > 0:
-        low, high = bounds(lengths)
-        num_keys = key.shape[-2]
-        if low < 0 or high > num_keys:
-            raise ValueError(
-                f"{name} holds values from {low} to {high}, but key has {num_keys} positions: "
-                f"{name} must lie between 0 and {num_keys}."
-            )
+    check_range(name, lengths, key.shape[-2])
     if len(batch) > 1 or (batch and not per_query):
         rows = shape[-1] if per_query else 1
         lengths = lengths.reshape(shape[0], *(1,) * (len(batch) - 1), rows)

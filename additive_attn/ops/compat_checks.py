@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from additive_attn.ops.autocast import autocast_dtype
 from additive_attn.ops.checks import INTEGERS, bounds, is_readable
 
 _ERRORS = AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError
@@ -89,7 +90,7 @@ def _misfit(x: Any, text: str, parameter: Tensor | None) -> str:
         )
     if parameter is None:
         return ""
-    casts = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+    casts = autocast_dtype(x.device.type) is not None and x.is_floating_point()
     same = x.dtype == parameter.dtype or casts
     return "" if same else f"of {x.dtype}, and the layer is of {parameter.dtype}"
 

@@ -116,6 +116,14 @@ def test_masks_and_lengths_of_other_keys(argument, bad):
             assert refused(functools.partial(make(), **good | {argument: bad}), good), name
 
 
+@pytest.mark.parametrize("numbers", [[LK + 1, 3], [-1, 3]], ids=str)
+def test_lengths_for_keys_on_another_device(numbers):
+    """A list is checked before a device has it; meta tensors stand for a GPU's here."""
+    layer = espnet.AttAdd(D, D, H).to("meta")
+    call = functools.partial(layer, X.to("meta"), numbers, Q.to("meta"), None)
+    assert refused(call, ["lengths"])
+
+
 @pytest.mark.parametrize(
     "cls",
     [espnet.AttAdd, espnet.AttLoc, espnet_heads.AttMultiHeadLoc, gnmt.BahdanauAttention,

@@ -10,7 +10,12 @@ import torch
 from oracle import DEVICE, assert_same, generator, make
 from torch import nn
 
-from additive_attn import AdditiveAttention, additive_attention, additive_attention_step
+from additive_attn import (
+    AdditiveAttention,
+    MultiheadAdditiveAttention,
+    additive_attention,
+    additive_attention_step,
+)
 from additive_attn.ops.attend import filled
 
 BATCHES = [(), (3,), (3, 2)]
@@ -120,6 +125,24 @@ def test_lists_of_lists_and_numbers():
     assert_same(ours, additive_attention(*tensors, lengths=torch.tensor(3)))
     empty = [x[:0] for x in inputs_of((2,))[:3]]
     assert additive_attention(*empty, torch.randn(H), lengths=[]).shape == (0, LQ, DV)
+
+
+@pytest.mark.parametrize("numbers", [[LK + 1, 1], [-1, 2], (3, LK + 1)], ids=str)
+def test_lists_are_checked_before_a_device_has_them(numbers):
+    """A tensor on a GPU is not looked at; meta tensors stand for it here."""
+    x, weight = torch.empty(2, LK, H, device="meta"), torch.empty(H, device="meta")
+    layers = (
+        AdditiveAttention(H, H, device="meta"),
+        MultiheadAdditiveAttention(H, 2, batch_first=True, device="meta"),
+    )
+    for name in ("lengths", "starts"):
+        with pytest.raises(ValueError, match=f"{name} must lie between 0 and {LK}"):
+            additive_attention(x, x, x, weight, **{name: numbers})
+        additive_attention(x, x, x, weight, **{name: [LK, 0]})
+    for layer in layers:
+        with pytest.raises(ValueError, match=f"lengths must lie between 0 and {LK}"):
+            layer.project(x, lengths=numbers)
+        layer.project(x, lengths=[LK, 0])
 
 
 def test_lists_for_the_memory_of_a_decoder():
