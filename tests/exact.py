@@ -10,14 +10,14 @@ import math
 
 import numpy as np
 import torch
-from oracle import INPUTS, OUTPUTS, fused, gradients, plain, plain_masked
+from oracle import INPUTS, OUTPUTS, fused, generator, gradients, plain, plain_masked
 
 
 def exact(inputs, upstream, scale):
     """Outputs and gradients in a wider type, by the formula and its derivative."""
     wide = np.float64 if inputs["query"].dtype == torch.float32 else np.longdouble
-    q, k, v, w = (inputs[name].numpy().astype(wide) for name in INPUTS)
-    up = {name: x.numpy().astype(wide) for name, x in upstream.items()}
+    q, k, v, w = (inputs[name].cpu().numpy().astype(wide) for name in INPUTS)
+    up = {name: x.cpu().numpy().astype(wide) for name, x in upstream.items()}
     energy = np.tanh(q[..., :, None, :] + k[..., None, :, :])
     score = scale * (energy @ w)
     top = score.max(-1, keepdims=True)
@@ -45,7 +45,7 @@ def _judges(key, scale, upstream_size, upstream_of):
     inputs = _INPUTS[key]
     dtype = inputs["query"].dtype
     shapes = plain(*inputs.values())
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     upstream = {
         name: upstream_size * torch.randn(shapes[name].shape, generator=g, dtype=dtype)
         for name in upstream_of
@@ -53,7 +53,10 @@ def _judges(key, scale, upstream_size, upstream_of):
     truth = exact(inputs, upstream, scale)
     theirs = gradients(lambda x: plain_masked(x, scale=scale), inputs, upstream)
     errors = [
-        {name: float(abs(theirs[which][name].numpy() - want).max()) for name, want in x.items()}
+        {
+            name: float(abs(theirs[which][name].cpu().numpy() - want).max())
+            for name, want in x.items()
+        }
         for which, x in enumerate(truth)
     ]
     return upstream, truth, errors
@@ -71,13 +74,13 @@ def judge(
     found = {}
     for inputs in cases:
         eps = torch.finfo(inputs["query"].dtype).eps
-        key = hash(tuple(x.contiguous().numpy().tobytes() for x in inputs.values()))
+        key = hash(tuple(x.cpu().contiguous().numpy().tobytes() for x in inputs.values()))
         _INPUTS[key] = inputs
         upstream, truth, errors = _judges(key, scale, upstream_size, tuple(upstream_of))
         ours = gradients(lambda x: fused(x, scale=scale), inputs, upstream)
         for which, factor, terms in ((0, 2, size), (1, 3, size * upstream_size * slope)):
             for name, want in truth[which].items():
-                mine = float(abs(ours[which][name].numpy() - want).max())
+                mine = float(abs(ours[which][name].cpu().numpy() - want).max())
                 floor = eps * float(abs(want).max()) + 8 * eps * terms
                 record = found.setdefault(f"{'d' * which}{name}", [0.0, 0.0, 0.0, factor])
                 record[0] = math.inf if math.isnan(mine) else max(record[0], mine)
@@ -92,7 +95,7 @@ def judge(
 
 
 def inputs_of(seed, dtype, queries, keys, hidden, values=8, *, batch=(), spread=1.0, weight=0.3):
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
 
     def randn(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)

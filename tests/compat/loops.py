@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from oracle import generator
 from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]
@@ -32,7 +33,7 @@ SIZES = Sizes()
 
 def inputs(sizes: Sizes = SIZES, dtype: torch.dtype = torch.float64, seed: int = 0) -> Inputs:
     """Memory, what is added to the queries of each step, and what feeds a context back."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
@@ -74,7 +75,7 @@ def run(layer: nn.Module, loop: Loop, given: Inputs) -> tuple[list[Tensor], Inpu
     """Outputs of all steps, and the gradients of inputs and parameters."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in given.items()}
     outputs = loop(layer, leaves)
-    g = torch.Generator().manual_seed(7)
+    g = generator(7)
     upstream = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in outputs]
     wanted = {**leaves, **dict(layer.named_parameters())}
     grads = torch.autograd.grad(

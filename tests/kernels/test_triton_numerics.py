@@ -10,6 +10,7 @@ from oracle import (
     check_against_plain,
     fused,
     fused_scores,
+    generator,
     gradients,
     make,
     plain,
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.triton
 def opposed(offset, deviation, weight, queries, hidden, seed):
     """q near c and k near -c in every feature, with signs of c that differ."""
     case = make((), queries, 20, hidden, 5, spread=deviation, seed=seed)
-    signs = torch.sign(torch.randn(hidden, generator=torch.Generator().manual_seed(seed)))
+    signs = torch.sign(torch.randn(hidden, generator=generator(seed)))
     case["query"] += offset * signs
     case["key"] -= offset * signs
     case["weight"] *= weight

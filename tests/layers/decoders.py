@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import error
+from oracle import error, generator
 from torch import Tensor, nn
 
 from additive_attn import CoverageAttention, LocationSensitiveAttention
@@ -109,7 +109,7 @@ class Decoder(nn.Module):
 
 
 def inputs(dtype: torch.dtype = torch.float64, batch: int = B):
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     shapes = (batch, LK, K), (batch, LK, DV), (batch, D)
     return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
             for s in shapes]  # fmt: skip
@@ -118,7 +118,7 @@ def inputs(dtype: torch.dtype = torch.float64, batch: int = B):
 def results(decoder: Decoder, run, tensors, **options):
     """Outputs, and gradients of inputs and parameters by random upstream gradients."""
     outputs = run(*tensors, **options)
-    g = torch.Generator().manual_seed(1)
+    g = generator(1)
     upstream = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in outputs]
     leaves = [*tensors, *(x for x in decoder.parameters() if x.requires_grad)]
     grads = torch.autograd.grad(

@@ -206,6 +206,7 @@ def test_an_adapter_merges():
     torch.testing.assert_close(layer(x, x), before)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="computes on the CPU")
 def test_quantised_layers():
     """Eight bits: what the plain layer loses by them, and no more."""
     from torch.ao.quantization import quantize_dynamic

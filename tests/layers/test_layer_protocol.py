@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from oracle import DEVICE
 from torch import fx, nn
 
 from additive_attn import AdditiveAttention, PlainAdditiveAttention, additive_attention
@@ -28,7 +29,7 @@ KINDS = pytest.mark.parametrize("kind", ["plain", "fused", "normalized"])
 @KINDS
 def test_meta_and_reset_parameters_give_what_the_constructor_gives(kind):
     built, empty = build(kind), build(kind, device="meta")
-    empty.to_empty(device="cpu")
+    empty.to_empty(device=DEVICE)
     for parameter in empty.parameters():
         nn.init.constant_(parameter, 7.0)
     torch.manual_seed(3)

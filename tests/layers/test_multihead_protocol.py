@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from heads import F64, HEADS, E, N, S, made, padded, plain_heads
+from oracle import DEVICE
 from torch import fx, nn
 from torch.func import functional_call, jacrev, vmap
 
@@ -159,7 +160,7 @@ def test_hidden_dim_is_the_width_of_queries_and_keys():
 
 def test_meta_reset_and_skip_init():
     layer = MultiheadAdditiveAttention(E, HEADS, device="meta", add_bias_kv=True)
-    layer.to_empty(device="cpu")
+    layer.to_empty(device=DEVICE)
     for parameter in layer.parameters():
         nn.init.constant_(parameter, 7.0)
     layer.reset_parameters()

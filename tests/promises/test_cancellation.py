@@ -10,7 +10,7 @@ import paths
 import pytest
 import torch
 from exact import inputs_of, judge
-from oracle import SCORED, assert_all_same, fused, fused_scores, plain_scores
+from oracle import SCORED, assert_all_same, fused, fused_scores, generator, plain_scores
 
 pytestmark = pytest.mark.kernel
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -25,7 +25,7 @@ def test_opposite_offsets(offset, deviation, weight, dtype):
     cases = []
     for seed in range(3):
         inputs = inputs_of(seed, torch.float64, 6, 140, 72, spread=deviation, weight=weight)
-        g = torch.Generator().manual_seed(100 + seed)
+        g = generator(100 + seed)
         c = offset * (1 if seed == 0 else torch.randn(72, generator=g, dtype=torch.float64))
         inputs["query"] = inputs["query"] + c
         inputs["key"] = inputs["key"] - c
@@ -57,7 +57,7 @@ def test_opposite_offsets_among_others(deviation, weight, hidden, mix, dtype):
     cases = []
     for seed in range(3):
         inputs = inputs_of(seed, torch.float64, 12, 150, hidden, spread=deviation)
-        g = torch.Generator().manual_seed(200 + seed)
+        g = generator(200 + seed)
         w = torch.randn(hidden, generator=g, dtype=torch.float64) / hidden**0.5
         inputs["weight"] = -weight * w.abs()  # other keys have lower scores
         inputs["query"] += 3.0
@@ -129,7 +129,7 @@ def test_weight_gradient(deviation, hidden, queries, mix, dtype):
         cases = []
         for seed in range(8 if hidden == 1 else 2):
             inputs = inputs_of(seed, torch.float64, queries, 150, hidden, spread=deviation)
-            g = torch.Generator().manual_seed(300 + seed)
+            g = generator(300 + seed)
             c, other = (
                 size * torch.randn(n, hidden, generator=g, dtype=torch.float64).abs()
                 for n in (1, 150)
@@ -148,7 +148,7 @@ def degree(seed, hidden, offset, deviation, opposite, signed, dtype):
     """Queries near an offset and keys near its negative, in a share of the features; their scores
     in a wider type, and the largest error of the plain formula."""
     inputs = inputs_of(seed, torch.float64, 6, 140, hidden, spread=deviation)
-    g = torch.Generator().manual_seed(400 + seed)
+    g = generator(400 + seed)
     c = offset * (0.5 + torch.rand(hidden, generator=g, dtype=torch.float64))
     inputs["query"] += c
     inputs["key"] -= c
@@ -158,9 +158,9 @@ def degree(seed, hidden, offset, deviation, opposite, signed, dtype):
     inputs["weight"] = 8 * (w if signed else w.abs()) / w.norm()
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     wide = np.float64 if dtype == torch.float32 else np.longdouble
-    q, k, w = (inputs[name].numpy().astype(wide) for name in SCORED)
+    q, k, w = (inputs[name].cpu().numpy().astype(wide) for name in SCORED)
     want = np.tanh(q[:, None] + k) @ w
-    return inputs, want, abs(plain_scores(inputs)["scores"].numpy() - want).max()
+    return inputs, want, abs(plain_scores(inputs)["scores"].cpu().numpy() - want).max()
 
 
 @BOTH
@@ -175,7 +175,7 @@ def test_degrees_of_cancellation(hidden, offset, signed, dtype):
         ours, theirs = 0.0, 0.0
         for seed in range(2):
             case = degree(seed, hidden, offset, deviation, opposite, signed, dtype)
-            got = fused_scores(case[0])["scores"].numpy()
+            got = fused_scores(case[0])["scores"].cpu().numpy()
             ours = max(ours, abs(got - case[1]).max() - eps / 2 * abs(case[1]).max())
             theirs = max(theirs, case[2])
         if not ours <= 2 * theirs:
@@ -191,7 +191,7 @@ def test_equal_weights_near_cancellation(hidden):
     ours = theirs = 0.0
     for seed in range(3):
         inputs = inputs_of(seed, torch.float64, 12, 140, hidden, spread=0.1)
-        g = torch.Generator().manual_seed(500 + seed)
+        g = generator(500 + seed)
         c = 2 * (0.5 + torch.rand(hidden, generator=g, dtype=torch.float64))
         inputs |= {"query": inputs["query"] + c, "key": inputs["key"] - c}
         inputs["weight"] = torch.ones(hidden) if seed else torch.randn(hidden, generator=g).sign()

@@ -9,6 +9,7 @@ import io
 
 import pytest
 import torch
+from oracle import generator
 from torch import nn
 from torch.func import functional_call, functionalize, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,7 +22,7 @@ from additive_attn import (
 )
 from additive_attn.spec.call import Call
 
-G = torch.Generator().manual_seed(0)
+G = generator(0)
 X = torch.randn(2, 3, 4, generator=G)
 KEY, VALUE = torch.randn(2, 5, 4, generator=G), torch.randn(2, 5, 6, generator=G)
 WEIGHT = torch.randn(4, generator=G)

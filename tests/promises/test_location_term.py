@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_same, error
+from oracle import assert_same, error, generator
 from paths import DEVICE
 
 from additive_attn.ops import dispatch  # noqa: F401  registers the operators
@@ -27,7 +27,7 @@ SHAPES = [
 
 
 def make(batch, keys, hidden, features, values=6, *, dtype=torch.float32, spread=1.0, seed=0):
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
 
     def randn(*shape: int, by: float = 1.0) -> torch.Tensor:
         return (by * torch.randn(shape, generator=g)).to(DEVICE, dtype)
@@ -43,7 +43,7 @@ def make(batch, keys, hidden, features, values=6, *, dtype=torch.float32, spread
 
 
 def upstream_of(outputs: tuple[torch.Tensor, ...], seed: int = 1) -> list[torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     grads = [torch.randn(x.shape, generator=g).to(DEVICE, x.dtype) for x in outputs]
     grads[2] = torch.where(outputs[2].isinf(), 0.0, grads[2])
     return grads
@@ -147,7 +147,7 @@ def test_small_and_large_activations(spread, path):
 
 
 def masks(kind, batch, keys):
-    g = torch.Generator().manual_seed(3)
+    g = generator(3)
     if kind == "lengths":
         return {"lengths": torch.tensor([[keys // 2], [0], [keys - 1]], device=DEVICE)}
     mask = torch.rand((*batch, 1, keys), generator=g) < 0.6

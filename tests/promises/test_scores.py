@@ -80,7 +80,7 @@ def test_small_and_large_activations(spread, queries, dtype):
 
 def masks(batch, queries, keys):
     """Every kind, each with a row without keys where it can have one."""
-    g = torch.Generator().manual_seed(5)
+    g = generator(5)
     hidden = torch.rand(*batch, queries, keys, generator=g) < 0.3
     hidden[0, 0] = True
     bias = torch.randn(*batch, queries, keys, generator=g)

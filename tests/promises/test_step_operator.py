@@ -17,6 +17,7 @@ from oracle import (
     assert_same,
     check_against_plain,
     dense_mask,
+    generator,
     gradients,
     make,
     plain,
@@ -134,7 +135,7 @@ def test_opposite_queries_and_keys(by, spread):
 @pytest.mark.core
 @pytest.mark.parametrize("kind", ["lengths", "bool", "float", "half", "both", "shared"])
 def test_masks_of_every_kind(kind):
-    g = torch.Generator().manual_seed(3)
+    g = generator(3)
     batch, keys = (2, 3), 140
     masking = {}
     if kind in ("lengths", "both"):
