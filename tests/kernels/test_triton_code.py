@@ -111,14 +111,17 @@ VARIANTS = {
     "float mask", "sizes of one", "odd sizes", "96 features", "few rows", "6 rows", "few keys",
     "half", "bfloat16", "float64, everything",
 }  # fmt: skip
-# Bytes that Triton 3.6 to 3.8 spill at most, outside of innermost loops, where their assembler
-# holds a kernel to fewer registers than it needs at one place; 3.9 spills none.
+# Bytes that are spilled at most, outside of innermost loops, where the assembler of Triton 3.6 to
+# 3.8 holds a kernel to fewer registers than it needs at one place. With 3.9, the pass over
+# features alone does: its loop for rare pairs needs more than the 168 registers with which three
+# programs run at a time, and which are faster for all others.
 SPILLS = {
     ("score_kernel", "sm_100"): 40,
     ("forward_kernel", "sm_90"): 32,
-    ("feature_kernel", "sm_100"): 16,
+    ("feature_kernel", "sm_100"): 32,
     ("prepare_kernel", "sm_90"): 8,
 }
+RARE_SPILLS = {"sm_90": 512, "sm_100": 32, "gfx942": 20}
 # Around the hot loop of one pass the sums of the values leave too few registers; what that costs
 # is counted in all.
 ONE_PASS_SPILLS = 1024 if VERSION >= (3, 9) else 2304
@@ -127,7 +130,9 @@ ONE_PASS_SPILLS = 1024 if VERSION >= (3, 9) else 2304
 BARS = {
     "score_kernel": (4.3, 0.25, 0),
     "attend_kernel": (4.3, 0.25, 0),
-    "feature_kernel": (7.5, 0.75, 0),
+    # Sums over eight lanes in place of two: more instructions, a quarter of the bytes. With 3.9,
+    # one number is spilled.
+    "feature_kernel": (8.0, 0.75, 1 if VERSION >= (3, 9) else 0),
 }
 # Instructions per tanh in all, on sm_90, at most: everything that a call does for each pair; with
 # versions before 3.9, which spill more around the hot loop.
@@ -138,7 +143,7 @@ FORWARD = {
         call(*LONG[:4], 512, dtype=torch.bfloat16, need_weights=False, upstream=()), 5.5, 5.9
     ),
 }  # fmt: skip
-BACKWARD = 13.3  # float32, scores computed again
+BACKWARD = 14.3  # float32, scores computed again
 
 
 @functools.cache
@@ -178,14 +183,17 @@ def test_calls_compile_without_spills(label, target):
         one_pass = kernel.name == "attend_kernel"
         assert code.shared <= (80 if one_pass else 48) * 1024, kernel.name
         assert 0 < kernel.programs < 2**31, kernel.name
-        most = SPILLS.get((kernel.name, target), 0) if VERSION < (3, 9) else 0
+        rare = kernel.name == "feature_kernel" and VERSION >= (3, 9)
+        most = RARE_SPILLS.get(target, 0) if rare else 0
+        if VERSION < (3, 9):
+            most = SPILLS.get((kernel.name, target), 0)
         assert code.spilled <= (ONE_PASS_SPILLS if one_pass else most), kernel.name
         if code.spilled and target not in AMD:
             loops = [code.graph.iteration(loop) for loop in code.graph.innermost]
-            for loop in [kernel.hot_loop()] if one_pass else loops:
-                assert not number(loop, "LDL|STL"), kernel.name
+            for loop in [kernel.hot_loop()] if one_pass or rare else loops:
+                assert number(loop, "LDL|STL") <= rare, kernel.name
         if label == "usual" and target not in AMD and kernel.tanh:
-            assert not number(kernel.hot_loop(), "LDL|STL"), kernel.name
+            assert number(kernel.hot_loop(), "LDL|STL") <= rare, kernel.name
 
 
 @figures

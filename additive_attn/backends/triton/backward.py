@@ -20,7 +20,7 @@ from additive_attn.backends.triton.feature_gradients import feature_kernel
 from additive_attn.backends.triton.key_sums import key_sum_kernel
 from additive_attn.backends.triton.launch import launch, registers, target
 from additive_attn.backends.triton.opposite import Flags, opposite_tiles
-from additive_attn.backends.triton.plan import Piece, splits
+from additive_attn.backends.triton.plan import Piece, pass_splits
 from additive_attn.backends.triton.row_gradient import given_kernel, row_gradient_kernel
 from additive_attn.backends.triton.score_tiles import flagged_scores
 from additive_attn.spec.call import Needs, Upstream, backward_arguments, call_of_scores
@@ -236,7 +236,9 @@ def _add_features(
     tile, block = tiles.gradient_tile(rows, p.padded, p.wide), tiles.gradient_block(count)
     row_tiles = -(-rows // (tile["RX"] * tile["TX"]))
     programs = entries * row_tiles * -(-p.padded // (2 * tile["TW"] * tile["TF"]))
-    ranges, per_range = splits(programs, count, block, p.processors)
+    most = 255 if p.wide else tiles.GRADIENT_REGISTERS
+    resident = tiles.resident(32 * tile["num_warps"], most) * p.processors
+    ranges, per_range = pass_splits(programs, count, block, resident)
     # What roundings of the keys' exponentials leave out of dw comes from the sums of dk.
     corrected = sums.weight is not None and not p.wide
     summed = sums.key is not None or corrected
@@ -247,7 +249,7 @@ def _add_features(
             query = gradient.new_empty(ranges, entries, rows, p.hidden)
     if summed:
         key_sums = gradient.new_empty(row_tiles, entries, -(-count // 4) * 4, p.padded)
-    sum_tile = tiles.KEY_SUM
+    sum_tile = tiles.key_sum_tile(count, row_tiles, p.padded)
     shares, blocks = ranges * row_tiles, -(-count // sum_tile["BLOCK"])
     if sums.weight is not None:
         weight_sums = gradient.new_empty(shares + corrected * blocks, entries, p.hidden)
@@ -258,7 +260,7 @@ def _add_features(
         p.batch.inner, entries, entry, p.rows, row, rows, row_padded, p.keys, key, count,
         key_padded, p.hidden, p.left, p.right, p.scale_bits, ranges, per_range,
         **tile, BLOCK=block, padded=p.padded, FLAG_ROWS=1 if flags is None else flags.rows,
-        FLAG_KEYS=1 if flags is None else flags.keys, TARGET=target(), **registers(255),
+        FLAG_KEYS=1 if flags is None else flags.keys, TARGET=target(), **registers(most),
     )  # fmt: skip
     if query is not None and of_query is not None and ranges > 1:
         _total(query, of_query)

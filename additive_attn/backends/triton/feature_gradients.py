@@ -45,6 +45,18 @@ def _store_sum(to, p, stored):
 
 
 @triton.jit
+def _four_keys(place, four, h, padded: tl.constexpr, TILE: tl.constexpr):
+    """The prepared rows of four keys, a tuple of [TW, TX, TF, 2]."""
+    at = place + tl.cast(4 * four, tl.int64) * padded
+    return (
+        prepared(at, h, padded, TILE),
+        prepared(at + padded, h, padded, TILE),
+        prepared(at + 2 * padded, h, padded, TILE),
+        prepared(at + 3 * padded, h, padded, TILE),
+    )
+
+
+@triton.jit
 def _loop(
     Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded, dqa, dqb,
     RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr,
@@ -58,18 +70,25 @@ def _loop(
     zeros = tl.zeros([TW, TX, TF], tl.float32)
     dwa = zeros
     dwb = zeros
-    for four in range(begin // 4, tl.cdiv(end, 4)):
+    # Four keys are loaded a turn before they are used. Between the stores of dk, each of their
+    # loads would be waited for.
+    last = tl.cdiv(end, 4) - 1
+    K_next = _four_keys(K_place, begin // 4, h, padded, TILE)
+    for four in range(begin // 4, last + 1):
         c = 4 * four  # which the compiler knows to be a multiple of four
-        K_four = K_place + tl.cast(c, tl.int64) * padded
-        g_four = g_place + tl.cast(c, tl.int64) * row_padded
+        g_four = (g_place + tl.cast(c, tl.int64) * row_padded)[:, :, :, None] + tl.arange(0, 4)
+        loaded = ()
+        for x in tl.static_range(RX):
+            loaded = loaded + (tl.load(g_four + 4 * x),)
+        K_four = K_next
+        K_next = _four_keys(K_place, tl.minimum(four + 1, last), h, padded, TILE)
         gs = ()
         for x in tl.static_range(RX):
-            g4 = tl.load(g_four[:, :, :, None] + (4 * x + tl.arange(0, 4)))
-            gs = gs + (tile4(g4, TW, TX, TF),)
+            gs = gs + (tile4(loaded[x], TW, TX, TF),)
         xa = zeros
         xb = zeros
         for u in tl.static_range(4):
-            K = prepared(K_four + u * padded, h, padded, TILE)
+            K = tl.split(K_four[u])
             pa = zeros
             pb = zeros
             na = ()
@@ -144,7 +163,7 @@ def _rare_loop(
         j1 = tl.minimum(c, last_key).to(tl.int64)
         k = raw(k_rows + j1 * key_row, h, hidden, key_h, ACC)
         if not WIDE:
-            K = prepared(K_place + tl.cast(c, tl.int64) * padded, h, padded, TILE)
+            K = tl.split(prepared(K_place + tl.cast(c, tl.int64) * padded, h, padded, TILE))
             size_j = tl.load(sizes_j + j1)
             _K, K_error = exponentials(k, size_j > SAFE)
         pa = zeros

@@ -17,7 +17,7 @@ def key_sum_kernel(
     weight, weight_outer, weight_inner, weight_h, key_sums, weight_sums, grad_key, grad_weight,
     inner, entries, entry_begin, row_tiles, key_begin, key_count, keys, hidden, padded,
     scale_bits, splits,
-    BLOCK: tl.constexpr, FEATURES: tl.constexpr,
+    BLOCK: tl.constexpr, FEATURES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """A block of keys and features of the tiles' sums of ``feature_kernel``: dk, and what the
     roundings of the stored e^{2k} leave out of dw to [key block][entry]. With ``weight_sums``,
@@ -35,10 +35,14 @@ def key_sum_kernel(
     inside = (c < key_count)[:, None] & (f < hidden)[None, :]
     stored = tl.cdiv(key_count, 4) * 4
     place = (entry * stored + c)[:, None] * padded + f[None, :]
+    # [TILES, BLOCK, FEATURES]: so many are loaded before one is added.
+    tile = tl.arange(0, TILES)[:, None, None]
+    stride = tl.cast(entries, tl.int64) * stored * padded
+    from_tile = key_sums + tile * stride + place[None, :, :]
     total = tl.zeros([BLOCK, FEATURES], ACC)
-    for tile in range(0, row_tiles):
-        from_tile = key_sums + tl.cast(tile, tl.int64) * entries * stored * padded
-        total += tl.load(from_tile + place, mask=inside, other=0.0)
+    for first in range(0, row_tiles, TILES):
+        some = inside[None, :, :] & (first + tile < row_tiles)
+        total += tl.sum(tl.load(from_tile + first * stride, mask=some, other=0.0), 0)
     h = tl.minimum(f, hidden - 1).to(tl.int64)
     scale = number(scale_bits).to(ACC)
     if grad_key is not None:

@@ -9,7 +9,9 @@ from typing import Any
 
 from additive_attn.backends.triton.tuned import TUNED
 
-WORKSPACE_ELEMENTS = 2**23  # scores that are kept at a time: 32 MB in float32, which caches hold
+WORKSPACE_ELEMENTS = 2**24  # scores that are kept at a time: 64 MB in float32
+
+LONG = 24  # shorter rows or columns have tiles of their own, which are not tuned
 
 
 def power_of_two(n: int) -> int:
@@ -78,16 +80,34 @@ def row_block(keys: int) -> dict[str, int]:
 
 def gradient_tile(rows: int, padded: int, wide: bool = False) -> dict[str, int]:
     """For the pass over features: RX rows by two features per thread, TX by TF lanes of TW
-    warps."""
-    TX, TF = (8, 4) if wide else (2, 16)
+    warps. Each tile of RX TX rows stores its sums of all keys."""
+    TX = 8 if wide or rows >= 128 else 4 if rows >= LONG else 2
+    TF = 32 // TX
     TW = min(4, power_of_two(-(-padded // (2 * TF))))
-    if not wide and padded > 64 and padded % 128:
-        TW = 2
+    if not wide and padded % (2 * TW * TF):
+        TW = min(2, TW)
     RX = 8 if rows > 8 else 4 if rows > 4 else 2
     return {"RX": 2 if wide else RX, "TX": TX, "TW": TW, "TF": TF, "num_warps": TW}
 
 
-KEY_SUM = {"BLOCK": 64, "FEATURES": 32, "num_warps": 4}  # for the sums over tiles of rows
+# Of a thread of that pass, outside of float64: three programs run at a time, so that while one
+# waits the others compute.
+GRADIENT_REGISTERS = 168
+
+
+def resident(threads: int, registers: int) -> int:
+    """Programs that a multiprocessor runs at a time, by their registers."""
+    return max(1, 65536 // (threads * -(-registers // 8) * 8))
+
+
+def key_sum_tile(keys: int, row_tiles: int, padded: int) -> dict[str, int]:
+    """For the sums over tiles of rows: BLOCK keys by FEATURES, TILES of them loaded at a time.
+    Up to 64 keys are one block, which also adds up dw."""
+    if 16 < keys <= 64:
+        return {"BLOCK": 64, "FEATURES": 32, "TILES": min(2, row_tiles), "num_warps": 4}
+    TILES = min(8, power_of_two(row_tiles))
+    FEATURES = min(128, 256 // TILES, power_of_two(padded))
+    return {"BLOCK": 16, "FEATURES": FEATURES, "TILES": TILES, "num_warps": 4}
 
 
 def gradient_block(length: int) -> int:
@@ -126,9 +146,6 @@ def location_tile(hidden: int, filters: int) -> dict[str, int]:
 def correlation_tile(outputs: int) -> dict[str, int]:
     """BF outputs by BX places of a correlation, TERMS of their sums at a time."""
     return {"BF": 32 if outputs > 16 else 16, "BX": 32, "TERMS": 16, "num_warps": 4}
-
-
-LONG = 24  # shorter rows or columns have tiles of their own, which are not tuned
 
 
 def changed(kept: Any, change: Any) -> Any:
