@@ -291,8 +291,15 @@ def step(
     if several:
         return out, weights
     if flat:
-        return out.flatten(0, 1), None if weights is None else weights.flatten(0, 1)
+        return flat_beams(out), None if weights is None else flat_beams(weights)
     return out.squeeze(-2), None if weights is None else weights.squeeze(-2)
+
+
+def flat_beams(x: Tensor) -> Tensor:
+    """``(B, beams, ...)`` as ``(B * beams, ...)``."""
+    if _is_compiling():  # flatten(0, 1) alone makes torch.export before 2.13 guard on the sizes
+        return x.flatten().view(x.shape[0] * x.shape[1], *x.shape[2:])
+    return x.flatten(0, 1)
 
 
 def _prepared_step(

@@ -14,6 +14,7 @@ from additive_attn.nn.decoding import (
     ProjectedMemory,
     attended_keys,
     counting_writes,
+    flat_beams,
     parameter_state,
 )
 from additive_attn.nn.heads import append_keys, attend_heads, merged_masks, split
@@ -157,7 +158,7 @@ def _rows(
     )  # fmt: skip
     out = projected(layer._modules["out_proj"], out.transpose(1, 2).flatten(-2))
     weights = None if weights is None else _of_rows(weights, averaged, flat=not several)
-    out = out if several else out.flatten(0, 1)
+    out = out if several else flat_beams(out)
     if not batched:
         return out.squeeze(0), None if weights is None else weights.squeeze(0)
     return out, weights
@@ -170,4 +171,4 @@ def _of_rows(weights: Tensor, averaged: bool, flat: bool) -> Tensor:
         weights = weights.mean(dim=-3)
     elif flat:
         weights = weights.transpose(-2, -3)
-    return weights.flatten(0, 1) if flat else weights
+    return flat_beams(weights) if flat else weights

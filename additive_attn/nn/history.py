@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from additive_attn.nn.decoding import ProjectedMemory, attended_keys, lent_of
+from additive_attn.nn.decoding import ProjectedMemory, attended_keys, flat_beams, lent_of
 from additive_attn.nn.linear import bare_parameters
 from additive_attn.nn.projection import ProjectingAttention
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
@@ -107,7 +107,7 @@ class HistoryAttention(ProjectingAttention):
             )
             uniform = attended / attended.sum(-1, keepdim=True).clamp(min=1)
             if memory.beams > 1 and uniform.dim() == 2 and uniform.shape[0] > 1:
-                uniform = uniform.repeat_interleave(memory.beams, 0)
+                uniform = flat_beams(uniform.unsqueeze(1).expand(-1, memory.beams, -1))
             weights = weights + uniform
         return AttentionState(weights, weights.clone())
 
@@ -170,7 +170,7 @@ class HistoryAttention(ProjectingAttention):
             explain_memory(self._caller("step"), given, *memory[:2], self.hidden_dim)
             raise
         if split:
-            context, weights = context.flatten(0, 1), weights.flatten(0, 1)
+            context, weights = flat_beams(context), flat_beams(weights)
         return context, weights, AttentionState(weights, state.cumulative + weights)
 
     def _term(
