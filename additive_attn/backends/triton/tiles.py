@@ -105,8 +105,8 @@ def key_sum_tile(keys: int, row_tiles: int, padded: int) -> dict[str, int]:
     Up to 64 keys are one block, which also adds up dw."""
     if 16 < keys <= 64:
         return {"BLOCK": 64, "FEATURES": 32, "TILES": min(2, row_tiles), "num_warps": 4}
-    TILES = min(8, power_of_two(row_tiles))
-    FEATURES = min(128, 256 // TILES, power_of_two(padded))
+    TILES = 1 if row_tiles == 1 else 8
+    FEATURES = min(128 if row_tiles == 1 else 32, power_of_two(padded))
     return {"BLOCK": 16, "FEATURES": FEATURES, "TILES": TILES, "num_warps": 4}
 
 
