@@ -55,11 +55,12 @@ def attend_kernel(a: SimpleNamespace) -> Work:
 
 
 def row_gradient_kernel(a: SimpleNamespace) -> Work:
-    per_thread = a.BLOCK // (32 * a.num_warps)
-    trips = (a.key_count / a.BLOCK,)
-    return Work(
-        (Through({"MUFU": per_thread}, trips), Through({"MUFU": per_thread, "STG": 1}, trips))
-    )
+    if a.WHOLE:
+        return Work(())
+    per_thread = a.ROWS * a.BLOCK // (32 * a.num_warps)
+    trips = (min(a.keys_per_split, a.key_padded) / a.BLOCK,)
+    sums, stores = Through({"MUFU": per_thread}, trips), Through({"STG": 1}, trips)
+    return Work({0: (sums, stores), 1: (sums,), 2: (stores,)}[a.PHASE])
 
 
 def feature_kernel(a: SimpleNamespace) -> Work:

@@ -7,8 +7,10 @@ import mmap
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import (
     DEVICE,
+    assert_layout_free,
     assert_same,
     check_against_plain,
     fused,
@@ -284,6 +286,32 @@ def test_opcheck(needs, queries):
     out, _, lse = dispatch.forward(*inputs, False)
     arguments = (torch.randn_like(out), None, None, *inputs, lse, *needs)
     torch.library.opcheck(dispatch.backward, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("begins", ["entries", "tensors"])
+@pytest.mark.parametrize("queries", [1, 6])
+def test_what_begins_between_16_bytes(queries, begins, dtype):
+    """Rows are 16 bytes apart, and may be loaded 16 bytes at once, but for where they begin."""
+    case = make((3,), queries, 40, 32, 32, dtype=dtype)
+
+    def placed(x):
+        rows = F.pad(x, (0, 16)).flatten(-2)
+        if begins == "entries":
+            rows = F.pad(rows, (0, 1), value=torch.nan)[..., :-1]
+        else:
+            rows = F.pad(rows.flatten(), (1, 0), value=torch.nan)[1:].view(rows.shape)
+        return rows.unflatten(-1, (x.shape[-2], -1))[..., : x.shape[-1]]
+
+    def elsewhere(inputs):
+        weight = inputs["weight"]
+        return fused({n: x if x is weight else placed(x) for n, x in inputs.items()})
+
+    upstream = random_upstream(fused(case))
+    for ours, other in zip(
+        gradients(elsewhere, case, upstream), gradients(fused, case, upstream), strict=True
+    ):
+        assert_layout_free(ours, other)
 
 
 @pytest.mark.parametrize("queries", [1, 40])

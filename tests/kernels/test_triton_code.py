@@ -122,6 +122,9 @@ SPILLS = {
     ("prepare_kernel", "sm_90"): 8,
 }
 SMALL_SPILLS = {"sm_90": 512, "sm_100": 32, "gfx942": 20}
+# Of one query per entry: four programs on a multiprocessor with these were faster on an H200 than
+# three, or larger ones, without.
+DECODE_SPILLS = {"forward_kernel": 128, "probability_kernel": 40, "merge_kernel": 8}
 # Around the hot loop of one pass the sums of the values leave too few registers; what that costs
 # is counted in all.
 ONE_PASS_SPILLS = 1024 if VERSION >= (3, 9) else 2304
@@ -187,8 +190,9 @@ def test_calls_compile_without_spills(label, target):
         most = SMALL_SPILLS.get(target, 0) if small else 0
         if VERSION < (3, 9):
             most = SPILLS.get((kernel.name, target), 0)
-        assert code.spilled <= (ONE_PASS_SPILLS if one_pass else most), kernel.name
-        if code.spilled and target not in AMD:
+        few = DECODE_SPILLS.get(kernel.name, 0)
+        assert code.spilled <= (ONE_PASS_SPILLS if one_pass else max(most, few)), kernel.name
+        if code.spilled > few and target not in AMD:
             loops = [code.graph.iteration(loop) for loop in code.graph.innermost]
             for loop in [kernel.hot_loop()] if one_pass or small else loops:
                 assert number(loop, "LDL|STL") <= small, kernel.name

@@ -31,7 +31,8 @@ def functions(source):
     return {
         node.name: ([argument.arg for argument in node.args.args], node)
         for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.decorator_list
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(x) in ("kernel", "triton.jit") for x in node.decorator_list)
     }
 
 
@@ -40,7 +41,12 @@ def package_functions():
     sources = [
         inspect.getsource(importlib.import_module(f"{package.__name__}.{m}")) for m in modules
     ]
-    return {name: found for source in sources for name, found in functions(source).items()}
+    modules = [functions(source) for source in sources]
+    found = {name: function for own in modules for name, function in own.items()}
+    for own in modules:
+        for _, node in own.values():
+            node.own = own  # of one name, that of its module is meant
+    return found
 
 
 def base(node):
@@ -60,44 +66,69 @@ def is_call(node, name):
     return isinstance(node, ast.Call) and ast.unparse(node.func) == f"tl.{name}"
 
 
+def constant(test):
+    """Whether the compiler decides a condition: it has names in capitals only."""
+    names = [node.id for node in ast.walk(test) if isinstance(node, ast.Name)]
+    return bool(names) and all(name.isupper() for name in names)
+
+
+def nodes_of(node, path=()):
+    """The nodes below with a place in the text, each with the conditions that the compiler decides
+    and what they must be: (condition, whether it holds)."""
+    if hasattr(node, "lineno"):
+        yield node, path
+    for field, value in ast.iter_fields(node):
+        within = path
+        if isinstance(node, ast.If) and constant(node.test) and field in ("body", "orelse"):
+            within = (*path, (ast.unparse(node.test), field == "body"))
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from nodes_of(child, within)
+
+
 def accesses(found, name):
-    """(load, store or barrier; parameter) in the order of the text, callees inlined."""
+    """(load, store or barrier; parameter; conditions) in the order of the text, callees
+    inlined."""
     parameters, function = found[name]
+    found = {**found, **getattr(function, "own", {})}
     aliases = {parameter: parameter for parameter in parameters}
     events = []
-    nodes = [node for node in ast.walk(function) if hasattr(node, "lineno")]
-    for node in sorted(nodes, key=lambda x: (x.lineno, x.col_offset)):
+    nodes = nodes_of(function)
+    for node, path in sorted(nodes, key=lambda x: (x[0].lineno, x[0].col_offset)):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             begin = base(node.value)
             if begin is not None and node.targets[0].id not in parameters:
                 aliases[node.targets[0].id] = aliases.get(begin, begin)
         elif is_call(node, "load") or is_call(node, "store"):
             begin = base(node.args[0])
-            events.append((node.func.attr, aliases.get(begin, begin)))
+            events.append((node.func.attr, aliases.get(begin, begin), path))
         elif is_call(node, "debug_barrier"):
-            events.append(("barrier", None))
+            events.append(("barrier", None, path))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             callee = node.func.id
             if callee in found:
                 given = dict(zip(found[callee][0], node.args, strict=False))
-                for kind, parameter in accesses(found, callee):
+                for kind, parameter, inner in accesses(found, callee):
                     begin = base(given[parameter]) if parameter in given else parameter
-                    events.append((kind, aliases.get(begin, begin)))
+                    inner = tuple((f"{callee} {node.lineno}: {x}", holds) for x, holds in inner)
+                    events.append((kind, aliases.get(begin, begin), (*path, *inner)))
     return events
 
 
 def racing(found, name):
     """The tensors that a kernel loads and stores: those with a barrier between, those without."""
     events = accesses(found, name)
-    loaded = {tensor for kind, tensor in events if kind == "load"}
-    both = {tensor for kind, tensor in events if kind == "store" and tensor in loaded}
-    guarded = set()
-    for tensor in both:
-        order = [kind for kind, other in events if kind == "barrier" or other == tensor]
-        turns = [i for i in range(1, len(order)) if {order[i - 1], order[i]} == {"load", "store"}]
-        if not turns:
-            guarded.add(tensor)
-    return guarded, both - guarded
+    guarded, unguarded = set(), set()
+    for end, (kind, tensor, path) in enumerate(events):
+        for begin, (before, other, early) in enumerate(events[:end]):
+            if other != tensor or {before, kind} != {"load", "store"}:
+                continue
+            if any((text, not holds) in early for text, holds in path):
+                continue  # never compiled into one kernel
+            known = {*early, *path}
+            barriers = (e for e in events[begin:end] if e[0] == "barrier" and {*e[2]} <= known)
+            (guarded if any(barriers) else unguarded).add(tensor)
+    return guarded - unguarded, unguarded
 
 
 FUNCTIONS = package_functions()
@@ -135,3 +166,17 @@ def gradient_kernel(products, inverse, last, BLOCK: tl.constexpr):
         "        tl.store", "        tl.debug_barrier()\n        tl.store"
     )
     assert racing(functions(with_barrier), "gradient_kernel") == ({"products"}, set())
+
+
+def test_branches_that_exclude_each_other_are_no_race():
+    source = """
+@kernel
+def sum_kernel(sums, LAST: tl.constexpr):
+    if LAST:
+        total = tl.load(sums)
+    else:
+        tl.store(sums, 1.0)
+"""
+    assert racing(functions(source), "sum_kernel") == (set(), set())
+    one_of = source.replace("    else:", "    if FIRST:")
+    assert racing(functions(one_of), "sum_kernel") == (set(), {"sums"})

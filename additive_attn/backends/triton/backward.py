@@ -21,7 +21,7 @@ from additive_attn.backends.triton.key_sums import key_sum_kernel
 from additive_attn.backends.triton.launch import launch, registers, target
 from additive_attn.backends.triton.opposite import Flags, opposite_tiles
 from additive_attn.backends.triton.plan import Piece, pass_splits
-from additive_attn.backends.triton.row_gradient import given_kernel, row_gradient_kernel
+from additive_attn.backends.triton.row_gradient import given_kernel, row_gradients
 from additive_attn.backends.triton.score_tiles import flagged_scores
 from additive_attn.spec.call import Needs, Upstream, backward_arguments, call_of_scores
 
@@ -191,14 +191,7 @@ def _add_piece(
         grad_out = upstream.out[of_entries, row : row + rows]
         products = grad_out @ values[of_entries, of_keys].mT
     gradient = _fours(p, piece, count)
-    key_padded, row_padded = 4 * gradient.shape[1], gradient.shape[2]
-    launch(
-        row_gradient_kernel, entries * row_padded, scores,
-        scores, products, gradient, lse, *p.batched(upstream.weights, 2),
-        *p.batched(upstream.lse, 1), *p.dropout_arguments(),
-        p.batch.inner, entry, p.rows, row, rows, row_padded, key, count, key_padded,
-        scores.shape[-1], **tiles.row_block(count),
-    )  # fmt: skip
+    row_gradients(p, piece, lse, upstream, scores, products, gradient)
     if sums.value is not None and upstream.out is not None:
         total, factor = sums.value[of_entries, of_keys], scores[..., :count].mT
         if sums.added:

@@ -71,3 +71,13 @@ def batch_entry(n, inner):
     """Entry n with its indices into (outer, inner), in 64 bits, which offsets need. Divided in 32,
     which programs are counted in: a 64-bit division is a call of about a hundred instructions."""
     return n.to(tl.int64), (n // inner).to(tl.int64), (n % inner).to(tl.int64)
+
+
+@triton.jit
+def entry_offset(o, outer, m, inner, ALIGNED: tl.constexpr):
+    """Where entry (o, m) begins; ALIGNED: at a multiple of 16, as the compiler is told. It forgets
+    that of an argument of this function."""
+    offset = o * outer + m * inner
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 16)
+    return offset

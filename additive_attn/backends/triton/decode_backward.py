@@ -12,21 +12,38 @@ from torch import Tensor
 
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
+from additive_attn.backends.triton.batch import entry_offset
 from additive_attn.backends.triton.decode_forward import (
     block_attended,
     block_factors,
     block_scores,
     decode_inputs,
+    decode_options,
     entry_interval,
+    key_splits,
     program_entry,
 )
-from additive_attn.backends.triton.launch import kernel, launch, registers, target
+from additive_attn.backends.triton.launch import kernel, launch
 from additive_attn.backends.triton.numerics import number, tanh
-from additive_attn.backends.triton.plan import decode_splits
 from additive_attn.backends.triton.tiles import power_of_two
 from additive_attn.spec.call import Needs, Upstream
 
 MASKED = tl.constexpr(-1.0)  # stands for the weight of a masked key
+
+
+@triton.jit
+def upstream_values(
+    value, value_row, value_column, grad_out, go_column, j, attended, d, values,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Features d of the values of keys j, [BLOCK, VALUES], and of dO."""
+    inside = d < values
+    d = d.to(tl.int64)
+    v = tl.load(
+        value + j[:, None].to(tl.int64) * value_row + d[None, :] * value_column,
+        mask=attended[:, None] & inside[None, :], other=0.0,
+    )  # fmt: skip
+    return v, tl.load(grad_out + d * go_column, mask=inside, other=0.0).to(ACC)
 
 
 @kernel
@@ -39,7 +56,8 @@ def probability_kernel(
     grad_weights, gw_outer, gw_inner, gw_column,
     probabilities, products, totals, deltas, kept,
     inner, entries, keys, hidden, values, left, right, scale_bits, splits, keys_per_split,
-    BLOCK: tl.constexpr, FEATURES: tl.constexpr, VALUES: tl.constexpr, TARGET: tl.constexpr,
+    BLOCK: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, VALUES: tl.constexpr,
+    ALIGNED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """P, or MASKED, and dP of a range of keys of an entry, and the sums of P and of P dP. P comes
     from ``weights``, or where they are None from the scores again. P o D to ``kept``, if given."""
@@ -48,8 +66,8 @@ def probability_kernel(
     low, high = entry_interval(lengths, length_outer, length_inner, o, m, keys, left, right)
     end = tl.minimum(last, tl.max(high, 0))
     query += o * query_outer + m * query_inner
-    key += o * key_outer + m * key_inner
-    value += o * value_outer + m * value_inner
+    key += entry_offset(o, key_outer, m, key_inner, ALIGNED)
+    value += entry_offset(o, value_outer, m, value_inner, ALIGNED)
     weight += o * weight_outer + m * weight_inner
     if mask is not None:
         mask += o * mask_outer + m * mask_inner
@@ -66,6 +84,7 @@ def probability_kernel(
     if kept is not None:
         kept += n * keys
     scale = number(scale_bits).to(ACC)
+    d = tl.arange(0, VALUES)
     # An attended key of an entry whose lse is infinite is NaN, as in a softmax.
     base = tl.load(lse + n)
     base = tl.where(tl.abs(base) == float("inf"), float("nan"), base)
@@ -73,31 +92,33 @@ def probability_kernel(
     delta = tl.zeros([BLOCK], ACC)
     for k0 in range(begin, end, BLOCK):
         j = k0 + tl.arange(0, BLOCK)
+        bias, attended = block_attended(mask, mask_column, j, low, high)
+        g = tl.zeros([BLOCK], ACC)
+        if grad_out is not None:
+            # They are on their way before the scores are waited for.
+            v, upstream = upstream_values(
+                value, value_row, value_column, grad_out, go_column, j, attended, d, values, ACC
+            )
         if weights is not None:
-            _bias, attended = block_attended(mask, mask_column, j, low, high)
             p = tl.load(weights + j, mask=attended, other=0.0).to(ACC)
         else:
-            score, attended = block_scores(
-                query, key, weight, query_h, key_row, key_h, weight_h, mask, mask_column,
-                None, 0, 0, None, 0, 0, 0,
-                j, low, high, hidden, scale, ACC, FEATURES, TARGET,
+            score = block_scores(
+                query, key, weight, query_h, key_row, key_h, weight_h, mask, bias, attended,
+                None, 0, 0, None, 0, 0, 0, j, hidden, scale, ACC, FEATURES, WHOLE, TARGET,
             )  # fmt: skip
             p = tl.where(attended, tl.exp(score - base), 0.0)
         if kept is not None:
             factors = block_factors(seed, n, k0, threshold, keep_bits, ACC, BLOCK)
             tl.store(kept + j, p * factors, mask=j < last)
-        g = tl.zeros([BLOCK], ACC)
         if grad_out is not None:
-            for d0 in range(0, values, VALUES):
-                d = d0 + tl.arange(0, VALUES)
-                inside = d < values
-                d = d.to(tl.int64)
-                v = tl.load(  # [BLOCK, VALUES]
-                    value + j[:, None].to(tl.int64) * value_row + d[None, :] * value_column,
-                    mask=attended[:, None] & inside[None, :], other=0.0,
-                ).to(ACC)  # fmt: skip
-                upstream = tl.load(grad_out + d * go_column, mask=inside, other=0.0).to(ACC)
-                g += tl.sum(v * upstream[None, :], 1)
+            terms = v.to(ACC) * upstream[None, :]
+            for d0 in range(VALUES, values, VALUES):
+                v, upstream = upstream_values(
+                    value, value_row, value_column, grad_out, go_column, j, attended, d0 + d,
+                    values, ACC,
+                )  # fmt: skip
+                terms += v.to(ACC) * upstream[None, :]
+            g = tl.sum(terms, 1)
             if seed is not None:
                 g *= block_factors(seed, n, k0, threshold, keep_bits, ACC, BLOCK)
             # A row of NaN in the upstream gradient stays with the attended keys.
@@ -167,8 +188,8 @@ def gradient_kernel(
     probabilities, products, totals, deltas,
     gradient, grad_query, grad_key, grad_value, grad_weight,
     inner, entries, keys, hidden, values, scale_bits, splits, keys_per_split,
-    BLOCK: tl.constexpr, FEATURES: tl.constexpr, VALUES: tl.constexpr, SPLITS: tl.constexpr,
-    TARGET: tl.constexpr,
+    BLOCK: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, VALUES: tl.constexpr,
+    SPLITS: tl.constexpr, ALIGNED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a range of keys of an entry, where they are not None: G; those of key and
     value; those of query and weight to [split][entry]. Without ``products``, ``probabilities`` are
@@ -209,10 +230,10 @@ def gradient_kernel(
                 )
     if grad_key is not None or grad_query is not None or grad_weight is not None:
         query += o * query_outer + m * query_inner
-        key += o * key_outer + m * key_inner
+        key += entry_offset(o, key_outer, m, key_inner, ALIGNED)
         weight += o * weight_outer + m * weight_inner
         scale = number(scale_bits).to(ACC)
-        for h0 in range(0, hidden, FEATURES):
+        for h0 in range(0, FEATURES if WHOLE else hidden, FEATURES):
             h = h0 + tl.arange(0, FEATURES)
             inside = h < hidden
             h = h.to(tl.int64)
@@ -222,13 +243,13 @@ def gradient_kernel(
             sum_w = tl.zeros([FEATURES], ACC)
             for k0 in range(begin, last, BLOCK):
                 j = k0 + tl.arange(0, BLOCK)
-                _p, g, _any = block_gradient(probabilities, products, j, last, inverse, delta)
-                g = (g * scale)[:, None]  # [BLOCK, 1]
-                counts = g != 0.0
+                _p, g, attended = block_gradient(probabilities, products, j, last, inverse, delta)
                 k = tl.load(  # [BLOCK, FEATURES]
                     key + j[:, None].to(tl.int64) * key_row + h[None, :] * key_h,
-                    mask=counts & inside[None, :], other=0.0,
+                    mask=attended[:, None] & inside[None, :], other=0.0,
                 ).to(ACC)  # fmt: skip
+                g = (g * scale)[:, None]  # [BLOCK, 1]
+                counts = g != 0.0
                 t = tanh(q[None, :] + k, TARGET)
                 slope = tl.where(counts, g * (1.0 - t * t), 0.0)
                 if grad_query is not None:
@@ -244,9 +265,38 @@ def gradient_kernel(
                     )
             place = (split * entries + n) * hidden + h
             if grad_query is not None:
-                tl.store(grad_query + place, tl.where(sum_q == 0.0, 0.0, sum_q * w), mask=inside)
+                sum_q = tl.where(sum_q == 0.0, 0.0, sum_q * w).to(grad_query.dtype.element_ty)
+                tl.store(grad_query + place, sum_q, mask=inside)
             if grad_weight is not None:
                 tl.store(grad_weight + place, sum_w, mask=inside)
+
+
+@kernel
+def split_sum_kernel(
+    x_parts, x, y_parts, y, numbers, splits, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The sums over splits of parts [splits][numbers]: a tile of ``x``, or of ``y``."""
+    tile_count = tl.cdiv(numbers, BLOCK)
+    program = tl.program_id(0)
+    if x is None:
+        program += tile_count
+    if program < tile_count:
+        if x is not None:
+            _sum_splits(x_parts, x, program, numbers, splits, CHUNK, BLOCK)
+    elif y is not None:
+        _sum_splits(y_parts, y, program - tile_count, numbers, splits, CHUNK, BLOCK)
+
+
+@triton.jit
+def _sum_splits(parts, out, tile, numbers, splits, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    e = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = (e < numbers)[None, :]
+    acc = tl.zeros([CHUNK, BLOCK], parts.dtype.element_ty)
+    for split0 in range(0, splits, CHUNK):
+        split = (split0 + tl.arange(0, CHUNK))[:, None]
+        place = parts + split.to(tl.int64) * numbers + e[None, :]
+        acc += tl.load(place, mask=(split < splits) & inside, other=0.0)
+    tl.store(out + e, tl.sum(acc, 0).to(out.dtype.element_ty), mask=e < numbers)
 
 
 class Rows(NamedTuple):
@@ -259,7 +309,7 @@ class Rows(NamedTuple):
 
 
 def decode_tile(p: Problem) -> dict[str, int]:
-    return tiles.decode_tile(p.hidden, p.values, p.wide, most_values=256)
+    return tiles.decode_tile(p.hidden, p.values, p.wide, p.key.element_size(), summed=False)
 
 
 def upstream_arguments(p: Problem, x: Tensor | None, rank: int) -> tuple[object, ...]:
@@ -272,7 +322,8 @@ def decode_rows(
     p: Problem, lse: Tensor, upstream: Upstream, weights: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> Rows:  # fmt: skip
-    splits, keys_per_split = decode_splits(p.entries, p.keys, p.processors)
+    tile = decode_tile(p)
+    splits, keys_per_split = key_splits(p)
     probabilities = lse.new_empty(p.entries, 1, p.keys)
     products = torch.empty_like(probabilities)
     totals, deltas = lse.new_empty(2, p.entries, splits)
@@ -282,7 +333,7 @@ def decode_rows(
         *upstream_arguments(p, upstream.out, 2), *upstream_arguments(p, upstream.weights, 2),
         *rows, kept if kept is not None and kept.numel() else None,
         p.batch.inner, p.entries, p.keys, p.hidden, p.values, p.left, p.right, p.scale_bits,
-        splits, keys_per_split, **decode_tile(p), TARGET=target(),
+        splits, keys_per_split, **tile, **decode_options(p, tile),
     )  # fmt: skip
     return rows
 
@@ -291,7 +342,8 @@ def decode_gradients(
     p: Problem, rows: Rows, needs: Needs, upstream: Upstream, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and weight; G to ``gradient``, if given."""
-    splits, keys_per_split = decode_splits(p.entries, p.keys, p.processors)
+    tile = decode_tile(p)
+    splits, keys_per_split = key_splits(p)
     like, batch = rows.probabilities, p.batch.shape
 
     def empty(needed: bool, *shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
@@ -301,10 +353,16 @@ def decode_gradients(
     grad_value = empty(needs.value, *batch, p.keys, p.values)
     if upstream.out is None:
         grad_value.zero_()
-    of_query, of_weight = (
-        empty(needed, splits, p.entries, p.hidden, dtype=p.accumulator)
-        for needed in (needs.query, needs.weight)
-    )
+    some = splits > 1 and (needs.query or needs.weight) and p.hidden > 0
+
+    def parts(needed: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        result = empty(needed, *batch, p.hidden, dtype=dtype)
+        if not (needed and some):
+            return result, result
+        return like.new_empty(splits, p.entries, p.hidden), result
+
+    of_query, grad_query = parts(needs.query, p.dtype)
+    of_weight, grad_weight = parts(needs.weight, p.accumulator)
     query = p.query_strides
     launch(
         gradient_kernel, p.entries * splits, like,
@@ -315,14 +373,19 @@ def decode_gradients(
         grad_value if needs.value and upstream.out is not None else None,
         of_weight if needs.weight else None,
         p.batch.inner, p.entries, p.keys, p.hidden, p.values, p.scale_bits, splits, keys_per_split,
-        **decode_tile(p), **registers(255 if p.wide else 96), SPLITS=power_of_two(splits),
-        TARGET=target(),
+        **tile, **decode_options(p, tile), SPLITS=power_of_two(splits),
     )  # fmt: skip
+    if some:
+        numbers, sizes = p.entries * p.hidden, tiles.sum_tile(splits)
+        launch(
+            split_sum_kernel, -(-numbers // sizes["BLOCK"]) * (needs.query + needs.weight), like,
+            of_query if needs.query else None, grad_query if needs.query else None,
+            of_weight if needs.weight else None, grad_weight if needs.weight else None,
+            numbers, splits, **sizes,
+        )  # fmt: skip
     if needs.query:
-        of_query = over_parts(of_query).view(*batch, 1, p.hidden)
-    if needs.weight:
-        of_weight = over_parts(of_weight).view(*batch, p.hidden)
-    return of_query.to(p.dtype), grad_key, grad_value, of_weight
+        grad_query = grad_query.view(*batch, 1, p.hidden)
+    return grad_query, grad_key, grad_value, grad_weight
 
 
 def over_parts(parts: Tensor) -> Tensor:

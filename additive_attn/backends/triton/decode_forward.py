@@ -9,6 +9,8 @@ weighted sum of the values over its keys, and a second kernel merges them (math.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
-from additive_attn.backends.triton.batch import batch_entry
+from additive_attn.backends.triton.batch import batch_entry, entry_offset
 from additive_attn.backends.triton.dropout import keep_factors
 from additive_attn.backends.triton.launch import kernel, launch, registers, target
 from additive_attn.backends.triton.masks import interval, masked_bias, overflowed, stored
@@ -79,38 +81,58 @@ def location_term(
 
 
 @triton.jit
-def block_scores(
-    query, key, weight, query_h, key_row, key_h, weight_h, mask, mask_column,
+def energies(
+    query, key, weight, query_h, key_row, key_h, weight_h,
     location, location_row, location_column, location_weight, lw_row, lw_h, filters,
-    j, low, high, hidden, scale,
-    ACC: tl.constexpr, FEATURES: tl.constexpr, TARGET: tl.constexpr,
+    j, attended, h, hidden, ACC: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the keys j of an entry, as ``masks.stored`` keeps them, and which are attended.
-    Pointers are the entry's."""
-    bias, attended = block_attended(mask, mask_column, j, low, high)
-    energy = tl.zeros(j.shape, ACC)
-    for h0 in range(0, hidden, FEATURES):
-        h = h0 + tl.arange(0, FEATURES)
-        inside = h < hidden
-        h = h.to(tl.int64)
-        q = tl.load(query + h * query_h, mask=inside, other=0.0).to(ACC)
-        w = tl.load(weight + h * weight_h, mask=inside, other=0.0).to(ACC)
-        k = tl.load(  # [BLOCK, FEATURES]
-            key + j[:, None].to(tl.int64) * key_row + h[None, :] * key_h,
-            mask=attended[:, None] & inside[None, :], other=0.0,
-        ).to(ACC)  # fmt: skip
-        if location is not None:
-            k += location_term(
+    """w tanh(q + k) of keys j and features h: [BLOCK, FEATURES]."""
+    inside = h < hidden
+    h = h.to(tl.int64)
+    k = tl.load(
+        key + j[:, None].to(tl.int64) * key_row + h[None, :] * key_h,
+        mask=attended[:, None] & inside[None, :], other=0.0,
+    ).to(ACC)  # fmt: skip
+    q = tl.load(query + h * query_h, mask=inside, other=0.0).to(ACC)
+    w = tl.load(weight + h * weight_h, mask=inside, other=0.0).to(ACC)
+    if location is not None:
+        k += location_term(
+            location, location_row, location_column, location_weight, lw_row, lw_h, filters,
+            j, attended, h, inside, ACC,
+        )  # fmt: skip
+    # An infinite weight makes every score NaN, as a softmax of infinite scores is.
+    return w[None, :] * tanh(q[None, :] + k, TARGET) + (w * 0.0)[None, :]
+
+
+@triton.jit
+def block_scores(
+    query, key, weight, query_h, key_row, key_h, weight_h, mask, bias, attended,
+    location, location_row, location_column, location_weight, lw_row, lw_h, filters,
+    j, hidden, scale,
+    ACC: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """Scores of the keys j of an entry, as ``masks.stored`` keeps them. Pointers are the entry's.
+    WHOLE: FEATURES are all."""
+    h = tl.arange(0, FEATURES)
+    if WHOLE:
+        terms = energies(
+            query, key, weight, query_h, key_row, key_h, weight_h,
+            location, location_row, location_column, location_weight, lw_row, lw_h, filters,
+            j, attended, h, hidden, ACC, TARGET,
+        )  # fmt: skip
+    else:
+        terms = tl.zeros([j.shape[0], FEATURES], ACC)
+        for h0 in range(0, hidden, FEATURES):
+            terms += energies(
+                query, key, weight, query_h, key_row, key_h, weight_h,
                 location, location_row, location_column, location_weight, lw_row, lw_h, filters,
-                j, attended, h, inside, ACC,
+                j, attended, h0 + h, hidden, ACC, TARGET,
             )  # fmt: skip
-        # An infinite weight makes every score NaN, as a softmax of infinite scores is.
-        energy += tl.sum(w[None, :] * tanh(q[None, :] + k, TARGET) + (w * 0.0)[None, :], 1)
-    score = energy * scale
+    score = tl.sum(terms, 1) * scale
     if mask is not None:
         if mask.dtype.element_ty != tl.uint8:
             score += bias.to(ACC)
-    return stored(score, attended), attended
+    return stored(score, attended)
 
 
 @triton.jit
@@ -143,7 +165,8 @@ def forward_kernel(
     location_weight, lw_outer, lw_inner, lw_row, lw_h, filters,
     out, weights, lse, scores, tops, totals,
     inner, entries, keys, hidden, values, left, right, scale_bits, splits, keys_per_split,
-    BLOCK: tl.constexpr, FEATURES: tl.constexpr, VALUES: tl.constexpr, TARGET: tl.constexpr,
+    BLOCK: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, VALUES: tl.constexpr,
+    ALIGNED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """A range of keys of an entry, and a tile of features of the value. Without ``tops`` the range
     is all keys, and the results are final. ``weights`` and ``scores`` are None where no weights
@@ -157,8 +180,8 @@ def forward_kernel(
     end = tl.minimum(last, tl.max(high, 0))
     d = tile * VALUES + tl.arange(0, VALUES)
     query += o * query_outer + m * query_inner
-    key += o * key_outer + m * key_inner
-    value += o * value_outer + m * value_inner
+    key += entry_offset(o, key_outer, m, key_inner, ALIGNED)
+    value += entry_offset(o, value_outer, m, value_inner, ALIGNED)
     weight += o * weight_outer + m * weight_inner
     if mask is not None:
         mask += o * mask_outer + m * mask_inner
@@ -177,10 +200,16 @@ def forward_kernel(
     acc = tl.zeros([VALUES], ACC)
     for k0 in range(begin, end, BLOCK):
         j = k0 + tl.arange(0, BLOCK)
-        score, attended = block_scores(
-            query, key, weight, query_h, key_row, key_h, weight_h, mask, mask_column,
+        bias, attended = block_attended(mask, mask_column, j, low, high)
+        # Both are on their way before either is waited for.
+        v = tl.load(  # [BLOCK, VALUES]
+            value + j[:, None].to(tl.int64) * value_row + d[None, :].to(tl.int64) * value_column,
+            mask=attended[:, None] & (d < values)[None, :], other=0.0,
+        )  # fmt: skip
+        score = block_scores(
+            query, key, weight, query_h, key_row, key_h, weight_h, mask, bias, attended,
             location, location_row, location_column, location_weight, lw_row, lw_h, filters,
-            j, low, high, hidden, scale, ACC, FEATURES, TARGET,
+            j, hidden, scale, ACC, FEATURES, WHOLE, TARGET,
         )  # fmt: skip
         if scores is not None:
             tl.store(scores + j, score, mask=j < keys * stores)
@@ -192,11 +221,7 @@ def forward_kernel(
         total = total * shrink + tl.sum(p, 0)
         if seed is not None:
             p *= block_factors(seed, n, k0, threshold, keep_bits, ACC, BLOCK)
-        v = tl.load(  # [BLOCK, VALUES]
-            value + j[:, None].to(tl.int64) * value_row + d[None, :].to(tl.int64) * value_column,
-            mask=attended[:, None] & (d < values)[None, :], other=0.0,
-        ).to(ACC)  # fmt: skip
-        acc = acc * shrink + tl.sum(p[:, None] * v, 0)
+        acc = acc * shrink + tl.sum(p[:, None] * v.to(ACC), 0)
 
     lane = tl.arange(0, 1)
     if tops is not None:
@@ -229,33 +254,49 @@ def forward_kernel(
 @kernel
 def merge_kernel(
     parts, tops, totals, scores, out, weights, lse, entries, keys, values, splits,
-    VALUES: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, VALUES: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of an entry's out, and of its weights unless ``weights`` is None."""
-    n = (tl.program_id(0) % entries).to(tl.int64)
-    tile = tl.program_id(0) // entries
-    s = tl.arange(0, SPLITS)
-    top = tl.load(tops + s * entries + n, mask=s < splits, other=float("-inf"))
-    largest = tl.max(top, 0)
+    """A tile of out of some entries, CHUNK splits at a time, and one of their weights unless
+    ``weights`` is None."""
+    ACC: tl.constexpr = lse.dtype.element_ty
+    tile_rows = tl.cdiv(entries, ROWS)
+    n = (tl.program_id(0) % tile_rows) * ROWS + tl.arange(0, ROWS)
+    tile = tl.program_id(0) // tile_rows
+    inside = n < entries
+    n = n.to(tl.int64)
+    s = tl.arange(0, SPLITS)[:, None]
+    known = (s < splits) & inside[None, :]
+    top = tl.load(tops + s * entries + n[None, :], mask=known, other=float("-inf"))
+    sums = tl.load(totals + s * entries + n[None, :], mask=known, other=0.0)
+    largest = tl.max(top, 0)  # [ROWS]
     shift = tl.where(largest == float("-inf"), 0.0, largest)
-    sums = tl.load(totals + s * entries + n, mask=s < splits, other=0.0)
-    total = tl.sum(sums * tl.exp(top - shift), 0)
+    total = tl.sum(sums * tl.exp(top - shift[None, :]), 0)
     inverse = softmax_inverse(largest, total)
     d = tile * VALUES + tl.arange(0, VALUES)
-    acc = tl.zeros([VALUES], lse.dtype.element_ty)
-    for split in range(0, splits):
-        part = split * entries + n
-        factor = tl.exp(tl.load(tops + part) - shift)
-        acc += factor * tl.load(parts + part * values + d, mask=d < values, other=0.0)
-    tl.store(out + n * values + d, (acc * inverse).to(out.dtype.element_ty), mask=d < values)
-    lane = tl.arange(0, 1)
-    result = softmax_lse(largest, total) + tl.zeros([1], lse.dtype.element_ty)
-    tl.store(lse + n + lane, result, mask=lane < tl.where(tile == 0, 1, 0))
+    acc = tl.zeros([CHUNK, ROWS, VALUES], ACC)
+    for split0 in range(0, splits, CHUNK):
+        split = split0 + tl.arange(0, CHUNK)[:, None]
+        here = (split < splits) & inside[None, :]
+        part = split.to(tl.int64) * entries + n[None, :]  # [CHUNK, ROWS]
+        factor = tl.exp(tl.load(tops + part, mask=here, other=float("-inf")) - shift[None, :])
+        x = tl.load(
+            parts + part[:, :, None] * values + d[None, None, :],
+            mask=here[:, :, None] & (d < values)[None, None, :], other=0.0,
+        )  # fmt: skip
+        acc += tl.where(here, factor, 0.0)[:, :, None] * x
+    result = tl.sum(acc, 0) * inverse[:, None]
+    tl.store(
+        out + n[:, None] * values + d[None, :], result.to(out.dtype.element_ty),
+        mask=inside[:, None] & (d < values)[None, :],
+    )  # fmt: skip
+    tl.store(lse + n, softmax_lse(largest, total), mask=n < tl.where(tile == 0, entries, 0))
     if weights is not None:
-        j = tile * KEYS + tl.arange(0, KEYS)
-        x = tl.load(scores + n * keys + j, mask=j < keys, other=float("-inf"))
-        p = tl.where(x == float("-inf"), 0.0, tl.exp(x - shift) * inverse)
-        tl.store(weights + n * keys + j, p.to(weights.dtype.element_ty), mask=j < keys)
+        j = (tile * KEYS + tl.arange(0, KEYS))[None, :]
+        here = inside[:, None] & (j < keys)
+        x = tl.load(scores + n[:, None] * keys + j, mask=here, other=float("-inf"))
+        p = tl.where(x == float("-inf"), 0.0, tl.exp(x - shift[:, None]) * inverse[:, None])
+        tl.store(weights + n[:, None] * keys + j, p.to(weights.dtype.element_ty), mask=here)
 
 
 def decode_inputs(p: Problem) -> tuple[object, ...]:
@@ -271,14 +312,26 @@ def decode_inputs(p: Problem) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _registers(p: Problem) -> dict[str, int]:
-    return registers(128 if p.location is None and not p.wide else 255)
+def key_splits(p: Problem, value_tiles: int = 1) -> tuple[int, int]:
+    located = p.location is not None
+    return decode_splits(p.entries * value_tiles, p.keys, p.processors, located)
+
+
+def decode_options(p: Problem, tile: dict[str, int]) -> dict[str, Any]:
+    """What follows the tile of the kernels that compute scores."""
+    strides = (*p.key_strides[:2], *p.value_strides[:2])
+    most = 255 if p.location is not None else tiles.decode_registers(tile, p.key.element_size())
+    return {
+        "ALIGNED": not any(stride % 16 for stride in strides),
+        "TARGET": target(),
+        **registers(most),
+    }
 
 
 def decode_forward(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
-    tile = tiles.decode_tile(p.hidden, p.values, p.wide, most_values=1024)
+    tile = tiles.decode_tile(p.hidden, p.values, p.wide, p.key.element_size())
     value_tiles = max(1, -(-p.values // tile["VALUES"]))
-    splits, keys_per_split = decode_splits(p.entries * value_tiles, p.keys, p.processors)
+    splits, keys_per_split = key_splits(p, value_tiles)
     shape = (*p.batch.shape, 1)
     out = torch.empty(*shape, p.values, dtype=p.dtype, device=p.device)
     lse = torch.empty(shape, dtype=p.accumulator, device=p.device)
@@ -293,7 +346,7 @@ def decode_forward(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tens
         forward_kernel, p.entries * splits * value_tiles, lse, *decode_inputs(p),
         *p.location_arguments(), parts, given, lse, scores, tops, totals,
         p.batch.inner, p.entries, p.keys, p.hidden, p.values, p.left, p.right, p.scale_bits,
-        splits, keys_per_split, **tile, **_registers(p), TARGET=target(),
+        splits, keys_per_split, **tile, **decode_options(p, tile),
     )  # fmt: skip
     if tops is not None and totals is not None:
         merge(p, p.entries, splits, parts, tops, totals, scores, out, given, lse)
@@ -305,25 +358,27 @@ def merge(
     scores: Tensor | None, out: Tensor, weights: Tensor | None, lse: Tensor,
 ) -> None:  # fmt: skip
     """Of the rows of all entries."""
-    values, keys = 256, 1024
-    tile_count = max(1, -(-p.values // values), 0 if weights is None else -(-p.keys // keys))
+    tile = tiles.merge_tile(p.values, splits, p.wide)
+    tile_count = max(1, -(-p.values // tile["VALUES"]))
+    if weights is not None:
+        tile_count = max(tile_count, -(-p.keys // tile["KEYS"]))
     launch(
-        merge_kernel, rows * tile_count, lse,
+        merge_kernel, -(-rows // tile["ROWS"]) * tile_count, lse,
         parts, tops, totals, scores, out, weights, lse, rows, p.keys, p.values, splits,
-        VALUES=values, KEYS=keys, SPLITS=power_of_two(splits), num_warps=4,
+        **tile, SPLITS=power_of_two(splits),
     )  # fmt: skip
 
 
 def decode_scores(p: Problem) -> Tensor:
     """(*batch, 1, keys): scores as ``masks.stored`` keeps them; ``p`` has no values."""
-    tile = tiles.decode_tile(p.hidden, 0, p.wide, most_values=1024)
-    splits, keys_per_split = decode_splits(p.entries, p.keys, p.processors)
+    tile = tiles.decode_tile(p.hidden, 0, p.wide, p.key.element_size())
+    splits, keys_per_split = key_splits(p)
     scores = torch.empty(*p.batch.shape, 1, p.keys, dtype=p.accumulator, device=p.device)
     tops, totals = scores.new_empty(2, splits, p.entries)
     launch(
         forward_kernel, p.entries * splits, scores, *decode_inputs(p), *p.location_arguments(),
         scores, None, totals, scores, tops, totals,
         p.batch.inner, p.entries, p.keys, p.hidden, 0, p.left, p.right, p.scale_bits,
-        splits, keys_per_split, **tile, **_registers(p), TARGET=target(),
+        splits, keys_per_split, **tile, **decode_options(p, tile),
     )  # fmt: skip
     return scores

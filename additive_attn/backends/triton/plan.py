@@ -74,10 +74,16 @@ def pass_splits(programs: int, length: int, block: int, resident: int) -> tuple[
     return max(1, -(-length // per_split)), per_split
 
 
-def decode_splits(programs: int, keys: int, processors: int) -> tuple[int, int]:
-    """``splits`` of the keys of one query per entry. A range has at most 64 blocks: more would be
-    added up one after the other, each with a rounding of the whole sum."""
+def decode_splits(
+    programs: int, keys: int, processors: int, located: bool = False
+) -> tuple[int, int]:
+    """``splits`` of the keys of one query per entry; three times as many where no more than 64 are
+    to be merged, so that the last programs leave fewer processors idle, but not of a location
+    term's large parts. A range has at most 64 blocks: more would be added up one after the other,
+    each with a rounding of the whole sum."""
     block = tiles.DECODE_KEYS
-    _, per_split = splits(programs, keys, block, processors)
-    per_split = min(per_split, 64 * block)
+    wanted, _ = splits(programs, keys, block, processors)
+    if keys > 4 * block and not located:
+        wanted = max(wanted, min(64, 12 * processors // max(programs, 1), keys // block))
+    per_split = min(max(1, -(-keys // (wanted * block))), 64) * block
     return max(1, -(-keys // per_split)), per_split

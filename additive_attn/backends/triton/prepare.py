@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from additive_attn.backends.triton.batch import BatchShape, batch_entry
+from additive_attn.backends.triton import tiles
+from additive_attn.backends.triton.batch import BatchShape, batch_entry, entry_offset
 from additive_attn.backends.triton.launch import bits, kernel, launch
 from additive_attn.backends.triton.numerics import exp_with_error, number
 from additive_attn.backends.triton.tiles import power_of_two
@@ -93,14 +94,19 @@ def padded_length(length):
 
 @triton.jit
 def _weight_exponent(weight, stride_h, hidden, padded, BLOCK: tl.constexpr):
-    """The exponent of the largest finite |w|, so far as its reciprocal is a normal number."""
+    """``_exponent`` the largest finite |w|."""
     most = tl.zeros([BLOCK], tl.float32)
     for h0 in range(0, padded, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         w = tl.load(weight + h.to(tl.int64) * stride_h, mask=h < hidden, other=0.0)
         w = tl.abs(w.to(tl.float32))
         most = tl.maximum(most, tl.where(w < float("inf"), w, 0.0))
-    largest = tl.max(most, 0)
+    return _exponent(tl.max(most, 0))
+
+
+@triton.jit
+def _exponent(largest):
+    """The exponent of the largest |w|, so far as its reciprocal is a normal number."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
     return tl.where(largest == 0.0, 0, tl.maximum(tl.minimum(exponent, 125), -125))
 
@@ -146,69 +152,102 @@ def _opposite_limit(square, hidden):
 
 
 @triton.jit
+def _load_rows(source, stride_h, weight, weight_h, f, inside, hidden):
+    """x of a group of rows and w, features f, both [GROUP, BLOCK / 4, 4], lest x be laid out as w
+    is."""
+    f = f.to(tl.int64)
+    v = tl.load(source + f * stride_h, mask=inside & (f < hidden), other=0.0)
+    w = tl.load(tl.broadcast_to(weight + f * weight_h, v.shape), mask=f < hidden, other=0.0)
+    return v.to(tl.float32), w.to(tl.float32)
+
+
+@triton.jit
+def _row_sums(v, w, f, largest, sums, squares):
+    """The largest |x|, the sums of a sketch and of w^2 with these features."""
+    # A comparison with NaN is false: NaN counts as infinite.
+    absolute = tl.abs(v)
+    absolute = tl.where(absolute < float("inf"), absolute, float("inf"))
+    signed = tl.where((f.to(tl.uint32) * 2654435769) >> 31 != 0, -w, w)
+    return tl.maximum(largest, absolute), sums + signed * v, squares + w * w
+
+
+@triton.jit
+def _store_exponentials(
+    v, w, f, rows, at, quads, length_padded, padded,
+    SIGN: tl.constexpr, EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """Stores the exponentials of features f; what their roundings add to the correction."""
+    e, error = exp_with_error(v * (2.0 * SIGN))
+    stored = f < padded
+    if EXPONENTIAL:
+        tl.store(rows.exponential + at * padded + f, e, mask=stored)
+    if QUADS:
+        to = quads + (f // 4).to(tl.int64) * (4 * length_padded) + f % 4
+        tl.store(rows.quads + to, e, mask=stored)
+        if SIGN < 0:
+            tl.store(rows.weighted + to, w * e, mask=stored)
+    return w * (error / e)
+
+
+@triton.jit
 def _prepare_rows(
     x, stride_row, stride_h, weight, weight_h, rows, n, tile, length, length_padded, hidden,
-    padded, SIGN: tl.constexpr, BLOCK: tl.constexpr,
+    padded, SIGN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
     EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """A group of rows. Sums stay apart per thread until the loops end."""
+    """A group of rows, [GROUP, BLOCK / 4, 4] at a time: threads read and write four features of
+    neighbouring rows, in every layout. WHOLE: BLOCK features are all. Sums stay apart per thread
+    until the loops end."""
+    FOURS: tl.constexpr = BLOCK // 4
     row = tile * GROUP + tl.arange(0, GROUP)
-    h = tl.arange(0, BLOCK)
-    inside = row < length
-    source = x + row[:, None].to(tl.int64) * stride_row
-    factor = _power(-_weight_exponent(weight, weight_h, hidden, padded, BLOCK))
-    largest = tl.zeros([GROUP, BLOCK], tl.float32)
-    sums = tl.zeros([GROUP, BLOCK], tl.float32)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for h0 in range(0, padded, BLOCK):
-        f = h0 + h
-        v = tl.load(
-            source + f[None, :].to(tl.int64) * stride_h,
-            mask=inside[:, None] & (f < hidden)[None, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        # A comparison with NaN is false: NaN counts as infinite.
-        absolute = tl.abs(v)
-        absolute = tl.where(absolute < float("inf"), absolute, float("inf"))
-        largest = tl.maximum(largest, absolute)
-        w = tl.load(weight + f.to(tl.int64) * weight_h, mask=f < hidden, other=0.0)
-        w = w.to(tl.float32) * factor
-        squares += w * w
-        w = tl.where((f.to(tl.uint32) * 2654435769) >> 31 != 0, -w, w)
-        sums += w[None, :] * v
-    most = tl.max(largest, 1)
+    h = 4 * tl.arange(0, FOURS)[None, :, None] + tl.arange(0, 4)[None, None, :]
+    inside = (row < length)[:, None, None]
+    source = x + row[:, None, None].to(tl.int64) * stride_row
+    largest = tl.zeros([GROUP, FOURS, 4], tl.float32)
+    sums = tl.zeros([GROUP, FOURS, 4], tl.float32)
+    squares = tl.zeros([GROUP, FOURS, 4], tl.float32)
+    if WHOLE:
+        v, w = _load_rows(source, stride_h, weight, weight_h, h, inside, hidden)
+        w *= _power(-_exponent(tl.max(tl.where(tl.abs(w) < float("inf"), tl.abs(w), 0.0))))
+        largest, sums, squares = _row_sums(v, w, h, largest, sums, squares)
+    else:
+        factor = _power(-_weight_exponent(weight, weight_h, hidden, padded, BLOCK))
+        for h0 in range(0, padded, BLOCK):
+            v, w = _load_rows(source, stride_h, weight, weight_h, h0 + h, inside, hidden)
+            largest, sums, squares = _row_sums(v, w * factor, h0 + h, largest, sums, squares)
+    most = tl.max(tl.max(largest, 2), 1)
     at = n * length_padded + row
     tl.store(rows.size + at, most)
     if QUADS and SIGN > 0:
-        small = tl.max((inside & (most <= 1.0)).to(tl.int32), 0)
-        wild = tl.max((inside & (most > SAFE)).to(tl.int32), 0)
+        small = tl.max(((row < length) & (most <= 1.0)).to(tl.int32), 0)
+        wild = tl.max(((row < length) & (most > SAFE)).to(tl.int32), 0)
         tl.store(rows.flags + n * length_padded // GROUP + tile, small * SMALL + wild * WILD)
-    of_row = tl.sum(tl.reshape(sums, [GROUP, BLOCK // SKETCH, SKETCH]), 1)
-    of_row = (of_row / tl.sqrt(tl.sum(squares, 0))).to(tl.float16)  # [GROUP, SKETCH]
-    tl.store(rows.sketch + SKETCH * at[:, None] + tl.arange(0, SKETCH)[None, :], of_row)
-    square = tl.sum(of_row.to(tl.float32) * of_row.to(tl.float32), 1)
+    of_row = tl.sum(tl.reshape(sums, [GROUP, BLOCK // SKETCH, SKETCH // 4, 4]), 1)
+    of_row = (of_row / tl.sqrt(tl.sum(tl.sum(squares, 2), 1)[:, None, None])).to(tl.float16)
+    lane = 4 * tl.arange(0, SKETCH // 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
+    tl.store(rows.sketch + SKETCH * at[:, None, None] + lane, of_row)
+    square = tl.sum(tl.sum(of_row.to(tl.float32) * of_row.to(tl.float32), 2), 1)
     if SIGN < 0:
         square = _opposite_limit(square, hidden) - square
     tl.store(rows.distance + at, square)
 
-    total = tl.zeros([GROUP, BLOCK], tl.float32)
-    safe = (inside & (most <= SAFE))[:, None]
-    for h0 in range(0, padded, BLOCK):
-        f = (h0 + h)[None, :]
-        wide = f.to(tl.int64)
-        v = tl.load(source + wide * stride_h, mask=safe & (f < hidden), other=0.0)
-        e, error = exp_with_error(v.to(tl.float32) * (2.0 * SIGN))
-        w = tl.load(weight + wide * weight_h, mask=f < hidden, other=0.0).to(tl.float32) * factor
-        total += w * (error / e)
-        stored = (f < padded) & (row >= 0)[:, None]
-        if EXPONENTIAL:
-            tl.store(rows.exponential + at[:, None] * padded + f, e, mask=stored)
-        if QUADS:
-            to = n * length_padded * padded + (f // 4).to(tl.int64) * (4 * length_padded)
-            to += 4 * row[:, None] + f % 4
-            tl.store(rows.quads + to, e, mask=stored)
-            if SIGN < 0:
-                tl.store(rows.weighted + to, w * e, mask=stored)
-    tl.store(rows.correction + at, tl.sum(total, 1) * (0.5 * SIGN))
+    safe = ((row < length) & (most <= SAFE))[:, None, None]
+    quads = (n * length_padded * padded + 4 * row)[:, None, None]
+    to_rows = at[:, None, None]
+    if WHOLE:
+        total = _store_exponentials(
+            tl.where(safe, v, 0.0), w, h, rows, to_rows, quads, length_padded, padded,
+            SIGN, EXPONENTIAL, QUADS,
+        )  # fmt: skip
+    else:
+        total = tl.zeros([GROUP, FOURS, 4], tl.float32)
+        for h0 in range(0, padded, BLOCK):
+            v, w = _load_rows(source, stride_h, weight, weight_h, h0 + h, safe, hidden)
+            total += _store_exponentials(
+                v, w * factor, h0 + h, rows, to_rows, quads, length_padded, padded,
+                SIGN, EXPONENTIAL, QUADS,
+            )  # fmt: skip
+    tl.store(rows.correction + at, tl.sum(tl.sum(total, 2), 1) * (0.5 * SIGN))
 
 
 @triton.jit
@@ -224,7 +263,7 @@ def prepare_kernel(
     prepared, query_rows, key_rows, row_programs, row_count, rows, key_programs, key_count, keys,
     inner, hidden, padded, scale_bits, scale_exponent,
     BLOCK: tl.constexpr, WEIGHT_BLOCK: tl.constexpr, FEATURES_PER_SUM: tl.constexpr,
-    EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr,
+    WHOLE: tl.constexpr, EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Programs of queries, of keys and of weights, in this order; of weights alone without
     ``query_rows``. ``row_count``, ``key_count`` and ``inner`` are their inner batch dims."""
@@ -245,10 +284,11 @@ def prepare_kernel(
                 end = key_programs.to(tl.int64) * GROUP * padded
                 _fill_spare(key_rows.quads, end)
             _prepare_rows(
-                key + o * key_outer + m * key_inner, key_row, key_h,
-                weight + o * weight_outer + m * weight_inner, weight_h, key_rows, n,
+                key + entry_offset(o, key_outer, m, key_inner, ALIGNED), key_row, key_h,
+                weight + entry_offset(o, weight_outer, m, weight_inner, ALIGNED), weight_h,
+                key_rows, n,
                 program % (keys_padded // GROUP), keys, keys_padded, hidden, padded, 1, BLOCK,
-                EXPONENTIAL, QUADS,
+                WHOLE, EXPONENTIAL, QUADS,
             )  # fmt: skip
         else:
             rows_padded = padded_length(rows)
@@ -258,10 +298,11 @@ def prepare_kernel(
                 _fill_spare(query_rows.quads, end)
                 _fill_spare(query_rows.weighted, end)
             _prepare_rows(
-                query + o * query_outer + m * query_inner, query_row, query_h,
-                weight + o * weight_outer + m * weight_inner, weight_h, query_rows, n,
+                query + entry_offset(o, query_outer, m, query_inner, ALIGNED), query_row, query_h,
+                weight + entry_offset(o, weight_outer, m, weight_inner, ALIGNED), weight_h,
+                query_rows, n,
                 program % (rows_padded // GROUP), rows, rows_padded, hidden, padded, -1, BLOCK,
-                EXPONENTIAL, QUADS,
+                WHOLE, EXPONENTIAL, QUADS,
             )  # fmt: skip
 
 
@@ -332,7 +373,8 @@ def prepare(
         *prepared,
         *(y for x, n in zip(views, programs, strict=True) for y in (n, x.shape[1], x.shape[2])),
         inner, hidden, padded, bits(mantissa), exponent,
-        BLOCK=max(SKETCH.value, min(128, power_of_two(padded))),
+        **tiles.prepare_tile(padded),
+        ALIGNED=not any(s % 16 for x in (*views, w) for s in x.stride()[:2]),
         WEIGHT_BLOCK=max(FEATURES_PER_SUM, power_of_two(padded)),
         FEATURES_PER_SUM=FEATURES_PER_SUM, EXPONENTIAL=exponential, QUADS=quads,
     )  # fmt: skip

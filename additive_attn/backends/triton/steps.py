@@ -27,13 +27,13 @@ from additive_attn.backends.triton.decode_backward import (
 )
 from additive_attn.backends.triton.decode_forward import (
     decode_forward,
+    key_splits,
     location_term,
     program_entry,
 )
 from additive_attn.backends.triton.forward import empty_rows, precision
 from additive_attn.backends.triton.launch import kernel, launch, registers, target
 from additive_attn.backends.triton.numerics import number, tanh
-from additive_attn.backends.triton.plan import decode_splits
 from additive_attn.backends.triton.tiles import power_of_two
 from additive_attn.spec.call import Call, Needs, Upstream
 
@@ -186,7 +186,7 @@ def _location_gradients(
     own = grad_key
     if grad_key is not None and (grad_key.shape[:-2] != batch or not grad_key.is_contiguous()):
         own = gradient.new_zeros(*batch, p.keys, p.hidden)  # entries may share keys
-    splits, keys_per_split = decode_splits(n, p.keys, p.processors)
+    splits, keys_per_split = key_splits(p)
     tile = tiles.location_tile(p.hidden, p.filters)
     tile_count = max(1, -(-p.hidden // tile["FEATURES"]))
     of_query = gradient.new_empty(splits, *batch, p.hidden)

@@ -78,6 +78,27 @@ def row_block(keys: int) -> dict[str, int]:
     return {"BLOCK": 256, "num_warps": 2} if keys <= 4096 else {"BLOCK": 2048, "num_warps": 8}
 
 
+def row_tile(padded_keys: int, wide: bool) -> dict[str, int]:
+    """For G of ROWS rows: 16 numbers of each of two tensors per thread, of short rows fewer.
+    WHOLE: a row at once."""
+    BLOCK = min(1024 if wide else 4096, power_of_two(max(padded_keys, 16)))
+    ROWS = max(2, min(8, 2048 // BLOCK))
+    return {
+        "ROWS": ROWS, "BLOCK": BLOCK, "WHOLE": BLOCK >= padded_keys,
+        "num_warps": min(16, max(2, ROWS * BLOCK // 512)),
+    }  # fmt: skip
+
+
+def prepare_tile(padded: int) -> dict[str, int]:
+    """Features of eight rows at a time: 16 or 32 numbers per thread."""
+    BLOCK = min(1024, power_of_two(max(padded, 32)))
+    return {
+        "BLOCK": BLOCK,
+        "WHOLE": BLOCK >= padded,
+        "num_warps": max(min(2, BLOCK // 64), BLOCK // 128, 1),
+    }
+
+
 def gradient_tile(rows: int, padded: int, wide: bool = False) -> dict[str, int]:
     """For the pass over features: RX rows by two features per thread, TX by TF lanes of TW
     warps. Each tile of RX TX rows stores its sums of all keys."""
@@ -115,19 +136,49 @@ def gradient_block(length: int) -> int:
     return 64 if length > 16 else 16
 
 
-DECODE_KEYS = 16  # one query per entry: keys at a time
+DECODE_KEYS = 16  # one query per entry: ranges of keys are a multiple of it
 
 
 @functools.cache
-def decode_tile(hidden: int, values: int, wide: bool, most_values: int) -> dict[str, int]:
-    """Sums over features of the value are kept in registers where ``most_values`` allows it."""
-    VALUES = min(power_of_two(max(values, 16)), most_values // 4 if wide else most_values)
+def decode_tile(
+    hidden: int, values: int, wide: bool, size: int, summed: bool = True
+) -> dict[str, int]:
+    """All features of a block of keys at a time, if they are few, so that all loads, of numbers of
+    ``size`` bytes, are on their way at once: about 32 KB. ``summed``: a program keeps sums over
+    keys of all VALUES in registers."""
+    FEATURES = min(power_of_two(max(hidden, 16)), 64 if wide else 512)
+    VALUES = min(power_of_two(max(values, 16)), (256 if wide else 1024) if summed else FEATURES)
     return {
-        "BLOCK": DECODE_KEYS,
-        "FEATURES": min(power_of_two(max(hidden, 16)), 64 if wide else 128),
+        "BLOCK": 16 if (FEATURES + VALUES) * size <= 2560 else 8,
+        "FEATURES": FEATURES,
+        "WHOLE": FEATURES >= hidden,
         "VALUES": VALUES,
-        "num_warps": 8 if VALUES > (128 if wide else 256) else 4,
+        "num_warps": 4,
     }
+
+
+def decode_registers(tile: dict[str, int], size: int) -> int:
+    """Four programs of a multiprocessor take 128 per thread; 64 numbers of float32 in each thread
+    take more."""
+    numbers = tile["BLOCK"] * max(tile["FEATURES"], tile["VALUES"])
+    return 128 if size < 8 and numbers * size <= 2**14 else 255
+
+
+def merge_tile(values: int, splits: int, wide: bool) -> dict[str, int]:
+    """16 numbers per thread: of many splits, or of several rows."""
+    CHUNK = min(64, power_of_two(splits))
+    VALUES = min(power_of_two(max(values, 16)), max(32, 1024 // CHUNK))
+    ROWS = max(1, (1024 if wide else 2048) // (CHUNK * VALUES))
+    return {
+        "ROWS": ROWS, "VALUES": VALUES, "KEYS": max(16, 1024 // ROWS), "CHUNK": CHUNK,
+        "num_warps": 4,
+    }  # fmt: skip
+
+
+def sum_tile(splits: int) -> dict[str, int]:
+    """For sums over splits alone."""
+    CHUNK = min(64, power_of_two(splits))
+    return {"CHUNK": CHUNK, "BLOCK": max(32, 1024 // CHUNK), "num_warps": 2}
 
 
 def location_tile(hidden: int, filters: int) -> dict[str, int]:
