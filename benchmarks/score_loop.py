@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from additive_attn.backends.triton.launch import launch, target
-from additive_attn.backends.triton.numerics import reciprocal, split4, tile4
+from additive_attn.backends.triton.numerics import reciprocal, split4
+from additive_attn.backends.triton.quads import joined
 
 Call = Callable[[], object]
 RM, TM, RN, TN = 4, 16, 4, 16
@@ -36,25 +37,16 @@ def loop_kernel(
     ri = row0 + tl.arange(0, RM)[:, None] + RM * tl.arange(0, TM)[None, :]
     rj = key0 + TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]
     none = tl.zeros([1, TM, TN, 1], tl.int32)
-    acc = tl.zeros([RM, RN, TM, TN], tl.float32)
-    for u in range(0, features // 4):
-        if DIRECT:
-            row_at = 4 * length * u + 4 * ri[:, :, None, None] + none + f[None, None, None, :]
-            a_at, z_at = a + row_at, za + row_at
-            b_at = b + 4 * length * u + (4 * rj[:, None, :, None] + none + f[None, None, None, :])
-            a4 = tl.load(tl.multiple_of(tl.max_contiguous(a_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
-            b4 = tl.load(tl.multiple_of(tl.max_contiguous(b_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
-            z4 = tl.load(tl.multiple_of(tl.max_contiguous(z_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
-            a0, a1, a2, a3 = tile4(a4, RM, TM, TN)
-            z0, z1, z2, z3 = tile4(z4, RM, TM, TN)
-            b0, b1, b2, b3 = tile4(b4, RN, TM, TN)
-            y0 = a0[:, None, :, :] + b0[None, :, :, :]
-            y1 = a1[:, None, :, :] + b1[None, :, :, :]
-            y2 = a2[:, None, :, :] + b2[None, :, :, :]
-            y3 = a3[:, None, :, :] + b3[None, :, :, :]
-            z0, z1 = z0[:, None, :, :], z1[:, None, :, :]
-            z2, z3 = z2[:, None, :, :], z3[:, None, :, :]
-        else:
+    if DIRECT:
+        row_at = 4 * ri[:, :, None, None] + none + f[None, None, None, :]
+        key_at = 4 * rj[:, None, :, None] + none + f[None, None, None, :]
+        acc = joined(
+            a + row_at, za + row_at, b + key_at, weight, None, 1, features // 4, 4 * length,
+            4 * length, RM, TM, RN, TN, False, False, TARGET,
+        )  # fmt: skip
+    else:
+        acc = tl.zeros([RM, RN, TM, TN], tl.float32)
+        for u in range(0, features // 4):
             a4 = tl.load(a + ri[:, :, None] * features + 4 * u + f[None, None, :])
             b4 = tl.load(b + rj[:, :, None] * features + 4 * u + f[None, None, :])
             a0, a1, a2, a3 = split4(a4, RM, TM)
@@ -64,12 +56,11 @@ def loop_kernel(
             y1 = a1[:, None, :, None] + b1[None, :, None, :]
             y2 = a2[:, None, :, None] + b2[None, :, None, :]
             y3 = a3[:, None, :, None] + b3[None, :, None, :]
-            z0, z1 = z0[:, None, :, None], z1[:, None, :, None]
-            z2, z3 = z2[:, None, :, None], z3[:, None, :, None]
-        y01 = y0 * y1
-        y23 = y2 * y3
-        z = (z0 * y1 + z1 * y0) * y23 + (z2 * y3 + z3 * y2) * y01
-        acc += z * reciprocal(y01 * y23, TARGET)
+            z01 = z0[:, None, :, None] * y1 + z1[:, None, :, None] * y0
+            z23 = z2[:, None, :, None] * y3 + z3[:, None, :, None] * y2
+            y01 = y0 * y1
+            y23 = y2 * y3
+            acc += (z01 * y23 + z23 * y01) * reciprocal(y01 * y23, TARGET)
     i = tl.reshape(ri, [RM, 1, TM, 1])
     j = tl.reshape(rj, [1, RN, 1, TN])
     tl.store(out + i * length + j, acc)

@@ -27,31 +27,30 @@ class Work:
 PER_ROW = {"prepare_kernel", "merge_kernel"}
 
 
-def score_kernel(a: SimpleNamespace) -> Work:
+def _scores(a: SimpleNamespace, *around: float) -> Through:
+    """The loop over features, which takes eight at a time, with such trips around it."""
     pairs = a.RM * a.RN
     if a.DIFFERENCE:  # the direct form has as many special functions, but few additions
-        hot = Through({"MUFU": pairs, "FADD": 4 * pairs}, (a.padded / 4,))
-    else:
-        trips = a.FEATURES_PER_SUM / 4, a.padded / a.FEATURES_PER_SUM
-        hot = Through({"MUFU": pairs, "MUFU.EX2": 0}, trips)
-    return Work((hot,), 4 * pairs)
+        return Through({"MUFU": 2 * pairs, "FADD": 8 * pairs}, (a.padded / 8, *around))
+    trips = a.FEATURES_PER_SUM / 8, a.padded / a.FEATURES_PER_SUM
+    return Through({"MUFU": 2 * pairs, "MUFU.EX2": 0}, (*trips, *around))
+
+
+def score_kernel(a: SimpleNamespace) -> Work:
+    return Work((_scores(a),), 8 * a.RM * a.RN)
 
 
 def attend_kernel(a: SimpleNamespace) -> Work:
     """The loop around all others runs again only where a value is not finite."""
-    pairs = a.RM * a.RN
+    tanh = 8 * a.RM * a.RN
     tiles = min(a.keys_per_split, a.keys) / (a.RN * a.TN)
-    if a.DIFFERENCE:
-        hot = Through({"MUFU": pairs, "FADD": 4 * pairs}, (a.padded / 4, tiles, 1))
-    else:
-        trips = a.FEATURES_PER_SUM / 4, a.padded / a.FEATURES_PER_SUM, tiles, 1
-        hot = Through({"MUFU": pairs, "MUFU.EX2": 0}, trips)
+    hot = _scores(a, tiles, 1)
     if not a.MEMORY:
-        return Work((hot,), 4 * pairs)
+        return Work((hot,), tanh)
     columns = a.values / a.BD
     products = Through({"HGMMA|HMMA|LDTM": 1, "MUFU": 0}, (columns, tiles, 1))
     results = Through({"LDG": 1, "STG": 1, "MUFU": 0}, (columns, 1))
-    return Work((hot, products, results), 4 * pairs)
+    return Work((hot, products, results), tanh)
 
 
 def row_gradient_kernel(a: SimpleNamespace) -> Work:

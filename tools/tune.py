@@ -41,16 +41,17 @@ NOISE = 0.03  # of a ratio
 # What replaces a number of ``tiles``, or changes the fields of what a function of it returns.
 CHOICES: dict[str, list[Any]] = {
     "WORKSPACE_ELEMENTS": [2**power for power in (22, 23, 25, 26)],
-    "score_tile": [{"RN": 8}, {"TN": 8}, {"TM": 8, "TN": 32}, {"RM": 2, "TN": 32}, {"RN": 2}],
-    "attend_tile": [{"RN": 8}, {"TN": 8}, {"TM": 8}, {"TM": 8, "TN": 32}, {"RM": 2, "TN": 32}],
-    "attend_columns": [32, 128, 256],
+    "score_tile": [{"RM": 4, "TM": 16}, {"RN": 2}, {"RN": 2, "TN": 32}, {"TM": 16}],
+    "attend_tile": [{"RN": 8}, {"TN": 8}, {"RM": 8}, {"RM": 4}, {"RM": 2}, {"TM": 16}],
+    "attend_columns": [32, 64, 128],
     "gradient_tile": [{"RX": 4}, {"TX": 4, "TF": 8}, {"TX": 2, "TF": 16}],
     "key_sum_tile": [{"TILES": 4}, {"FEATURES": 64}, {"BLOCK": 32}, {"num_warps": 2}],
     "GRADIENT_REGISTERS": [255, 128],
 }  # fmt: skip
 # Those that matter in backward alone.
 BACKWARD = {
-    "WORKSPACE_ELEMENTS", "score_tile", "gradient_tile", "key_sum_tile", "GRADIENT_REGISTERS",
+    "WORKSPACE_ELEMENTS", "score_tile", "gradient_tile", "key_sum_tile",
+    "GRADIENT_REGISTERS",
 }  # fmt: skip
 
 

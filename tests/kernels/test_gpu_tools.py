@@ -55,7 +55,7 @@ def test_what_the_tuner_takes(tmp_path):
 def test_changed_tiles():
     """Of long rows, outside of float64."""
     other = tiles.changed(tiles.score_tile, {"RN": 2})
-    assert other(64) == tiles.Tile(4, 16, 2, 16)
+    assert other(64) == tiles.Tile(8, 8, 2, 16)
     assert other(64, True) == tiles.score_tile(64, True)
     assert other(64, wide=True) == tiles.score_tile(64, True)
     assert other(7) == tiles.score_tile(7)

@@ -116,7 +116,6 @@ VARIANTS = {
 # features alone does: for sm_90 its loop where no |q|, |k| is above 1 takes more than the 168
 # registers with which three programs run at a time.
 SPILLS = {
-    ("score_kernel", "sm_100"): 40,
     ("forward_kernel", "sm_90"): 32,
     ("feature_kernel", "sm_100"): 40,
     ("prepare_kernel", "sm_90"): 8,
@@ -125,9 +124,10 @@ SMALL_SPILLS = {"sm_90": 512, "sm_100": 32, "gfx942": 20}
 # Of one query per entry: four programs on a multiprocessor with these were faster on an H200 than
 # three, or larger ones, without.
 DECODE_SPILLS = {"forward_kernel": 128, "probability_kernel": 40, "merge_kernel": 8}
-# Around the hot loop of one pass the sums of the values leave too few registers; what that costs
-# is counted in all.
-ONE_PASS_SPILLS = 1024 if VERSION >= (3, 9) else 2304
+# The same of kernels that need more registers than there are around their hot loop. What that
+# costs on the usual path is counted in all. More pairs in a thread spill more, and are faster all
+# the same on an H200: they share what is loaded.
+HELD = {"attend_kernel": 2304, "score_kernel": 640}
 # Of a hot loop on sm_90, at most: instructions per tanh, special functions per tanh, and what
 # SLOW names.
 BARS = {
@@ -191,10 +191,10 @@ def test_calls_compile_without_spills(label, target):
         if VERSION < (3, 9):
             most = SPILLS.get((kernel.name, target), 0)
         few = DECODE_SPILLS.get(kernel.name, 0)
-        assert code.spilled <= (ONE_PASS_SPILLS if one_pass else max(most, few)), kernel.name
+        assert code.spilled <= HELD.get(kernel.name, max(most, few)), kernel.name
         if code.spilled > few and target not in AMD:
             loops = [code.graph.iteration(loop) for loop in code.graph.innermost]
-            for loop in [kernel.hot_loop()] if one_pass or small else loops:
+            for loop in [kernel.hot_loop()] if kernel.name in HELD or small else loops:
                 assert number(loop, "LDL|STL") <= small, kernel.name
         if label == "usual" and target not in AMD and kernel.tanh:
             assert number(kernel.hot_loop(), "LDL|STL") <= small, kernel.name

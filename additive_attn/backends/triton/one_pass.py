@@ -346,8 +346,11 @@ def attend(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty(*shape, p.values, dtype=p.dtype, device=p.device)
     lse = torch.empty(shape, dtype=p.accumulator, device=p.device)
     weights = out.new_empty((*shape, p.keys) if need_weights else (0,))
-    tile = tiles.attend_tile(p.rows, p.wide)
-    columns = tiles.attend_columns(p.values, tile.keys, p.wide)
+    size = p.dtype.itemsize
+    # A range of keys has two tiles at least.
+    least = -(-p.processors // (p.entries * max(1, p.keys // 128)))
+    tile = tiles.attend_tile(p.rows, p.wide, p.values, least, size)
+    columns = tiles.attend_columns(p.values, p.wide, tile, size)
     programs = p.entries * -(-p.rows // tile.rows)
     splits, per_split = pass_splits(
         programs, p.keys, tile.keys, p.processors * max(1, 8 // tile.warps)

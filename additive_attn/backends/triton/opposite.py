@@ -25,17 +25,20 @@ def holds_opposite(
     """Whether a pair of a tile may be opposite, masked ones included: nearly |q + k|^2 is too
     small. A product takes at least 16 rows."""
     LEAST: tl.constexpr = 16 if BM < 16 else BM
+    # Products of 16 keys, one for a warp: several warps share none without computing it again.
+    # And with a batch dim, since Triton 3.7 fails to compile what follows a plain one on sm_100.
+    PARTS: tl.constexpr = BN // 16
     f = tl.arange(0, SKETCH)
     i = at_query + tl.minimum(row0 + tl.arange(0, LEAST), rows - 1)
-    j = at_key + tl.minimum(key0 + tl.arange(0, BN), keys - 1)
+    j = key0 + 16 * tl.arange(0, PARTS)[:, None] + tl.arange(0, 16)[None, :]
+    j = at_key + tl.minimum(j, keys - 1)  # [PARTS, 16]
     of_rows = tl.load(query_rows.sketch + i[:, None] * SKETCH + f[None, :])  # [LEAST, SKETCH]
-    of_keys = tl.load(key_rows.sketch + j[None, :] * SKETCH + f[:, None])  # [SKETCH, BN]
-    # With a batch dim, since Triton 3.7 fails to compile what follows a plain one on sm_100.
-    products = tl.dot(of_rows[None], of_keys[None]).reshape(LEAST, BN)
-    square = tl.load(key_rows.distance + j)[None, :] + 2.0 * products
+    of_rows = tl.broadcast_to(of_rows[None], [PARTS, LEAST, SKETCH])
+    of_keys = tl.load(key_rows.sketch + j[:, None, :] * SKETCH + f[None, :, None])
+    square = tl.load(key_rows.distance + j)[:, None, :] + 2.0 * tl.dot(of_rows, of_keys)
     limit = tl.load(query_rows.distance + i)
-    # Sums in another order differ by a rounding.
-    return tl.max((tl.min(square, 1) < limit + 1e-4 * tl.abs(limit)).to(tl.int32), 0) != 0
+    limit += 1e-4 * tl.abs(limit)  # sums in another order differ by a rounding
+    return tl.max((tl.min(square, 2) < limit[None, :]).to(tl.int32)) != 0
 
 
 @triton.jit

@@ -34,7 +34,7 @@ from additive_attn.backends.triton.masks import (
     tile_keys,
     tile_rows,
 )
-from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, tanh, tile4
+from additive_attn.backends.triton.numerics import tanh
 from additive_attn.backends.triton.opposite import (
     Flags,
     holds_opposite,
@@ -43,60 +43,7 @@ from additive_attn.backends.triton.opposite import (
 )
 from additive_attn.backends.triton.plan import Piece
 from additive_attn.backends.triton.prepare import GROUP, SAFE, WILD, padded_length
-
-
-@triton.jit
-def _pairs(x, y):
-    """x + y of rows [RM, TM, TN] and keys [RN, TM, TN]: [RM, RN, TM, TN]."""
-    return x[:, None, :, :] + y[None, :, :, :]
-
-
-@triton.jit
-def _joined(
-    a_rows, z_rows, b_rows, weight, acc, u0, u1, a_step, b_step,
-    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
-    DIFFERENCE: tl.constexpr, EXACT: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
-    """acc + sum z/y over quads [u0, u1) of features (math.md, eq. 4).
-
-    Every thread loads what it multiplies, so that the loop needs no shared memory and no barrier.
-    The loads' layout follows the contiguity of their addresses. That of the last dim is true, that
-    of the others is an order, last dim first, since Triton 3.6 would have threads lie along R. The
-    hint counts only where it meets the load."""
-    for u in range(u0, u1):
-        a_at = a_rows + tl.cast(u, tl.int64) * a_step
-        b_at = b_rows + tl.cast(u, tl.int64) * b_step
-        a4 = tl.load(tl.multiple_of(tl.max_contiguous(a_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
-        b4 = tl.load(tl.multiple_of(tl.max_contiguous(b_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
-        a0, a1, a2, a3 = tile4(a4, RM, TM, TN)
-        b0, b1, b2, b3 = tile4(b4, RN, TM, TN)
-        y0 = _pairs(a0, b0)
-        y1 = _pairs(a1, b1)
-        y2 = _pairs(a2, b2)
-        y3 = _pairs(a3, b3)
-        if DIFFERENCE:
-            w_at = weight + 4 * u
-            z0 = _pairs(-a0, b0) * tl.load(w_at)
-            z1 = _pairs(-a1, b1) * tl.load(w_at + 1)
-            z2 = _pairs(-a2, b2) * tl.load(w_at + 2)
-            z3 = _pairs(-a3, b3) * tl.load(w_at + 3)
-        else:
-            z_at = z_rows + tl.cast(u, tl.int64) * a_step
-            z4 = tl.load(tl.multiple_of(tl.max_contiguous(z_at, [1, 2, 4, 8]), [1, 1, 1, 16]))
-            z0, z1, z2, z3 = tile4(z4, RM, TM, TN)
-            z0 = z0[:, None, :, :]
-            z1 = z1[:, None, :, :]
-            z2 = z2[:, None, :, :]
-            z3 = z3[:, None, :, :]
-        z01 = z0 * y1 + z1 * y0
-        z23 = z2 * y3 + z3 * y2
-        y01 = y0 * y1
-        y23 = y2 * y3
-        if EXACT:
-            acc += (z01 * y23 + z23 * y01) * exact_reciprocal(y01 * y23, TARGET)
-        else:
-            acc += (z01 * y23 + z23 * y01) * reciprocal(y01 * y23, TARGET)
-    return acc
+from additive_attn.backends.triton.quads import joined
 
 
 @triton.jit
@@ -121,25 +68,22 @@ def _indirect(
     z_rows = query_rows.weighted + (at_query * padded + 4 * row0) + of_rows
     b_rows = key_rows.quads + (at_key * padded + 4 * key0) + of_keys
     quads = padded // 4
-    total = tl.zeros([RM, RN, TM, TN], tl.float32)
     if small:
-        total = _joined(
-            a_rows, z_rows, b_rows, weight, total, 0, quads, a_step, b_step,
+        total = joined(
+            a_rows, z_rows, b_rows, weight, None, 1, quads, a_step, b_step,
             RM, TM, RN, TN, True, True, TARGET,
         )  # fmt: skip
     elif DIFFERENCE:
-        total = _joined(
-            a_rows, z_rows, b_rows, weight, total, 0, quads, a_step, b_step,
+        total = joined(
+            a_rows, z_rows, b_rows, weight, None, 1, quads, a_step, b_step,
             RM, TM, RN, TN, True, False, TARGET,
         )  # fmt: skip
     else:
         STEPS: tl.constexpr = FEATURES_PER_SUM // 4
-        for block in range(0, padded // FEATURES_PER_SUM):
-            total = _joined(
-                a_rows, z_rows, b_rows, weight, total, block * STEPS, block * STEPS + STEPS,
-                a_step, b_step, RM, TM, RN, TN, False, False, TARGET,
-            )  # fmt: skip
-            total -= tl.load(centre + block)
+        total = joined(
+            a_rows, z_rows, b_rows, weight, centre, quads // STEPS, STEPS, a_step, b_step,
+            RM, TM, RN, TN, False, False, TARGET,
+        )  # fmt: skip
     return total
 
 

@@ -49,28 +49,34 @@ def score_tile(rows: int, wide: bool = False) -> Tile:
     if wide:
         return Tile(2, 8, 2, 16) if rows > 8 else Tile(2, 2, 2, 64)
     if rows >= 24:
-        return Tile(4, 16, 4, 16)
+        return Tile(8, 8, 4, 16)
     if rows > 8:
         return Tile(4, 4, 4, 32)
     return Tile(4, 2, 2, 64) if rows > 4 else Tile(2, 2, 2, 64)
 
 
-def attend_tile(rows: int, wide: bool) -> Tile:
-    """For attention in one pass. A row lies within a warp, so that its softmax needs no other."""
+def attend_tile(rows: int, wide: bool, values: int, least: int, size: int) -> Tile:
+    """For attention in one pass. A row lies within a warp, so that its softmax needs no other.
+    ``least``: how many tiles of rows all multiprocessors need; ``size``: bytes of a number. Many
+    rows share what is loaded of keys and values, but leave fewer registers for products."""
     if wide:
         return Tile(2, 8, 2, 16)
-    if rows >= 24:
-        return Tile(4, 16, 4, 16)
-    return Tile(4, 4, 4, 32) if rows > 8 else Tile(4, 2, 4, 32)
+    if rows < 24:
+        return Tile(4, 4, 4, 32) if rows > 8 else Tile(4, 2, 4, 32)
+    RM = 8 if size == 2 or values > 64 else 4
+    while RM > 2 and -(-rows // (8 * RM)) < least:
+        RM //= 2
+    return Tile(RM, 8, 4, 16)
 
 
-def attend_columns(values: int, keys: int, wide: bool) -> int:
-    """Numbers of a value that are summed at a time: all of them, in registers, or some. Those of
-    ``keys`` must fit the shared memory."""
-    all_columns = power_of_two(max(values, 16))
-    if wide or keys > 64:
-        return min(all_columns, 32)
-    return all_columns if all_columns <= 128 else 64
+def attend_columns(values: int, wide: bool, tile: Tile, size: int) -> int:
+    """Numbers of a value that are summed at a time: all of them, in registers, or some. Beyond
+    48 KB of shared memory a multiprocessor keeps little of its memory for what loads repeat."""
+    columns = power_of_two(max(values, 16))
+    many = tile.rows > 32 and size > 2 and columns > 64
+    if wide or tile.keys > 64 or many:
+        return min(columns, 32)
+    return columns if columns <= 128 else 64
 
 
 def row_block(keys: int) -> dict[str, int]:
