@@ -32,6 +32,7 @@ SAID = r"E  |FAILED|ERROR|passed by|skipped \d|left out|=*.* (passed|failed|erro
 NOT_ON_A_GPU = {
     "test_memory.py", "test_library.py", "test_architecture.py", "test_plot.py", "test_errors.py",
     "test_import.py", "test_triton_code.py", "test_triton_races.py", "test_onnx.py",
+    "test_plain_path.py",
 }  # fmt: skip
 
 
