@@ -4,6 +4,7 @@ python -m benchmarks.table                            the newest run of this che
 python -m benchmarks.table FILE.csv --suites speed,masks
 python -m benchmarks.table AVX512.csv AVX2.csv --side-by-side
 python -m benchmarks.table FILE.csv --dtype float32
+python -m benchmarks.table FILE.csv --slower          where plain PyTorch or torch.compile wins
 """
 
 from __future__ import annotations
@@ -94,6 +95,13 @@ def side_by_side(runs: list[list[Measurement]]) -> list[list[str]]:
     return rows
 
 
+def loses(measurement: Measurement) -> bool:
+    """Whether plain PyTorch or torch.compile takes less time than ours."""
+    ours = measurement.milliseconds(measurement.ours)
+    others = map(measurement.milliseconds, (PLAIN, measurement.compiled))
+    return ours is not None and any(other is not None and other < ours for other in others)
+
+
 def markdown(rows: list[list[str]]) -> str:
     """Aligned, so that it can be read as it is."""
     empty = [index for index, cells in enumerate(zip(*rows[1:], strict=True)) if not any(cells)]
@@ -114,6 +122,7 @@ def show(
     beside: bool = False,
     spread: bool = False,
     dtype: str | None = None,
+    slower: bool = False,
 ) -> None:
     runs = []
     for path in paths:
@@ -121,8 +130,9 @@ def show(
         print(f"\n{os.path.relpath(path)}\n{measured_on(run)}\n")
         run = [each for each in run if suites is None or each.suite in suites]
         run = [each for each in run if dtype in (None, each.dtype)]
+        run = [each for each in run if loses(each)] if slower else run
         if not run:
-            wanted = [*(suites or []), *([dtype] if dtype else [])]
+            wanted = [*(suites or []), *filter(None, [dtype, "slower" * slower])]
             raise SystemExit(f"{path} has no rows of {', '.join(wanted)}.")
         runs.append(run)
         if not beside:
@@ -140,11 +150,13 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--suites", help="only these, separated by commas")
     parser.add_argument("--dtype", help="only this one")
+    parser.add_argument("--slower", action="store_true", help="only where another one is faster")
     parser.add_argument("--side-by-side", action="store_true", help="several runs in one table")
     parser.add_argument("--spread", action="store_true", help="with 20 %% and 80 %% quantiles")
     args = parser.parse_args()
     suites = None if args.suites is None else args.suites.split(",")
-    show(list(chosen_files(args.files)), suites, args.side_by_side, args.spread, args.dtype)
+    files = list(chosen_files(args.files))
+    show(files, suites, args.side_by_side, args.spread, args.dtype, args.slower)
 
 
 if __name__ == "__main__":

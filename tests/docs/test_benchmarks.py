@@ -80,6 +80,7 @@ def test_the_newest_run_of_this_checkout_is_shown(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(rows, "LOCAL", tmp_path / "local")
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     rows.write(tmp_path / "other" / "speed.csv", [example()])
+    (tmp_path / "other" / "heads.csv").write_text("B,mode,provider\n1,full,fused\n")
     assert list(rows.chosen_files([])) == [tmp_path / "other" / "speed.csv"]
     assert "of other machines" in capsys.readouterr().out
     for age, name in enumerate(["new.csv", "old.csv", "newer.part.csv"]):
@@ -112,6 +113,18 @@ def test_tables_of_a_gpu(tmp_path, capsys):
     assert "20) bfloat16" in shown and "2 ms" not in shown
     with pytest.raises(SystemExit, match="no rows of float16"):
         table.show([path], dtype="float16")
+
+
+def test_where_others_are_faster(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    others = (("plain", "bfloat16", 3.0), ("plain", "float32", 1.5), ("compile sum", "float64", 1))
+    cases = [[example(dtype=d), example(p, dtype=d, median_ms=ms)] for p, d, ms in others]
+    rows.write(path, [row for case in cases for row in case])
+    table.show([path], slower=True)
+    shown = capsys.readouterr().out
+    assert "0.75x" in shown and "float64" in shown and "bfloat16" not in shown
+    with pytest.raises(SystemExit, match="no rows of bfloat16, slower"):
+        table.show([path], dtype="bfloat16", slower=True)
 
 
 def test_figures_without_data_are_sentences(tmp_path, monkeypatch, capsys):
