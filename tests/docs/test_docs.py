@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import rows
+from benchmarks.table import duration, loses
 from tools import doc_tables, feature_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +93,42 @@ def test_tables_are_those_of_the_csv_files(page, monkeypatch):
     text = page.read_text("utf-8")
     assert "<!-- table:" in text
     assert doc_tables.renewed(page) == text, "renew them with: python -m tools.doc_tables"
+
+
+def test_prose_about_the_gpu_has_the_figures_of_the_csv_files():
+    folder = ROOT / "benchmarks" / "results" / "nvidia-h200"
+    known = {(each.shape, each.dtype, each.mode): each for each in rows.read(folder / "speed.csv")}
+
+    def found(mode, shape=(1, 4096, 4096, 128, 128)):
+        case = known[shape, "float32", mode]
+        return case.milliseconds("fused"), case.milliseconds("compile sum")
+
+    fused, compiled = found("forward")
+    forward, rate = f"{compiled / fused:.1f}", 4096**2 * 128 / fused / 1e9
+    fused, compiled = found("full")
+    full = f"{compiled / fused:.0f}"
+    with (folder / "kernels-451e977.csv").open(newline="") as file:
+        kernels = [row for row in csv.DictReader(file) if row["unit"] == "us on the GPU"]
+    of_call = [row for row in kernels if row["mode"] == "full" and "(8, 512" in row["shape"]]
+    share = (
+        sum(float(row["value"]) for row in of_call) / 10 / found("full", (8, 512, 512, 64, 64))[0]
+    )
+    readme, speed = (
+        " ".join((ROOT / name).read_text("utf-8").split())
+        for name in ("README.md", "docs/speed.md")
+    )
+    assert f"{forward} times as fast as `torch.compile` forward and {full} times" in readme
+    words = "takes {}, and {} under `torch.compile`"
+    assert words.format(*map(duration, found("forward", (32, 50, 50, 1024, 1024)))) in readme
+    assert f"{rate:.1f}e12 tanh per second" in speed
+    assert f"It is {forward} times as fast as `torch.compile`; the aim" in speed
+    assert f"Forward + backward is {full} times as fast." in speed
+    assert f"fp32, took {share:.0f}% of the time" in speed
+    for each in filter(loses, known.values()):
+        low, high = (each.value(name, "fused") for name in ("q20_ms", "q80_ms"))
+        assert (each.mode == "forward") == (high / low < 1.01), (
+            "their times spread by less than 1%"
+        )
 
 
 def test_no_feature_is_left_out_without_a_reason():
