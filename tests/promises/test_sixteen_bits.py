@@ -42,6 +42,7 @@ def both(function, key, value):
     return ours
 
 
+@pytest.mark.interpreter(queries=[2, 5], masking=["none"])
 @DTYPES
 @SHAPES
 @pytest.mark.parametrize("masking", ["none", "lengths", "mask", "dropout"])

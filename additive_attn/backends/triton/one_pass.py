@@ -97,10 +97,11 @@ def _add_finite(acc, p, value, value_row, key0, last, inside_d, again):
 @triton.jit
 def _weighted_sum(
     acc, p, attended, value, value_row, value_column, key0, last, d, values, again,
-    PRECISION: tl.constexpr, TARGET: tl.constexpr,
+    ROUNDED: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """acc + P V of a tile, [LEAST, BD]. ``again``: values that are not finite reach the rows alone
-    that attend to them, by ``attended`` [RM, RN, TM, TN]."""
+    that attend to them, by ``attended`` [RM, RN, TM, TN]. ROUNDED: P takes the values' dtype, as
+    weights in 16 bits do; else the values take that of P."""
     BN: tl.constexpr = p.shape[1]
     j = key0 + tl.arange(0, BN)
     inside_d = (d < values)[None, :]
@@ -125,6 +126,8 @@ def _weighted_sum(
                 )
                 acc = _add_nonfinite(acc, marked, value, value_row, key0, last, inside_d)
             v = tl.where(finite, v, 0.0)
+        if not ROUNDED:
+            v = v.to(acc.dtype)
         p_v = p.to(v.dtype)
         if TARGET == "none":  # NumPy has no bfloat16
             acc = tl.dot(p_v.to(acc.dtype), v.to(acc.dtype), acc, out_dtype=acc.dtype)
@@ -171,8 +174,8 @@ def _softmax_step(score, top, total, TARGET: tl.constexpr):
 @triton.jit
 def _accumulate(
     acc, shrink, p, attended, sums, started, inside, value, value_row, value_column, key0, last,
-    values, again, BD: tl.constexpr,
-    MEMORY: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
+    values, again, BD: tl.constexpr, MEMORY: tl.constexpr,
+    ROUNDED: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """acc shrink + P V of a tile, in registers or in memory."""
     d = tl.arange(0, BD)
@@ -188,13 +191,13 @@ def _accumulate(
             tl.debug_barrier()
             acc = _weighted_sum(
                 acc, p, attended, value, value_row, value_column, key0, last, d0 + d, values,
-                again, PRECISION, TARGET,
+                again, ROUNDED, PRECISION, TARGET,
             )  # fmt: skip
             tl.store(at, acc, mask=here)
     else:
         acc = _weighted_sum(
             acc * shrink, p, attended, value, value_row, value_column, key0, last, d, values,
-            again, PRECISION, TARGET,
+            again, ROUNDED, PRECISION, TARGET,
         )  # fmt: skip
     return acc
 
@@ -248,6 +251,7 @@ def attend_kernel(
     BN: tl.constexpr = RN * TN
     LEAST: tl.constexpr = 16 if BM < 16 else BM
     ACC: tl.constexpr = lse.dtype.element_ty
+    ROUNDED: tl.constexpr = query.dtype.element_ty.primitive_bitwidth == 16
     row_tiles = tl.cdiv(rows, BM)
     program = tl.program_id(0)
     # Of a causal mask the longest rows come first.
@@ -322,7 +326,7 @@ def attend_kernel(
                 acc = _accumulate(
                     acc, _of_rows(shrink, LEAST), _often_enough(p, LEAST), attended,
                     sums + place, started, inside, value, value_row, value_column, key0, last,
-                    values, again, BD, MEMORY, PRECISION, TARGET,
+                    values, again, BD, MEMORY, ROUNDED, PRECISION, TARGET,
                 )  # fmt: skip
                 started = 1
             elif STORED:
