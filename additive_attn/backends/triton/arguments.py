@@ -21,7 +21,7 @@ from additive_attn.backends.triton.prepare import (
 )
 from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import keep_threshold
-from additive_attn.spec.masks import block_mask
+from additive_attn.spec.masks import block_mask, check_masking
 
 
 class BlockTiles(NamedTuple):
@@ -43,6 +43,8 @@ class Problem:
         *, exponential: bool = False, quads: bool = False,
     ) -> None:  # fmt: skip
         query, key, value, weight = call.inputs
+        if any(x is not None for x in call[4:9]):
+            check_masking(call.masking, call.batch(), query.shape[-2], key.shape[-2], query.device)
         given, call = call.attn_mask, _with_dense_table(call)
         attn_mask, lengths = call.attn_mask, call.lengths
         left, right = call.left, call.right
