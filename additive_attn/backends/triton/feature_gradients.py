@@ -16,6 +16,7 @@ import triton.language as tl
 
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.halves import (
+    added,
     direct_pairs,
     energies,
     exponentials,
@@ -23,6 +24,7 @@ from additive_attn.backends.triton.halves import (
     of_rows,
     prepared,
     raw,
+    repeated,
     rows_of,
     slope,
     weighted,
@@ -58,11 +60,11 @@ def _four_keys(place, four, h, padded: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _loop(
-    Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded, dqa, dqb,
+    Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
     RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr,
     DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Keys [begin, end), all pairs in range: adds to dq, stores the tile's dk, and returns the
+    """Keys [begin, end), all pairs in range: returns dq, stores the tile's dk, and returns the
     sums of G t where ``SMALL``, of G s otherwise."""
     TW: tl.constexpr = h.shape[0]
     TX: tl.constexpr = h.shape[1]
@@ -70,6 +72,7 @@ def _loop(
     zeros = tl.zeros([TW, TX, TF], tl.float32)
     dwa = zeros
     dwb = zeros
+    dqa, dqb = repeated(zeros, RX), repeated(zeros, RX)
     # Four keys are loaded a turn before they are used. Between the stores of dk, each of their
     # loads would be waited for.
     last = tl.cdiv(end, 4) - 1
@@ -122,19 +125,19 @@ def _loop(
 
 @triton.jit
 def _quick_loop(
-    Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded, dqa, dqb, total, small,
+    Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded, total, small,
     RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, DQ: tl.constexpr,
     DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """``_loop``, with the sums of G t; ``total`` are those of G."""
     if small:
         dqa, dqb, xa, xb = _loop(
-            Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded, dqa, dqb,
+            Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
             RX, padded, TILE, True, DQ, DK, DW, TARGET,
         )  # fmt: skip
     else:
         dqa, dqb, xa, xb = _loop(
-            Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded, dqa, dqb,
+            Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
             RX, padded, TILE, False, DQ, DK, DW, TARGET,
         )  # fmt: skip
         xa = total - 2.0 * xa
@@ -145,7 +148,7 @@ def _quick_loop(
 @triton.jit
 def _rare_loop(
     K_place, g_place, dk_place, q_rows, k_rows, query_row, query_h, key_row, key_h, sizes_i,
-    sizes_j, h, stored, i0, last_row, last_key, hidden, begin, end, row_padded, opposite, dqa, dqb,
+    sizes_j, h, stored, i0, last_row, last_key, hidden, begin, end, row_padded, opposite,
     RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
     DK: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
@@ -159,6 +162,7 @@ def _rare_loop(
     zeros = tl.zeros([h.shape[0], h.shape[1], h.shape[2]], ACC)
     dwa = zeros
     dwb = zeros
+    dqa, dqb = repeated(zeros, RX), repeated(zeros, RX)
     for c in range(begin, end):
         j1 = tl.minimum(c, last_key).to(tl.int64)
         k = raw(k_rows + j1 * key_row, h, hidden, key_h, ACC)
@@ -314,11 +318,7 @@ def feature_kernel(
     first = tl.minimum(tl.maximum(first // BLOCK * BLOCK, begin), limit)
     last = tl.maximum(tl.minimum(last, limit), first)
     Q = ()
-    dqa = ()
-    dqb = ()
-    for _ in tl.static_range(RX):
-        dqa = dqa + (zeros,)
-        dqb = dqb + (zeros,)
+    dqa, dqb = repeated(zeros, RX), repeated(zeros, RX)
     dwa, dwb, last_key = zeros, zeros, keys - 1 - key_begin
     if not WIDE:
         sizes_i = query_rows.size + o * query_exp_outer + m * query_exp_inner
@@ -344,10 +344,10 @@ def feature_kernel(
     for k0 in range(first, last, BLOCK):
         end = tl.minimum(k0 + BLOCK, last)
         if WIDE:
-            dqa, dqb, xa, xb = _rare_loop(
+            qa, qb, xa, xb = _rare_loop(
                 K_place, g_place, dk_place, q_rows, k_rows, query_row, query_h, key_row, key_h,
                 sizes_i, sizes_j, h, stored, row_begin + r0, rows - 1, last_key, hidden,
-                k0, end, row_padded, False, dqa, dqb, RX, padded, TILE, True, DK, TARGET,
+                k0, end, row_padded, False, RX, padded, TILE, True, DK, TARGET,
             )  # fmt: skip
         else:
             # Not the addresses of the loops, which would take registers through them.
@@ -358,20 +358,23 @@ def feature_kernel(
             direct, opposite, small, skipped = _forms(G, size_i, size_j, flags + k0 // FLAG_KEYS)
             total = tl.sum(G) / TX + zeros
             if skipped:
+                qa, qb = repeated(zeros, RX), repeated(zeros, RX)
                 xa, xb = zeros, zeros
                 _store_zeros(dk_place, stored, k0, end, padded)
             elif direct | opposite:
-                dqa, dqb, xa, xb = _rare_loop(
+                qa, qb, xa, xb = _rare_loop(
                     K_place, g_place, dk_place, q_rows, k_rows, query_row, query_h, key_row,
                     key_h, sizes_i, sizes_j, h, stored, row_begin + r0, rows - 1, last_key, hidden,
-                    k0, end, row_padded, opposite, dqa, dqb,
+                    k0, end, row_padded, opposite,
                     RX, padded, TILE, False, DK, TARGET,
                 )  # fmt: skip
             else:
-                dqa, dqb, xa, xb = _quick_loop(
-                    Q, K_place, g_place, dk_place, h, stored, k0, end, row_padded, dqa, dqb,
+                qa, qb, xa, xb = _quick_loop(
+                    Q, K_place, g_place, dk_place, h, stored, k0, end, row_padded,
                     total, small, RX, padded, TILE, DQ or DW, DK, DW, TARGET,
                 )  # fmt: skip
+        # Many equal terms added one by one would all be rounded the same way.
+        dqa, dqb = added(dqa, qa, RX), added(dqb, qb, RX)
         dwa += xa
         dwb += xb
 

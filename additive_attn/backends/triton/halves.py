@@ -1,3 +1,5 @@
+# ruff: noqa: RUF005 (Triton has no starred expressions)
+# mypy: disable-error-code="assignment"
 """Pairs of tensors, of even and odd features: what the pass over features computes with. They are
 [TW, TX, TF], or broadcast to that: features lie along warps and lanes, rows along the other lanes,
 and a thread has one of each, and neighbours of its features in the other tensor."""
@@ -15,6 +17,24 @@ from additive_attn.backends.triton.numerics import (
     tanh_slope,
     tile4,
 )
+
+
+@triton.jit
+def repeated(x, RX: tl.constexpr):
+    """A tensor RX times."""
+    copies = ()
+    for _ in tl.static_range(RX):
+        copies = copies + (x,)
+    return copies
+
+
+@triton.jit
+def added(x, y, RX: tl.constexpr):
+    """The sums of two tuples of RX tensors."""
+    sums = ()
+    for n in tl.static_range(RX):
+        sums = sums + (x[n] + y[n],)
+    return sums
 
 
 @triton.jit
