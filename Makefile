@@ -76,7 +76,8 @@ test-all: test
 COMPILED = @echo "==> compiled kernels in an emulator of PTX: $(1) sm_$(2)"; $(1) \
 	ADDITIVE_ATTN_PTX='$(abspath $(ADDITIVE_ATTN_PTX))' $(PYTEST) --quiet --compiled $(2)
 FEATURES := tests/kernels/test_compiled.py tests/kernels/test_triton.py
-STEPS    := $(patsubst %,tests/kernels/test_%.py,triton_steps triton_probe compiled_plans)
+PLANS    := $(patsubst %,tests/kernels/test_%.py,triton_probe compiled_plans)
+STEPS    := tests/kernels/test_triton_steps.py $(PLANS)
 # Where approximate instructions cost most.
 NOISY    := tests/kernels/test_triton.py -k '(magnitudes and 10) or (around and 150)'
 CENTRE   := $(FEATURES) -k 'compiled or sizes or magnitudes or repeats'
@@ -88,7 +89,7 @@ $(OLDEST_TRITON): $(VENV)/.requirements
 
 ifneq ($(wildcard $(ADDITIVE_ATTN_PTX)),)
 compiled: build
-	$(call COMPILED,,80 $(FEATURES) $(STEPS))
+	$(call COMPILED,,80 $(FEATURES) $(PLANS))
 	$(call COMPILED,PTX_BACKWARDS=1,80 $(CENTRE))
 	$(call COMPILED,PTX_NOISE=1,80 $(NOISY))
 	@$(MAKE) --no-print-directory compiled-oldest || { [ ! -d $(OLDEST_TRITON) ] && \
