@@ -172,7 +172,7 @@ def instructions_per_tanh(name, target):
         *(pytest.param(label, "sm_90", marks=pytest.mark.sweep) for label in sorted(VARIANTS)),
         *(
             pytest.param(label, target, marks=pytest.mark.sweep)
-            for label in ("everything", "step, location")
+            for label in ("everything", "single", "single, everything", "step, location")
             for target in OTHERS
         ),
     ],
