@@ -57,8 +57,10 @@ $(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml $(wildcard csrc/* 
 
 build: $(VENV)/.built
 
-# One worker for each core; what is left of one worker's share, another takes over.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+# One worker for each core; what is left of one worker's share, another takes over. A test that
+# hangs ends its worker after the seconds below, with the stack of every thread.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal \
+	-o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
 
 test: build
 	@echo "==> tests (about 5 minutes on 2 cores; make check for the core in one)"

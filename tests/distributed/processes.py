@@ -46,7 +46,10 @@ def _work(rank: int, world: int, module: str, names: Sequence[str], folder: str)
         Path(folder, f"{name}.{rank}").write_text(message, encoding="utf-8")
         if message:
             os._exit(1)  # the others may wait for this process
-    dist.destroy_process_group()
+    dist.barrier()  # the others may still need what this process has sent
+    # The destructor of a group joins threads that may wait for the interpreter's lock, which its
+    # thread holds: https://github.com/pytorch/pytorch/issues/56297
+    os._exit(0)
 
 
 def run(module: str, world: int, folder: Path, names: Sequence[str] = ()) -> None:

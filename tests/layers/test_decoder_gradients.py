@@ -565,36 +565,6 @@ def test_memory_of_the_steps():
     assert max(own.values()) <= 2 * 512 * 4, own
 
 
-class Distributed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.decoder = Decoder(True)
-
-    def forward(self, *arguments):
-        return self.decoder(*arguments)
-
-
-def test_distributed_data_parallel(tmp_path):
-    """Every parameter gets its gradient in every iteration, the bias of the energy a zero one."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
-    try:
-        model = nn.parallel.DistributedDataParallel(Distributed())
-        arguments = inputs()
-        for _ in range(3):
-            model.zero_grad()
-            model(*arguments).backward()
-        plain = Decoder(False)
-        plain(*inputs()).backward()
-        assert_gradients(
-            [x.grad for x in model.module.decoder.parameters()],
-            [x.grad for x in plain.parameters()],
-        )
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_memory_in_sixteen_bits(dtype):

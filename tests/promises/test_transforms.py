@@ -384,25 +384,6 @@ def test_checkpointing(use_reentrant):
         assert_same(a, b)
 
 
-def test_distributed_data_parallel(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
-    try:
-        layer = AdditiveAttention(6, 8)
-        reference = copy.deepcopy(layer)
-        parallel = nn.parallel.DistributedDataParallel(layer)
-        x = torch.randn(2, 5, 6)
-        for _ in range(2):  # the second step needs every parameter's gradient of the first
-            parallel(x, x)[0].square().sum().backward()
-        for _ in range(2):
-            reference(x, x)[0].square().sum().backward()
-        for ours, theirs in zip(layer.parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_copies_and_pickles():
     layer = AdditiveAttention(6, 8, dropout=0.3, scale=0.5, normalize=True, batch_first=False)
     x = torch.randn(5, 2, 6)
