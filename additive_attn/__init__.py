@@ -1,6 +1,6 @@
 """Additive (Bahdanau) attention for PyTorch as a fused layer."""
 
-from additive_attn.config import __version__, show_config
+from additive_attn.config import show_config
 from additive_attn.functional import additive_attention, additive_attention_step, additive_scores
 from additive_attn.merge import merge_attention
 from additive_attn.nn.additive import AdditiveAttention
@@ -12,6 +12,8 @@ from additive_attn.nn.multihead import MultiheadAdditiveAttention
 from additive_attn.nn.plain import PlainAdditiveAttention
 from additive_attn.plot import plot_attention
 from additive_attn.varlen import varlen_additive_attention
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AdditiveAttention",

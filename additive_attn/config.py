@@ -10,13 +10,13 @@ import torch
 
 from additive_attn.ops import dispatch
 
-# Not read from the metadata, which may belong to another, installed copy.
-__version__ = "0.1.0"
-
 
 def show_config() -> str:
     """Prints, and returns, the versions in use, which implementation computes on which device, and
     why, and on what hardware the implementations have run."""
+    # That of the code that runs; the metadata may belong to another, installed copy.
+    from additive_attn import __version__
+
     lines = {
         "additive_attn": __version__,
         "torch": torch.__version__,

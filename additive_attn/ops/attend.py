@@ -26,7 +26,6 @@ from additive_attn.ops.checks import (
     refuse_rank,
     refuse_types,
 )
-from additive_attn.ops.jagged import jagged_attention
 from additive_attn.ops.masking import checked_bias, with_bias, with_padding
 from additive_attn.ops.scores import score
 from additive_attn.spec.call import Call, Inputs
@@ -72,11 +71,14 @@ def masked_attention(
         query, key, value, weight = inputs
     batch = checked_batch(inputs)
     if batch is None:
+        # Imported here, since it calls this function.
+        from additive_attn.ops.packed import jagged_attention
+
         if compute is not attend:
             refuse_layouts(**dict(zip(Inputs._fields, inputs, strict=True)))
         without = attn_mask, lengths, key_padding_mask, starts, need_weights or None
         return jagged_attention(
-            masked_attention, inputs, without, is_causal, window, dropout_p, scale, need_lse, bias
+            inputs, without, is_causal, window, dropout_p, scale, need_lse, bias
         )
     table = tiles = None
     if attn_mask is not None:

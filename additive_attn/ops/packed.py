@@ -1,9 +1,10 @@
-"""Packed sequences, one after the other without padding."""
+"""Sequences without padding, one after the other: the range of keys that each row may attend to.
+Nested tensors of the layout jagged are such sequences too."""
 
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,13 +14,46 @@ from additive_attn.ops.checks import (
     checked_window,
     is_readable,
     refuse_flags,
+    refuse_layouts,
     refuse_types,
     require_one_device,
 )
-from additive_attn.ops.jagged import ranges
 from additive_attn.spec.call import Inputs
 
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Ranges(NamedTuple):
+    """The keys of each row, (rows,), int64."""
+
+    starts: Tensor
+    lengths: Tensor
+
+
+def ranges(
+    cu_seq_q: Tensor, cu_seq_k: Tensor, rows: int, keys: int, left: int, right: int, at_end: bool
+) -> Ranges:
+    """Row ``i`` of a sequence attends to its keys ``i - left ... i + right``; ``at_end`` counts
+    both from the last. Rows and keys beyond the sequences belong to none. Whatever the numbers
+    are, the ranges lie within the keys."""
+    row = torch.arange(rows, device=cu_seq_q.device)
+    cu_seq_q, cu_seq_k = cu_seq_q.long().contiguous(), cu_seq_k.long()
+    sequences = cu_seq_q.shape[0] - 1
+    after = torch.searchsorted(cu_seq_q, row, right=True)
+    inside = (after > 0) & (after <= sequences)
+    after = after.clamp(1, sequences)
+    first, stop = cu_seq_k[after - 1], cu_seq_k[after]
+    if left >= 0 or right >= 0:
+        own = row - cu_seq_q[after - 1] + first
+        if at_end:
+            own = own + (stop - first) - (cu_seq_q[after] - cu_seq_q[after - 1])
+        most = rows + keys  # beyond which a window has no effect, and sums may overflow
+        if left >= 0:
+            first = torch.maximum(first, own - min(left, most))
+        if right >= 0:
+            stop = torch.minimum(stop, own + min(right, most) + 1)
+    stop = torch.where(inside, stop, 0).clamp(0, keys)
+    return Ranges(first.clamp(0, keys), stop)
 
 
 def checked_sequences(name: str, cu_seq: Any, total: int, longest: int, like: Tensor) -> Tensor:
@@ -104,3 +138,82 @@ def packed_attention(
     if dims == 3:
         return out.transpose(0, 1), lse.transpose(0, 1) if need_lse else lse
     return out, lse
+
+
+def jagged_attention(
+    inputs: _Inputs, without: tuple[Any, ...], is_causal: bool,
+    window: tuple[int, int] | None, dropout_p: float, scale: float, need_lse: bool,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of nested tensors, or a dense one beside them, ``(B, L, n)`` or ``(B, heads, L, n)``."""
+    names = "attn_mask", "lengths", "key_padding_mask", "starts", "need_weights"
+    if given := [name for name, x in zip(names, without, strict=True) if x is not None]:
+        raise ValueError(
+            f"{' and '.join(given)} was passed beside nested tensors, but their sequences have "
+            "lengths already, and weights would be ragged in two dims. Leave it out "
+            "(need_weights=False in a layer), or pad the tensors with .to_padded_tensor(0.0)."
+        )
+    query, key, value, weight = inputs
+    # A nested tensor of torch's other layout calls itself strided.
+    if wrong := {
+        name: x for name, x in Inputs(*inputs)._asdict().items()
+        if x.layout is not torch.jagged and (x.is_nested or x.layout is not torch.strided)
+    }:  # fmt: skip
+        refuse_layouts(**wrong)
+    if weight.dim() == 2 and weight.shape[0] == 1:
+        weight = weight[0]
+    (q, cu_seq_q), (k, cu_seq_k), (v, cu_seq_v) = _flat(query), _flat(key), _flat(value)
+    if len({x.dim() for x in (q, k, v)}) > 1 or not (
+        cu_seq_q.shape == cu_seq_k.shape == cu_seq_v.shape and k.shape[-2] == v.shape[-2]
+    ):
+        _refuse_jagged(query, key, value)
+    if cu_seq_k is not cu_seq_v and is_readable(cu_seq_k) and not cu_seq_k.equal(cu_seq_v):
+        raise ValueError(
+            "key and value are nested tensors of different lengths, but each key belongs to one "
+            "value."
+        )
+    left, right = (-1, -1) if window is None else checked_window(window)
+    if type(is_causal) is not bool:
+        refuse_flags(is_causal=is_causal)
+    right = 0 if is_causal else right
+    rows, keys = q.shape[-2], k.shape[-2]
+    starts, lengths = ranges(cu_seq_q, cu_seq_k, rows, keys, left, right, at_end=False)
+    if q.dim() == 3:
+        starts, lengths = starts.unsqueeze(0), lengths.unsqueeze(0)
+    out, weights, lse = masked_attention(
+        (q, k, v, weight), None, lengths, False, None, dropout_p, scale, False, None, need_lse,
+        starts=starts, bias=bias,
+    )  # fmt: skip
+    if query.layout is torch.jagged:
+        dim, offsets = query.dim() - 2, cu_seq_q
+        whole = torch.nested.nested_tensor_from_jagged
+        lse = whole(lse, offsets, jagged_dim=dim) if need_lse else lse
+        return whole(out, offsets, jagged_dim=dim), weights, lse
+    shape = query.shape[0], query.shape[-2]
+    if q.dim() == 2:
+        return out.unflatten(0, shape), weights, lse.unflatten(0, shape) if need_lse else lse
+    out = out.unflatten(1, shape).transpose(0, 1)
+    return out, weights, lse.unflatten(1, shape).transpose(0, 1) if need_lse else lse
+
+
+def _flat(x: Any) -> tuple[Tensor, Tensor]:
+    """(total, n), or (heads, total, n), and where each sequence begins and the last ends."""
+    if x.dim() not in (3, 4):
+        _refuse_jagged(x)
+    if x.layout is not torch.jagged:
+        ends = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[-2]
+        return (x if x.dim() == 3 else x.transpose(0, 1)).flatten(-3, -2), ends
+    if x._ragged_idx != x.dim() - 2:
+        _refuse_jagged(x)
+    if x.lengths() is not None:
+        x = x.contiguous()
+    return x.values(), x.offsets()
+
+
+def _refuse_jagged(*tensors: Tensor) -> NoReturn:
+    shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+    raise ValueError(
+        f"Beside nested tensors of the layout jagged, query, key and value are (B, L, n) or (B, "
+        f"heads, L, n), each nested along L or dense, of equal B and heads, but found {shapes}. "
+        "Heads come before the nested dim: .transpose(1, 2)."
+    )

@@ -5,102 +5,6 @@
 //
 // (math.md, eq. 18). dE takes the place of E in the scratch. dk is added to what earlier steps have left.
 
-// C (R rows) += A B for `inner` rows of B: element (r, k) of A lies at a[r * a_row + k * a_column].
-template <class T, int R, int V>
-inline void add_products_block(const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, std::int64_t b_row,
-                               T* c, std::int64_t c_row, std::int64_t inner) {
-  constexpr int L = lanes<T>;
-  Vec<T> sum[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = load(c + r * c_row + v * L);
-  for (std::int64_t k = 0; k < inner; ++k) {
-    Vec<T> x[V];
-    for (int v = 0; v < V; ++v) x[v] = load(b + k * b_row + v * L);
-    for (int r = 0; r < R; ++r) {
-      const T factor = a[r * a_row + k * a_column];
-      for (int v = 0; v < V; ++v) sum[r][v] += x[v] * factor;
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(c + r * c_row + v * L, sum[r][v]);
-}
-
-// The same for rows of `width` columns, a multiple of two vectors.
-template <class T, int R>
-void add_products_rows(const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, std::int64_t b_row, T* c,
-                       std::int64_t c_row, std::int64_t inner, std::int64_t width) {
-  constexpr int L = lanes<T>, V = location_vectors;
-  std::int64_t h = 0;
-  for (; h + V * L <= width; h += V * L)
-    add_products_block<T, R, V>(a, a_row, a_column, b + h, b_row, c + h, c_row, inner);
-  for (; h < width; h += 2 * L) add_products_block<T, R, 2>(a, a_row, a_column, b + h, b_row, c + h, c_row, inner);
-}
-
-template <class T>
-void add_products(const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, std::int64_t b_row, T* c,
-                  std::int64_t c_row, std::int64_t rows, std::int64_t inner, std::int64_t width) {
-  constexpr int R = location_rows;
-  for (; rows >= R; rows -= R, a += R * a_row, c += R * c_row)
-    add_products_rows<T, R>(a, a_row, a_column, b, b_row, c, c_row, inner, width);
-  if (rows == 3) add_products_rows<T, 3>(a, a_row, a_column, b, b_row, c, c_row, inner, width);
-  if (rows == 2) add_products_rows<T, 2>(a, a_row, a_column, b, b_row, c, c_row, inner, width);
-  if (rows == 1) add_products_rows<T, 1>(a, a_row, a_column, b, b_row, c, c_row, inner, width);
-}
-
-// The sums over the lanes of `lanes` vectors, as one vector.
-template <class T, int s = lanes<T> / 2>
-inline Vec<T> sums(Vec<T>* x) {
-  for (int i = 0; i < s; ++i) {
-    exchange<T, s>(x[i], x[i + s], std::make_integer_sequence<int, lanes<T>>{});
-    x[i] += x[i + s];
-  }
-  if constexpr (s > 1)
-    return sums<T, s / 2>(x);
-  else
-    return x[0];
-}
-
-// Dot products of R rows of a with C rows of b, into out[r * out_row + c].
-template <class T, int R, int C>
-inline void dots_block(const T* a, std::int64_t a_row, const T* b, std::int64_t b_row, std::int64_t width, T* out,
-                       std::int64_t out_row) {
-  constexpr int L = lanes<T>;
-  static_assert(R * C <= L);
-  Vec<T> total[L] = {};
-  for (std::int64_t h = 0; h < width; h += L) {
-    Vec<T> y[C];
-    for (int c = 0; c < C; ++c) y[c] = load(b + c * b_row + h);
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> x = load(a + r * a_row + h);
-      for (int c = 0; c < C; ++c) total[r * C + c] += x * y[c];
-    }
-  }
-  T all[L];
-  store(all, sums<T>(total));
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) out[r * out_row + c] = all[r * C + c];
-}
-
-// Dot products of `rows` rows of a with location_keys rows of b.
-template <class T>
-void dots(const T* a, std::int64_t a_row, std::int64_t rows, const T* b, std::int64_t b_row, std::int64_t width, T* out,
-          std::int64_t out_row) {
-  constexpr int L = lanes<T>, C = L < 4 ? L : 4, R = L / C;
-  for (std::int64_t r = 0; r < rows; r += R)
-    for (int c = 0; c < location_keys; c += C) {
-      const T *from = a + r * a_row, *keys = b + c * b_row;
-      T* to = out + r * out_row + c;
-      const std::int64_t some = std::min<std::int64_t>(R, rows - r);
-      if (some == R) dots_block<T, R, C>(from, a_row, keys, b_row, width, to, out_row);
-      if constexpr (R > 3)
-        if (some == 3) dots_block<T, 3, C>(from, a_row, keys, b_row, width, to, out_row);
-      if constexpr (R > 2)
-        if (some == 2) dots_block<T, 2, C>(from, a_row, keys, b_row, width, to, out_row);
-      if constexpr (R > 1)
-        if (some == 1) dots_block<T, 1, C>(from, a_row, keys, b_row, width, to, out_row);
-    }
-}
-
 // How the pass over keys is shared out: by entries and, where these are few, by ranges of keys, whose sums are added up
 // afterwards. A function of the shape alone.
 template <class T>
@@ -120,7 +24,7 @@ struct LocationTasks {
 template <class T>
 class LocationPass {
  public:
-  static constexpr int L = lanes<T>, J = location_keys, F = feature_vectors * L;
+  static constexpr int L = lanes<T>, J = location_keys;
 
   explicit LocationPass(const StepBackward<T>& problem) : p(problem), e(problem.key, problem.location, problem.hidden) {
     const T size = std::fabs(p.scale);
@@ -133,6 +37,10 @@ class LocationPass {
   // Keys [begin, end) of entry n; adds dM and dq to `part`, dw to part_weight.
   void run(std::int64_t n, std::int64_t begin, std::int64_t end, T* part, double* part_weight) {
     e.begin(n);
+    // Where all G are tiny, a power of two keeps their products with m in range.
+    const T most = early_ * as_number<T>(largest(p.grad_scores + n * p.keys + begin, end - begin));
+    const bool tiny = most != T(0) && std::fabs(most) < T(0x1p-30);
+    unit_ = tiny ? std::ldexp(T(1), std::min(100, -std::ilogb(most))) : T(1);
     load_row(n);
     T *grad_weight = part, *grad_query = part + p.location.features * e.row;
     std::fill(part, grad_query + e.width, T(0));
@@ -149,7 +57,7 @@ class LocationPass {
       tile(n, key0, count, g, grad_weight);
     }
     flush(grad_query, part_weight);
-    for (std::int64_t h = 0; h < e.width; ++h) part_weight[h] *= of_weight_;
+    for (std::int64_t h = 0; h < e.width; ++h) part_weight[h] *= of_weight_ / unit_;
   }
 
   const StepBackward<T>& p;
@@ -157,24 +65,28 @@ class LocationPass {
  private:
   // Query and weight, padded. A weight that is not finite has made G NaN wherever it matters, and counts as 0.
   void load_row(std::int64_t n) {
-    query_ = row_memory_.get(4 * e.width);
+    query_ = row_memory_.get(5 * e.width);
     factor_ = query_ + e.width;
     sum_query_ = factor_ + e.width;
     sum_weight_ = sum_query_ + e.width;
+    unwanted_ = sum_weight_ + e.width;
     for (std::int64_t h = 0; h < e.width; ++h) {
       const T w = h < p.hidden ? p.weight.at(n, 0)[h] : T(0);
       query_[h] = h < p.hidden ? p.query.at(n, 0)[h] : T(0);
-      factor_[h] = std::isfinite(w) ? late_ * w : T(0);
-      sum_query_[h] = sum_weight_[h] = 0;
+      factor_[h] = std::isfinite(w) ? late_ * w / unit_ : T(0);
+      sum_query_[h] = sum_weight_[h] = unwanted_[h] = 0;
     }
   }
 
   ALWAYS_INLINE void tile(std::int64_t n, std::int64_t key0, std::int64_t count, const T* g, T* grad_weight) {
     T scaled[J] = {};
-    for (std::int64_t j = 0; j < count; ++j) scaled[j] = g[j] * early_;
+    for (std::int64_t j = 0; j < count; ++j) scaled[j] = g[j] * unit_ * early_;
     if (p.location.features == 1) return one_feature(n, key0, count, scaled, grad_weight);
     T* rows = e.rows(key0, count);
-    for (std::int64_t h = 0; h < e.width; h += F) slopes(rows + h, n, key0, h, scaled, count);
+    int found[J], some = 0;
+    for (int j = 0; j < count; ++j)
+      if (scaled[j] != T(0)) found[some++] = j;
+    for (std::int64_t h = 0; h < e.width; h += L) slopes(rows + h, n, key0, h, scaled, found, some);
     for (std::int64_t j = 0; j < J; ++j) {
       T* row = rows + j * e.row;
       if (j < count && g[j] != T(0)) {
@@ -194,42 +106,44 @@ class LocationPass {
     add_products(e.x, std::int64_t(J), 1, rows, e.row, grad_weight, e.row, p.location.features, count, e.width);
   }
 
-  // From E to dE, in place, of two vectors of features of all keys of the tile.
-  ALWAYS_INLINE void slopes(T* rows, std::int64_t n, std::int64_t key0, std::int64_t h, const T* g,
-                            std::int64_t count) {
-    Vec<T> q[feature_vectors], w[feature_vectors], query[feature_vectors], weight[feature_vectors];
-    for (int v = 0; v < feature_vectors; ++v) {
-      q[v] = load(query_ + h + v * L);
-      w[v] = load(factor_ + h + v * L);
-      query[v] = load(sum_query_ + h + v * L);
-      weight[v] = load(sum_weight_ + h + v * L);
-    }
-    for (std::int64_t j = 0; j < count; ++j, rows += e.row) {
-      if (g[j] == T(0)) continue;
+  // From E to dE, in place, of a vector of features of the tile's keys with G != 0, a few keys at a time.
+  ALWAYS_INLINE void slopes(T* rows, std::int64_t n, std::int64_t key0, std::int64_t h, const T* g, const int* found,
+                            int count) {
+    constexpr int S = slopes_together;
+    const Vec<T> q = load(query_ + h), w = load(factor_ + h);
+    Vec<T> query = load(sum_query_ + h), weight = load(sum_weight_ + h);
+    int i = 0;
+    for (; i + S <= count; i += S) slopes_of<S>(rows, n, key0, h, g, found + i, q, w, query, weight);
+    for (; i < count; ++i) slopes_of<1>(rows, n, key0, h, g, found + i, q, w, query, weight);
+    store(sum_query_ + h, query);
+    store(sum_weight_ + h, weight);
+  }
+
+  template <int S>
+  ALWAYS_INLINE void slopes_of(T* rows, std::int64_t n, std::int64_t key0, std::int64_t h, const T* g, const int* some,
+                               Vec<T> q, Vec<T> w, Vec<T>& query, Vec<T>& weight) {
+    Vec<T> x[S], z[S], m[S];
+    for (int i = 0; i < S; ++i) {
+      const std::int64_t j = key0 + some[i];
       // Memory that is asked for in one burst is waited for: the next tile's keys, and dk of this one.
-      if (key0 + j + J < p.keys) prefetch_stored(p.key, n, key0 + j + J, F, h);
-      if (p.grad_key) prefetch(p.grad_key + (n * p.keys + key0 + j) * p.hidden + h, F);
-      Vec<T> x[feature_vectors], t[feature_vectors], s[feature_vectors];
-      for (int v = 0; v < feature_vectors; ++v) x[v] = load(rows + v * L) + q[v];
-      tanh_slopes<T>(x, t, s);
-      for (int v = 0; v < feature_vectors; ++v) {
-        const Vec<T> d = s[v] * w[v] * g[j];
-        weight[v] += t[v] * g[j];
-        query[v] += d;
-        store(rows + v * L, d);
-      }
+      if (j + J < p.keys) prefetch_stored(p.key, n, j + J, L, h);
+      if (p.grad_key) prefetch(p.grad_key + (n * p.keys + j) * p.hidden + h, L);
+      x[i] = load(rows + some[i] * e.row) + q;
     }
-    for (int v = 0; v < feature_vectors; ++v) {
-      store(sum_query_ + h + v * L, query[v]);
-      store(sum_weight_ + h + v * L, weight[v]);
+    tanh_parts<S, T>(x, z, m);
+    for (int i = 0; i < S; ++i) {
+      const Vec<T> scaled = m[i] * g[some[i]], d = (scaled - m[i] * scaled) * w;
+      weight += z[i] * scaled;
+      query += d;
+      store(rows + some[i] * e.row, d);
     }
   }
 
   // A key with one feature.
   struct Located {
     std::int64_t j;
-    const T* key;               // without its term
-    T* grad_key;                // or null
+    const T* key;  // without its term
+    T* grad_key;
     const T *next, *next_grad;  // what is asked for in time: of a key to come, or anything
     T g, x;
   };
@@ -245,11 +159,11 @@ class LocationPass {
     for (std::int64_t i = 0; i < count; ++i) {
       if (g[i] == T(0)) continue;
       const std::int64_t j = key0 + i;
-      T* grad_key = p.grad_key ? p.grad_key + (n * p.keys + j) * p.hidden : nullptr;
+      T* grad_key = p.grad_key ? p.grad_key + (n * p.keys + j) * p.hidden : unwanted_;
       const T *key = keys + i * e.key_row(), *next = key, *next_grad = key;
       if (j + R < p.keys) {
         if (p.key.storage == Storage::computed) next = static_cast<const T*>(p.key.at(n, j + R));
-        if (grad_key) next_grad = grad_key + R * p.hidden;
+        if (p.grad_key) next_grad = grad_key + R * p.hidden;
       }
       some[found++] = {j, key, grad_key, next, next_grad, g[i], e.x[i]};
       if (found == R) located_keys<R>(n, some, grad_weight);
@@ -258,58 +172,57 @@ class LocationPass {
     for (int r = 0; r < found; ++r) located_keys<1>(n, some + r, grad_weight);
   }
 
+  // What all keys share. Of copies on the stack the compiler knows that no store changes them.
+  struct Columns {
+    const T *query, *factor, *weight;
+    T *sum_query, *sum_weight, *grad_weight;
+  };
+
   template <int R>
   ALWAYS_INLINE void located_keys(std::int64_t n, const Located* keys, T* grad_weight) {
+    const Columns c = {query_, factor_, e.weight, sum_query_, sum_weight_, grad_weight};
+    const std::int64_t hidden = p.hidden;
+    Located own[R];
+    std::copy(keys, keys + R, own);
     Vec<T> of_location[R] = {};
     std::int64_t h = 0;
-    for (; h + F <= p.hidden; h += F) one_slopes<R, false>(keys, h, grad_weight, of_location);
-    if (h < p.hidden) one_slopes<R, true>(keys, h, grad_weight, of_location);
+    for (; h + L <= hidden; h += L) one_slopes<R, false>(own, h, L, c, of_location);
+    if (h < hidden) one_slopes<R, true>(own, h, hidden - h, c, of_location);
     for (int r = 0; r < R && p.grad_location; ++r) p.grad_location[n * p.keys + keys[r].j] = sum<T>(of_location[r]);
   }
 
   template <int R, bool edge>
-  ALWAYS_INLINE void one_slopes(const Located* keys, std::int64_t h, T* grad_weight, Vec<T>* of_location) {
-    constexpr int V = feature_vectors;
-    Vec<T> q[V], w[V], m[V], query[V], weight[V], of_weight[V];
-    for (int v = 0; v < V; ++v) {
-      q[v] = load(query_ + h + v * L);
-      w[v] = load(factor_ + h + v * L);
-      m[v] = load(e.weight + h + v * L);
-      query[v] = load(sum_query_ + h + v * L);
-      weight[v] = load(sum_weight_ + h + v * L);
-      of_weight[v] = load(grad_weight + h + v * L);
-    }
+  ALWAYS_INLINE void one_slopes(const Located* keys, std::int64_t h, std::int64_t left, const Columns& c,
+                                Vec<T>* of_location) {
+    constexpr int S = R < slopes_together ? R : slopes_together;
+    const Vec<T> q = load(c.query + h), w = load(c.factor + h), weight = load(c.weight + h);
+    Vec<T> query = load(c.sum_query + h), sum_weight = load(c.sum_weight + h), of_weight = load(c.grad_weight + h);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Located& k = keys[r];
-      prefetch(k.next + h, F);
-      prefetch(k.next_grad + h, F);
-      Vec<T> x[V], t[V], s[V];
-      for (int v = 0; v < V; ++v) {
-        const std::int64_t at = h + v * L, left = p.hidden - at;
-        x[v] = ((edge ? load_part<T>(k.key + at, left, 0) : load(k.key + at)) + m[v] * k.x) + q[v];
+    for (int r = 0; r < R; r += S) {
+      const Located* k = keys + r;
+      Vec<T> x[S], z[S], m[S];
+      for (int i = 0; i < S; ++i) {
+        prefetch(k[i].next + h, L);
+        prefetch(k[i].next_grad + h, L);
+        x[i] = ((edge ? load_part<T>(k[i].key + h, left, 0) : load(k[i].key + h)) + weight * k[i].x) + q;
       }
-      tanh_slopes<T>(x, t, s);
-      for (int v = 0; v < V; ++v) {
-        const Vec<T> d = s[v] * w[v] * k.g;
-        weight[v] += t[v] * k.g;
-        query[v] += d;
-        of_weight[v] += d * k.x;
-        of_location[r] += d * m[v];
-        if (!k.grad_key) continue;
-        const std::int64_t at = h + v * L, left = p.hidden - at;
-        T* to = k.grad_key + at;
+      tanh_parts<S, T>(x, z, m);
+      for (int i = 0; i < S; ++i) {
+        const Vec<T> scaled = m[i] * k[i].g, d = (scaled - m[i] * scaled) * w;
+        sum_weight += z[i] * scaled;
+        query += d;
+        of_weight += d * k[i].x;
+        of_location[r + i] += d * weight;
+        T* to = k[i].grad_key + h;
         if (edge)
           store_part<T>(to, load_part<T>(to, left, 0) + d, left);
         else
           store(to, load(to) + d);
       }
     }
-    for (int v = 0; v < V; ++v) {
-      store(sum_query_ + h + v * L, query[v]);
-      store(sum_weight_ + h + v * L, weight[v]);
-      store(grad_weight + h + v * L, of_weight[v]);
-    }
+    store(c.sum_query + h, query);
+    store(c.sum_weight + h, sum_weight);
+    store(c.grad_weight + h, of_weight);
   }
 
   void add_key(const T* row, T* to) {
@@ -332,10 +245,10 @@ class LocationPass {
     }
   }
 
-  T early_, late_;
+  T early_, late_, unit_;
   double of_weight_;
   LocatedKeys<T> e;
-  T *query_, *factor_, *sum_query_, *sum_weight_;
+  T *query_, *factor_, *sum_query_, *sum_weight_, *unwanted_;  // the last takes a key's gradient that nobody wants
   Buffer<T> row_memory_, location_memory_;
 };
 

@@ -125,34 +125,59 @@ inline void tanh_fractions(const Vec<float>* x, Vec<float>* z, Vec<float>* y) {
 }
 
 // e^{2x} - 1 for 0 <= x <= flat or NaN, 3 | 3 ulp. fp32: r P(r) with 2x = n ln 2 + 2r; P as the polynomials above.
-inline Vec<double> expm1_twice(Vec<double> x) { return expm1<double>(x * 2.0); }
-inline Vec<float> expm1_twice(Vec<float> x) {
+template <int n>
+inline void expm1_twice(const Vec<double>* x, Vec<double>* e) {
+  for (int i = 0; i < n; ++i) e[i] = expm1<double>(x[i] * 2.0);
+}
+template <int n>
+inline void expm1_twice(const Vec<float>* x, Vec<float>* e) {
   using S = Simd<float>;
   constexpr float series[] = {0.08888879f, 0.26781133f, 0.6666742f, 1.3333205f, 1.9999999f, 2.f};
   constexpr float magic = 3 * 0x1p22f + S::bias;
-  const Vec<float> shifted = x * 2.8853901f + magic, r = x - (shifted - magic) * 0.34657359f;
-  Vec<float> p = splat<float>(series[0]);
-#pragma GCC unroll 5
-  for (int c = 1; c < 6; ++c) p = p * r + series[c];
-  const Vec<float> power = (Vec<float>)(as_bits<float>(shifted) << S::mantissa);
-  return power * (p * r) + (power - 1.f);
+  Vec<float> shifted[n], r[n], p[n];
+  for (int i = 0; i < n; ++i) shifted[i] = x[i] * 2.8853901f + magic;
+  for (int i = 0; i < n; ++i) r[i] = x[i] - (shifted[i] - magic) * 0.34657359f;
+  for (int i = 0; i < n; ++i) p[i] = r[i] * series[0] + series[1];
+#pragma GCC unroll 4
+  for (int c = 2; c < 6; ++c)
+    for (int i = 0; i < n; ++i) p[i] = p[i] * r[i] + series[c];
+  for (int i = 0; i < n; ++i) {
+    const Vec<float> power = (Vec<float>)(as_bits<float>(shifted[i]) << S::mantissa);
+    e[i] = power * (p[i] * r[i]) + (power - 1.f);
+  }
 }
 
-// t = tanh(x) and s = (1 - t^2) / 4 = m - m^2 with m = 1 / (e^{2|x|} + 1), for any x; NaN stays NaN. Of two vectors,
-// which share a reciprocal.
+constexpr int slopes_together = VECTOR_BYTES == 64 ? 4 : 2;  // vectors side by side, as registers allow
+
+// m = 1 / (e^{2|x|} + 1), and e = e^{2|x|} - 1 with the sign of x, for any x; NaN stays NaN. Then tanh(x) = e m, and
+// (1 - tanh(x)^2) / 4 = m - m^2. Of n vectors side by side, for the steps of one wait for each other. Two of them share
+// a reciprocal.
+template <int n, class T>
+inline void tanh_parts(const Vec<T>* x, Vec<T>* e, Vec<T>* m) {
+  constexpr auto sign = typename Simd<T>::Bits(1) << (8 * sizeof(T) - 1);
+  Vec<T> size[n];
+  for (int i = 0; i < n; ++i) {
+    const Vec<T> most = variable<T>(Range<T>::flat);
+    size[i] = opaque<T>((Vec<T>)magnitude<T>(x[i]));
+    size[i] = most < size[i] ? most : size[i];
+  }
+  expm1_twice<n>(size, e);
+  for (int i = 0; i + 1 < n; i += 2) {
+    const Vec<T> y[2] = {e[i] + T(2), e[i + 1] + T(2)}, both = reciprocal(y[0] * y[1]);
+    m[i] = both * y[1];
+    m[i + 1] = both * y[0];
+  }
+  if (n % 2) m[n - 1] = reciprocal(e[n - 1] + T(2));
+  for (int i = 0; i < n; ++i) e[i] = (Vec<T>)(as_bits<T>(e[i]) | (as_bits<T>(x[i]) & ((UVec<T>){} + sign)));
+}
+
+// t = tanh(x) and s = (1 - t^2) / 4, of two vectors.
 template <class T>
 inline void tanh_slopes(const Vec<T>* x, Vec<T>* t, Vec<T>* s) {
-  constexpr auto sign = typename Simd<T>::Bits(1) << (8 * sizeof(T) - 1);
-  Vec<T> e[2], y[2];
+  Vec<T> e[2], m[2];
+  tanh_parts<2, T>(x, e, m);
   for (int v = 0; v < 2; ++v) {
-    const Vec<T> size = (Vec<T>)magnitude<T>(x[v]), most = variable<T>(Range<T>::flat);
-    e[v] = expm1_twice(most < size ? most : size);
-    y[v] = e[v] + T(2);
-  }
-  const Vec<T> both = reciprocal(y[0] * y[1]);
-  for (int v = 0; v < 2; ++v) {
-    const Vec<T> m = both * y[1 - v];
-    s[v] = m - m * m;
-    t[v] = (Vec<T>)(as_bits<T>(e[v] * m) | (as_bits<T>(x[v]) & ((UVec<T>){} + sign)));
+    t[v] = e[v] * m[v];
+    s[v] = m[v] - m[v] * m[v];
   }
 }

@@ -112,16 +112,19 @@ inline UVec<T> magnitude(Vec<T> v) {
   return as_bits<T>(v) & ~((UVec<T>){} + (typename Simd<T>::Bits(1) << (8 * sizeof(T) - 1)));
 }
 
-// Hides the value from the compiler, so that GCC emits minimum and maximum instructions in `clamp`.
+// Hides where the value comes from, so that GCC emits minimum and maximum instructions.
 template <class T>
-inline Vec<T> variable(T x) {
-  Vec<T> v = splat<T>(x);
+inline Vec<T> opaque(Vec<T> v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
 #endif
   return v;
+}
+template <class T>
+inline Vec<T> variable(T x) {
+  return opaque<T>(splat<T>(x));
 }
 
 template <class T>

@@ -146,6 +146,24 @@ def test_small_and_large_activations(spread, path):
     check(make((2,), 37, 48, 5, spread=spread))
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize("features", [1, 5])
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_extreme_gradients_keep_their_digits(size, features):
+    """Saturated pairs count for the weight's gradient, however small or large G is."""
+    inputs = make((2,), 37, 48, features, spread=30.0)
+    upstream = upstream_of(tuple(fused(inputs)[name] for name in UPSTREAM))
+    wanted = fused(inputs, upstream=upstream)
+    ours = fused(inputs, upstream=[size * grad for grad in upstream])
+    for name in wanted:
+        if name.startswith("grad_") and name != "grad_kept":
+            expected = wanted[name].double()
+            close = 1e-5 * expected.abs().max().item()
+            torch.testing.assert_close(
+                ours[name].double() / size, expected, rtol=1e-4, atol=close, msg=name
+            )
+
+
 def masks(kind, batch, keys):
     g = generator(3)
     if kind == "lengths":

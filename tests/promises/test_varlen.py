@@ -198,7 +198,7 @@ def test_sentences(changed, kind, sentence):
 
 def test_numbers_that_cannot_be_read_stay_within_the_tensors():
     """As on a GPU: the ranges of any sequence numbers lie within the keys."""
-    from additive_attn.ops.jagged import ranges
+    from additive_attn.ops.packed import ranges
 
     for _ in range(50):
         wild = torch.randint(-100, 100, (2, 5))
