@@ -12,6 +12,7 @@ from additive_attn.nn.linear import energy_of
 from additive_attn.nn.projection import ProjectingAttention
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.attend import masked_attention
+from additive_attn.ops.autograd import attend
 from additive_attn.ops.checks import Integers, refuse_types
 from additive_attn.ops.layer_checks import (
     checked_number,
@@ -217,7 +218,7 @@ class AdditiveAttention(ProjectingAttention):
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
         lengths: Integers | None, is_causal: bool, window: tuple[int, int] | None,
         need_weights: bool, key_padding_mask: Tensor | None = None,
-        starts: Integers | None = None,
+        starts: Integers | None = None, compute: Any = attend,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Of projected queries and keys, batch first."""
         # Three lookups in _modules: nn.Module's __getattr__ would show in a decoder step.
@@ -231,6 +232,6 @@ class AdditiveAttention(ProjectingAttention):
         out, weights, _ = masked_attention(
             (query, key, value, weight), attn_mask, lengths, is_causal, window,
             self.dropout if self.training else 0.0, self.scale, need_weights, bias, False,
-            key_padding_mask, starts,
+            key_padding_mask, starts, compute=compute,
         )  # fmt: skip
         return out, weights if need_weights else None

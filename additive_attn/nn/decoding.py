@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from additive_attn.nn.linear import energy_of
 from additive_attn.ops.autocast import autocast, autocast_dtype
-from additive_attn.ops.checks import refuse_flags, refuse_types
-from additive_attn.ops.decoding import attend_step
+from additive_attn.ops.checks import has_values, refuse_flags, refuse_types, require
+from additive_attn.ops.decoding import attend_apart, attend_step
 from additive_attn.ops.layer_checks import (
     check_beams,
     check_index,
@@ -26,7 +27,6 @@ from additive_attn.ops.layer_checks import (
 from additive_attn.ops.memory import NARROW_MEMORY, Lent, lend, version
 
 _is_compiling = torch.compiler.is_compiling
-_traces_classes = torch.compiler.is_dynamo_compiling  # which cannot make any
 # Of one memory in a step: beyond, an ordinary call is as fast.
 MOST_ROWS = 16
 
@@ -71,9 +71,9 @@ class ProjectedMemory(_Memory):
             TypeError: beams is no integer.
             ValueError: beams is below 1, or the memory has been expanded already.
         """
-        if isinstance(beams, bool) or not isinstance(beams, Integral):
+        if isinstance(beams, bool) or not isinstance(beams, (Integral, torch.SymInt)):
             raise TypeError(f"beams is {beams!r}; it must be an integer, the beams per sequence.")
-        beams = int(beams)
+        beams = beams if isinstance(beams, torch.SymInt) else int(beams)
         if beams < 1 or self.beams != 1:
             raise ValueError(
                 f"A memory of {self.beams} beams per sequence is expanded to {beams}. Expand the "
@@ -100,7 +100,8 @@ class ProjectedMemory(_Memory):
                 for each sequence.
         """
         check_memory("reorder", *self)
-        sequences = 1 if self.key.dim() == 2 else self.key.shape[0]
+        batched = self.key.dim() == 3
+        sequences = self.key.shape[0] if batched else 1
         check_index(index, sequences * self.beams, self.key, waits=True)
         chosen = index.long() // self.beams
         if index.numel() % self.beams:
@@ -108,45 +109,91 @@ class ProjectedMemory(_Memory):
                 f"index has {index.numel()} entries, and a sequence has {self.beams} beams: give "
                 "an index for every beam."
             )
-        chosen = chosen.reshape(-1, self.beams)
-        if (chosen != chosen[:, :1]).any():
-            raise ValueError(
+        if self.beams > 1:
+            chosen = chosen.reshape(-1, self.beams)
+            require(
+                (chosen == chosen[:, :1]).all(),
                 f"index puts beams of different sequences side by side; keep the {self.beams} "
-                "beams of a sequence together, since they share its keys."
+                "beams of a sequence together, since they share its keys.",
             )
-        chosen = chosen[:, 0]
-        if chosen.numel() == sequences and bool(
-            (chosen == torch.arange(sequences, device=chosen.device)).all()
-        ):
-            return self
-        if self.key.dim() == 2:
+            chosen = chosen[:, 0]
+        if (not batched or has_values(chosen)) and chosen.numel() == sequences:
+            own = torch.arange(sequences, device=chosen.device)
+            if not has_values(chosen) or bool((chosen == own).all()):
+                return self
+        if not batched:
             raise ValueError("index repeats the only sequence of an unbatched memory; expand it.")
-        rows: list[Any] = []
+        return _memory_of(self._chosen(sequences, chosen), self.beams)
+
+    def _chosen(self, sequences: int, chosen: Tensor) -> Iterator[Tensor | None]:
+        """The fields of some sequences."""
         for name, x in self._asdict().items():
-            shared = x is None or x.dim() == 0 or x.shape[0] == 1 < sequences
-            if not shared and (x.shape[0] < 1 or 1 < sequences != x.shape[0]):
+            other = x is not None and (x.dim() == 0 or x.shape[0] != sequences)
+            if other and x.dim() and x.shape[0] != 1 and (x.shape[0] < 1 or sequences != 1):
                 raise ValueError(
                     f"reorder got a memory of {sequences} sequences, whose {name} has shape "
                     f"{tuple(x.shape)}: dim 0 must be {sequences}, or 1."
                 )
-            rows.append(x if shared else x.index_select(0, chosen))
-        return _memory_of(rows, self.beams)
+            shared = x is None or (other and (x.dim() == 0 or x.shape[0] == 1))
+            yield x if shared else x.index_select(0, chosen)
+
+
+class _AnyBeams(ProjectedMemory):
+    """In a graph that is made for any number of beams. The number does not leave the graph: what
+    takes a named tuple apart keeps its class and its fields alone."""
+
+    _number: int
+
+    @property
+    def beams(self) -> int:  # type: ignore[override]
+        if "_number" not in self.__dict__:
+            raise ValueError(
+                "This memory comes from a program that was exported for any number of beams, and "
+                "does not know its own. Return the memory before expand, and expand it outside."
+            )
+        return self._number
 
 
 def _memory_of(fields: Iterable[Any], beams: int) -> ProjectedMemory:
-    if beams != 1 and not _traces_classes():
-        return _class_of(beams)(*fields)
-    memory = ProjectedMemory(*fields)
-    if beams != 1:
-        memory.beams = beams
-    return memory
+    if _is_compiling():
+        # Imported here, for it imports sympy.
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        if not has_static_value(beams):
+            memory = _AnyBeams(*fields)
+            memory._number = beams
+            return memory
+    return ProjectedMemory(*fields) if beams == 1 else _class_of(beams)(*fields)
 
 
-@functools.cache
+_classes: dict[int, type[ProjectedMemory]] = {}  # by beams
+
+
 def _class_of(beams: int) -> type[ProjectedMemory]:
     """Beams make a class: where torch takes a named tuple apart and puts it together again, as in
-    FSDP2 and torch.func, it keeps the class and the fields, and nothing else."""
-    return type("ProjectedMemory", (ProjectedMemory,), {"beams": beams})
+    FSDP2, torch.func and torch.export, it keeps the class and the fields, and nothing else."""
+    _make_class(beams)
+    return _classes[beams]
+
+
+def _make_class(beams: int) -> None:
+    if beams not in _classes:
+        made = type("ProjectedMemory", (ProjectedMemory,), {"beams": beams})
+        name = f"additive_attn.ProjectedMemory.beams{beams}"
+        _register_namedtuple(made, serialized_type_name=name)
+        _classes[beams] = made
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler: that calls it then,
+# for it cannot make classes.
+_make_class._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# For torch.export.save and load, of memories as inputs and outputs. A fresh process knows the
+# classes of so many beams.
+_register_namedtuple(ProjectedMemory, serialized_type_name="additive_attn.ProjectedMemory")
+_register_namedtuple(_AnyBeams, serialized_type_name="additive_attn.ProjectedMemory.any_beams")
+for _beams in range(2, 65):
+    _make_class(_beams)
+torch.serialization.add_safe_globals([_memory_of])
 
 
 def counting_writes(project: Callable[..., ProjectedMemory]) -> Callable[..., ProjectedMemory]:
@@ -284,7 +331,11 @@ def step(
     if key.dtype != q.dtype and (key.dtype, q.dtype) in NARROW_MEMORY:
         key, value = key.to(q.dtype), value.to(q.dtype)
     try:
-        out, weights = layer._attend(q, key, value, attn_mask, lengths, False, None, need_weights)
+        masking = attn_mask, lengths, False, None
+        # Looked at under dropout alone, for a graph is then made for these numbers.
+        apart = layer.training and layer.dropout > 0.0 and 0 < number <= MOST_ROWS
+        more = {"compute": attend_apart} if apart else {}
+        out, weights = layer._attend(q, key, value, *masking, need_weights, **more)
     except (RuntimeError, ValueError):
         explain_memory(layer._caller("step"), query, key, value, layer.hidden_dim)
         raise

@@ -112,15 +112,18 @@ def step_heads(
     # Rows of queries per sequence; 0 where it has one query, without a dim for it.
     number = memory.beams if flat else query.shape[-2] if several else 0
     many = layer.energy_weight.shape[1] >= MANY_FEATURES
+    most = MOST_ROWS if many else MOST_ROWS_OF_FEW
     if (
         prepared is None
-        or not several <= number <= (MOST_ROWS if many else MOST_ROWS_OF_FEW)
+        or not several <= number <= most
         or (memory.beams > 1 and number == 0)
         # The weights after dropout come from the ordinary call alone.
         or (need_weights and dropout_p > 0.0)
         or not prepared.is_of(layer)
     ):
-        return _rows(layer, query, memory, several, dropout_p, need_weights, averaged)
+        # Looked at under dropout alone, for a graph is then made for these numbers.
+        apart = dropout_p > 0.0 and 0 < number <= most
+        return _rows(layer, query, memory, several, dropout_p, need_weights, averaged, apart)
     if flat:
         query = query.unflatten(0, (-1, memory.beams))
     if prepared.lent.source.query_weight is None:
@@ -139,7 +142,7 @@ def step_heads(
 
 def _rows(
     layer: Any, query: Tensor, memory: ProjectedMemory, several: bool, dropout_p: float,
-    need_weights: bool, averaged: bool,
+    need_weights: bool, averaged: bool, apart: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """A step as an ordinary call with a row per query."""
     key, value, lengths, mask = memory
@@ -154,7 +157,7 @@ def _rows(
     out, weights = attend_heads(
         q, key, value, layer.energy_weight,
         None if mask is None else mask.reshape(math.prod(mask.shape[:-1]), 1, 1, mask.shape[-1]),
-        None if lengths is None else lengths.reshape(-1, 1), False, dropout_p, need_weights,
+        None if lengths is None else lengths.reshape(-1, 1), False, dropout_p, need_weights, apart,
     )  # fmt: skip
     out = projected(layer._modules["out_proj"], out.transpose(1, 2).flatten(-2))
     weights = None if weights is None else _of_rows(weights, averaged, flat=not several)

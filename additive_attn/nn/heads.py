@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.checks import is_readable
+from additive_attn.ops.decoding import attend_apart
 from additive_attn.ops.head_checks import check_pairs, refuse_hint
 from additive_attn.ops.masking import narrowed
 from additive_attn.spec.call import Call
@@ -93,12 +95,16 @@ def append_keys(
 def attend_heads(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, mask: Tensor | None,
     lengths: Tensor | None, is_causal: bool, dropout_p: float, need_weights: bool,
+    apart: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Of packed queries, keys and values ``(N, L, heads * n)``: out ``(N, heads, L, n)``, and the
-    weights ``(N, heads, L, S)`` after dropout, as nn.MultiheadAttention returns them."""
+    weights ``(N, heads, L, S)`` after dropout, as nn.MultiheadAttention returns them. ``apart``:
+    dropped as in a step of prepared keys."""
     heads = weight.shape[0]
     inputs = split(query, heads), split(key, heads), split(value, heads), weight
-    compute = attend_dropped if need_weights and dropout_p > 0.0 else attend
+    compute: Any = attend_dropped if need_weights and dropout_p > 0.0 else attend
+    if apart and dropout_p > 0.0:
+        compute = partial(attend_apart, compute=compute)
     out, weights, _ = masked_attention(
         inputs, mask, lengths, is_causal, None, dropout_p, 1.0, need_weights, compute=compute
     )

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from additive_attn.nn.decoding import ProjectedMemory, attended_keys, flat_beams, lent_of
 from additive_attn.nn.linear import bare_parameters
@@ -60,6 +61,11 @@ class AttentionState(NamedTuple):
     def detach(self) -> AttentionState:
         """The state without its graph, for truncated back-propagation."""
         return AttentionState(*(x.detach() for x in self))
+
+
+# For torch.export.save and load.
+_register_namedtuple(AttentionState, serialized_type_name="additive_attn.AttentionState")
+torch.serialization.add_safe_globals([AttentionState])
 
 
 class HistoryAttention(ProjectingAttention):

@@ -20,15 +20,13 @@ INTEGERS = (
     torch.uint64, torch.uint32, torch.uint16, torch.uint8,
 )  # fmt: skip
 Integers = Tensor | Sequence[int]
+_LISTED = (Sequence, Integral, torch.SymInt)
 
 
 def warn_user(message: str) -> None:
     """Warns at the line that called the package, however many frames lie between."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
-        "additive_attn",
-        "torch",
-    ):
+    level, frame, ours = 1, sys._getframe(), ("additive_attn", "torch")
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
 
@@ -175,7 +173,7 @@ def as_integers(
     listed = not isinstance(given, Tensor)
     if not isinstance(given, Tensor):
         try:
-            if not isinstance(given, (Sequence, Integral)) and not hasattr(given, "__array__"):
+            if not isinstance(given, _LISTED) and not hasattr(given, "__array__"):
                 raise TypeError
             given = torch.tensor(given, device="cpu")
         except (TypeError, ValueError, RuntimeError):
@@ -255,6 +253,15 @@ def has_values(tensor: Tensor) -> bool:
 def is_readable(tensor: Tensor) -> bool:
     """Whether values can be looked at without stopping a device, a trace or a transform."""
     return tensor.is_cpu and has_values(tensor)
+
+
+def require(condition: Tensor, sentence: str) -> None:
+    """Raises ValueError unless a tensor of one bool holds; a graph that is made raises
+    RuntimeError where it runs."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, sentence)
+    elif has_values(condition) and not condition:
+        raise ValueError(sentence)
 
 
 def bounds(tensor: Tensor) -> tuple[int, int]:

@@ -151,10 +151,10 @@ def _for_several(
     """A memory whose queries are entries of its own: (..., n) entries share each."""
     if prepared is not None and prepared.dim() > 1:
         prepared = prepared.unsqueeze(-3)
-    if attn_mask is not None:
-        attn_mask = attn_mask.unsqueeze(-3)
+    if attn_mask is not None and attn_mask.dim() > 1:
+        attn_mask = attn_mask.unsqueeze(-2)  # (..., n or 1, 1, Lk)
     if lengths is not None and lengths.dim() > 0:
-        lengths = lengths.unsqueeze(-2)
+        lengths = lengths.unsqueeze(-1)
     weight = weight if weight.dim() == 1 else weight.unsqueeze(-2)
     return key.unsqueeze(-3), value.unsqueeze(-3), weight, prepared, attn_mask, lengths
 
@@ -164,6 +164,7 @@ def _ordinary(
     dropout_p: float, several: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same as one differentiable call."""
+    compute = attend_apart if several and dropout_p > 0.0 else attend
     projected = _projected(query, lent.source, several)
     rows = projected if several else projected.unsqueeze(-2)
     inputs, lengths = _inputs(lent.source, rows, location, location_weight), lent.lengths
@@ -171,11 +172,31 @@ def _ordinary(
         lengths = lengths.flatten(1)  # (B, 1, 1): of beams or heads
     out, weights, lse = masked_attention(
         inputs, lent.attn_mask, lengths, False, None, dropout_p, lent.scale, True,
-        lent.source.score_bias, need_lse=True,
+        lent.source.score_bias, need_lse=True, compute=compute,
     )  # fmt: skip
     if several:
         return out, weights, lse
     return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
+
+
+def attend_apart(
+    call: Call,
+    need_weights: bool = False,
+    score_bias: Tensor | None = None,
+    need_lse: bool = True,
+    compute: Any = attend,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``compute`` with each row as an entry of its own, as a step of prepared keys has it: dropout
+    counts entries and rows, and is to drop the same weights."""
+    key, value, weight, _, attn_mask, lengths = _for_several(*call[1:4], None, *call[4:6])
+    if score_bias is not None and score_bias.dim() > 1:
+        score_bias = score_bias.unsqueeze(-2)
+    rows = call._replace(
+        query=call.query.unsqueeze(-2), key=key, value=value, weight=weight,
+        attn_mask=attn_mask, lengths=lengths,
+    )  # fmt: skip
+    out, weights, lse = compute(rows, need_weights, score_bias, need_lse)
+    return out.squeeze(-2), weights.squeeze(-2) if need_weights else weights, lse.squeeze(-1)
 
 
 def _inputs(

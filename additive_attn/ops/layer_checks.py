@@ -16,11 +16,13 @@ from additive_attn.ops.checks import (
     bounds,
     check_mask,
     checked_batch,
+    has_values,
     is_readable,
     refuse_dtypes,
     refuse_flags,
     refuse_layouts,
     refuse_types,
+    require,
     require_one_device,
     warn_user,
 )
@@ -194,7 +196,12 @@ def check_index(index: Any, queries: int, beside: Tensor, waits: bool = False) -
         require_one_device(index=index, keys=beside)
     if index.dim() != 1:
         raise ValueError(f"index has shape {tuple(index.shape)}; it must have one dim, (N,).")
-    if index.numel() and (waits or is_readable(index)):
+    if torch.compiler.is_compiling():
+        require(
+            ((index >= 0) & (index < queries)).all(),
+            "index holds numbers of queries that there are not: they are numbered from 0.",
+        )
+    elif index.numel() and has_values(index) and (waits or index.is_cpu):
         low, high = bounds(index)
         if not 0 <= low <= high < queries:
             raise ValueError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+
+import fresh
 import pytest
 import torch
 from torch import nn
@@ -28,8 +31,11 @@ class Decoder(nn.Module):
         self.layer, self.masking, self.beams = layer, masking, beams
 
     def forward(self, keys, mask):
-        layer, query = self.layer, keys[:, 0].repeat_interleave(self.beams, 0)
-        memory = layer.project(keys, keys, **{self.masking: mask}).expand(self.beams)
+        return self.decoded(keys, mask, self.beams)
+
+    def decoded(self, keys, mask, beams):
+        layer, query = self.layer, keys[:, 0].repeat_interleave(beams, 0)
+        memory = layer.project(keys, keys, **{self.masking: mask}).expand(beams)
         state = layer.initial_state(memory) if hasattr(layer, "initial_state") else None
         results = []
         for _ in range(2):
@@ -58,3 +64,91 @@ def test_any_number_of_sequences_and_keys(name, masking, beams):
     for sizes in ((3, 7), (4, 9), (1, 2)):
         inputs = given(masking, *sizes)
         torch.testing.assert_close(program(*inputs), model(*inputs))
+
+
+class Beginning(Decoder):
+    """Returns what a decoder begins with, and takes it."""
+
+    def forward(self, keys, mask, memory=None, state=None):
+        if memory is None:
+            memory = self.layer.project(keys, keys, **{self.masking: mask}).expand(self.beams)
+            has_state = hasattr(self.layer, "initial_state")
+            return memory, self.layer.initial_state(memory) if has_state else None
+        query = keys[:, 0].repeat_interleave(self.beams, 0)
+        return self.layer.step(query, memory, *([] if state is None else [state]))
+
+
+def saved(program):
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file).module()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("masking,beams", [("lengths", 1), ("key_padding_mask", 3)])
+@pytest.mark.parametrize("name", ["location", "heads"])
+def test_memories_and_states_go_through_saved_programs(name, masking, beams, strict):
+    model, inputs = Beginning(LAYERS[name](), masking, beams).eval(), given(masking, 3, 7)
+    began = model(*inputs)
+    first = saved(torch.export.export(model, inputs, strict=strict))(*inputs)
+    assert [type(x) for x in first] == [type(x) for x in began]
+    assert first[0].beams == beams
+    torch.testing.assert_close(first, began, check_device=False)
+    second = saved(torch.export.export(model, (*inputs, *began), strict=strict))
+    torch.testing.assert_close(second(*inputs, *first), model(*inputs, *began))
+    other = model.layer.project(*given(masking, 3, 7)[:1] * 2).expand(beams + 1)
+    with pytest.raises(ValueError):
+        second(*inputs, other, began[1])
+
+
+def test_another_process_loads_programs_of_many_beams(tmp_path):
+    model = Beginning(LAYERS["content"](), "lengths", 64).eval()
+    inputs = given("lengths", 2, 5)
+    torch.export.save(torch.export.export(model, inputs), tmp_path / "program.pt2")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    code = f"""import additive_attn, torch
+program = torch.export.load({str(tmp_path / "program.pt2")!r}).module()
+print(program(*torch.load({str(tmp_path / "inputs.pt")!r}))[0].beams)"""
+    done = fresh.python(code)
+    assert done.returncode == 0 and done.stdout.strip() == "64", done.stderr
+
+
+class AnyBeams(Decoder):
+    def forward(self, keys, mask, like):
+        return self.decoded(keys, mask, like.shape[0])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name,masking", [("location", "key_padding_mask")])
+def test_any_number_of_beams(name, masking, strict):
+    model = AnyBeams(LAYERS[name](), masking, 1).eval()
+    batch, beams = torch.export.Dim("batch", min=2), torch.export.Dim("beams", min=2)
+    shapes = {0: batch}, {0: batch}, {0: beams}
+    inputs = (*given(masking, 3, 7), torch.empty(4))
+    program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=strict).module()
+    for number, beams in ((3, 4), (4, 2), (2, 20)):
+        inputs = (*given(masking, number, 7), torch.empty(beams))
+        torch.testing.assert_close(program(*inputs), model(*inputs))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_memory_of_any_number_of_beams_is_not_taken_for_one(strict):
+    """What a program returns has lost the number, which is no part of the graph."""
+
+    class Model(Beginning):
+        def forward(self, keys, like):
+            return self.layer.project(keys).expand(like.shape[0])
+
+    model = Model(LAYERS["content"](), "lengths", 1)
+    shapes = {}, {0: torch.export.Dim("beams", min=2)}
+    inputs = torch.randn(2, 5, D), torch.empty(3)
+    memory = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=strict).module()(
+        *inputs
+    )
+    for use in (
+        lambda: memory.beams, lambda: model.layer.step(torch.randn(2, D), memory),
+        lambda: memory.expand(3), lambda: memory._replace(key=memory.key),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="expand it outside"):
+            use()
