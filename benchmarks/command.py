@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-from collections.abc import Collection
+from argparse import Namespace
+from collections.abc import Collection, Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -33,12 +34,12 @@ def parser(
         made.add_argument("--rounds", type=int, default=9, help="samples of each provider")
         made.add_argument("--budget", type=float, default=12.0, help="seconds per case")
     made.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs")
-    made.add_argument("--save", action="store_true", help="write the results that git tracks")
+    made.add_argument("--save", action="store_true", help="replace these cases in what git tracks")
     made.add_argument("--output", type=Path, help="csv file to write instead")
     return made
 
 
-def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parsed(parser: argparse.ArgumentParser) -> Namespace:
     args = parser.parse_args()
     if args.quick and args.save:
         parser.error("--quick measures other sizes than the files that git tracks")
@@ -51,7 +52,7 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def begin(args: argparse.Namespace, name: str) -> Path:
+def begin(args: Namespace, name: str) -> Path:
     """Stops where plain PyTorch would be measured; returns the file that rows go to."""
     require_kernel(torch.device("cpu"), None)
     torch.set_num_threads(args.threads)
@@ -63,6 +64,31 @@ def begin(args: argparse.Namespace, name: str) -> Path:
     )
     path: Path = args.output or (kept if args.save else local)
     return path
+
+
+def write(
+    path: Path,
+    measured: Iterable[Row],
+    columns: list[str],
+    args: Namespace,
+    cases: Collection[str],
+) -> None:
+    """Writes the rows of a run. With --save, what git tracks of other cases stays, and so do the
+    profiles of a case of which times alone were measured; rows stand in the order of the cases."""
+    before: list[Row] = []
+    if args.save and args.output is None and path.exists():
+        with path.open(newline="") as file:
+            before = [row for row in csv.DictReader(file) if row.get("case") in cases]
+
+    def kind(row: Row) -> tuple[str, bool]:
+        return row["case"], bool(row.get("group"))
+
+    def merged(found: list[Row]) -> list[Row]:
+        again, order = set(map(kind, found)), list(cases)
+        kept = [row for row in before if kind(row) not in again]
+        return sorted([*kept, *found], key=lambda row: (order.index(row["case"]), kind(row)[1]))
+
+    rows.write(path, measured, columns, merged)
 
 
 def shown_rows(path: Path, name: str, cases: Collection[str]) -> list[Row]:

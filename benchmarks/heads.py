@@ -237,7 +237,7 @@ def main() -> None:
             print(f"{name:<16} {parts}; {reached:.3g}x (bar {case.bar:g}x: {met})", flush=True)
             yield from found
 
-    rows.write(path, all_rows(), COLUMNS)
+    command.write(path, all_rows(), COLUMNS, args, CASES)
     show(path)
 
 

@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -80,18 +80,30 @@ def folder_name(about: Row) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write(path: Path, rows: Iterable[Row], columns: list[str] = COLUMNS) -> None:
+def write(
+    path: Path,
+    rows: Iterable[Row],
+    columns: list[str] = COLUMNS,
+    merge: Callable[[list[Row]], Iterable[Row]] | None = None,
+) -> None:
     """Writes rows as they come to a file beside the path, and moves it there at the end: a run
-    that is stopped replaces nothing."""
+    that is stopped replaces nothing. ``merge`` makes of all of them the rows that remain."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.csv")
     try:
         with part.open("w", newline="") as output:
             writer = csv.DictWriter(output, columns, lineterminator="\n")
             writer.writeheader()
+            found: list[Row] = []
             for row in rows:
                 writer.writerow(row)
                 output.flush()
+                found.append(row)
+            if merge is not None:
+                output.seek(0)
+                output.truncate()
+                writer.writeheader()
+                writer.writerows(merge(found))
     except BaseException:
         print(f"stopped; what was measured is in {part}", file=sys.stderr)
         raise

@@ -178,7 +178,7 @@ def main() -> None:
                 print(*(row[key] for key in ("case", "provider", "median_ms")), "ms", flush=True)
                 yield row
 
-    rows.write(path, all_rows(), COLUMNS)
+    command.write(path, all_rows(), COLUMNS, args, CASES)
     show(path)
 
 

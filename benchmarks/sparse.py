@@ -225,7 +225,7 @@ def main() -> None:
                 print(*said, "ms", flush=True)
                 yield row
 
-    rows.write(path, all_rows(), COLUMNS)
+    command.write(path, all_rows(), COLUMNS, args, CASES)
     show(path)
 
 

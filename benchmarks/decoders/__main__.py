@@ -6,8 +6,8 @@
 
 All providers of a case run in this process and take turns. What they compute is compared before
 anything is timed. Times are CPU times of all threads together; the csv has those of the clock
-too. Rows go to a new file in benchmarks/results/local/, which git ignores; --save writes the file
-that git tracks.
+too. Rows go to a new file in benchmarks/results/local/, which git ignores; --save replaces the
+rows of these cases in the file that git tracks.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of every decoder, if not its own")
     parser.add_argument("--split", action="store_true", help="also profile where the time goes")
     args = command.parsed(parser)
+    if args.save and args.steps:
+        parser.error("--steps measures other loops than the files that git tracks")
     path = command.begin(args, "decoders")
     require_operators()
     chosen = [CASES[name] for name in args.case if CASES[name].group in args.group]
@@ -79,7 +81,7 @@ def main() -> None:
             print(table.line(case, found), flush=True)
             yield from found
 
-    rows.write(path, all_rows(), table.COLUMNS)
+    command.write(path, all_rows(), table.COLUMNS, args, CASES)
     table.show(path, groups, with_bars=True, split=False)
     if args.split:
         table.show(path, groups, with_bars=False, split=True)

@@ -129,3 +129,43 @@ def test_plain_pytorch_is_not_measured_under_the_name_of_the_kernel(monkeypatch,
     with pytest.raises(SystemExit, match="plain PyTorch under the name of the fused layer"):
         main.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_saving_a_case_keeps_the_rows_of_others(monkeypatch, tmp_path):
+    """And the profile of a case of which times alone are measured."""
+    times = {"name": "old", "cpu_ms": 1}
+
+    def measure(case, budget, rounds, profile, quick):
+        yield {"case": case.name, "provider": "fused", **times}
+        if profile:
+            yield {"case": case.name, "provider": "fused", "group": "cells", **times}
+
+    def save(*options):
+        monkeypatch.setattr(sys, "argv", ["decoders", "--save", *options])
+        threads = torch.get_num_threads()
+        try:
+            main.main()
+        finally:
+            torch.set_num_threads(threads)
+        (path,) = tmp_path.rglob("*.csv")
+        with path.open(newline="") as file:
+            return [(row["case"], row["group"], row["name"]) for row in csv.DictReader(file)]
+
+    monkeypatch.setattr(main.rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(main, "measure_case", measure)
+    monkeypatch.setattr(table, "line", lambda case, found: "")
+    monkeypatch.setattr(table, "show", lambda *_, **__: None)
+    cases = ["attadd", "attloc", "joeynmt"]
+    before = [(name, group, "old") for name in cases for group in ("", "cells")]
+    assert save("--split", "--case", *cases) == before
+    times["name"] = "new"
+    after = [("attadd", "", "old"), before[1], ("attloc", "", "new"), *before[3:]]
+    assert save("--case", "attloc") == after
+    assert save("--case", "gnmt-decoder") == [*after, ("gnmt-decoder", "", "new")]
+
+
+def test_loops_of_other_lengths_are_not_saved(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["decoders", "--save", "--steps", "3"])
+    with pytest.raises(SystemExit):
+        main.main()
+    assert "--steps measures other loops" in capsys.readouterr().err
