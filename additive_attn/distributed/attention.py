@@ -30,9 +30,9 @@ from additive_attn.spec.call import Call, Inputs, Options
 # Bytes of all processes together up to which every process gathers keys and values, or queries:
 # so little takes longer to send in turns than to send.
 GATHER_BYTES = 4 * 2**20
-_ONCE = (
+_TRANSFORMED = (
     "context_parallel_additive_attention was called under torch.func (vmap, grad, jvp) or with "
-    "tangents of forward mode, but takes part in .backward() and torch.autograd.grad alone, once. "
+    "tangents of forward mode, but takes part in .backward() and torch.autograd.grad alone. "
     "Leading dims take the place of vmap. For the rest call additive_attention, of the whole "
     "sequence."
 )
@@ -90,7 +90,8 @@ def context_parallel_additive_attention(
 
     Returns:
         out ``(..., Lq, Dv)``, and lse ``(..., Lq)`` if need_lse, of this process's queries.
-        Differentiable once. All processes of the mesh take part in forward and in backward.
+        All processes of the mesh take part in forward and in backward. Differentiable any number
+        of times; with create_graph=True every process gathers keys and values first.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`additive_attention`; or the processes call
@@ -98,7 +99,7 @@ def context_parallel_additive_attention(
     """
     group = checked_group(mesh)
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(_ONCE)  # on every process, for none could send to others
+        raise RuntimeError(_TRANSFORMED)  # on every process, for none could send to others
     try:
         if type(balanced) is not bool:
             refuse_flags(balanced=balanced)
@@ -124,7 +125,7 @@ def _masking(
 ) -> tuple[Masks, int, bool]:
     """Checked masks by position, the keys of attn_mask, and whether a mask is one of queries."""
     if has_tangents((attn_mask,)):
-        raise RuntimeError(_ONCE)
+        raise RuntimeError(_TRANSFORMED)
     left, right = (-1, -1) if window is None else checked_window(window)
     given = {"starts": starts, "lengths": lengths}
     aligned = [None if x is None else _aligned(x, n, call) for n, x in given.items()]
@@ -169,7 +170,7 @@ def _checked(
 ) -> Call:  # fmt: skip
     """The call of this process's shards, without masks, cast under autocast, with a seed."""
     if has_tangents(inputs):
-        raise RuntimeError(_ONCE)
+        raise RuntimeError(_TRANSFORMED)
     named = zip(Inputs._fields, inputs, strict=True)
     inputs = [_local(name, x, mesh, balanced) for name, x in named]
     if not all(isinstance(x, Tensor) for x in inputs):

@@ -97,7 +97,7 @@ def forward(part: Part) -> tuple[Tensor, Tensor]:
         out = out.to(kept_lse.dtype)
         if lse is None:
             return out, kept_lse
-        outs.append((share(kept_lse, lse) * _keep_scale(part)).unsqueeze(-1) * out)
+        outs.append((share(kept_lse, lse) * keep_scale(part)).unsqueeze(-1) * out)
         lses.append(lse)
     return torch.cat(outs, -2), torch.cat(lses, -1)
 
@@ -139,7 +139,7 @@ def _tile_gradients(
     if grad_out is not None:
         kept, grad_scores = weights, grad_out @ value.mT
         if tile.seed is not None:
-            keep = _kept(tile, tile.call.batch()).to(lse.dtype).mul_(_keep_scale(tile))
+            keep = kept_pairs(tile, tile.call.batch()).to(lse.dtype).mul_(keep_scale(tile))
             kept, grad_scores = weights * keep, grad_scores.mul_(keep)
         if needs.value:
             grad_value = kept.mT @ grad_out
@@ -188,7 +188,7 @@ def share(lse: Tensor, whole: Tensor) -> Tensor:
     return torch.where(lse == -torch.inf, 0.0, (lse - whole).exp())
 
 
-def _keep_scale(part: Part) -> float:
+def keep_scale(part: Part) -> float:
     return 0.0 if part.dropout_p == 1 else 1 / (1 - part.dropout_p)
 
 
@@ -197,7 +197,7 @@ def _forward(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _kept(part: Part, batch: torch.Size) -> Tensor:
+def kept_pairs(part: Part, batch: torch.Size) -> Tensor:
     """What dropout keeps, by position in the whole sequences."""
     rows = [
         torch.cat([keep_mask(part.seed, batch, x, y, part.dropout_p) for y in part.keys], -1)  # type: ignore[arg-type]
@@ -219,7 +219,7 @@ def _blocks(part: Part) -> Iterator[tuple[slice, Call, Tensor | None]]:
     for start in range(0, num_rows, at_once):
         rows = slice(start, min(start + at_once, num_rows))
         held = part._replace(rows=cut(part.rows, Bounds(start, rows.stop)))
-        some, kept = _of_rows(call, rows), _kept(held, batch)
+        some, kept = _of_rows(call, rows), kept_pairs(held, batch)
         scored = some._replace(value=some.value[..., :0])
         if (mask := some.attn_mask) is not None:
             floating = mask.dtype != torch.bool

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from additive_attn.distributed import parts
+from additive_attn.distributed import parts, second_order
 from additive_attn.distributed.exchange import Exchange, Ring, gathered, packed, unpacked
-from additive_attn.distributed.layout import Masks, Ranges, cut, in_order, length
+from additive_attn.distributed.layout import Masks, Ranges, cut, length
+from additive_attn.distributed.second_order import gather, own_positions
 from additive_attn.merge import merge_attention
 from additive_attn.spec.call import Call, Inputs, Needs, Options, lse_dtype
 
@@ -93,27 +94,11 @@ class ContextParallel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        with torch.no_grad():
-            gradients = _gradients(ctx, grad_out, grad_lse)
         if torch.is_grad_enabled():
-            # torch's once_differentiable cuts the graph where only the inputs require gradients.
-            gradients = [x if x is None else _Once.apply(x.requires_grad_()) for x in gradients]
-        return (None, *gradients)
-
-
-class _Once(torch.autograd.Function):
-    """Raises where a gradient is differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(
-            "context_parallel_additive_attention is differentiable once. Take gradients of "
-            "gradients with additive_attention, of the whole sequence."
-        )
+            needs, tensors = ctx.needs_input_grad[1:6], ctx.saved_tensors[:5]
+            return (None, *second_order.gradients(ctx.plan, tensors, needs, grad_out, grad_lse))
+        with torch.no_grad():
+            return (None, *_gradients(ctx, grad_out, grad_lse))
 
 
 def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> list[Tensor | None]:
@@ -154,7 +139,7 @@ Blocks = Iterator[tuple[Ranges, Any]]
 def _blocks(plan: Plan, key: Tensor, value: Tensor) -> Blocks:
     """Keys and values that this process gets one after another, and their positions."""
     if plan.exchange == "keys":
-        yield _whole(plan.keys), _gather(plan, (key, value), plan.keys)
+        yield _whole(plan.keys), gather(plan, (key, value), plan.keys)
         return
     ring = plan.ring()
     for step, block in enumerate(ring.blocks((key, value))):
@@ -165,20 +150,9 @@ def _whole(layout: Sequence[Ranges]) -> Ranges:
     return ((0, sum(length(x) for x in layout)),)
 
 
-def _gather(plan: Plan, own: Sequence[Tensor], layout: Sequence[Ranges]) -> list[Any]:
-    """Tensors (..., L, n) of the whole sequence, out of this process's."""
-    shards = gathered(packed(own), [length(x) for x in layout], plan.group)
-    return unpacked(in_order(shards, layout), own)
-
-
-def _own(plan: Plan, whole: Tensor, layout: Sequence[Ranges]) -> Tensor:
-    """This process's positions (..., L, n) of the whole sequence."""
-    return torch.cat([whole[..., slice(*x), :] for x in layout[plan.rank]], -2)
-
-
 def _key_gradients(plan: Plan, inputs: list[Tensor], whole: parts.Whole, sums: parts.Sums) -> None:
     query, key, value, weight = inputs
-    block: Any = _gather(plan, (key, value), plan.keys)
+    block: Any = gather(plan, (key, value), plan.keys)
     of_all = sums.of_keys(*block)
     found = plan.part(Inputs(query, block[0], block[1], weight), _whole(plan.keys))
     if found:
@@ -187,13 +161,13 @@ def _key_gradients(plan: Plan, inputs: list[Tensor], whole: parts.Whole, sums: p
         total = getattr(of_all, name)
         if total is not None:
             dist.all_reduce(total, group=plan.group)
-            setattr(sums, name, _own(plan, total, plan.keys))
+            setattr(sums, name, own_positions(plan, total, plan.keys))
 
 
 def _by_queries(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Out and lse of this process's rows, and the lse of all: every process attends with all
     queries to its own keys."""
-    (query,) = _gather(plan, (inputs.query,), plan.rows)
+    (query,) = gather(plan, (inputs.query,), plan.rows)
     inputs = inputs._replace(query=query)
     found = plan.part(inputs, plan.keys[plan.rank], _whole(plan.rows))
     out, lse = parts.forward(found[0]) if found else _empty(plan, inputs)
@@ -201,8 +175,8 @@ def _by_queries(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     whole = of_parts.logsumexp(0)
     out = parts.share(lse, whole).unsqueeze(-1) * out
     dist.all_reduce(out, group=plan.group)
-    own_lse = _own(plan, whole.unsqueeze(-1), plan.rows).squeeze(-1)
-    return _own(plan, out, plan.rows), own_lse, whole
+    own_lse = own_positions(plan, whole.unsqueeze(-1), plan.rows).squeeze(-1)
+    return own_positions(plan, out, plan.rows), own_lse, whole
 
 
 def _query_gradients(
@@ -213,8 +187,8 @@ def _query_gradients(
     grad_out, base = whole.grad_out, whole.base
     if grad_out is None:
         grad_out = torch.zeros_like(whole.out)
-    (query,) = _gather(plan, (query,), plan.rows)
-    grad_out, base = _gather(plan, (grad_out.to(base.dtype), base.unsqueeze(-1)), plan.rows)
+    (query,) = gather(plan, (query,), plan.rows)
+    grad_out, base = gather(plan, (grad_out.to(base.dtype), base.unsqueeze(-1)), plan.rows)
     given = parts.Whole(grad_out, whole.lse, grad_out, None, base.squeeze(-1))
     of_all = copy.copy(sums)
     of_all.query = None if sums.query is None else torch.zeros_like(query, dtype=base.dtype)
@@ -223,7 +197,7 @@ def _query_gradients(
         parts.backward(found[0], given, of_all, found[1], alone=False)
     if of_all.query is not None:
         dist.all_reduce(of_all.query, group=plan.group)
-        sums.query = _own(plan, of_all.query, plan.rows)
+        sums.query = own_positions(plan, of_all.query, plan.rows)
 
 
 def _ring_gradients(
