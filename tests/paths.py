@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import emulation
+import numpy as np
 import pytest
 import quick_interpreter
 import torch
@@ -87,7 +88,6 @@ def _interpreted() -> Iterator[None]:
     """Triton's kernels run in its interpreter, as if TRITON_INTERPRET=1 had been set before the
     first import; afterwards they compile again."""
     import triton
-    import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -96,36 +96,24 @@ def _interpreted() -> Iterator[None]:
             _interpreters[kernel.fn] = InterpretedFunction(kernel.fn)
         return _interpreters[kernel.fn]
 
-    # The interpreter replaces parts of the language, and leaves some of them replaced.
-    patched = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
-    before = [dict(vars(place)) for place in patched]
-    rooms: set[int] = set()
+    def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        with np.errstate(all="ignore"):  # as in a GPU
+            interpreter(kernel).run(*args, **kwargs)
 
     def nested(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-        """Patches once for each module, not at each call as InterpretedFunction does."""
-        function = interpreter(kernel)
-        if id(kernel.fn.__globals__) in rooms:
-            return function.rewrite()(*args, **kwargs)
-        rooms.add(id(kernel.fn.__globals__))
-        return function(*args, **kwargs)
+        triton.runtime.interpreter._patch_lang(kernel.fn)
+        return interpreter(kernel).rewrite()(*args, **kwargs)
 
-    run, call = JITFunction.run, JITFunction.__call__
-    JITFunction.run = lambda kernel, *args, **kwargs: interpreter(kernel).run(*args, **kwargs)
+    originals = JITFunction.run, JITFunction.__call__
+    JITFunction.run = run
     JITFunction.__call__ = nested
     triton.knobs.runtime.interpret = True
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            quick_interpreter.patch(tl, triton.runtime.interpreter, patch)
+        with quick_interpreter.patched(triton.language, triton.runtime.interpreter):
             yield
     finally:
         triton.knobs.runtime.interpret = False
-        JITFunction.run, JITFunction.__call__ = run, call
-        for place, attributes in zip(patched, before, strict=True):
-            for name in [name for name in vars(place) if name not in attributes]:
-                delattr(place, name)
-            for name, value in attributes.items():
-                if vars(place)[name] is not value:
-                    setattr(place, name, value)
+        JITFunction.run, JITFunction.__call__ = originals
 
 
 _running: list[str] = []

@@ -1,27 +1,288 @@
 """Triton's interpreter in less time. For every operation of every program it makes types and
-shapes anew, of which there are few: here each is made once, by Triton's own code, and copied."""
+shapes anew, converts and broadcasts. There are few cases of these: Triton's own code computes the
+first of each, and what its result is says what the others are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
+BINARY: dict[str, Any] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.divide,
+    "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "eq": np.equal, "ne": np.not_equal, "and": np.bitwise_and, "or": np.bitwise_or,
+}  # fmt: skip
 
-def patch(tl: Any, interpreter: Any, patch: pytest.MonkeyPatch) -> None:
-    core, semantic = tl.core, type(getattr(interpreter, "interpreter_semantic", None))
+
+@contextlib.contextmanager
+def patched(tl: Any, interpreter: Any) -> Iterator[None]:
+    scopes: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", _once(interpreter._patch_lang, scopes))
+        patch.setattr(interpreter, "_patch_attr", _attribute(interpreter.interpreter_semantic))
+        _patch(tl, interpreter, patch)
+        try:
+            yield
+        finally:
+            for scope in reversed(scopes):
+                scope.restore()
+
+
+def _patch(tl: Any, interpreter: Any, patch: pytest.MonkeyPatch) -> None:
+    core, semantic = tl.core, interpreter.interpreter_semantic
     for owner, name, made in (
         (core.block_type, "__init__", _block_type),
         (core.tensor, "__init__", _tensor),
         (core, "_unwrap_if_constexpr", _unwrap),
         (interpreter, "_get_np_dtype", _numpy_dtype),
-        (semantic, "broadcast_impl_value", _broadcast),
+        (type(semantic), "broadcast_impl_value", _broadcast),
     ):
         if hasattr(owner, name):  # what another version lacks is left as it is
             patch.setattr(owner, name, made(core, getattr(owner, name)))
 
+    def quick(owner: Any, name: str, made: Callable[..., Any], *more: Any) -> None:
+        """The interpreter replaces builtins alone: this stays."""
+        original = getattr(owner, name)
+        patch.setattr(owner, name, made(core, interpreter, original, *more))
 
+    for name, operation in BINARY.items():
+        quick(core.tensor, f"__{name}__", _binary, operation)
+        if hasattr(core.tensor, f"__r{name}__"):
+            quick(core.tensor, f"__r{name}__", _binary, lambda x, y, f=operation: f(y, x))
+    quick(core.tensor, "__add__", _address)
+    quick(core.tensor, "__getitem__", _item)
+    quick(core.tensor, "to", _cast)
+    for owner in (tl, core):
+        quick(owner, "minimum", _binary, np.fmin)
+        quick(owner, "maximum", _binary, np.fmax)
+        quick(owner, "where", _where)
+        quick(owner, "cast", _cast)
+        quick(owner, "load", _load)
+
+
+class _Done:
+    def restore(self) -> None:
+        pass
+
+
+def _once(original: Callable[[Any], Any], scopes: list[Any]) -> Callable[[Any], Any]:
+    """Patches the language once for each module of kernels, until all is restored at the end."""
+    rooms: set[int] = set()
+
+    def patch_lang(function: Any) -> Any:
+        if id(function.__globals__) not in rooms:
+            rooms.add(id(function.__globals__))
+            scopes.append(original(function))
+        return _Done()
+
+    return patch_lang
+
+
+def _attribute(semantic: Any) -> Callable[..., None]:
+    """Without looking at each call whether Triton's compiler made it."""
+
+    def patch_attr(owner: Any, name: str, member: Any, _builder: Any, scope: Any) -> None:
+        function = getattr(member, "__wrapped__", member)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(owner, name, call)
+
+    return patch_attr
+
+
+class _Cases:
+    """Of an operation: what its result is, by the shapes and dtypes of its operands."""
+
+    def __init__(self, core: Any, interpreter: Any, original: Callable[..., Any]) -> None:
+        self.tensor, self.constexpr, self.bool = core.tensor, core.constexpr, core.int1
+        self.handle, self.semantic = interpreter.TensorHandle, interpreter.interpreter_semantic
+        self.original = original
+        self.found: dict[Any, Any] = {}
+        numbers = {core.int32: np.int32, core.int64: np.int64,
+                   core.float32: np.float32, core.float64: np.float64}  # fmt: skip
+        self.numbers = {id(dtype): number for dtype, number in numbers.items()}
+        self.kinds = {id(x): float if x.is_floating() else int for x in numbers}
+
+    def slow(self, *operands: Any, **options: Any) -> Any:
+        return self.original(*operands, **{**options, "_semantic": self.semantic})
+
+    def first(self, key: Any, *operands: Any) -> Any:
+        result = self.slow(*operands)
+        shapes = [getattr(x, "shape", None) for x in operands]  # lest others get their ids
+        self.found[key] = dict(vars(result)), dict(vars(result.handle)), shapes
+        return result
+
+    def made(self, found: Any, data: Any) -> Any:
+        handle, result = object.__new__(self.handle), object.__new__(self.tensor)
+        handle.__dict__.update(found[1])
+        handle.data, handle.attr = data, {}
+        result.__dict__.update(found[0])
+        result.handle = handle
+        return result
+
+    def operand(self, x: Any, dtype: Any) -> tuple[Any, Any]:
+        """Of an operation with ``dtype``, which numpy promotes as Triton does: its case, and its
+        data or None. Those are integers of both, floats of both, and numbers."""
+        kind = type(x)
+        if kind is self.tensor:
+            if self.kinds.get(id(x.dtype)) is self.kinds[id(dtype)]:
+                return (id(x.shape), id(x.dtype)), x.handle.data
+        elif kind is int or kind is float:
+            wanted = self.kinds[id(dtype)]
+            if wanted is float or (kind is wanted and -(2**31) <= x < 2**31):
+                return kind, np.array([x], self.numbers[id(dtype)])
+        elif kind is self.constexpr:
+            return self.operand(x.value, dtype)
+        return None, None
+
+
+@functools.cache
+def _binary(
+    core: Any, interpreter: Any, original: Callable[..., Any], operation: Callable[..., Any]
+) -> Callable[..., Any]:
+    cases = _Cases(core, interpreter, original)
+    kinds, found, made = cases.kinds, cases.found, cases.made
+    if operation in (np.bitwise_and, np.bitwise_or):
+        kinds[id(core.int1)] = bool
+    not_of = int if original.__name__.endswith("truediv__") else None
+
+    def call(x: Any, y: Any, **options: Any) -> Any:
+        data = None
+        if type(x) is cases.tensor and kinds.get(id(x.dtype), not_of) is not not_of:
+            case, data = cases.operand(y, x.dtype)
+        if data is None or options:
+            return cases.slow(x, y, **options)
+        key = id(x.shape), id(x.dtype), case
+        if key not in found:
+            return cases.first(key, x, y)
+        return made(found[key], operation(x.handle.data, data))
+
+    return call
+
+
+@functools.cache
+def _address(core: Any, interpreter: Any, add: Callable[..., Any]) -> Callable[..., Any]:
+    """Sums of addresses and integers, beside other sums."""
+    cases = _Cases(core, interpreter, add)
+    found, made = cases.found, cases.made
+
+    def call(x: Any, y: Any, **options: Any) -> Any:
+        if options or type(x.dtype) is not core.pointer_type or type(y) is not cases.tensor:
+            return add(x, y, **options)
+        if cases.kinds.get(id(y.dtype)) is not int:
+            return add(x, y)
+        key = id(x.shape), x.dtype.name, id(y.shape), id(y.dtype)
+        if key not in found:
+            return cases.first(key, x, y)
+        size = max(1, x.dtype.element_ty.primitive_bitwidth // 8)
+        return made(found[key], x.handle.data + size * y.handle.data.astype(np.uint64))
+
+    return call
+
+
+@functools.cache
+def _where(core: Any, interpreter: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    cases = _Cases(core, interpreter, original)
+    kinds, found, made = cases.kinds, cases.found, cases.made
+
+    def where(condition: Any, x: Any, y: Any, **options: Any) -> Any:
+        data = other = None
+        some = x if type(x) is cases.tensor else y
+        if type(some) is cases.tensor and id(some.dtype) in kinds:
+            case, data = cases.operand(x, some.dtype)
+            another, other = cases.operand(y, some.dtype)
+        if data is None or other is None or getattr(condition, "dtype", None) is not cases.bool:
+            return cases.slow(condition, x, y, **options)
+        key = id(condition.shape), id(some.dtype), case, another
+        if key not in found:
+            return cases.first(key, condition, x, y)
+        return made(found[key], np.where(condition.handle.data, data, other))
+
+    return where
+
+
+@functools.cache
+def _cast(core: Any, interpreter: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    cases = _Cases(core, interpreter, original)
+    sources = {*cases.kinds, id(core.int1)}
+
+    def cast(x: Any, dtype: Any, *more: Any, **options: Any) -> Any:
+        number = None if more or options else cases.numbers.get(id(dtype))
+        if number is None or type(x) is not cases.tensor or id(x.dtype) not in sources:
+            return cases.slow(x, dtype, *more, **options)
+        if x.dtype is dtype:
+            return x
+        key = id(x.shape), id(x.dtype), id(dtype)
+        if key not in cases.found:
+            return cases.first(key, x, dtype)
+        return cases.made(cases.found[key], x.handle.data.astype(number))
+
+    return cast
+
+
+@functools.cache
+def _item(core: Any, interpreter: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    """[:, None] and the like."""
+    cases = _Cases(core, interpreter, original)
+    whole = slice(None)
+
+    def item(x: Any, places: Any, **options: Any) -> Any:
+        dtype = x.dtype
+        known = cases.numbers.get(id(dtype)) if x.shape else None
+        if x.shape and type(dtype) is core.pointer_type:
+            known = dtype.name
+        if (
+            options
+            or known is None
+            or type(places) is not tuple
+            or not all(place is None or place == whole for place in places)
+        ):
+            return cases.slow(x, places, **options)
+        key = id(x.shape), known, tuple([place is None for place in places])
+        if key not in cases.found:
+            return cases.first(key, x, places)
+        return cases.made(cases.found[key], x.handle.data[places])
+
+    return item
+
+
+@functools.cache
+def _load(core: Any, interpreter: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    cases = _Cases(core, interpreter, original)
+
+    def load(pointer: Any, mask: Any = None, other: Any = None, **options: Any) -> Any:
+        dtype = getattr(pointer.dtype, "element_ty", None)
+        number, data = cases.numbers.get(id(dtype)), None
+        case = another = None
+        if not options and number is not None and mask is None and other is None:
+            at = pointer.handle.data
+            where, data = np.ones(at.shape, bool), np.zeros(at.shape, number)
+        elif not options and number is not None and getattr(mask, "dtype", None) is cases.bool:
+            another, data = cases.operand(0 if other is None else other, dtype)
+            if data is not None:
+                case = id(mask.shape)
+                at, where, data = np.broadcast_arrays(pointer.handle.data, mask.handle.data, data)
+        if data is None:
+            return cases.slow(pointer, mask, other, **options)
+        key = id(pointer.shape), pointer.dtype.name, case, another, other is None
+        if key not in cases.found:
+            return cases.first(key, pointer, mask, other)
+        return cases.made(
+            cases.found[key], interpreter._interpreter.load(at, where, data, np.dtype(number))
+        )
+
+    return load
+
+
+@functools.cache
 def _block_type(core: Any, original: Any) -> Callable[..., None]:
     made: dict[Any, dict[str, Any]] = {}
     shapes: dict[Any, Any] = {}
@@ -41,6 +302,7 @@ def _block_type(core: Any, original: Any) -> Callable[..., None]:
     return init
 
 
+@functools.cache
 def _tensor(core: Any, original: Any) -> Callable[..., None]:
     made: dict[Any, dict[str, Any]] = {}
     block_type = core.block_type
@@ -58,6 +320,7 @@ def _tensor(core: Any, original: Any) -> Callable[..., None]:
     return init
 
 
+@functools.cache
 def _broadcast(core: Any, original: Any) -> Callable[..., Any]:
     def broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
         a, b = lhs.type, rhs.type
@@ -71,6 +334,7 @@ def _broadcast(core: Any, original: Any) -> Callable[..., Any]:
     return broadcast
 
 
+@functools.cache
 def _numpy_dtype(core: Any, original: Any) -> Callable[[Any], Any]:
     made: dict[Any, Any] = {}
 
@@ -84,6 +348,7 @@ def _numpy_dtype(core: Any, original: Any) -> Callable[[Any], Any]:
     return numpy_dtype
 
 
+@functools.cache
 def _unwrap(core: Any, original: Any) -> Callable[[Any], Any]:
     constexpr = core.constexpr
 

@@ -1,0 +1,149 @@
+"""What quick_interpreter.py computes is what Triton's interpreter computes."""
+
+from __future__ import annotations
+
+import itertools
+
+import paths
+import pytest
+import quick_interpreter
+import torch
+
+triton = pytest.importorskip("triton", minversion="3.6")
+tl = pytest.importorskip("triton.language")
+
+if paths.DEVICE != "cpu" or paths.emulation.installed():
+    pytest.skip("nothing runs in the interpreter", allow_module_level=True)
+
+DTYPES = [tl.int1, tl.int32, tl.int64, tl.float16, tl.float32, tl.float64]
+SHAPES = [(), (4,), (2, 1, 4)]
+NUMBERS = [True, 2, 2**31, 0.1, 0.0, 1e300, tl.constexpr(3), tl.constexpr(0.5)]
+COMPUTED = ("_binary", "_address", "_where", "_cast", "_item", "_load")
+
+
+@triton.jit
+def kernel(place, body: tl.constexpr):
+    body(place)
+
+
+def same(ours, theirs):
+    assert ours.type == theirs.type and ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape and ours.numel.value == theirs.numel.value
+    first, second = ours.handle.data, theirs.handle.data
+    if ours.dtype == tl.int1:  # Triton's may be integers in memory
+        first, second = first.astype(bool), second.astype(bool)
+    assert first.dtype == second.dtype and first.shape == second.shape
+    assert first.tobytes() == second.tobytes()
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """Runs a body in which Triton, too, computes whatever it can. Returns how often it did."""
+    count = 0
+
+    def checked(factory):
+        def made(core, interpreter, original, *more):
+            quick = factory.__wrapped__(core, interpreter, original, *more)
+
+            def call(*operands, **options):
+                nonlocal count
+                if "_semantic" in options:
+                    return quick(*operands, **options)
+                try:
+                    semantic = interpreter.interpreter_semantic
+                    theirs = original(*operands, **options, _semantic=semantic)
+                except Exception:
+                    theirs = None
+                if theirs is None:
+                    with pytest.raises(Exception):  # noqa: B017
+                        quick(*operands, **options)
+                    raise TypeError
+                for _ in range(2):  # the second is quick
+                    same(quick(*operands, **options), theirs)
+                count += 1
+                return theirs
+
+            return call
+
+        return made
+
+    def run(body, memory):
+        for name in COMPUTED:
+            factory = getattr(quick_interpreter, name)
+            monkeypatch.setattr(quick_interpreter, name, checked(factory))
+        with paths._interpreted():
+            kernel[(1,)](memory, body)
+        return count
+
+    return run
+
+
+def tried(function, *operands, **options):
+    try:
+        return function(*operands, **options)
+    except TypeError:
+        return None
+
+
+def tensor(dtype, shape):
+    """-1, 0, 1, 2, or -1 alone."""
+    x = (tl.arange(0, 4) - 1) if shape else tl.program_id(0) - 1
+    for _ in shape[1:]:
+        x = x[None, :]
+    return tl.broadcast_to(x, shape).to(dtype) if shape else x.to(dtype)
+
+
+def tensors():
+    return [tensor(dtype, shape) for dtype in DTYPES for shape in SHAPES]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", quick_interpreter.BINARY)
+def test_operators(name, compare):
+    def body(place):
+        for x, y in itertools.product(tensors(), [*tensors(), *NUMBERS, place]):
+            for each in (f"__{name}__", f"__r{name}__"):
+                if hasattr(tl.tensor, each):
+                    tried(getattr(tl.tensor, each), x, y)
+
+    assert compare(body, torch.zeros(4)) > 50
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.bfloat16, torch.float32, torch.int64], ids=str
+)
+def test_addresses_and_loads(dtype, compare):
+    def body(place):
+        numbers = [tensor(tl.int32, shape) + 1 for shape in SHAPES]
+        numbers += [tensor(tl.int64, shape) + 1 for shape in SHAPES]
+        places = [place, *(place + number for number in numbers)]
+        for at, number in itertools.product(places, numbers):
+            at + number
+        others = [None, 0, 0.5, tensor(tl.float32, ()), tensor(tl.float32, (4,))]
+        for at in places:
+            tl.load(at)
+            for shape, other in itertools.product(SHAPES, others):
+                if shape == () or at.shape:
+                    tried(tl.load, at, mask=tensor(tl.int1, shape), other=other)
+
+    assert compare(body, torch.arange(8).to(dtype)) > 50
+
+
+def test_choices_casts_and_dims(compare):
+    def body(place):
+        for x in tensors():
+            for dtype in DTYPES:
+                x.to(dtype)
+                tl.cast(x, dtype)
+            for places in ((None,), (None, slice(None)), (slice(None), None, None)):
+                if len(x.shape) == sum(place is not None for place in places):
+                    x[places]
+            for shape in SHAPES:
+                y = tensor(x.dtype, shape)
+                z = y / y  # NaN at 0
+                tl.minimum(x, y), tl.maximum(y, 1.5), tl.minimum(y, z), tl.maximum(z, y)
+                for condition in (tensor(tl.int1, (4,)), tensor(tl.int1, (2, 1, 4))):
+                    for other in (y, 0, 0.5, tensor(tl.float64, ())):
+                        tl.where(condition, x, other), tl.where(condition, other, x)
+
+    assert compare(body, torch.zeros(4)) > 500
