@@ -24,7 +24,7 @@ class Work:
 
 
 # What they do grows with the rows or the keys, not with the pairs.
-PER_ROW = {"prepare_kernel", "merge_kernel"}
+PER_ROW = {"prepare_kernel", "merge_kernel", "gradient_sum_kernel"}
 
 
 def _scores(a: SimpleNamespace, *around: float) -> Through:
@@ -53,6 +53,14 @@ def attend_kernel(a: SimpleNamespace) -> Work:
     return Work((hot, products, results), tanh)
 
 
+def row_pass_kernel(a: SimpleNamespace) -> Work:
+    return Work((_scores(a, a.score_padded / (a.RN * a.TN)),), 8 * a.RM * a.RN)
+
+
+def product_kernel(a: SimpleNamespace) -> Work:
+    return Work((Through({"HGMMA|HMMA|LDTM": 1}, (a.values / a.BD,)),))
+
+
 def row_gradient_kernel(a: SimpleNamespace) -> Work:
     if a.WHOLE:
         return Work(())
@@ -76,6 +84,7 @@ def key_sum_kernel(a: SimpleNamespace) -> Work:
 WORK: dict[str, Callable[[SimpleNamespace], Work]] = {
     function.__name__: function
     for function in (
-        score_kernel, attend_kernel, row_gradient_kernel, feature_kernel, key_sum_kernel,
+        score_kernel, attend_kernel, row_pass_kernel, product_kernel, row_gradient_kernel,
+        feature_kernel, key_sum_kernel,
     )
 }  # fmt: skip

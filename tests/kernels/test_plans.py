@@ -124,6 +124,43 @@ def test_a_plan_serves_only_its_own_kind_of_call(driver: MockDriver) -> None:
             assert_same(ordinary(call, need_weights), repeated, given)
 
 
+SEVERAL = inputs(5, 20)
+OUT, LSE = torch.zeros(2, 5, 20), torch.zeros(2, 5)
+ALL = (True, True, True, True, False)
+# The gradients of out, weights and lse, the call, and which gradients are wanted.
+GRADIENTS: dict[str, tuple[Any, ...]] = {
+    "base": (OUT, None, None, SEVERAL, ALL),
+    "dO transposed": (torch.zeros(2, 20, 5).mT, None, None, SEVERAL, ALL),
+    "dO not aligned": (unaligned(OUT), None, None, SEVERAL, ALL),
+    "dO of another dtype": (OUT.half(), None, None, SEVERAL, ALL),
+    "no dO": (None, torch.zeros(2, 5, 20), None, SEVERAL, ALL),
+    "dlse": (OUT, None, LSE, SEVERAL, ALL),
+    "value not aligned": (
+        OUT, None, None, SEVERAL._replace(value=unaligned(SEVERAL.value)), ALL
+    ),
+    "another scale": (OUT, None, None, SEVERAL._replace(scale=0.5), ALL),
+    "no query": (OUT, None, None, SEVERAL, (False, *ALL[1:])),
+    "value alone": (OUT, None, None, SEVERAL, (False, False, True, False, False)),
+}  # fmt: skip
+
+
+def test_a_plan_serves_only_its_own_kind_of_gradients(driver: MockDriver) -> None:
+    cases = {
+        name: (*upstream, *call, LSE, *needs)
+        for name, (*upstream, call, needs) in GRADIENTS.items()
+    }
+    for _ in range(3):
+        for case in cases.values():
+            operators.backward(*case)
+    assert len(plans._plans) == len(cases)
+    for name, case in cases.items():
+        ordinary = traffic(driver, lambda case=case: operators.backward.__wrapped__(*case))
+        found = replayed(driver, operators.backward, case)
+        assert len(found) == 1 + (plans._replay is not None and name != "no dO"), name
+        for repeated in found:
+            assert_same(ordinary, repeated, [x for x in case if isinstance(x, torch.Tensor)])
+
+
 def launched(driver: MockDriver, call: Call) -> Any:
     before = driver.launched
     operators.forward(*call, False)

@@ -21,6 +21,8 @@ from additive_attn.backends import triton as package
 WITH_BARRIER = {
     ("attend_kernel", "sums"),
     ("row_gradient_kernel", "scores"),
+    ("row_pass_kernel", "products"),
+    ("row_pass_kernel", "scores"),
     ("forward_kernel", "scores"),
     ("location_kernel", "grad_key"),
 }

@@ -17,11 +17,13 @@ from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.decode_backward import Rows, decode_gradients, decode_rows
 from additive_attn.backends.triton.feature_gradients import feature_kernel
+from additive_attn.backends.triton.gradient_sums import FeatureSums, gradient_sums
 from additive_attn.backends.triton.key_sums import key_sum_kernel
 from additive_attn.backends.triton.launch import launch, registers, target
 from additive_attn.backends.triton.opposite import Flags, opposite_tiles
 from additive_attn.backends.triton.plan import Piece, pass_splits
 from additive_attn.backends.triton.row_gradient import given_kernel, row_gradients
+from additive_attn.backends.triton.row_pass import row_pass, small_products
 from additive_attn.backends.triton.score_tiles import flagged_scores
 from additive_attn.spec.call import Needs, Upstream, backward_arguments, call_of_scores
 
@@ -35,9 +37,18 @@ class Gradients(NamedTuple):
     weight: Tensor | None
     mask: Tensor | None
     added: bool  # whether several pieces add to the same keys, to zeros
+    small: bool  # whether one kernel makes them of the sums of one piece (``gradient_sums``)
 
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _is_small(p: Problem, pieces: list[Piece]) -> bool:
+    """Of one piece with few pairs, where launches cost more than what they run."""
+    if p.wide or p.hidden == 0 or len(pieces) != 1 or p.key_range(pieces[0]) != (0, p.keys):
+        return False
+    tile = tiles.gradient_tile(p.rows, p.padded)
+    return tiles.is_small(p.entries, p.rows, p.keys, -(-p.rows // (tile["RX"] * tile["TX"])))
 
 
 def _gradients(p: Problem, needs: Needs, pieces: list[Piece], upstream: Upstream) -> Gradients:
@@ -53,18 +64,22 @@ def _gradients(p: Problem, needs: Needs, pieces: list[Piece], upstream: Upstream
         make = torch.zeros if filled else torch.empty
         return make(shape, dtype=dtype, device=p.device)
 
-    n, dtype, accumulator = p.entries, p.dtype, p.accumulator
+    n, dtype, accumulator, small = p.entries, p.dtype, p.accumulator, _is_small(p, pieces)
     dtype_of_sums = accumulator if added else dtype
     return Gradients(
         query=result(needs.query, no_keys, dtype, n, p.rows, p.hidden),
         key=result(needs.key, added, dtype_of_sums, n, p.keys, p.hidden),
-        value=result(needs.value, added or upstream.out is None, accumulator, n, p.keys, p.values),
+        value=result(
+            needs.value, added or upstream.out is None, dtype if small else accumulator,
+            n, p.keys, p.values,
+        ),
         weight=result(needs.weight, added, accumulator, n, p.hidden),
         mask=result(
             needs.mask, True, accumulator, *(() if p.float_mask is None else p.float_mask.shape)
         ),
         added=added,
-    )
+        small=small,
+    )  # fmt: skip
 
 
 def _results(p: Problem, sums: Gradients) -> Results:
@@ -102,7 +117,9 @@ def backward(*arguments: Any) -> Results:
         return _decode_results(p, rows, needs, gradient, upstream)
     pieces = _pieces(p)
     sums = _gradients(p, needs, pieces, upstream)
-    if pieces:
+    if sums.small:
+        _add_small(p, pieces[0], lse, upstream, sums)
+    elif pieces:
         grad_out = None if upstream.out is None else _entries(upstream.out, p, 2)
         upstream, values = upstream._replace(out=grad_out), _entries(call.value, p, 2)
         with torch._C._DisableAutocast():  # products would be rounded to 16 bits
@@ -185,6 +202,22 @@ def _given(
     )  # fmt: skip
 
 
+def _add_small(p: Problem, piece: Piece, lse: Tensor, upstream: Upstream, sums: Gradients) -> None:
+    """Fills all gradients of a small call, without operations of torch where dO is given."""
+    size, out = p.dtype.itemsize, upstream.out
+    tile = tiles.row_pass_tile(p.entries, p.rows, p.keys, p.values, size, p.processors)
+    gradient, flags = _fours(p, piece, p.keys), None
+    if out is not None and tile is not None:
+        scores, flags = row_pass(p, tile, lse, upstream, gradient)
+    else:
+        scores, flags = flagged_scores(p, piece, 0, p.keys)
+        shape = p.entries, p.rows, p.keys
+        products = scores.new_zeros(shape) if out is None else small_products(p, out)
+        row_gradients(p, piece, lse, upstream, scores, products, gradient)
+    of_value = None if out is None else (scores, out)
+    _add_from_scores(p, piece, gradient, flags, sums, of_value)
+
+
 def _add_piece(
     p: Problem, piece: Piece, lse: Tensor, values: Tensor, upstream: Upstream, sums: Gradients
 ) -> None:
@@ -213,9 +246,11 @@ def _add_piece(
 
 
 def _add_from_scores(
-    p: Problem, piece: Piece, gradient: Tensor, flags: Flags | None, sums: Gradients
-) -> None:
-    """Adds what comes from G of a piece, padded: the gradients of mask, query, key and weight."""
+    p: Problem, piece: Piece, gradient: Tensor, flags: Flags | None, sums: Gradients,
+    of_value: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Adds what comes from G of a piece, padded: the gradients of mask, query, key and weight; in
+    a small call that of the value too, from P o D and dO."""
     entry, _, row, rows = piece
     key, end = p.key_range(piece)
     count = end - key
@@ -225,13 +260,16 @@ def _add_from_scores(
     if p.hidden == 0:
         return
     if sums.query is not None or sums.key is not None or sums.weight is not None:
-        _add_features(p, piece, gradient, flags, sums)
+        _add_features(p, piece, gradient, flags, sums, of_value)
+    elif sums.small and of_value is not None:
+        gradient_sums(p, FeatureSums(), of_value, *sums[:4])
 
 
 def _add_features(
-    p: Problem, piece: Piece, gradient: Tensor, flags: Flags | None, sums: Gradients
-) -> None:
-    """Adds the gradients of query, key and weight."""
+    p: Problem, piece: Piece, gradient: Tensor, flags: Flags | None, sums: Gradients,
+    of_value: tuple[Tensor, Tensor] | None,
+) -> None:  # fmt: skip
+    """Adds the gradients of query, key and weight, and in a small call that of the value."""
     entry, entries, row, rows = piece
     key, end = p.key_range(piece)
     count = end - key
@@ -246,17 +284,17 @@ def _add_features(
     # What roundings of the keys' exponentials leave out of dw comes from the sums of dk.
     corrected = sums.weight is not None and not p.wide
     summed = sums.key is not None or corrected
-    query = key_sums = weight_sums = of_query = of_weight = None
+    query = key_sums = weight_sums = of_query = None
     if sums.query is not None:
         query = of_query = sums.query[of_entries, row : row + rows]
         if ranges > 1:
             query = gradient.new_empty(ranges, entries, rows, p.hidden)
     if summed:
         key_sums = gradient.new_empty(row_tiles, entries, -(-count // 4) * 4, p.padded)
-    sum_tile = tiles.key_sum_tile(count, row_tiles, p.padded)
-    shares, blocks = ranges * row_tiles, -(-count // sum_tile["BLOCK"])
     if sums.weight is not None:
-        weight_sums = gradient.new_empty(shares + corrected * blocks, entries, p.hidden)
+        blocks = -(-count // tiles.key_sum_tile(count, row_tiles, p.padded)["BLOCK"])
+        shares = ranges * row_tiles + corrected * blocks * (not sums.small)
+        weight_sums = gradient.new_empty(shares, entries, p.hidden)
     launch(
         feature_kernel, programs * ranges, gradient,
         *p.inputs(), *p.prepared_rows_arguments(), p.weight, *p.weight_strides, gradient,
@@ -266,19 +304,39 @@ def _add_features(
         **tile, BLOCK=block, padded=p.padded, FLAG_ROWS=1 if flags is None else flags.rows,
         FLAG_KEYS=1 if flags is None else flags.keys, TARGET=target(), **registers(most),
     )  # fmt: skip
-    if query is not None and of_query is not None and ranges > 1:
-        _total(query, of_query)
+    parts = FeatureSums(
+        row_tiles, ranges, query if ranges > 1 else None, key_sums, weight_sums
+    )  # fmt: skip
+    if sums.small:
+        gradient_sums(p, parts, of_value, *sums[:4])
+        return
+    if parts.query is not None and of_query is not None:
+        _total(parts.query, of_query)
+    _add_key_sums(p, piece, parts, sums)
+
+
+def _add_key_sums(p: Problem, piece: Piece, parts: FeatureSums, sums: Gradients) -> None:
+    """Adds the gradients of key and weight."""
+    entry, entries = piece[:2]
+    row_tiles, ranges, _, key_sums, weight_sums = parts
+    key, end = p.key_range(piece)
+    count = end - key
+    of_entries = slice(entry, entry + entries)
+    sum_tile = tiles.key_sum_tile(count, row_tiles, p.padded)
+    shares, blocks = ranges * row_tiles, -(-count // sum_tile["BLOCK"])
+    corrected = sums.weight is not None and not p.wide
     weight = None if sums.weight is None else sums.weight[of_entries]
     whole = corrected and blocks == 1 and shares <= 32 and not sums.added
-    if summed:
+    if key_sums is not None:
         of_key = None if sums.key is None else sums.key[of_entries, key:end]
         if of_key is not None and sums.added:
-            of_key = gradient.new_empty(of_key.shape)
+            of_key = key_sums.new_empty(of_key.shape)
+        of_weight = None
         if corrected and weight_sums is not None:
             of_weight = weight if whole else weight_sums[shares:]
         _, key_rows, _, _, *key_strides = p.prepared_rows_arguments()
         launch(
-            key_sum_kernel, entries * blocks * -(-p.hidden // sum_tile["FEATURES"]), gradient,
+            key_sum_kernel, entries * blocks * -(-p.hidden // sum_tile["FEATURES"]), key_sums,
             p.key, *p.key_strides, key_rows, *key_strides, p.weight, *p.weight_strides,
             key_sums, weight_sums if whole else None, of_key, of_weight,
             p.batch.inner, entries, entry, row_tiles, key, count, p.keys, p.hidden, p.padded,

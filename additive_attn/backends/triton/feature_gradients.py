@@ -229,13 +229,18 @@ def _store_zeros(to, stored, begin, end, padded: tl.constexpr):
 
 
 @triton.jit
-def _forms(G, size_i, size_j, flag):
+def _forms(G, size_i, size_j, flag, stride, count, FLAGS: tl.constexpr):
     """Of a block of G, [BLOCK / 4, BX, 4]: whether a pair takes the direct form, whether one may
-    be opposite, whether no |q|, |k| is above 1, and whether there is nothing to do. A row or key
-    decides something only where its G is not 0."""
+    be opposite (by FLAGS flags), whether no |q|, |k| is above 1, and whether there is nothing to
+    do. A row or key decides something only where its G is not 0."""
     some = tl.maximum(tl.maximum(size_i, size_j), 1e-30)
     largest = tl.max(tl.where(G != 0.0, some, 0.0))
-    return largest > SAFE, tl.load(flag) != 0, largest <= 1.0, largest == 0.0
+    if FLAGS == 1:
+        opposite = tl.load(flag) != 0
+    else:
+        t = tl.minimum(tl.arange(0, FLAGS), count - 1)
+        opposite = tl.max(tl.load(flag + t * stride)) != 0
+    return largest > SAFE, opposite, largest <= 1.0, largest == 0.0
 
 
 @triton.jit
@@ -334,9 +339,11 @@ def feature_kernel(
         row = tl.arange(0, BX)[None, :, None]
         size_i = tl.load(sizes_i + tl.minimum(row_begin + row0 + row, rows - 1))
         at_rows = 4 * row + tl.arange(0, 4)[None, None, :]
-        tl.static_assert(FLAG_ROWS % BX == 0 and FLAG_KEYS % BLOCK == 0)
-        flag_row = entry * tl.cdiv(row_count, FLAG_ROWS) + row0 // FLAG_ROWS
-        flags += flag_row * tl.cdiv(key_count, FLAG_KEYS)
+        FLAGS: tl.constexpr = max(BX // FLAG_ROWS, 1)
+        tl.static_assert(FLAGS * FLAG_ROWS % BX == 0 and FLAG_KEYS % BLOCK == 0)
+        flag_stride = tl.cdiv(key_count, FLAG_KEYS)
+        flag_count, flag_row = tl.cdiv(row_count, FLAG_ROWS), row0 // FLAG_ROWS
+        flags += (entry * flag_count + flag_row) * flag_stride
     _store_zeros(dk_place, stored, begin, first, padded)
     _store_zeros(dk_place, stored, last, limit, padded)
 
@@ -355,7 +362,10 @@ def feature_kernel(
             j = k0 + 4 * tl.arange(0, BLOCK // 4)[:, None, None] + tl.arange(0, 4)[None, None, :]
             G = tl.load(gradient + (j // 4).to(tl.int64) * (4 * again) + at_rows)
             size_j = tl.load(sizes_j + tl.minimum(j, last_key))
-            direct, opposite, small, skipped = _forms(G, size_i, size_j, flags + k0 // FLAG_KEYS)
+            direct, opposite, small, skipped = _forms(
+                G, size_i, size_j, flags + k0 // FLAG_KEYS, flag_stride, flag_count - flag_row,
+                FLAGS,
+            )  # fmt: skip
             total = tl.sum(G) / TX + zeros
             if skipped:
                 qa, qb = repeated(zeros, RX), repeated(zeros, RX)

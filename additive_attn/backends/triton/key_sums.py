@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from additive_attn.backends.triton.batch import batch_entry
@@ -9,6 +10,41 @@ from additive_attn.backends.triton.halves import exponentials, weighted
 from additive_attn.backends.triton.launch import kernel
 from additive_attn.backends.triton.numerics import number
 from additive_attn.backends.triton.prepare import SAFE
+
+
+@triton.jit
+def key_block(
+    key, key_row, key_h, sizes, weight, weight_h, key_sums, grad_key, entry, entries, block, f,
+    row_tiles, key_begin, key_count, keys, hidden, padded, scale,
+    CORRECTED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """A block of keys and features f of the tiles' sums of ``feature_kernel``: dk, and, where
+    CORRECTED, returns what the roundings of the stored e^{2k} leave out of dw."""
+    ACC: tl.constexpr = key_sums.dtype.element_ty
+    c = block * BLOCK + tl.arange(0, BLOCK)
+    inside = (c < key_count)[:, None] & (f < hidden)[None, :]
+    stored = tl.cdiv(key_count, 4) * 4
+    place = (entry * stored + c)[:, None] * padded + f[None, :]
+    # [TILES, BLOCK, FEATURES]: so many are loaded before one is added.
+    tile = tl.arange(0, TILES)[:, None, None]
+    stride = tl.cast(entries, tl.int64) * stored * padded
+    from_tile = key_sums + tile * stride + place[None, :, :]
+    total = tl.zeros([BLOCK, f.shape[0]], ACC)
+    for first in range(0, row_tiles, TILES):
+        some = inside[None, :, :] & (first + tile < row_tiles)
+        total += tl.sum(tl.load(from_tile + first * stride, mask=some, other=0.0), 0)
+    h = tl.minimum(f, hidden - 1).to(tl.int64)
+    if grad_key is not None:
+        w = tl.load(weight + h * weight_h).to(ACC)
+        to = grad_key + (entry * key_count + c)[:, None] * hidden + f[None, :]
+        tl.store(to, weighted(total, w[None, :], scale), mask=inside)
+    share = tl.zeros([f.shape[0]], ACC)
+    if CORRECTED:
+        j = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
+        k = tl.load(key + j[:, None] * key_row + h[None, :] * key_h).to(ACC)
+        _K, error = exponentials((k, k), tl.load(sizes + j)[:, None] > SAFE)
+        share = tl.sum(tl.where(inside, 2.0 * total * error[0], 0.0), 0) * scale
+    return share
 
 
 @kernel
@@ -19,10 +55,9 @@ def key_sum_kernel(
     scale_bits, splits,
     BLOCK: tl.constexpr, FEATURES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys and features of the tiles' sums of ``feature_kernel``: dk, and what the
-    roundings of the stored e^{2k} leave out of dw to [key block][entry]. With ``weight_sums``,
-    of ``splits`` shares, dw as a whole."""
-    ACC: tl.constexpr = key_sums.dtype.element_ty
+    """``key_block`` of each block of keys and FEATURES features; what it returns goes to
+    ``grad_weight`` [key block][entry]. With ``weight_sums``, of ``splits`` shares, dw as a
+    whole."""
     program = tl.program_id(0)
     blocks = tl.cdiv(key_count, BLOCK)
     block = program % blocks
@@ -31,31 +66,17 @@ def key_sum_kernel(
     f = program % feature_tiles * FEATURES + tl.arange(0, FEATURES)
     n, o, m = batch_entry(entry_begin + program // feature_tiles, inner)
     entry = n - entry_begin
-    c = block * BLOCK + tl.arange(0, BLOCK)
-    inside = (c < key_count)[:, None] & (f < hidden)[None, :]
-    stored = tl.cdiv(key_count, 4) * 4
-    place = (entry * stored + c)[:, None] * padded + f[None, :]
-    # [TILES, BLOCK, FEATURES]: so many are loaded before one is added.
-    tile = tl.arange(0, TILES)[:, None, None]
-    stride = tl.cast(entries, tl.int64) * stored * padded
-    from_tile = key_sums + tile * stride + place[None, :, :]
-    total = tl.zeros([BLOCK, FEATURES], ACC)
-    for first in range(0, row_tiles, TILES):
-        some = inside[None, :, :] & (first + tile < row_tiles)
-        total += tl.sum(tl.load(from_tile + first * stride, mask=some, other=0.0), 0)
-    h = tl.minimum(f, hidden - 1).to(tl.int64)
-    scale = number(scale_bits).to(ACC)
-    if grad_key is not None:
-        w = tl.load(weight + o * weight_outer + m * weight_inner + h * weight_h).to(ACC)
-        to = grad_key + (entry * key_count + c)[:, None] * hidden + f[None, :]
-        tl.store(to, weighted(total, w[None, :], scale), mask=inside)
+    sizes = key_rows
     if grad_weight is not None:
-        j = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
-        place = key + o * key_outer + m * key_inner + j[:, None] * key_row + h[None, :] * key_h
-        k = tl.load(place).to(ACC)
-        size = tl.load(key_rows.size + o * key_exp_outer + m * key_exp_inner + j)[:, None]
-        _K, error = exponentials((k, k), size > SAFE)
-        share = tl.sum(tl.where(inside, 2.0 * total * error[0], 0.0), 0) * scale
+        sizes = key_rows.size + o * key_exp_outer + m * key_exp_inner
+    share = key_block(
+        key + o * key_outer + m * key_inner, key_row, key_h, sizes,
+        weight + o * weight_outer + m * weight_inner, weight_h, key_sums, grad_key, entry, entries,
+        block, f, row_tiles, key_begin, key_count, keys, hidden, padded,
+        number(scale_bits).to(key_sums.dtype.element_ty),
+        grad_weight is not None, BLOCK, TILES,
+    )  # fmt: skip
+    if grad_weight is not None:
         if weight_sums is not None:
             for part in range(0, splits):
                 of_part = weight_sums + (tl.cast(part, tl.int64) * entries + entry) * hidden

@@ -18,7 +18,8 @@ kernel = triton.jit(
     do_not_specialize=(
         "inner", "entries", "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin",
         "key_count", "keys_per_split", "rows_per_split", "splits", "length", "length_padded",
-        "row_tiles", "key_tiles", "row_programs", "key_programs", "flag_rows", "flag_keys",
+        "row_tiles", "key_tiles", "row_programs", "key_programs", "value_programs",
+        "weight_programs", "shares", "ranges", "flag_rows", "flag_keys",
         "left", "right", "threshold", "keep_bits", "scale_bits", "scale_exponent",
         *(
             f"{name}_{dim}"

@@ -376,7 +376,8 @@ def attend(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
         parts, sums, lse, tops, totals, scores, p.batch.inner, p.entries, p.rows, p.keys,
         p.hidden, p.padded, p.values, p.left, p.right, splits, per_split,
         **tile.sizes(), BD=columns, MEMORY=memory, STORED=need_weights,
-        ALIGNED=all(stride % 16 == 0 for stride in p.value_strides[:2]), PRECISION=_precision(p),
+        ALIGNED=all(stride % 16 == 0 for stride in p.value_strides[:2]),
+        PRECISION=product_precision(p),
         **p.form(), num_warps=tile.warps, num_stages=1, **registers(min(255, 2048 // tile.warps)),
     )  # fmt: skip
     if tops is not None and totals is not None:
@@ -385,7 +386,7 @@ def attend(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
     return out, weights, lse
 
 
-def _precision(p: Problem) -> str:
+def product_precision(p: Problem) -> str:
     """Of the products with the values. Three products of TF32 are as exact as float32."""
     if target() != "cuda" or p.dtype != torch.float32:
         return "ieee"

@@ -19,7 +19,7 @@ from additive_attn.spec.call import Upstream
 
 
 @triton.jit
-def _row_pairs(
+def row_pairs(
     scores, products, base, i, inside, j, key_count, score_padded, product_row,
     grad_weights, gw_column, seed, n, threshold, keep_bits, key_begin, key0,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
@@ -47,7 +47,7 @@ def _row_pairs(
 
 
 @triton.jit
-def _store_row_pairs(
+def store_row_pairs(
     scores, gradient, p, g, factor, attended, inverse, delta, inside, j, key0,
     row_padded, key_padded, score_padded,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def _store_row_pairs(
 
 
 @triton.jit
-def _row_total(x):
+def row_sum(x):
     """[ROWS, BLOCK / 4, 4] to [ROWS, 1, 1]."""
     return tl.sum(tl.sum(x, 2), 1)[:, None, None]
 
@@ -108,25 +108,25 @@ def row_gradient_kernel(
     begin = split * keys_per_split
     end = tl.minimum(begin + keys_per_split, key_padded)
     if WHOLE:
-        p, g, factor, attended = _row_pairs(
+        p, g, factor, attended = row_pairs(
             scores, products, base, i, inside, j, key_count, score_padded, product_row,
             grad_weights, gw_column, seed, n, threshold, keep_bits, key_begin, 0, ACC, BLOCK,
         )  # fmt: skip
-        total = _row_total(p)
-        delta = _row_total(p * g)
+        total = row_sum(p)
+        delta = row_sum(p * g)
     elif PHASE < 2:
         totals = tl.zeros([ROWS, BLOCK // 4, 4], ACC)
         deltas = tl.zeros([ROWS, BLOCK // 4, 4], ACC)
         for key0 in range(begin, tl.minimum(end, key_count), BLOCK):
-            p, g, factor, attended = _row_pairs(
+            p, g, factor, attended = row_pairs(
                 scores, products, base, i, inside, j, key_count, score_padded, product_row,
                 grad_weights, gw_column, seed, n, threshold, keep_bits, key_begin, key0,
                 ACC, BLOCK,
             )  # fmt: skip
             totals += p
             deltas += p * g
-        total = _row_total(totals)
-        delta = _row_total(deltas)
+        total = row_sum(totals)
+        delta = row_sum(deltas)
     place = sums
     if sums is not None:
         row_total = tl.num_programs(0) // splits * ROWS
@@ -139,25 +139,25 @@ def row_gradient_kernel(
             s = tl.arange(0, SPLITS)[None, :, None]
             total = tl.load(place + s * row_total, mask=s < splits, other=0.0)
             delta = tl.load(place + (splits + s) * row_total, mask=s < splits, other=0.0)
-            total, delta = _row_total(total), _row_total(delta)
+            total, delta = row_sum(total), row_sum(delta)
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
         delta *= inverse
         if grad_lse is not None:
             grad_lse += o * gl_outer + m * gl_inner + i.to(tl.int64) * gl_row
             delta -= tl.load(grad_lse, mask=of_row, other=0.0)[:, None, None]
         if WHOLE:
-            _store_row_pairs(
+            store_row_pairs(
                 scores, gradient, p, g, factor, attended, inverse, delta, inside, j, 0,
                 row_padded, key_padded, score_padded,
             )  # fmt: skip
         else:
             for key0 in range(begin, end, BLOCK):
-                p, g, factor, attended = _row_pairs(
+                p, g, factor, attended = row_pairs(
                     scores, products, base, i, inside, j, key_count, score_padded, product_row,
                     grad_weights, gw_column, seed, n, threshold, keep_bits, key_begin, key0,
                     ACC, BLOCK,
                 )  # fmt: skip
-                _store_row_pairs(
+                store_row_pairs(
                     scores, gradient, p, g, factor, attended, inverse, delta, inside, j, key0,
                     row_padded, key_padded, score_padded,
                 )  # fmt: skip

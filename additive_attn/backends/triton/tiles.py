@@ -11,6 +11,9 @@ from additive_attn.backends.triton.tuned import TUNED
 
 WORKSPACE_ELEMENTS = 2**24  # scores that are kept at a time: 64 MB in float32
 
+# Up to so many pairs a backward is few launches: with more the host takes longer than the device.
+SMALL_PAIRS = 2**22
+
 LONG = 24  # shorter rows or columns have tiles of their own, which are not tuned
 
 
@@ -79,6 +82,28 @@ def attend_columns(values: int, wide: bool, tile: Tile, size: int) -> int:
     return columns if columns <= 128 else 64
 
 
+def is_small(entries: int, rows: int, keys: int, row_tiles: int) -> bool:
+    """Whether one kernel makes the gradients from all sums: of dw one program reads all keys."""
+    return entries * rows * keys <= SMALL_PAIRS and row_tiles * keys <= 8192
+
+
+def row_pass_tile(
+    entries: int, rows: int, keys: int, values: int, size: int, processors: int
+) -> Tile | None:
+    """For P and G of rows in one kernel: where the host takes longer than the device, and tiles of
+    rows alone fill it, or a row has few tiles."""
+    tile = attend_tile(rows, False, values, -(-processors // entries), size)
+    few = entries * -(-rows // tile.rows) < processors and keys > 2 * tile.keys
+    return None if few else tile
+
+
+def row_pass_blocks(tile: Tile, values: int, padded_keys: int) -> dict[str, int]:
+    """BD numbers of a value, and ROWS x BLOCK pairs, at a time: 16 pairs per thread."""
+    BLOCK = min(512, power_of_two(max(padded_keys, 16)))
+    ROWS = max(2, min(tile.rows, 512 * tile.warps // BLOCK))
+    return {"BD": min(32, power_of_two(max(values, 16))), "ROWS": ROWS, "BLOCK": BLOCK}
+
+
 def row_block(keys: int) -> dict[str, int]:
     """For passes over rows of scores, one program each."""
     return {"BLOCK": 256, "num_warps": 2} if keys <= 4096 else {"BLOCK": 2048, "num_warps": 8}
@@ -135,6 +160,17 @@ def key_sum_tile(keys: int, row_tiles: int, padded: int) -> dict[str, int]:
     TILES = 1 if row_tiles == 1 else 8
     FEATURES = min(128 if row_tiles == 1 else 32, power_of_two(padded))
     return {"BLOCK": 16, "FEATURES": FEATURES, "TILES": TILES, "num_warps": 4}
+
+
+def product_tile(rows: int, values: int) -> dict[str, int]:
+    """BM rows by BN keys of dO V^T, BD numbers of a value at a time."""
+    BD = min(32, power_of_two(max(values, 16)))
+    return {"BM": 32 if rows > 16 else 16, "BN": 64, "BD": BD, "num_warps": 4}
+
+
+def value_tile(values: int) -> dict[str, int]:
+    """dV of KEYS keys, beside ``key_sum_tile``: ROWS rows at a time."""
+    return {"KEYS": 32, "VALUES": 16 if values <= 16 else 32, "ROWS": 32}
 
 
 def gradient_block(length: int) -> int:

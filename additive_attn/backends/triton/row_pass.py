@@ -1,0 +1,266 @@
+"""P and G of rows whose keys are few: scores, dO V^T and what follows from whole rows (math.md,
+eq. 9) in one kernel, which large calls compute in three (``score_tiles``, a product of torch,
+``row_gradient``) that fill more of the machine.
+
+A program takes the tiles of some rows one after the other, and keeps scores and products in
+memory. Then it reads them again, row by row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from additive_attn.backends.triton import tiles
+from additive_attn.backends.triton.arguments import Problem
+from additive_attn.backends.triton.batch import batch_entry, entry_offset
+from additive_attn.backends.triton.launch import kernel, launch, registers, target
+from additive_attn.backends.triton.masks import stored
+from additive_attn.backends.triton.one_pass import product_precision
+from additive_attn.backends.triton.opposite import Flags
+from additive_attn.backends.triton.row_gradient import row_pairs, row_sum, store_row_pairs
+from additive_attn.backends.triton.score_tiles import (
+    is_kept,
+    pair_scores,
+    row_interval,
+    store_tile,
+)
+from additive_attn.spec.call import Upstream
+
+
+@triton.jit
+def product(acc, x, y, PRECISION: tl.constexpr, TARGET: tl.constexpr):
+    """acc + x y. Both take the dtype of the sums, unless it is one of 16 bits."""
+    SAME: tl.constexpr = x.dtype == y.dtype
+    if TARGET == "none" or not SAME:  # NumPy has no bfloat16
+        x = x.to(acc.dtype)
+        y = y.to(acc.dtype)
+    return tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def _store_products(
+    to, stride, grad_out, go_row, go_column, value, value_row, value_column, row0, key0, rows,
+    keys, values, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    TARGET: tl.constexpr,
+):  # fmt: skip
+    """dO V^T of a tile, rows and keys in order; a product takes at least 16 rows."""
+    LEAST: tl.constexpr = 16 if BM < 16 else BM
+    r = tl.arange(0, LEAST)
+    i = (row0 + r)[:, None]
+    j = (key0 + tl.arange(0, BN))[None, :]
+    of_row = (i < rows) & (r < BM)[:, None]
+    acc = tl.zeros([LEAST, BN], to.dtype.element_ty)
+    for d0 in range(0, values, BD):
+        d = d0 + tl.arange(0, BD)
+        x = tl.load(
+            grad_out + i.to(tl.int64) * go_row + d[None, :].to(tl.int64) * go_column,
+            mask=of_row & (d < values)[None, :],
+            other=0.0,
+        )
+        y = tl.load(
+            value + j.to(tl.int64) * value_row + d[:, None].to(tl.int64) * value_column,
+            mask=(j < keys) & (d < values)[:, None],
+            other=0.0,
+        )
+        acc = product(acc, x, y, PRECISION, TARGET)
+    tl.store(to + i * stride + j, acc, mask=of_row & (j < stride))
+
+
+@kernel
+def product_kernel(
+    value, value_outer, value_inner, value_row, value_column,
+    grad_out, go_outer, go_inner, go_row, go_column,
+    products, inner, rows, keys, values,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """dO V^T, [entry][row][key], tile by tile."""
+    key_tiles, row_tiles = tl.cdiv(keys, BN), tl.cdiv(rows, BM)
+    tile = tl.program_id(0) // key_tiles
+    n, o, m = batch_entry(tile // row_tiles, inner)
+    _store_products(
+        products + n * rows * keys, keys,
+        grad_out + entry_offset(o, go_outer, m, go_inner, ALIGNED), go_row, go_column,
+        value + entry_offset(o, value_outer, m, value_inner, ALIGNED), value_row, value_column,
+        tile % row_tiles * BM, tl.program_id(0) % key_tiles * BN, rows, keys, values,
+        BM, BN, BD, PRECISION, TARGET,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_rows(
+    scores, products, gradient, lse, grad_weights, gw_row, gw_column, grad_lse, gl_row, seed, n,
+    threshold, keep_bits, row0, rows, row_padded, keys, key_padded, score_padded,
+    BM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """G and P o D of BM rows, as ``row_gradient_kernel`` has them."""
+    ACC: tl.constexpr = scores.dtype.element_ty
+    j = 4 * tl.arange(0, BLOCK // 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
+    for r0 in range(row0, row0 + BM, ROWS):
+        i = r0 + tl.arange(0, ROWS)
+        row = i[:, None, None]
+        inside = row < rows
+        x = scores + row * score_padded
+        dp = products + row * score_padded
+        to = gradient + 4 * row
+        given = grad_weights
+        if grad_weights is not None:
+            given += row.to(tl.int64) * gw_row
+        base = tl.load(lse + i, mask=i < rows, other=0.0)[:, None, None]
+        base = tl.where(tl.abs(base) == float("inf"), float("nan"), base)
+        totals = tl.zeros([ROWS, BLOCK // 4, 4], ACC)
+        deltas = tl.zeros([ROWS, BLOCK // 4, 4], ACC)
+        for key0 in range(0, keys, BLOCK):
+            p, g, factor, attended = row_pairs(
+                x, dp, base, i, inside, j, keys, score_padded, score_padded,
+                given, gw_column, seed, n, threshold, keep_bits, 0, key0, ACC, BLOCK,
+            )  # fmt: skip
+            totals += p
+            deltas += p * g
+        total = row_sum(totals)
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+        delta = row_sum(deltas) * inverse
+        if grad_lse is not None:
+            share = tl.load(grad_lse + i.to(tl.int64) * gl_row, mask=i < rows, other=0.0)
+            delta -= share[:, None, None]
+        for key0 in range(0, key_padded, BLOCK):
+            p, g, factor, attended = row_pairs(
+                x, dp, base, i, inside, j, keys, score_padded, score_padded,
+                given, gw_column, seed, n, threshold, keep_bits, 0, key0, ACC, BLOCK,
+            )  # fmt: skip
+            store_row_pairs(
+                x, to, p, g, factor, attended, inverse, delta, inside, j, key0,
+                row_padded, key_padded, score_padded,
+            )  # fmt: skip
+
+
+@kernel
+def row_pass_kernel(
+    query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
+    query_rows, key_rows, query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
+    prepared, weight_outer, weight_inner,
+    mask, mask_outer, mask_inner, mask_row, mask_column, block_tiles,
+    lengths, length_outer, length_inner, length_row,
+    value, value_outer, value_inner, value_row, value_column,
+    grad_out, go_outer, go_inner, go_row, go_column,
+    grad_weights, gw_outer, gw_inner, gw_row, gw_column,
+    grad_lse, gl_outer, gl_inner, gl_row,
+    seed, seed_outer, seed_inner, threshold, keep_bits,
+    lse, scores, products, gradient, flags,
+    inner, rows, row_padded, keys, key_padded, score_padded, hidden, padded, values, left, right,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, BD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, DIFFERENCE: tl.constexpr,
+    FEATURES_PER_SUM: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """BM rows of an entry: P o D to ``scores`` [entry][row][key], G to ``gradient`` as
+    ``row_gradient_kernel`` writes it, and ``flags`` as ``score_kernel`` does. ALIGNED: the values
+    and dO of all entries are."""
+    BM: tl.constexpr = RM * TM
+    BN: tl.constexpr = RN * TN
+    ACC: tl.constexpr = scores.dtype.element_ty
+    row_tiles = row_padded // BM
+    tile = row_tiles - 1 - tl.program_id(0) % row_tiles  # of a causal mask the longest come first
+    row0 = tile * BM
+    n, o, m = batch_entry(tl.program_id(0) // row_tiles, inner)
+    if lengths is not None:
+        lengths += o * length_outer + m * length_inner
+    if mask is not None:
+        mask += o * mask_outer + m * mask_inner
+    if grad_weights is not None:
+        grad_weights += o * gw_outer + m * gw_inner
+    if grad_lse is not None:
+        grad_lse += o * gl_outer + m * gl_inner
+    if seed is not None:
+        seed += o * seed_outer + m * seed_inner
+    at_weight = o * weight_outer + m * weight_inner
+    scores += n * rows * score_padded
+    products += n * rows * score_padded
+    key_tiles = score_padded // BN
+    flags += (n * tl.cdiv(rows, BM) + tile) * key_tiles
+    low, high = row_interval(lengths, length_row, row0, rows, keys, left, right, RM, TM)
+    for key0 in tl.range(0, score_padded, BN, disable_licm=True):
+        computed = tl.max(tl.minimum(high, key0 + BN) - tl.maximum(low, key0)) > 0
+        if block_tiles is not None:
+            computed &= is_kept(
+                mask, mask_row, mask_column, block_tiles, row0, key0, rows, keys, BM, BN
+            )
+        any_opposite = 0
+        if computed:
+            score, attended, any_opposite = pair_scores(
+                query + o * query_outer + m * query_inner, key + o * key_outer + m * key_inner,
+                query_row, query_h, key_row, key_h, query_rows, key_rows,
+                o * query_exp_outer + m * query_exp_inner, o * key_exp_outer + m * key_exp_inner,
+                prepared.weight + at_weight * padded,
+                prepared.centre + at_weight * (padded // FEATURES_PER_SUM),
+                prepared.score_scale + 2 * at_weight,
+                low, high, mask, mask_row, mask_column, block_tiles,
+                row0, key0, rows, keys, hidden, padded,
+                RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET, ACC,
+            )  # fmt: skip
+            kept = stored(score, attended)
+            store_tile(scores, kept, 0, row0, key0, rows, score_padded)
+            _store_products(
+                products, score_padded,
+                grad_out + entry_offset(o, go_outer, m, go_inner, ALIGNED), go_row, go_column,
+                value + entry_offset(o, value_outer, m, value_inner, ALIGNED), value_row,
+                value_column, row0, key0, rows, keys, values, BM, BN, BD, PRECISION, TARGET,
+            )  # fmt: skip
+        else:
+            nothing = tl.zeros([RM, RN, TM, TN], ACC)
+            store_tile(scores, nothing - float("inf"), 0, row0, key0, rows, score_padded)
+            store_tile(products, nothing, 0, row0, key0, rows, score_padded)
+        tl.store(flags + key0 // BN, any_opposite, mask=row0 < rows)
+    # Other threads have written what this one reads.
+    tl.debug_barrier()
+    _store_rows(
+        scores, products, gradient + n * row_padded * key_padded, lse + n * rows,
+        grad_weights, gw_row, gw_column, grad_lse, gl_row, seed, n, threshold, keep_bits,
+        row0, rows, row_padded, keys, key_padded, score_padded, BM, ROWS, BLOCK,
+    )  # fmt: skip
+
+
+def _aligned(p: Problem, grad_out: tuple[object, ...]) -> bool:
+    strides = *p.value_strides[:2], *grad_out[1:3]
+    return not any(isinstance(x, int) and x % 16 for x in strides)
+
+
+def small_products(p: Problem, grad_out: Tensor) -> Tensor:
+    """dO V^T of all entries, (entries, rows, keys)."""
+    products = torch.empty(p.entries, p.rows, p.keys, dtype=p.accumulator, device=p.device)
+    given, tile = p.batched(grad_out, 2), tiles.product_tile(p.rows, p.values)
+    programs = p.entries * -(-p.rows // tile["BM"]) * -(-p.keys // tile["BN"])
+    launch(
+        product_kernel, programs, products, p.value, *p.value_strides, *given, products,
+        p.batch.inner, p.rows, p.keys, p.values, **tile, ALIGNED=_aligned(p, given),
+        PRECISION=product_precision(p), TARGET=target(), num_stages=2,
+    )  # fmt: skip
+    return products
+
+
+def row_pass(
+    p: Problem, tile: tiles.Tile, lse: Tensor, upstream: Upstream, gradient: Tensor
+) -> tuple[Tensor, Flags]:
+    """Fills G of all rows, padded; P o D, padded, and the tiles with opposite pairs."""
+    score_padded = -(-p.keys // tile.keys) * tile.keys
+    scores, products = torch.empty(
+        2, p.entries, p.rows, score_padded, dtype=p.accumulator, device=p.device
+    )
+    shape = p.entries, -(-p.rows // tile.rows), score_padded // tile.keys
+    flags = Flags(torch.empty(shape, dtype=torch.int32, device=p.device), tile.rows, tile.keys)
+    grad_out = p.batched(upstream.out, 2)
+    key_padded, row_padded = 4 * gradient.shape[1], gradient.shape[2]
+    launch(
+        row_pass_kernel, p.entries * (row_padded // tile.rows), scores,
+        *p.inputs(), *p.prepared_arguments(), *p.mask_arguments(), *p.length_arguments(),
+        p.value, *p.value_strides, *grad_out, *p.batched(upstream.weights, 2),
+        *p.batched(upstream.lse, 1), *p.dropout_arguments(), lse, scores, products, gradient,
+        flags.tiles, p.batch.inner, p.rows, row_padded, p.keys, key_padded, score_padded,
+        p.hidden, p.padded, p.values, p.left, p.right,
+        **tile.sizes(), **tiles.row_pass_blocks(tile, p.values, key_padded),
+        ALIGNED=_aligned(p, grad_out), PRECISION=product_precision(p), **p.form(),
+        num_warps=tile.warps, num_stages=1, **registers(min(255, 2048 // tile.warps)),
+    )  # fmt: skip
+    return scores, flags
