@@ -220,6 +220,7 @@ def installed() -> Iterator[MockDriver]:
         replace(triton.knobs.cache, "dir", cache)
         replace(dispatch, "cpu_is_plain", False)
         replace(dispatch, "repeated_forward", operators.repeated)
+        replace(dispatch, "repeated_backward", operators.again)
         for module in (launch, arguments):
             replace(module, "processors", lambda device: 132)
         with warnings.catch_warnings():

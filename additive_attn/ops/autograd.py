@@ -191,7 +191,11 @@ class Attention(SingleLevelFunction):
         again = _grad_enabled() or _functorch_active()  # the gradients are differentiated
         operator = dispatch.backward if again else dispatch.backward_directly
         with contextlib.nullcontext() if again else _below_autograd():
-            grads = operator(*arguments)
+            grads = None
+            if dispatch.repeated_backward is not None and not again:
+                grads = dispatch.repeated_backward(*arguments)
+            if grads is None:
+                grads = operator(*arguments)
             return (
                 None,
                 None,

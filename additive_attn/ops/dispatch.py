@@ -37,9 +37,10 @@ PLAIN: dict[str, Any] = {
 _COMPOSED = {"tangent": tangents.tangent, "scores_tangent": tangents.scores_tangent}
 _CPU_PATHS = ("avx512", "avx2", "baseline", "pytorch", "triton")
 _GPU_PATHS = ("triton", "pytorch")
-# Repeats what has a launch plan without a call through the dispatcher to Python, else gives None;
+# Repeat what has a launch plan without a call through the dispatcher to Python, else give None;
 # there once something has run on a GPU.
 repeated_forward: Callable[..., Any] | None = None
+repeated_backward: Callable[..., Any] | None = None
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_active = torch._C._are_functorch_transforms_active
 
@@ -124,8 +125,8 @@ def gpu_path() -> tuple[ModuleType | None, str]:
             "ADDITIVE_ATTN_GPU=pytorch to silence this warning.",
         )
         return None, problem
-    global repeated_forward
-    repeated_forward = kernels.repeated
+    global repeated_forward, repeated_backward
+    repeated_forward, repeated_backward = kernels.repeated, kernels.again
     return kernels, "Triton kernels" if forced is None else "chosen by ADDITIVE_ATTN_GPU"
 
 

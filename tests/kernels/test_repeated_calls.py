@@ -67,6 +67,27 @@ def test_the_public_function_takes_the_plan(
     assert attend() == expected
 
 
+def test_gradients_take_the_plan(driver: MockDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six launches, forward and backward, and no call of Python's plan or of the operators."""
+    call = [x.requires_grad_() for x in inputs(5, 20)[:4]]
+
+    def names() -> list[str]:
+        before = driver.launched
+        additive_attention(*call).sum().backward()
+        return [x.name for x in driver.since(before)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "enabled", False)
+        expected = names()
+    assert len(expected) == 6
+    for _ in range(4):
+        assert names() == expected
+    for name in ("_key", "_plans"):
+        monkeypatch.setattr(plans, name, None)
+    assert names() == expected
+    monkeypatch.undo()
+
+
 def test_modes_and_subclasses_see_the_operator(
     driver: MockDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,16 +13,18 @@ from additive_attn.backends.triton import forward as _forward
 from additive_attn.backends.triton import location_features as _location
 from additive_attn.backends.triton import plans, steps
 from additive_attn.backends.triton.launch import interpreted, matmul_precision
-from additive_attn.backends.triton.plans import planned, repeated_forward
+from additive_attn.backends.triton.plans import planned, repeated_backward, repeated_forward
 from additive_attn.spec.call import Call, Inputs
 
 __all__ = [
-    "backward", "forward", "interpreted", "location_features", "location_features_backward",
-    "prepare_keys", "probe", "repeated", "scores", "scores_backward", "step", "step_backward",
+    "again", "backward", "forward", "interpreted", "location_features",
+    "location_features_backward", "prepare_keys", "probe", "repeated", "scores",
+    "scores_backward", "step", "step_backward",
 ]  # fmt: skip
 
 forward, scores = planned(_forward.forward), planned(_forward.scores, single=True)
 repeated = functools.partial(repeated_forward, _forward.forward)
+again = functools.partial(repeated_backward, _backward.backward)
 backward = planned(_backward.backward)
 scores_backward = planned(_backward.scores_backward)
 step, step_backward = planned(steps.step), planned(steps.step_backward)
