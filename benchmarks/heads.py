@@ -6,7 +6,8 @@
 
 All providers of a case run in this process and take turns. Each is compared with the plain layer
 of its own sizes before anything is timed. Times are CPU times of all threads together. Rows go to
-a new file in benchmarks/results/local/, which git ignores; --save writes the file that git tracks.
+a new file in benchmarks/results/local/, which git ignores; --save replaces the rows of these cases
+in the file that git tracks.
 """
 
 from __future__ import annotations

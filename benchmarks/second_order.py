@@ -7,8 +7,8 @@
 The other provider is the plain formula, differentiated by torch.func a block of rows at a time, so
 that it fits in the same memory. Both are compared with each other at a small size before anything
 is timed, and take turns. Times are of forward, gradients and their gradients, or of one jvp. Rows
-go to a new file in benchmarks/results/local/, which git ignores; --save writes the file that git
-tracks.
+go to a new file in benchmarks/results/local/, which git ignores; --save replaces the rows of these
+cases in the file that git tracks.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Block masks keep about a tenth of the blocks of 8192 queries and keys, and the o
 the same call without a mask. Packed sequences have 10 to 1000 positions, and the other provider is
 the same call on padded sequences with their lengths. Results are compared before anything is
 timed, and both take turns. Rows go to a new file in benchmarks/results/local/, which git ignores;
---save writes the file that git tracks.
+--save replaces the rows of these cases in the file that git tracks.
 """
 
 from __future__ import annotations

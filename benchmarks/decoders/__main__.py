@@ -1,6 +1,6 @@
 """Measures decoders, writes csv rows and prints them as a table.
 
-    python -m benchmarks.decoders                         everything (12 minutes)
+    python -m benchmarks.decoders                         everything (16 minutes)
     python -m benchmarks.decoders --case attloc joeynmt
     python -m benchmarks.decoders --group decoders --split
 
@@ -42,7 +42,7 @@ def measure_case(
     found = measured(problem, budget, rounds)
     for provider, columns in found.items():
         yield about | {"provider": provider} | columns
-    if profile and case.group in ("layers", "decoders"):
+    if profile and case.group in table.LOOPS:
         for provider, run in problem.runs.items():
             for group, spent in split(run, by_operator=provider != "plain").items():
                 row = about | {"provider": provider, "group": group}

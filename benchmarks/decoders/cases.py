@@ -159,6 +159,56 @@ LOOPS = [
     ),
 ]  # fmt: skip
 
+# Whole decoders of the code bases that the cases above have no decoder of. Their keys are
+# projected once, in the originals too.
+CODE_BASES = [
+    loop_case(f"{name}-decoder", what, loop, *bars(1, 1), group="codebases")
+    for name, what, loop in (
+        ("attadd", "ESPnet AttAdd", replace(ESPNET_LOOP, input_dim=320, cell_dim=320)),
+        (
+            "speechbrain-content", "SpeechBrain content",
+            replace(SPEECHBRAIN_LOOP, input_dim=128, cell_dim=1024),
+        ),
+        (
+            "speechbrain-location", "SpeechBrain location",
+            replace(
+                SPEECHBRAIN_LOOP, input_dim=128, cell_dim=1024,
+                layer=replace(SPEECHBRAIN, location=SPEECHBRAIN_LOCATION),
+            ),
+        ),
+        ("joeynmt", "JoeyNMT", Loop(64, 40, 40, JOEYNMT, input_dim=512, cell_dim=512)),
+        (
+            "opennmt", "OpenNMT-py, input feed",
+            Loop(64, 40, 40, Layer(500, 500, 500, query_bias=True), input_dim=500, cell_dim=500),
+        ),
+        ("d2l", "d2l", Loop(64, 9, 9, Layer(256, 256, 256), input_dim=256, cell_dim=256)),
+        (
+            "tutorial", "PyTorch tutorial",
+            Loop(
+                32, 10, 10, Layer(128, 128, 128, True, True, True), input_dim=128, cell_dim=128
+            ),
+        ),
+        *(
+            (
+                f"coqui-{name}", f"Coqui TTS, {name}",
+                Loop(32, 150, 50, TACOTRON, input_dim=256, cell_dim=1024, coqui=weights),
+            )
+            for name, weights in (
+                ("softmax", ("softmax", False)), ("sigmoid", ("sigmoid", False)),
+                ("forward", ("softmax", True)),
+            )
+        ),
+    )
+]  # fmt: skip
+COQUI = [
+    replace(
+        case, name=case.name.removesuffix("-decoder"), part="attention", group="layers",
+        arguments=(alone(case.arguments[0]),),
+    )
+    for case in CODE_BASES
+    if case.name.startswith("coqui")
+]  # fmt: skip
+
 SIZES = {
     "tacotron": (32, 150, 128, 512, 50),
     "espnet": (16, 400, 320, 320, 40),
@@ -233,4 +283,4 @@ HOISTING = [
     )
 ]  # fmt: skip
 CALLS = [replace(case, group="calls") for case in CALLS]
-CASES = {case.name: case for case in [*LOOPS, *CALLS, *DECODERS, *HOISTING]}
+CASES = {case.name: case for case in [*LOOPS, *COQUI, *CALLS, *DECODERS, *CODE_BASES, *HOISTING]}

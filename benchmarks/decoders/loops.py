@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from benchmarks.decoders.originals import Attention, Heads, Layer, PointerNetwork
+from benchmarks.decoders.originals import Attention, Coqui, Heads, Layer, PointerNetwork
 from benchmarks.decoders.ours import FusedPointerNetwork, ours
 from benchmarks.decoders.problem import Problem
 
@@ -20,7 +20,8 @@ class Loop:
     """T steps with B sequences of up to Lk keys. ``cell_dim``: with an LSTM cell, whose input are
     ``input_dim`` features and the last context; 0: the attention alone, with given queries.
     ``feeds``: features of a layer between input and cell. ``cell_state``: the query is the cell's
-    hidden state beside its memory. ``coverage``: the loss of See et al. 2017."""
+    hidden state beside its memory. ``coverage``: the loss of See et al. 2017. ``coqui``: how
+    Coqui TTS's attention makes weights, and whether they move on."""
 
     batch: int
     keys: int
@@ -33,6 +34,7 @@ class Loop:
     cell_state: bool = False
     coverage: bool = False
     pointer: int = 0
+    coqui: tuple[str, bool] | None = None
 
 
 class Decoder(nn.Module):
@@ -49,7 +51,9 @@ class Decoder(nn.Module):
             layer = loop.layer
             query_dim, memory_dim = layer.query_dim, layer.memory_dim
             context_dim = layer.output_dim or layer.value_dim or memory_dim
-            if loop.heads > 1:
+            if loop.coqui:
+                self.attention = Coqui(layer, *loop.coqui)
+            elif loop.heads > 1:
                 self.attention, context_dim = Heads(layer, loop.heads), memory_dim
             else:
                 self.attention = Attention(layer)
@@ -110,7 +114,9 @@ class Decoder(nn.Module):
     def results(self, outputs: list[Tensor]) -> dict[str, Tensor]:
         found = {f"output {n}": each.detach() for n, each in enumerate(outputs)}
         for name, parameter in self.named_parameters():
-            if name.endswith("energy.bias"):  # cancels: its gradient is zero, or what is rounded
+            if name.endswith(
+                ("energy.bias", "parts.v.linear_layer.bias")
+            ):  # cancels: its gradient is zero, or what is rounded
                 continue
             grad = parameter.grad
             found[f"gradient of {name}"] = torch.zeros_like(parameter) if grad is None else grad

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
+from additive_attn.compat.coqui import OriginalAttention
+
 PROJECTION = "part: projection"
 
 
@@ -198,3 +200,56 @@ class PointerNetwork(nn.Module):
     def scores(self, query: Tensor, key: Tensor, weight: Tensor) -> Tensor:
         energy = torch.tanh(query[:, :, None] + key)
         return torch.bmm(weight.expand(len(query), 1, -1), energy).squeeze(1)
+
+
+class ForwardState(NamedTuple):
+    """What a step of :class:`Coqui` reads: ``State``, and the weights that moved on."""
+
+    key: Tensor
+    value: Tensor
+    attended: Tensor
+    previous: Tensor
+    cumulative: Tensor
+    alpha: Tensor
+
+
+class Coqui(nn.Module):
+    """Coqui TTS's attention with its parts: weights by a sigmoid, its default, or by a softmax;
+    and with ``moving`` forward attention (Zhang et al. 2018, arXiv:1807.06736), whose weights stay
+    at a key or move on by one."""
+
+    def __init__(self, layer: Layer, norm: str, moving: bool) -> None:
+        super().__init__()
+        location, self.norm, self.moving = layer.location, norm, moving
+        assert location is not None
+        self.parts: Any = OriginalAttention(
+            layer.query_dim, layer.memory_dim, layer.hidden_dim, True, location.filters,
+            location.kernel_size, False, norm, moving, False, False,
+        )  # fmt: skip
+
+    def begin(self, memory: Tensor, lengths: Tensor) -> ForwardState:
+        attended = torch.arange(memory.shape[1]) < lengths[:, None]
+        zeros = memory.new_zeros(memory.shape[:2])
+        alpha = torch.cat([zeros[:, :1] + 1, zeros[:, 1:] + 1e-7], dim=1)
+        key = projected(self.parts.inputs_layer, memory)
+        return ForwardState(key, memory, attended, zeros, zeros, alpha)
+
+    def step(self, query: Tensor, state: ForwardState) -> tuple[Tensor, Tensor, ForwardState]:
+        parts, alpha = self.parts, state.alpha
+        inputs = torch.stack([state.previous, state.cumulative], dim=1)
+        energy = projected(parts.query_layer, query)[:, None] + parts.location_layer(inputs)
+        scores = parts.v(torch.tanh(energy + state.key)).squeeze(-1)
+        scores = scores.masked_fill(~state.attended, -torch.inf)
+        if self.norm == "softmax":
+            weights = torch.softmax(scores, dim=-1)
+        else:
+            weights = torch.sigmoid(scores)
+            weights = weights / weights.sum(dim=1, keepdim=True)
+        cumulative = state.cumulative + weights
+        if self.moving:
+            moved = F.pad(alpha[:, :-1], (1, 0))
+            alpha = (0.5 * alpha + 0.5 * moved + 1e-8) * weights
+            alpha = weights = alpha / alpha.sum(dim=1, keepdim=True)
+        context = torch.bmm(weights[:, None], state.value).squeeze(1)
+        state = state._replace(previous=weights, cumulative=cumulative, alpha=alpha)
+        return context, weights, state

@@ -20,7 +20,7 @@ from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.location import location_features
 from additive_attn.ops.memory import lend
 from additive_attn.ops.products import lend_weight, multiply
-from benchmarks.decoders.originals import Attention, Heads, PointerNetwork, State
+from benchmarks.decoders.originals import Attention, Coqui, Heads, PointerNetwork, State
 
 
 def ours(original: nn.Module) -> Any:
@@ -29,6 +29,8 @@ def ours(original: nn.Module) -> Any:
         return FusedHeads(original)
     if isinstance(original, PointerNetwork):
         return FusedPointerNetwork(original)
+    if isinstance(original, Coqui):
+        return FusedCoqui(original)
     assert isinstance(original, Attention)
     location = original.layer.location
     if location is None:
@@ -142,6 +144,22 @@ class FusedSpeechBrain:
     def step(self, query: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         context, weights = self.attention(*state, query)
         return context, weights, state
+
+
+class FusedCoqui:
+    """The class of ``additive_attn.compat``."""
+
+    def __init__(self, original: Coqui) -> None:
+        self.attention = original.parts
+
+    def begin(self, memory: Tensor, lengths: Tensor) -> Any:
+        self.attention.init_states(memory)
+        attended = torch.arange(memory.shape[1]) < lengths[:, None]
+        return memory, self.attention.preprocess_inputs(memory), attended
+
+    def step(self, query: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+        context = self.attention(query, *state)
+        return context, self.attention.attention_weights, state
 
 
 class FusedHeads:

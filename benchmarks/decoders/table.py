@@ -26,6 +26,7 @@ COLUMNS = [
     *("case", "what", "part", *SIZES, "mode", "provider", "group"),
     *("cpu_ms", "q20_ms", "q80_ms", "wall_ms", "self_ms"),
 ]
+LOOPS = ("layers", "decoders", "codebases")  # groups
 LOCAL_DECODERS = LOCAL / "decoders"
 Times = dict[str, dict[str, Row]]  # by case and provider
 
@@ -148,7 +149,7 @@ def show(path: Path, groups: list[str], with_bars: bool, split: bool) -> None:
     for name in groups:
         times = times_of(row for row in rows if CASES[row["case"]].group == name)
         if times:
-            make: Any = loops_table if name in ("layers", "decoders") else calls_table
+            make: Any = loops_table if name in LOOPS else calls_table
             print(markdown(make(times, with_bars)) + "\n")
 
 
