@@ -73,6 +73,13 @@ def test_opposite_pairs_among_others(queries, deviation, hidden, mix):
     check_against_plain(cases, magnitude=20 * deviation)
 
 
+def test_opposite_pairs_of_late_rows():
+    """The pass over features has rows of two tiles of scores in one: the second has the pairs."""
+    cases = list(opposite_pairs(24, 1e-4, 72, "third"))
+    attended = (torch.arange(24) >= 16)[:, None].expand(24, 24)
+    check_against_plain(cases, magnitude=20 * 1e-4, attn_mask=attended)
+
+
 def test_scores_of_opposite_pairs_among_others():
     cases = list(opposite_pairs(3, 1e-3, 24, "third"))
     for case in cases:
