@@ -175,15 +175,16 @@ def _address(core: Any, interpreter: Any, add: Callable[..., Any]) -> Callable[.
     found, made = cases.found, cases.made
 
     def call(x: Any, y: Any, **options: Any) -> Any:
-        if options or type(x.dtype) is not core.pointer_type or type(y) is not cases.tensor:
+        if options or type(x.dtype) is not core.pointer_type:
             return add(x, y, **options)
-        if cases.kinds.get(id(y.dtype)) is not int:
+        case, data = cases.operand(y, core.int64)
+        if data is None:
             return add(x, y)
-        key = id(x.shape), x.dtype.name, id(y.shape), id(y.dtype)
+        key = id(x.shape), x.dtype.name, case
         if key not in found:
             return cases.first(key, x, y)
         size = max(1, x.dtype.element_ty.primitive_bitwidth // 8)
-        return made(found[key], x.handle.data + size * y.handle.data.astype(np.uint64))
+        return made(found[key], x.handle.data + size * data.astype(np.uint64))
 
     return call
 

@@ -117,7 +117,7 @@ def test_addresses_and_loads(dtype, compare):
         numbers = [tensor(tl.int32, shape) + 1 for shape in SHAPES]
         numbers += [tensor(tl.int64, shape) + 1 for shape in SHAPES]
         places = [place, *(place + number for number in numbers)]
-        for at, number in itertools.product(places, numbers):
+        for at, number in itertools.product(places, [*numbers, 2, tl.constexpr(-1)]):
             at + number
         others = [None, 0, 0.5, tensor(tl.float32, ()), tensor(tl.float32, (4,))]
         for at in places:
