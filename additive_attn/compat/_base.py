@@ -22,7 +22,7 @@ from additive_attn.ops.location import location_features
 from additive_attn.ops.memory import Lent, Shared, eager, lend, version
 from additive_attn.ops.products import LentWeight
 
-_saving = torch._C._autograd._top_saved_tensors_default_hooks
+_hooks_of_saving = torch._C._autograd._top_saved_tensors_default_hooks
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -80,11 +80,10 @@ class Leases:
     ) -> Lease:
         """The lease of these tensors, unchanged since it was built, or a new one."""
         floats = [x for x in (*sources, *parameters) if x is not None and x.is_floating_point()]
-        # Under checkpointing a step is to do the same each time it runs.
         # Inference tensors do not tell whether they have been written to.
         if (
             not eager(floats, floats[0])
-            or _saving(True) is not None
+            or saving() is not None
             or any(x.is_inference() for x in sources)
         ):
             return build()
@@ -119,6 +118,12 @@ class Leases:
             owner = ref(self)
             lease.output.source.register_hook(lambda _: _forget(owner))
         return lease
+
+
+def saving() -> Any:
+    """Hooks on what is saved for backward, as under checkpointing, where a step is to do the same
+    each time it runs."""
+    return _hooks_of_saving(True)
 
 
 def _forget(owner: ref[Leases]) -> None:

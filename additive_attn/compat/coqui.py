@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from weakref import ref
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from additive_attn.compat._base import Linear, Modules, affine, features, step
+from additive_attn.compat._base import Linear, Modules, affine, features, saving, step
 from additive_attn.functional import additive_scores
 from additive_attn.nn.linear import energy_of
 from additive_attn.ops.compat_checks import explained
+from additive_attn.ops.memory import eager
+from additive_attn.ops.products import LentWeight, lend_weight, multiply
 
 
 class LocationLayer(nn.Module):
@@ -32,6 +36,37 @@ class LocationLayer(nn.Module):
     def forward(self, attention_cat: Tensor) -> Tensor:
         term: Tensor = self.location_dense(self.location_conv1d(attention_cat).mT)
         return term
+
+
+class LentValues:
+    """The values of the steps of a sequence, until their backward pass. A copy of the layer has
+    none."""
+
+    __slots__ = ("__weakref__", "lent", "values", "version")
+
+    lent: LentWeight | None
+    values: Tensor | None
+
+    def __init__(self, values: Tensor | None = None) -> None:
+        self.values, self.lent = values, None
+        if values is None:
+            return
+        self.version, lent = values._version, lend_weight(values.mT)
+        self.lent, owner = lent, ref(self)
+
+        def end(_: Tensor) -> None:
+            if (kept := owner()) is not None:
+                kept.values = kept.lent = None
+
+        lent.source.register_hook(end)
+
+    def __reduce__(self) -> tuple[type[LentValues], tuple[()]]:
+        return LentValues, ()
+
+    def of(self, values: Tensor) -> LentWeight | None:
+        """What was lent of these values, unchanged."""
+        same = self.values is values and self.version == values._version
+        return self.lent if same else None
 
 
 class OriginalAttention(nn.Module):
@@ -174,7 +209,7 @@ class OriginalAttention(nn.Module):
             alignment = self.alpha = self.apply_forward_attention(alignment)
             context = None
         if context is None:
-            context = torch.bmm(alignment.unsqueeze(1), inputs).squeeze(1)
+            context = self._weighted_sum(alignment, inputs)
         self.attention_weights = alignment
         if self.forward_attn and self.trans_agent:
             self.u = torch.sigmoid(self.ta(torch.cat([context, query.squeeze(1)], dim=-1)))
@@ -195,6 +230,21 @@ class OriginalAttention(nn.Module):
             self, modules, query, processed_inputs, inputs, attended=mask, inputs=weighs,
             need_context=not self.forward_attn,
         )  # fmt: skip
+
+    def _weighted_sum(self, alignment: Tensor, inputs: Tensor) -> Tensor:
+        """The gradient of the inputs, which all steps share, is made once."""
+        if (
+            not (inputs.requires_grad and torch.is_grad_enabled())
+            or not eager((alignment, inputs), inputs)
+            or saving() is not None
+        ):
+            return torch.bmm(alignment.unsqueeze(1), inputs).squeeze(1)
+        kept: LentValues = self.__dict__.get("_values") or LentValues()
+        if (lent := kept.of(inputs)) is None:
+            kept = self.__dict__["_values"] = LentValues(inputs)
+            lent = kept.lent
+        assert lent is not None
+        return multiply(lent, alignment)
 
     def _scores(
         self, query: Tensor, key: Tensor, mask: Tensor | None, weighs: Tensor | None

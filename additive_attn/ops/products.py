@@ -19,13 +19,14 @@ _will_run = torch._C._will_engine_execute_node
 
 
 class LentWeight(NamedTuple):
-    source: Tensor  # (out, in)
+    source: Tensor  # (out, in), or (B, out, in)
     shared: Tensor  # as a step takes it
     node: Any  # None: the weight needs no gradient
 
 
 def lend_weight(weight: Tensor) -> LentWeight:
-    """Prepares a weight ``(out, in)`` for :func:`multiply`."""
+    """Prepares a weight ``(out, in)``, or one for each entry ``(B, out, in)``, for
+    :func:`multiply`."""
     if not (weight.requires_grad and torch.is_grad_enabled() and eager((weight,), weight)):
         return LentWeight(weight, weight, None)
     shared: Tensor = _Weight.apply(weight)
@@ -33,16 +34,22 @@ def lend_weight(weight: Tensor) -> LentWeight:
 
 
 def multiply(lent: LentWeight, x: Tensor) -> Tensor:
-    """``linear(x, weight)``, x ``(..., in)``."""
+    """``linear(x, weight)``, x ``(..., in)``; with a weight for each entry, x ``(B, in)``."""
     if (
         lent.node is None
         or not torch.is_grad_enabled()
         or not eager((x,), lent.source)
         or autocast_dtype(x.device.type) is not None
     ):
-        return linear(x, lent.source)
+        return _product(x, lent.source)
     out: Tensor = _Product.apply(lent.node, x, lent.shared)
     return out
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    if weight.dim() == 2:
+        return linear(x, weight)
+    return torch.bmm(x.unsqueeze(1), weight.mT).squeeze(1)
 
 
 class _Weight(SingleLevelFunction):
@@ -61,7 +68,7 @@ class _Weight(SingleLevelFunction):
             return incoming
         grads, rows = zip(*running.records, strict=True)
         running.records.clear()
-        return summed(incoming, torch.cat(grads).mT @ torch.cat(rows))
+        return summed(incoming, torch.cat(grads, dim=-2).mT @ torch.cat(rows, dim=-2))
 
 
 class _Product(SingleLevelFunction):
@@ -70,7 +77,7 @@ class _Product(SingleLevelFunction):
         ctx.node = node
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
-        return linear(x, weight)
+        return _product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -78,10 +85,13 @@ class _Product(SingleLevelFunction):
         if grad is None:
             return None, None, None
         x, weight = ctx.saved_tensors
-        grad_x = grad @ weight if of_x else None
+        grad_x = _product(grad, weight.mT) if of_x else None
         if not of_weight:
             return None, grad_x, None
-        rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        if weight.dim() == 2:
+            rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        else:
+            rows = grad.unsqueeze(1), x.unsqueeze(1)
         if torch.is_grad_enabled() or is_batch(grad):
             return None, grad_x, rows[0].mT @ rows[1]
         if _will_run(ctx.node):

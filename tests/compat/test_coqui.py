@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import loops
@@ -93,6 +94,24 @@ def test_formula(options):
     nn.Module.__init__(plain)
     plain.__dict__["_modules"], plain.__dict__["layer"] = layer._modules, layer
     loops.check(layer, plain, decode)
+
+
+@pytest.mark.parametrize("options", [{"norm": "sigmoid"}, {"forward_attn": True}])
+def test_the_gradient_of_the_values_is_made_once(options):
+    """For each of two sequences of one memory; nothing is kept of it afterwards."""
+    layer, given = make(**options).double(), loops.inputs()
+    memory = given["memory"] = given["memory"].requires_grad_()
+    outputs = decode(layer, given)
+    assert all(context.grad_fn.name() == "_ProductBackward" for context in outputs[::2])
+    sum(x.square().sum() for x in outputs).backward()
+    once, kept = memory.grad, layer.__dict__["_values"]
+    assert kept.values is None and kept.lent is None
+    memory.grad = None
+    for outputs in (decode(layer, given), decode(layer, given)):
+        sum(x.square().sum() for x in outputs).backward()
+    torch.testing.assert_close(memory.grad, 2 * once)
+    decode(layer, given)
+    assert copy.deepcopy(layer.__dict__["_values"]).of(memory) is None
 
 
 def test_a_window_moves_on():

@@ -16,11 +16,21 @@ from additive_attn.ops.products import lend_weight, multiply
 
 B, N, M, T = 3, 5, 4, 3
 F64 = torch.float64
+SHAPE = (M, N)
+
+
+@pytest.fixture(autouse=True, params=[(M, N), (B, M, N)], ids=["shared", "of each entry"])
+def weight_shape(request, monkeypatch):
+    monkeypatch.setitem(globals(), "SHAPE", request.param)
+
+
+def direct(weight, x):
+    return linear(x, weight) if weight.dim() == 2 else (weight @ x.unsqueeze(-1)).squeeze(-1)
 
 
 def leaves():
     torch.manual_seed(0)
-    return torch.randn(M, N, dtype=F64, requires_grad=True), *(
+    return torch.randn(*SHAPE, dtype=F64, requires_grad=True), *(
         torch.randn(*shape, dtype=F64, requires_grad=True) for shape in [(B, N)] * T
     )
 
@@ -37,7 +47,7 @@ def loop(weight, inputs, product, lent, used=False):
 
 def plain(used=False):
     weight, *inputs = leaves()
-    return loop(weight, inputs, lambda w, x: linear(x, w), weight, used), weight, inputs
+    return loop(weight, inputs, direct, weight, used), weight, inputs
 
 
 def ours(used=False):
@@ -61,7 +71,7 @@ def test_gradients(used, times):
 def test_weight_of_a_graph():
     """The weight is itself made of parameters; another step follows after a backward pass."""
     results = []
-    for lend, product in ((lend_weight, multiply), (lambda w: w, lambda w, x: linear(x, w))):
+    for lend, product in ((lend_weight, multiply), (lambda w: w, direct)):
         weight, *inputs = leaves()
         made = weight.tanh().sigmoid()
         lent = lend(made)
@@ -106,7 +116,7 @@ def test_checkpointing(reentrant):
     sum(outs).backward()
     found, grad = [x.grad for x in inputs], weight.grad
     weight, *inputs = leaves()
-    sum(linear(x, weight).pow(3).sum() for x in inputs).backward()
+    sum(direct(weight, x).pow(3).sum() for x in inputs).backward()
     torch.testing.assert_close([*found, grad], [*(x.grad for x in inputs), weight.grad])
 
 
@@ -117,7 +127,7 @@ def test_without_gradients_under_autocast_and_under_vmap():
         assert not multiply(lent, inputs[0]).requires_grad
         assert lend_weight(weight).node is None
     x = torch.stack(inputs)
-    torch.testing.assert_close(torch.vmap(lambda x: multiply(lent, x))(x), linear(x, weight))
+    torch.testing.assert_close(torch.vmap(lambda x: multiply(lent, x))(x), direct(weight, x))
     narrow = lend_weight(weight.detach().float().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
         assert multiply(narrow, inputs[0].detach().float()).dtype == torch.bfloat16
