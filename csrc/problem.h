@@ -144,6 +144,7 @@ template <class T>
 struct PreparedKeys {
   std::int64_t batch, keys, hidden;
   StoredRows<T> key;
+  Rows<const T> weight;   // that steps will bring, or no data
   T* prepared;            // (B, Lk, H)
   std::uint16_t* narrow;  // the same of keys in 16 bits; one of the two is null
 };

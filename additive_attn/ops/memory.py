@@ -109,7 +109,7 @@ def lend(
         lent.shared, lent.node = _through_node(lent)
     lent.key_version = version(lent.source.key)
     with torch.no_grad():
-        lent.prepared = _operators.prepare_keys(shared.key.detach())
+        lent.prepared = _operators.prepare_keys(shared.key.detach(), shared.weight.detach())
     return lent
 
 

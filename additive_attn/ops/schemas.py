@@ -105,7 +105,7 @@ _STEP = (
     "Tensor? location_weight, Tensor? attn_mask, Tensor? lengths, Tensor? seed, float dropout_p, "
     "float scale"
 )
-registrations.define("prepare_keys(Tensor key) -> Tensor")
+registrations.define("prepare_keys(Tensor key, Tensor? weight=None) -> Tensor")
 registrations.define(f"step({_STEP}) -> (Tensor out, Tensor weights, Tensor lse)")
 registrations.define(
     f"step_backward(Tensor? grad_out, Tensor? grad_weights, Tensor? grad_lse, {_STEP}, "

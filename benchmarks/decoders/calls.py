@@ -96,7 +96,7 @@ def operators(batch: int, keys: int, hidden: int, values: int, steps: int) -> Pr
         return [torch.cat(grads, dim=1), *sums]
 
     def once() -> list[Tensor]:
-        prepared = ops.prepare_keys(key)
+        prepared = ops.prepare_keys(key, weight)
         memory = key, value, weight, prepared, None, None, None, lengths, None, 0.0, 1.0
         records = [ops.step(q, *memory) for q in queries]
         grads, scores = [], []

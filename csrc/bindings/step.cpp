@@ -4,8 +4,16 @@
 namespace additive_attn {
 namespace {
 
+// Where each entry's weight begins; nothing where entries of keys would need several.
+std::optional<Offsets> weight_offsets(const Sizes& batch, const Tensor& weight) {
+  const int64_t leading = weight.dim() - 1, missing = static_cast<int64_t>(batch.size()) - leading;
+  for (int64_t d = 0; d < leading; ++d)
+    if (weight.size(d) != 1 && (d + missing < 0 || batch[d + missing] != weight.size(d))) return std::nullopt;
+  return batch_offsets(batch, weight, 1);
+}
+
 template <class T>
-Tensor prepare_as(const Tensor& key) {
+Tensor prepare_as(const Tensor& key, const std::optional<Tensor>& weight) {
   // Keys of 16 bits are read as they lie.
   const bool lie = key.size(-1) <= 1 || key.stride(-1) == 1;
   const Tensor same = lie ? key : torch::stable::contiguous(key);
@@ -20,20 +28,28 @@ Tensor prepare_as(const Tensor& key) {
   p.keys = key.size(-2);
   p.hidden = key.size(-1);
   p.key = {same.const_data_ptr(), offsets.data(), Inputs::row_stride(same), storage};
-  if (is_half(key.scalar_type()))
+  std::optional<Tensor> same_weight;
+  std::optional<Offsets> at_weight;
+  if (is_half(key.scalar_type())) {
     p.narrow = data<std::uint16_t>(prepared);
-  else
+  } else {
     p.prepared = data<T>(prepared);
+    if (weight) same_weight = ready(*weight, key.scalar_type());
+    if (weight) at_weight = weight_offsets(batch, *same_weight);
+    if (at_weight) p.weight = {data<T>(*same_weight), at_weight->data(), 0};
+  }
   kernels().prepare(p, parallel_for);
   return prepared;
 }
 
-Tensor prepare_keys(const Tensor& key) {
+Tensor prepare_keys(const Tensor& key, const std::optional<Tensor>& weight) {
   STD_TORCH_CHECK(key.dim() >= 2, "key has ", key.dim(), " dims; additive_attn needs at least 2.");
   const ScalarType type = key.scalar_type();
   STD_TORCH_CHECK(is_half(type) || type == ScalarType::Float || type == ScalarType::Double,
                   "key must be float64, float32, bfloat16 or float16.");
-  return type == ScalarType::Double ? prepare_as<double>(key) : prepare_as<float>(key);
+  STD_TORCH_CHECK(!weight || (weight->is_cpu() && weight->dim() >= 1 && weight->size(-1) == key.size(-1)),
+                  "weight must be (..., ", key.size(-1), "), as the keys' last dim, on the CPU.");
+  return type == ScalarType::Double ? prepare_as<double>(key, weight) : prepare_as<float>(key, weight);
 }
 
 template <class T>

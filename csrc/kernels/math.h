@@ -12,14 +12,13 @@ inline Vec<float> reciprocal(Vec<float> x) {
 }
 
 // (e^r - 1 - r) / r^2 for |r| <= ln(2)/2: the Taylor series.
-template <class T>
+template <class T, int degree = Simd<T>::exp_degree>
 inline Vec<T> series(Vec<T> r) {
-  using S = Simd<T>;
   T factorial = 1;
-  for (int k = 2; k <= S::exp_degree; ++k) factorial *= T(k);
+  for (int k = 2; k <= degree; ++k) factorial *= T(k);
   Vec<T> p = splat<T>(T(1) / factorial);
 #pragma GCC unroll 16
-  for (int k = S::exp_degree - 1; k >= 2; --k) {
+  for (int k = degree - 1; k >= 2; --k) {
     factorial /= T(k + 1);
     p = p * r + T(1) / factorial;
   }
@@ -28,14 +27,14 @@ inline Vec<T> series(Vec<T> r) {
 
 // x = n ln 2 + r with |r| <= ln(2)/2: power = 2^n and e^r = 1 + high + low, with high exact, so that e^x can be had to
 // little more than its own rounding.
-template <class T>
+template <class T, int degree = Simd<T>::exp_degree>
 inline void exp_parts(Vec<T> x, Vec<T>& power, Vec<T>& high, Vec<T>& low) {
   using S = Simd<T>;
   constexpr T magic = T(3) * T(typename S::Bits(1) << (S::mantissa - 1)) + S::bias;
   const Vec<T> shifted = x * T(1.4426950408889634) + magic, n = shifted - magic, rest = n * S::ln2_low;
   high = x - n * S::ln2_high;
   const Vec<T> r = high - rest;
-  low = series<T>(r) * (r * r) - rest;
+  low = series<T, degree>(r) * (r * r) - rest;
   power = (Vec<T>)(as_bits<T>(shifted) << S::mantissa);
 }
 

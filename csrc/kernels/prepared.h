@@ -32,11 +32,22 @@ class PreparedQueries {
     if (!prepared_) return;
     T* to = memory_.get(0) + (1 + r * row_constants) * width;
     for (int form : {small, wide}) row.factor[form] = to + form * width;
+    Vec<T> lost[2] = {};
+    const bool scores = weight_largest_ != 0;
     for (std::int64_t h = 0; h < width; h += L) {
-      const Vec<T> q = load_part<T>(query + h, hidden - h, 0);
-      store(to + h, tanh<T>(q));
-      store(to + width + h, exp<T>(q * T(-2)));
+      const Vec<T> q = load_part<T>(query + h, hidden - h, 0), w = load(weight_ + h);
+      const Vec<T> exponent = clamp<T>(q * T(-2), Simd<T>::exp_low, Simd<T>::exp_high);
+      Vec<T> s, a, error[2];
+      tanh_with_error<T>(q, s, error[small]);
+      exp_with_error<T>(exponent, a, error[wide]);
+      store(to + h, s);
+      store(to + width + h, q > -Simd<T>::exp_low / 2 ? (Vec<T>){} : a);
+      if (!scores) continue;
+      lost[small] += w * error[small] * (s * s * (s * s + T(1)) + T(1));
+      lost[wide] -= w * error[wide] * reciprocal(a);
     }
+    row.correction[small] = sum<T>(lost[small]);
+    row.correction[wide] = sum<T>(lost[wide]) / 2;
     row.wide_fits = largest(query, hidden) <= ordered_bits<T>(Range<T>::safe);
     row.limit[small] = small_energy * weight_largest_ * as_number<T>(largest(row.factor[small], width));
     row.limit[wide] = small_tanh * weight_largest_;
@@ -91,7 +102,7 @@ class PreparedQueries {
   static constexpr int row_constants = 2;
   struct Row {
     const T *query, *factor[2];
-    T limit[2];
+    T limit[2], correction[2];  // the latter: what the roundings of the factors leave out
     bool wide_fits;
   };
 
@@ -187,7 +198,7 @@ class PreparedQueries {
       else
         add<form, true, R>(x, row, h, total);
     }
-    for (int r = 0; r < R; ++r) to[r * stride] = sum<T>(total[r]);
+    for (int r = 0; r < R; ++r) to[r * stride] = sum<T>(total[r]) + row[r].correction[form];
   }
 
   template <KeyForm form, bool edge, int R, class E>

@@ -2,7 +2,7 @@
 // lanes run over features, so that memory is read once and in order.
 //
 //     form    keys            prepared      t                              1 - t^2
-//     small   all |k| <= 1    c = tanh k    (c + s) / (1 + c s), s = tanh q   (1 - c^2) (1 - s^2) / (1 + c s)^2
+//     small   all |k| <= 1/4  c = tanh k    (c + s) / (1 + c s), s = tanh q   (1 - c^2) (1 - s^2) / (1 + c s)^2
 //     wide    |k| <= safe     b = e^{2k}    (b - a) / (b + a), a = e^{-2q}    4 a b / (a + b)^2
 //     direct  otherwise       NaN           tanh(q + k) from the key itself
 //
@@ -11,9 +11,13 @@
 // takes the direct form too where the query is out of the range of `wide`, and where query and key cancel. So the form
 // depends on this pair alone.
 //
-// Keys of 16 bits are prepared in 16 bits, with 11 binary digits. c is a half-precision number, after a multiplication
-// with 2^16 that keeps it normal. b has no sign and 6 bits of exponent, 2^-32 to 2^31. The lowest bit of the first
-// feature is 0 for small and 1 for wide.
+// What rounding adds to the scores of small energies is the same for all queries, sum_h w_h rho_h / 2 (eq. 8). With the
+// weight at hand, some features are rounded the other way, until little of it is left. For any other weight the key is as
+// exact as if all had been rounded to the nearest.
+//
+// Keys of 16 bits are prepared in 16 bits, with 11 binary digits, small up to 1. c is a half-precision number, after a
+// multiplication with 2^16 that keeps it normal. b has no sign and 6 bits of exponent, 2^-32 to 2^31. The lowest bit of
+// the first feature is 0 for small and 1 for wide.
 
 template <class T>
 constexpr T lift = T(sizeof(T) == 4 ? 0x1p30 : 0x1p240);
@@ -39,6 +43,32 @@ template <class T>
 inline Vec<T> tanh(Vec<T> x) {
   const Vec<T> e = expm1<T>(clamp<T>(x, -Range<T>::flat, Range<T>::flat) * T(2));
   return e / (e + T(2));
+}
+
+// c - a b, exact where it is small.
+template <class T>
+inline Vec<T> left_of_product(Vec<T> c, Vec<T> a, Vec<T> b) {
+  if constexpr (fused_multiply_add) return c - a * b;
+  constexpr auto upper = ~((typename Simd<T>::Bits(1) << (Simd<T>::mantissa / 2 + 1)) - 1);
+  const Vec<T> a1 = (Vec<T>)(as_bits<T>(a) & ((UVec<T>){} + upper)),
+               b1 = (Vec<T>)(as_bits<T>(b) & ((UVec<T>){} + upper));
+  return ((c - a1 * b1) - a1 * (b - b1)) - (a - a1) * b;
+}
+
+// tanh x for |x| <= 1/2, and what its rounding leaves out; of larger x its tanh, and no error.
+template <class T>
+inline void tanh_with_error(Vec<T> x, Vec<T>& t, Vec<T>& error) {
+  Vec<T> power, high, low;
+  // One more term, for an error that all features share is not lost among their roundings.
+  exp_parts<T, Simd<T>::exp_degree + 1>(clamp<T>(x, -Range<T>::flat, Range<T>::flat) * T(2), power, high, low);
+  const Vec<T> one = power - T(1), sum = power * high + one;
+  low = power * low + (power * high - (sum - one));  // e^{2x} - 1 = sum + low
+  const Vec<T> e = sum + low, y = e + T(2);
+  t = e / y;
+  const Vec<T> e_error = (sum - e) + low, y_error = (e - (y - T(2))) + e_error;
+  // 1 / y = (1 - t) / 2
+  const Vec<T> left = (left_of_product<T>(e, t, y) + (e_error - t * y_error)) * (T(0.5) - t * T(0.5));
+  error = magnitude<T>(x) <= as_bits<T>(splat<T>(T(0.5))) ? left : (Vec<T>){};
 }
 
 // A vector of prepared features, without the lift.
@@ -82,21 +112,79 @@ inline void mark_form(KeyForm form, float x, Narrow* prepared) {
   *prepared = Narrow(up ? *prepared + 1 : *prepared - 1);
 }
 
-// E is T, or Narrow.
+// What is prepared of a key k; adds what its rounding leaves out of the scores of small energies. unit: by how much these
+// grow with a unit in the last place.
+template <class T>
+inline Vec<T> prepare_features(KeyForm form, Vec<T> k, Vec<T> weight, Vec<T>& lost, Vec<T>& unit) {
+  Vec<T> x, error, growth;
+  if (form == small) {
+    tanh_with_error<T>(k, x, error);
+    growth = weight * (x * x * (x * x + T(1)) + T(1));
+  } else {
+    exp_with_error<T>(k * T(2), x, error);
+    growth = weight * (reciprocal(x) * T(0.5));
+  }
+  lost += growth * error;
+  constexpr auto above_mantissa = ~((typename Simd<T>::Bits(1) << Simd<T>::mantissa) - 1);
+  unit = (Vec<T>)(as_bits<T>(x) & ((UVec<T>){} + above_mantissa)) * (growth * std::numeric_limits<T>::epsilon());
+  return x;
+}
+
+constexpr int most_turned = 32;  // so many features may be rounded the other way
+
+// Changes features by a unit in the last place, of which a score grows by unit[h], until it has grown by `lost`: one after
+// the other, without branches, which no processor could foresee.
+template <class T>
+inline void turn_roundings(const T* unit, T lost, std::int64_t count, T* prepared) {
+  typedef typename Simd<T>::Bits Bits;
+  constexpr Bits sign = Bits(1) << (8 * sizeof(T) - 1);
+  for (std::int64_t h = 0; h < count; ++h) {
+    const Bits size = ordered_bits<T>(unit[h]) & ~sign, up = ordered_bits<T>(lost) & sign;
+    const Bits turn = -Bits((size > 0) & (as_number<T>(size) < 2 * std::fabs(lost)));
+    const Bits down = (ordered_bits<T>(unit[h]) ^ up) / sign;  // 0 or 1
+    lost -= as_number<T>((size | up) & turn);
+    prepared[h] = as_number<T>(ordered_bits<T>(prepared[h]) + (turn & (1 - 2 * down)));
+  }
+}
+
+// E is T, or Narrow; the weight is that of `normalised_copy`.
 template <class T, class E>
-void prepare_key(const T* key, std::int64_t hidden, E* prepared) {
+void prepare_key(const T* key, const T* weight, std::int64_t hidden, E* prepared) {
   constexpr bool narrow = sizeof(E) < sizeof(T);
   if (hidden == 0) return;
   const auto most = largest(key, hidden);
   const bool tiny = narrow && most > 0 && most < ordered_bits<T>(narrow_least);
   if (most > ordered_bits<T>(Range<T>::safe) || tiny)
     return void(std::fill(prepared, prepared + hidden, narrow ? E(narrow_unprepared) : E(NAN)));
-  const KeyForm form = most <= ordered_bits<T>(1) ? small : wide;
+  const KeyForm form = most <= ordered_bits<T>(narrow ? T(1) : T(0.25)) ? small : wide;
+  // Of many features more are turned: lost grows with their root.
+  const std::int64_t turned = std::min<std::int64_t>({hidden, most_turned, 4 + hidden / 24});
+  Vec<T> lost = {};
+  T unit[most_turned], first = 0;
   for (std::int64_t h = 0; h < hidden; h += lanes<T>) {
-    const Vec<T> k = load_part<T>(key + h, hidden - h, 0), x = form == small ? tanh<T>(k) : exp<T>(k * T(2));
+    Vec<T> x, units;
+    const Vec<T> k = load_part<T>(key + h, hidden - h, 0);
+    if constexpr (narrow)
+      x = form == small ? tanh<T>(k) : exp<T>(k * T(2));
+    else
+      x = prepare_features<T>(form, k, load(weight + h), lost, units);
+    if (!narrow && h < turned) store(unit + h, units);
     store_prepared(form, x, hidden - h, prepared + h);
-    if (h == 0) mark_form(form, T(x[0]), prepared);
+    if (h == 0) first = x[0];
   }
+  if constexpr (!narrow) turn_roundings<T>(unit, sum<T>(lost), turned, prepared);
+  mark_form(form, first, prepared);
+}
+
+// A normalised and padded copy; zeros without a weight, or where it is nonfinite.
+template <class T>
+const T* normalised_copy(const T* weight, std::int64_t hidden, Buffer<T>& memory) {
+  const std::int64_t width = round_up(hidden, lanes<T>);
+  T* to = memory.get(width);
+  std::memset(to, 0, width * sizeof(T));
+  const T factor = weight ? weight_normaliser(weight, hidden) : T(NAN);
+  for (std::int64_t h = 0; h < hidden && factor == factor; ++h) to[h] = weight[h] * factor;
+  return to;
 }
 
 template <class T>
@@ -104,18 +192,19 @@ void prepare_keys(const PreparedKeys<T>& p, const ParallelFor& parallel_for) {
   constexpr std::int64_t some = 64;
   const std::int64_t pieces = (p.keys + some - 1) / some;
   parallel_for(p.batch * pieces, some * p.hidden * 16, [&](Tasks& tasks) {
-    Buffer<T> copy;
+    Buffer<T> copy, normalised;
     for (std::int64_t task; tasks.take(task);) {
       const std::int64_t n = task / pieces, key0 = task % pieces * some;
+      const T* weight = normalised_copy(p.weight ? p.weight.at(n, 0) : nullptr, p.hidden, normalised);
       for (std::int64_t j = key0; j < std::min(key0 + some, p.keys); ++j) {
         const T* key = stored_row(p.key, n, j, 0, p.hidden, copy.get(p.hidden));
         const std::int64_t at = (n * p.keys + j) * p.hidden;
         if constexpr (sizeof(T) == 4)
           if (p.narrow) {
-            prepare_key(key, p.hidden, p.narrow + at);
+            prepare_key(key, weight, p.hidden, p.narrow + at);
             continue;
           }
-        prepare_key(key, p.hidden, p.prepared + at);
+        prepare_key(key, weight, p.hidden, p.prepared + at);
       }
     }
   });

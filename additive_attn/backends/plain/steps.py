@@ -17,7 +17,7 @@ from additive_attn.spec.formula import attended_pairs, energies, keep_factors, s
 from additive_attn.spec.masks import interval_mask
 
 
-def prepare_keys(key: Tensor) -> Tensor:
+def prepare_keys(key: Tensor, weight: Tensor | None = None) -> Tensor:
     """Nothing: plain PyTorch reads the keys themselves."""
     return key.new_empty(0)
 

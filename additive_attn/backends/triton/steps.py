@@ -131,7 +131,7 @@ def location_kernel(
     tl.store(grad_location_weight + f[:, None] * hidden + h[None, :], sum_weights, mask=both)
 
 
-def prepare_keys(key: Tensor) -> Tensor:
+def prepare_keys(key: Tensor, weight: Tensor | None = None) -> Tensor:
     """Nothing: an exponential per pair costs a GPU less than to read twice as much."""
     return key.new_empty(0)
 
