@@ -20,6 +20,7 @@ class LocationLayer(nn.Module):
     """Filters over the last weights and their sum, and a dense layer: ``(B, 2, Lk)`` to
     ``(B, Lk, H)``."""
 
+    @explained()
     def __init__(
         self,
         attention_dim: int,
@@ -166,7 +167,7 @@ class OriginalAttention(nn.Module):
     @explained(
         query="(B, query_dim)",
         inputs="(B, Lk, embedding_dim)",
-        processed_inputs="(B, Lk, H)",
+        processed_inputs="(B, Lk, attention_dim)",
         mask="bool (B, Lk) or None",
     )
     def forward(

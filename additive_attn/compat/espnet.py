@@ -185,7 +185,7 @@ class AttLoc(_Located):
             keys = torch.arange(enc_hs_pad.size(1), device=enc_hs_pad.device)
             start, stop = last_attended_idx - backward_window, last_attended_idx + forward_window
             window = ((keys >= start) & (keys < stop))[None, None]
-        inputs = att_prev.view(len(enc_hs_pad), 1, -1)
+        inputs = att_prev.view(len(enc_hs_pad), 1, enc_hs_pad.shape[1])
         return self.attend(query, enc_hs_len, scaling, inputs=inputs, window=window)
 
 
@@ -269,7 +269,7 @@ class AttLocRec(_Located):
             zeros = enc_hs_pad.new_zeros(len(enc_hs_pad), self.att_dim)
             att_prev_states = uniform(enc_hs_pad, enc_hs_len), (zeros, zeros)
         weights, states = att_prev_states
-        responses = features(self.loc_conv, weights.view(len(enc_hs_pad), 1, -1))
+        responses = features(self.loc_conv, weights.view(len(enc_hs_pad), 1, enc_hs_pad.shape[1]))
         states = self.att_lstm(responses.relu().amax(-1), states)
         # The state is added to all keys: as well to the query.
         out, weights = self.attend(self.mlp_dec(query) + states[0], enc_hs_len, scaling)

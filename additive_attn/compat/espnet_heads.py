@@ -112,6 +112,11 @@ class _Heads(Cached):
         energies, queries = _affine(self.gvec), _affine(self.mlp_q)
         dense = term = None
         if inputs is not None:
+            if len(inputs) != len(self.loc_conv):
+                raise ValueError(
+                    f"{type(self).__name__}.forward got att_prev of {len(inputs)} heads, but "
+                    f"needs the weights of {len(self.loc_conv)}: a list of (B, Lk)."
+                )
             dense = _affine(self.mlp_att)
             term = torch.stack(
                 [features(f, x.unsqueeze(1)) for f, x in zip(self.loc_conv, inputs, strict=True)],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from additive_attn.compat._base import Linear, Modules, step
@@ -39,6 +41,7 @@ class LocationLayer(nn.Module):
     location_conv: nn.Module
     location_dense: nn.Module
 
+    @explained()
     def __init__(
         self, attention_n_filters: int, attention_kernel_size: int, attention_dim: int
     ) -> None:
@@ -70,7 +73,7 @@ class _Stepwise(nn.Module):
     @explained(
         attention_hidden_state="(B, attention_rnn_dim)",
         memory="(B, Lk, embedding_dim)",
-        processed_memory="(B, Lk, H)",
+        processed_memory="(B, Lk, attention_dim)",
         attention_weights_cat="(B, 2, Lk)",
         mask="bool (B, Lk) or None",
     )
@@ -129,6 +132,10 @@ class Attention(_Stepwise):
 
 class _Attention(_Stepwise):
     """torchaudio's."""
+
+    _size_names: ClassVar[dict[str, str]] = {
+        "encoder_embedding_dim": "embedding_dim", "attention_hidden_dim": "attention_dim"
+    }  # fmt: skip
 
     @explained()
     def __init__(

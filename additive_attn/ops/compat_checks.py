@@ -16,30 +16,44 @@ from torch import Tensor, fx, nn
 from additive_attn.ops.autocast import autocast_dtype
 from additive_attn.ops.checks import INTEGERS, bounds, is_readable
 
-_ERRORS = AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError
+_ERRORS = (
+    AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError,
+    ZeroDivisionError,
+)  # fmt: skip
 
 
 def explained(**wanted: str) -> Callable[[Any], Any]:
     """For a method: ``wanted`` says of each argument what it must be, as "(B, Lk) or None", beside
-    those annotated as numbers. It is read to find the first that does not fit."""
+    those annotated as numbers. It is read to find the first that does not fit: equal letters are
+    equal sizes, and an integer that the layer was made with has its name."""
 
     def decorate(method: Any) -> Any:
         parameters = tuple(inspect.signature(method).parameters.values())[1:]
         names = [each.name for each in parameters]
-        numbers = {"int": "an integer", "float": "a number"}
+        numbers = {"int": "an integer, 0 or more", "float": "a number, 0 or more"}
         texts = {x.name: numbers[x.annotation] for x in parameters if x.annotation in numbers}
+        numbered = [x.name for x in parameters if x.annotation == "int"]
         texts.update(wanted)
 
         @functools.wraps(method)
         def run(self: Any, *arguments: Any, **options: Any) -> Any:
+            making = method.__name__ == "__init__"
+            given: dict[str, Any] = dict(options) if making else options
             try:
-                return method(self, *arguments, **options)
+                results = method(self, *arguments, **options)
             except _ERRORS as error:
                 given = {**dict(zip(names, arguments, strict=False)), **options}
-                caller = type(self).__name__
-                caller += "" if method.__name__ == "__init__" else f".{method.__name__}"
-                _refuse(caller, _parameter(self), texts, given, type(error))
+                caller = type(self).__name__ + ("" if making else f".{method.__name__}")
+                ordered = _in_order(texts, getattr(self, "batch_first", False) is True)
+                _refuse(caller, _parameter(self), ordered, given, type(error))
+                _refuse_sizes(caller, self.__dict__.get("_sizes", {}), ordered, given, error)
                 raise
+            if making:
+                given.update(zip(names, arguments, strict=False))
+                known = getattr(self, "_size_names", {})
+                sizes = {known.get(n, n): given[n] for n in numbered if n in given}
+                self.__dict__.setdefault("_sizes", {}).update(sizes)
+            return results
 
         return run
 
@@ -57,10 +71,48 @@ def _refuse(
     if any(isinstance(x, fx.Proxy) for x in given.values()):
         return
     for name, text in wanted.items():
+        if kind is ZeroDivisionError:
+            text = text.replace("an integer, 0", "an integer, 1")
         found = _misfit(given[name], text, parameter) if name in given else ""
         if found:
             kind = kind if kind in (RuntimeError, ValueError) else TypeError
             raise kind(f"{caller} got {name} {found}, but needs {text}.") from None
+
+
+def _in_order(texts: dict[str, str], batch_first: bool) -> dict[str, str]:
+    """Of a layer that takes the batch first, or second as the texts say."""
+    swapped = {name: re.sub(r"\((L\w), B", r"(B, \1", text) for name, text in texts.items()}
+    return swapped if batch_first else texts
+
+
+def _refuse_sizes(
+    caller: str, sizes: dict[str, int], wanted: dict[str, str], given: dict[str, Any], error: Any
+) -> None:
+    """Raises where a letter stands for two sizes; of a batch, 1 is told last."""
+    for either in (1, None):
+        known = {name: (size, "in this layer") for name, size in sizes.items()}
+        for name, text in wanted.items():
+            x = given.get(name)
+            for each in x if isinstance(x, list | tuple) and "list of (" in text else (x,):
+                shape = tuple(getattr(each, "shape", ()))
+                if isinstance(each, list | tuple) and text.startswith("integers"):
+                    shape = (len(each),)
+                for letter, size in zip(_letters(text, len(shape)), shape, strict=False):
+                    least = int(letter) if letter.isdigit() else size
+                    wants, where = known.setdefault(letter, (least, f"in {name}"))
+                    batch = letter == "B" and either in (size, wants)
+                    if size != wants and not batch:
+                        is_so = "" if letter.isdigit() else f", where {letter} is {wants} {where}"
+                        kind = type(error) if type(error) is RuntimeError else ValueError
+                        raise kind(
+                            f"{caller} got {name} of shape {shape}, but needs {text}{is_so}."
+                        ) from None
+
+
+def _letters(text: str, rank: int) -> list[str]:
+    """Of the first shape of this rank."""
+    groups = [re.findall(r"\w+", group) for group in re.findall(r"\(([^)]*)\)", text)]
+    return next((group for group in groups if len(group) == rank), [])
 
 
 def _misfit(x: Any, text: str, parameter: Tensor | None) -> str:
@@ -68,12 +120,20 @@ def _misfit(x: Any, text: str, parameter: Tensor | None) -> str:
     if x is None:
         return "" if "None" in text else "None"
     if text.startswith(("an integer", "a number")):
-        is_number = isinstance(x, Integral if text.startswith("an integer") else Real)
-        return "" if is_number and not isinstance(x, bool) else f"{x!r:.60}"
+        kind: Any = Integral if text.startswith("an integer") else Real
+        fits = isinstance(x, kind) and not isinstance(x, bool) and x >= ("1 or" in text)
+        return "" if fits else f"{x!r:.60}"
     if not isinstance(x, Tensor):
-        wanted = Integral if text.startswith("integers") else Tensor
-        listed = isinstance(x, list | tuple) and "list" in text
-        return "" if listed and all(isinstance(each, wanted) for each in x[:1]) else f"{x!r:.60}"
+        if not (isinstance(x, list | tuple) and "list" in text):
+            return f"{x!r:.60}"
+        if text.startswith("integers"):
+            return "" if all(isinstance(each, Integral) for each in x) else f"{x!r:.60}"
+        whole = "list of (" in text
+        found = [_misfit(each, "(B, Lk)", parameter) for each in (x if whole else x[:1])]
+        wrong = [f"that holds {each}" for each in found if each]
+        return next(iter(wrong), "") if x else "that is empty"
+    if text.startswith("a list"):
+        return "that is a tensor"
     if "(" not in text or x.layout is not torch.strided or x.is_nested:
         return f"that is a tensor {'nested' if x.is_nested else x.layout}"
     ranks = {group.count(",") + (group[-1] != ",") for group in re.findall(r"\(([^)]*)\)", text)}

@@ -138,6 +138,7 @@ def eager(tensors: Sequence[Tensor | None], like: Tensor) -> bool:
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
         or _dispatch_modes() > 0
+        or like.is_meta
     ) and all(
         x is None or (type(x) in _PLAIN_TYPES and x.dtype == dtype and x.device == device)
         for x in tensors

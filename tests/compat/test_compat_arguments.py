@@ -88,8 +88,8 @@ def refused(call, names):
         assert isinstance(error, (TypeError, ValueError, RuntimeError)), repr(error)
         assert set(names) & set(re.findall(r"\w+", text)), text
         assert_sentence(text)
-        return True
-    return False
+        return text
+    return ""
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -101,7 +101,7 @@ def test_calls(name):
     for argument, value in good.items():
         for bad in others(value):
             layer = make()
-            failed += refused(functools.partial(layer, **good | {argument: bad}), good)
+            failed += refused(functools.partial(layer, **good | {argument: bad}), good) != ""
     assert failed > 10
 
 
@@ -139,3 +139,91 @@ def test_constructors(cls):
         for bad in (None, [3], "3", 2.5):
             call = functools.partial(cls, **given | {name: bad})
             assert refused(call, [name]) or (cls is coqui.OriginalAttention and "location" in name)
+
+
+def resized(good):
+    """With one dim of another size, and without entries."""
+    for dim in range(good.dim()):
+        size = good.shape[dim]
+        for other in {0, 1, size - 1, size + 1, 2 * size} - {size}:
+            shape = [*good.shape[:dim], other, *good.shape[dim + 1 :]]
+            yield torch.zeros(shape, dtype=good.dtype)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CALLS)
+def test_sizes(name):
+    """Of another number of features, keys, location channels or sequences: by a sentence, which
+    is none of torch's own or of the kernel's."""
+    make, good = CALLS[name]
+    failed, raw = 0, ("mat1", "csrc", "unflatten", "size of tensor", "zip()", "Expected", "Given")
+    for argument, value in good.items():
+        if isinstance(value, torch.Tensor):
+            bad = [*resized(value), value[None]]
+        elif isinstance(value, list) and isinstance(value[0], torch.Tensor):
+            first, *rest = value
+            bad = [[], value * 3, *([x, *rest] for x in resized(first)), first]
+            bad += [[x, *rest] for x in (first.double(), first.to("meta"), first[0, 0])]
+        else:
+            bad = [[], [1], [5, 3, 2], [None, 3]] if isinstance(value, list) else []
+        for x in bad:
+            if name == "OriginalAttention" and argument == "inputs":
+                continue  # init_states had others
+            call = functools.partial(make(), **good | {argument: x})
+            text = refused(call, [*good, "mask", "keys", "key_padding_mask"])
+            assert not any(word in text for word in raw), text
+            failed += text != ""
+    assert failed > 10
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "OriginalAttention"])
+def test_shapes_alone_and_empty_batches(name):
+    make, good = CALLS[name]
+
+    def changed(x, how):
+        if isinstance(x, list) and isinstance(x[0], torch.Tensor):
+            return [how(each) for each in x]
+        return how(x) if isinstance(x, torch.Tensor) else x
+
+    layer = make()
+    expected = layer(**good)[0].shape
+    with torch.no_grad():
+        if "Bahdanau" not in name:
+            options = {n: changed(x, lambda x: x.to("meta")) for n, x in good.items()}
+            assert make().to("meta")(**options)[0].shape == expected
+            options = {n: changed(x, lambda x: x[:0]) for n, x in good.items()}
+            if "enc_hs_len" in good:
+                options["enc_hs_len"] = []
+            assert make()(**options)[0].shape[0] == 0
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [espnet.AttAdd, espnet.AttLoc, espnet.AttCov, espnet.AttCovLoc, espnet.AttLocRec,
+     espnet_heads.AttMultiHeadAdd, espnet_heads.AttMultiHeadLoc, gnmt.BahdanauAttention,
+     speechbrain.ContentBasedAttention, speechbrain.LocationAwareAttention, tacotron2.Attention,
+     tacotron2._Attention, tacotron2.LocationLayer, coqui.OriginalAttention, coqui.LocationLayer],
+)  # fmt: skip
+def test_constructors_of_no_size(cls):
+    """Negative numbers, and zeros where there must be one: of filters, channels and features."""
+    parameters = list(inspect.signature(cls).parameters.values())
+    given = {x.name: 3 for x in parameters if x.annotation == "int"}
+    given |= {x.name: x.name == "location_attention" for x in parameters if x.annotation == "bool"}
+    given |= {"norm": "softmax"} if cls is coqui.OriginalAttention else {}
+    for name in [x.name for x in parameters if x.annotation == "int"]:
+        for bad in (-1, -3, 0):
+            call = functools.partial(cls, **given | {name: bad})
+            assert refused(call, [name, "attention_kernel_size"]) or bad == 0, name
+
+
+def test_sizes_follow_the_layer():
+    """Copies and pickles know them too; a layer of a subclass, and one whose modules changed."""
+    import copy
+    import pickle
+
+    layer = espnet.AttLoc(D, D, H, 3, 2)
+    for twin in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        with pytest.raises(
+            (ValueError, RuntimeError), match=rf"where eprojs is {D} in this layer"
+        ):
+            twin(torch.randn(B, LK, D + 1), [5, 3], Q, None)
