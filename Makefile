@@ -113,6 +113,12 @@ compiled compiled-oldest compiled-all:
 	@echo "==> compiled kernels: left out, there is no emulator of PTX at $(ADDITIVE_ATTN_PTX)"
 endif
 
+features: build
+	@echo "==> features (about 10 minutes on 2 cores)"
+	@$(PYTEST) -m sweep tests/promises/test_features.py tests/distributed/test_sharded_features.py \
+		--features benchmarks/results/features.csv
+	@$(BIN)/python -m tools.doc_tables
+
 demo: build
 	@echo "==> demo: equivalence, gradients, speed"
 	@$(BIN)/python -m benchmarks.demo

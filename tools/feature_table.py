@@ -16,7 +16,10 @@ PATHS = {
     "triton": "Triton, interpreted",
 }  # fmt: skip
 DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-GROUPS = {"": "attention", "scores": "`additive_scores`", "step": "a decoder's step"}
+GROUPS = {
+    "": "attention", "scores": "`additive_scores`", "step": "a decoder's step",
+    "sharded": "over processes",
+}  # fmt: skip
 Cells = dict[str, dict[tuple[str, str], set[str]]]  # feature: (path, dtype): directions
 Hole = tuple[str, str, str]  # feature, path, dtype
 
@@ -25,6 +28,7 @@ _PLAIN = "plain PyTorch on a GPU"
 _COMPOSED = (
     *("forward mode", "forward mode of scores"),
     *("second derivatives", "second derivatives of scores"),
+    "sharded: sequence, second derivatives",
 )
 # Why a feature does not run on a path in a dtype.
 REASONS: dict[Hole, str] = {
