@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.autograd import attend
+from additive_attn.ops.block_mask import block_terms, is_block_mask
 from additive_attn.ops.checks import is_readable
 from additive_attn.ops.decoding import attend_apart
-from additive_attn.ops.head_checks import check_pairs, refuse_hint
+from additive_attn.ops.head_checks import check_blocks, check_pairs, refuse_hint
 from additive_attn.ops.masking import narrowed
 from additive_attn.spec.call import Call
 from additive_attn.spec.formula import keep_factors
@@ -95,7 +96,7 @@ def append_keys(
 def attend_heads(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, mask: Tensor | None,
     lengths: Tensor | None, is_causal: bool, dropout_p: float, need_weights: bool,
-    apart: bool = False,
+    apart: bool = False, blocks: Any = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Of packed queries, keys and values ``(N, L, heads * n)``: out ``(N, heads, L, n)``, and the
     weights ``(N, heads, L, S)`` after dropout, as nn.MultiheadAttention returns them. ``apart``:
@@ -103,12 +104,34 @@ def attend_heads(
     heads = weight.shape[0]
     inputs = split(query, heads), split(key, heads), split(value, heads), weight
     compute: Any = attend_dropped if need_weights and dropout_p > 0.0 else attend
+    if blocks is not None:
+        q, k = inputs[0].shape, inputs[1].shape
+        table, tiles = block_terms(blocks, inputs[0], q[:-2], q[-2], k[-2])
+        compute = partial(_with_blocks, compute, table, tiles)
     if apart and dropout_p > 0.0:
         compute = partial(attend_apart, compute=compute)
     out, weights, _ = masked_attention(
         inputs, mask, lengths, is_causal, None, dropout_p, 1.0, need_weights, compute=compute
     )
     return out, weights if need_weights else None
+
+
+def split_blocks(layer: Any, attn_mask: Any, is_causal: bool) -> tuple[Any, Any, bool]:
+    """A BlockMask, or a mask of another kind, and the hint: a BlockMask is looked at without."""
+    if not is_block_mask(attn_mask):
+        return None, attn_mask, is_causal
+    check_blocks(layer)
+    return attn_mask, None, False
+
+
+def _with_blocks(
+    compute: Any, table: Tensor, tiles: Tensor, call: Call, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``compute`` with a block table beside the mask."""
+    results: tuple[Tensor, Tensor, Tensor] = compute(
+        call._replace(block_table=table, block_tiles=tiles), *options
+    )
+    return results
 
 
 def attend_dropped(call: Call, need_weights: bool, *options: Any) -> tuple[Tensor, Tensor, Tensor]:

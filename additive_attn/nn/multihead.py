@@ -17,6 +17,7 @@ from additive_attn.nn.heads import (
     merged_masks,
     nested_like,
     padded,
+    split_blocks,
 )
 from additive_attn.nn.linear import projected
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
@@ -200,7 +201,7 @@ class MultiheadAdditiveAttention(nn.Module):
                 added to the scores, where ``-inf`` = ignore.
             need_weights: whether to return the weights; the call is cheaper without.
             attn_mask: ``(L, S)`` or ``(N * num_heads, L, S)``: bool, **True = do not attend**; or
-                float, added to the scores, where ``-inf`` = do not attend.
+                float, to be added, ``-inf`` = do not attend; or a BlockMask (**True = attend**).
             average_attn_weights: whether the weights are the mean of all heads'.
             is_causal: says that attn_mask, which must be passed too, masks the keys after each
                 query and changes nothing else. It is believed where nn.MultiheadAttention does:
@@ -239,6 +240,7 @@ class MultiheadAdditiveAttention(nn.Module):
         elif not self.batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         scores = (q.shape[1], k.shape[1])
+        blocks, attn_mask, is_causal = split_blocks(self, attn_mask, is_causal)
         if attn_mask is not None or key_padding_mask is not None:
             check_masks(self, attn_mask, key_padding_mask, q.shape[0], scores, batched)
         causal = is_causal and is_causal_mask(self, attn_mask, key_padding_mask, need_weights)
@@ -247,7 +249,7 @@ class MultiheadAdditiveAttention(nn.Module):
         k, v, mask, lengths = append_keys(self, k, v, mask, lengths)
         out, weights = attend_heads(
             q, k, v, self.energy_weight, mask, lengths, causal,
-            self.dropout if self.training else 0.0, need_weights,
+            self.dropout if self.training else 0.0, need_weights, blocks=blocks,
         )  # fmt: skip
         order = (0, 2, 1, 3) if self.batch_first or not batched else (2, 0, 1, 3)
         out = projected(self._modules["out_proj"], out.permute(order).flatten(-2))

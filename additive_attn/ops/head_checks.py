@@ -146,9 +146,12 @@ def check_masks(
             isinstance(mask, Tensor) and (mask.dtype == torch.bool or mask.is_floating_point())
         ):
             found = getattr(mask, "dtype", type(mask).__name__)
+            hint = "Convert a 0/1 mask with .bool()."
+            if found == "BlockMask":
+                hint = "A BlockMask is an attn_mask, and goes with and_masks into another one."
             raise TypeError(
                 f"{name} is {found}, but must be None, a bool tensor (True = do not attend) or a "
-                "float one, which is added to the scores. Convert a 0/1 mask with .bool()."
+                f"float one, which is added to the scores. {hint}"
             )
         own = layer.energy_weight.dtype
         if (
@@ -178,6 +181,15 @@ def check_masks(
                 f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, but must be "
                 f"{'(N, S)' if batched else '(S,), unbatched,'} = {wanted}."
             )
+
+
+def check_blocks(layer: Any) -> None:
+    """Of a layer that gets a BlockMask."""
+    if layer.bias_k is not None or layer.add_zero_attn:
+        raise ValueError(
+            "attn_mask is a BlockMask, whose blocks do not know the keys that add_bias_kv and "
+            "add_zero_attn append. Pass a bool tensor (True = do not attend)."
+        )
 
 
 def refuse_hint() -> NoReturn:
