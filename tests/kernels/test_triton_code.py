@@ -84,6 +84,7 @@ CALLS = {
     "96 features": call(1, 80, 80, 96, 64),
     "few rows": call(2, 12, 100_000, 128, 64),
     "6 rows": call(2, 6, 40, 40, 64, mask=torch.bool),
+    "16 rows": call(1, 16, 700, 64, 64, need_weights=False),
     "few keys": call(2, 300, 3, 128, 64),
     "half": call(2, 80, 90, 128, 64, dtype=torch.float16, mask=torch.float16),
     "bfloat16": call(2, 80, 90, 48, 64, dtype=torch.bfloat16, **EVERYTHING),
@@ -108,8 +109,8 @@ CALLS = {
 OTHERS = ("sm_80", "sm_100", "gfx942")
 # The same kernels as of other calls, specialised otherwise.
 VARIANTS = {
-    "float mask", "sizes of one", "odd sizes", "96 features", "few rows", "6 rows", "few keys",
-    "half", "bfloat16", "float64, everything",
+    "float mask", "sizes of one", "odd sizes", "96 features", "few rows", "6 rows", "16 rows",
+    "few keys", "half", "bfloat16", "float64, everything",
 }  # fmt: skip
 # Bytes that are spilled at most, outside of innermost loops, where the assembler of Triton 3.6 to
 # 3.8 holds a kernel to fewer registers than it needs at one place. With 3.9, the pass over

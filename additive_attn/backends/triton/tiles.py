@@ -14,6 +14,8 @@ WORKSPACE_ELEMENTS = 2**24  # scores that are kept at a time: 64 MB in float32
 # Up to so many pairs a backward is few launches: with more the host takes longer than the device.
 SMALL_PAIRS = 2**22
 
+SUMMED_KEYS = 8192  # sums of keys that one program of dw reads
+
 LONG = 24  # shorter rows or columns have tiles of their own, which are not tuned
 
 
@@ -83,8 +85,8 @@ def attend_columns(values: int, wide: bool, tile: Tile, size: int) -> int:
 
 
 def is_small(entries: int, rows: int, keys: int, row_tiles: int) -> bool:
-    """Whether one kernel makes the gradients from all sums: of dw one program reads all keys."""
-    return entries * rows * keys <= SMALL_PAIRS and row_tiles * keys <= 8192
+    """Whether one kernel makes the gradients from all sums, and two make dw of many keys."""
+    return entries * rows * keys <= SMALL_PAIRS and row_tiles * keys <= 2 * SUMMED_KEYS
 
 
 def row_pass_tile(
