@@ -426,3 +426,18 @@ def test_nothing_of_the_size_of_the_keys_is_written_per_step():
         operators.step_backward(out, None, None, *call, weights, lse, None)
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
     assert 0 < allocated < inputs["key"].nbytes / 8
+
+
+@pytest.mark.kernel
+def test_keys_are_prepared_for_the_weight_of_their_head():
+    g = torch.Generator().manual_seed(0)
+    key, weight = torch.randn(2, 3, 5, 40, generator=g), torch.randn(3, 40, generator=g)
+    together = operators.prepare_keys(key, weight)
+    for b, head in [(0, 0), (1, 2)]:
+        alone = operators.prepare_keys(key[b, head], weight[head])
+        assert_same(together[b, head], alone)
+    # Entries of keys that would need several weights are rounded to the nearest, as without one.
+    assert_same(operators.prepare_keys(key[:, :1], weight), operators.prepare_keys(key[:, :1]))
+    with pytest.raises(RuntimeError, match=r"weight must be \(\.\.\., 40\)"):
+        operators.prepare_keys(key, weight[:, 1:])
+    assert not torch.equal(together, operators.prepare_keys(key))
