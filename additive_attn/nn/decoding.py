@@ -179,9 +179,9 @@ def _class_of(beams: int) -> type[ProjectedMemory]:
 def _make_class(beams: int) -> None:
     if beams not in _classes:
         made = type("ProjectedMemory", (ProjectedMemory,), {"beams": beams})
-        name = f"additive_attn.ProjectedMemory.beams{beams}"
-        _register_namedtuple(made, serialized_type_name=name)
-        _classes[beams] = made
+        if _classes.setdefault(beams, made) is made:  # threads get the same class
+            name = f"additive_attn.ProjectedMemory.beams{beams}"
+            _register_namedtuple(made, serialized_type_name=name)
 
 
 # As torch.compiler.assume_constant_result does, which imports the compiler: that calls it then,
