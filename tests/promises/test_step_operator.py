@@ -47,7 +47,7 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, weight, prepare, masking, dropout, scale):
-        prepared = operators.prepare_keys(key) if prepare else None
+        prepared = operators.prepare_keys(key, weight) if prepare else None
         call = query, key, value, weight, prepared, None, None, *masking, *dropout, scale
         outputs = operators.step(*call)
         ctx.call, ctx.outputs = call, outputs
