@@ -5,19 +5,16 @@ Each measurement is a process of its own: peak memory never goes down again with
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
+import fresh
 import pytest
-from oracle import ON_KERNEL, PACKAGE_PARENT
+from oracle import ON_KERNEL
 
 MEASURE = """
-import sys, torch
+import torch
 from additive_attn import additive_attention, additive_scores
 torch.set_num_threads(2)
-length, hidden, need_weights, queries = (int(x) for x in sys.argv[1:5])
-only_scores = sys.argv[5] == "True"
 
 def inputs(rows, length):
     shapes = (rows, hidden), (length, hidden), (length, hidden), (hidden,)
@@ -27,7 +24,7 @@ def run(tensors, upstream):
     if only_scores:
         query, key, _, weight = tensors
         return additive_scores(query, key, weight).backward(upstream[-1])
-    outputs = additive_attention(*tensors, need_weights=bool(need_weights))
+    outputs = additive_attention(*tensors, need_weights=need_weights)
     if need_weights:
         torch.autograd.backward(outputs, upstream)
     else:
@@ -64,12 +61,15 @@ def extra_megabytes(
     scores: bool = False,
 ):
     """Peak growth of resident memory through one forward and backward, H = Dv = 128."""
-    arguments = (length, 128, int(need_weights), queries or length, scores)
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=PACKAGE_PARENT,
-        env={**os.environ, "PYTHONPATH": PACKAGE_PARENT},
+    return megabytes(
+        MEASURE, length=length, hidden=128, need_weights=need_weights, queries=queries or length,
+        only_scores=scores,
     )  # fmt: skip
+
+
+def megabytes(code: str, **settings: object) -> float:
+    names = "".join(f"{name} = {setting!r}\n" for name, setting in settings.items())
+    result = fresh.python(names + code)
     assert result.returncode == 0, result.stderr
     return float(result.stdout)
 
@@ -113,10 +113,9 @@ def test_one_query_over_many_keys():
 
 
 STEPS = """
-import sys, torch
+import torch
 from additive_attn import AdditiveAttention
 torch.set_num_threads(2)
-ours, steps = sys.argv[1] == "ours", int(sys.argv[2])
 layer = AdditiveAttention(32, 256)
 key = torch.randn(4, 2000, 32)
 
@@ -143,17 +142,7 @@ print(resident("VmHWM") - before)
 """
 
 
-def step_megabytes(who: str, steps: int) -> float:
-    result = subprocess.run(
-        [sys.executable, "-c", STEPS, who, str(steps)],
-        capture_output=True, text=True, check=False, cwd=PACKAGE_PARENT,
-        env={**os.environ, "PYTHONPATH": PACKAGE_PARENT},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return float(result.stdout)
-
-
 def test_decoder_steps():
     """A step keeps 0.15 MB of weights, scores and rows here; of keys or energies it would be 8."""
-    assert step_megabytes("plain", 60) > 60 * 8, "the measurement sees no energies"
-    assert step_megabytes("ours", 60) < 40 + 60 * 0.3
+    assert megabytes(STEPS, ours=False, steps=60) > 60 * 8, "the measurement sees no energies"
+    assert megabytes(STEPS, ours=True, steps=60) < 40 + 60 * 0.3
