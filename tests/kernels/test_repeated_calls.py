@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +86,18 @@ def test_gradients_take_the_plan(driver: MockDriver, monkeypatch: pytest.MonkeyP
     for name in ("_key", "_plans"):
         monkeypatch.setattr(plans, name, None)
     assert names() == expected
+    out, called = additive_attention(*call), []
+    upstream = torch.ones(()).expand_as(out)
+    sys.setprofile(
+        lambda frame, event, _: called.append(frame.f_code) if event == "call" else None
+    )
+    try:
+        torch.autograd.grad(out, call, upstream)
+    finally:
+        sys.setprofile(None)
+    package = str(Path(plans.__file__).parents[2])
+    ours = [x.co_name for x in called if x.co_filename.startswith(package)]
+    assert len(ours) <= 8, ours
     monkeypatch.undo()
 
 
