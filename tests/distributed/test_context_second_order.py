@@ -170,6 +170,31 @@ def check_some_inputs(mesh, folder):
         torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-12)
 
 
+def check_two_layers(mesh, folder):
+    """One above the other, and beside each other: all processes send in the same order, also one
+    that holds no position."""
+    for length in (7, 1):
+        inputs = make((2,), length, length, 8, 8, dtype=torch.float64)
+        results = []
+        for sharded in (False, True):
+            x = [t if n == "weight" or not sharded else shard_sequence(t, mesh)
+                 for n, t in inputs.items()]  # fmt: skip
+            q, k, v, w = (t.detach().clone().requires_grad_() for t in x)
+            options = {"mesh": mesh, "exchange": "ring"} if sharded else {}
+            call = context_parallel_additive_attention if sharded else additive_attention
+            first = call(q, k, v, w, **options)
+            second = call(first, first.tanh(), v * 2, w, is_causal=True, **options)
+            total = second.pow(3).sum() + call(k, q, first, w, **options).square().sum()
+            grads = torch.autograd.grad(total, (q, k, v), create_graph=True)
+            found = torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v, w))
+            if sharded:
+                dist.all_reduce(found[3])
+            results.append([t if sharded or n == 3 else shard_sequence(t, mesh)
+                            for n, t in enumerate([*found[:3], found[3]])])  # fmt: skip
+        for ours, right in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_second_order(world, tmp_path):
     processes.run(__name__, world, tmp_path)

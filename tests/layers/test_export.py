@@ -152,3 +152,17 @@ def test_a_memory_of_any_number_of_beams_is_not_taken_for_one(strict):
     ):  # fmt: skip
         with pytest.raises(ValueError, match="expand it outside"):
             use()
+
+
+def test_memories_and_states_load_without_code():
+    """torch.load takes them with weights_only=True, its default."""
+    layer, (keys, lengths) = LAYERS["location"](), given("lengths", 2, 5)
+    memory = layer.project(keys, lengths=lengths).expand(3)
+    file = io.BytesIO()
+    torch.save((memory, layer.initial_state(memory)), file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert loaded[0].beams == 3
+    query = torch.randn(6, D)
+    torch.testing.assert_close(layer.step(query, *loaded)[:2],
+                               layer.step(query, memory, loaded[1])[:2])  # fmt: skip
