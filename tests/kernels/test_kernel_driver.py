@@ -131,7 +131,7 @@ def run(program: Path, kernels: str, *arguments: str) -> None:
         env={**os.environ, "ADDITIVE_ATTN_CPU": kernels},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=300,
     )
     if "which this processor or this build lacks" in done.stderr:
         pytest.skip(f"this processor has no {kernels}")
