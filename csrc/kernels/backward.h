@@ -64,7 +64,7 @@ class BackwardPiece {
   }
 
   void rows_to_weights() {
-    const std::int64_t rows = rows_per_block(ws.entries, ws.rows, p.threads), blocks = (ws.rows + rows - 1) / rows;
+    const std::int64_t rows = rows_per_block(p, ws.entries, ws.rows), blocks = (ws.rows + rows - 1) / rows;
     parallel_for(ws.entries * blocks, rows * ws.keys_per_row() * (p.hidden + p.values + 16), [&](Tasks& tasks) {
       RowPass<T> pass(p, ws);
       for (std::int64_t task; tasks.take(task);) {

@@ -2,7 +2,7 @@
 // e^{-2q} and e^{2k} does to them, while the plain layer rounds q + k alone. A row with such a pair takes the direct form
 // (math.md, 2.2).
 
-constexpr int most_rows = 128;                    // query rows of a block
+constexpr int most_rows = 512;                    // query rows of a block
 constexpr int probe_group = 8, most_probes = 16;  // the second group serves where many pairs pass the first
 
 // q and k cancel where all terms |w (q + k)| are at most this part of the largest |w|, in the centred form times the
@@ -27,11 +27,11 @@ class Cancellation {
     w = weight;
     hidden = features;
     largest_weight = most;
-    rounding = rounding_of_scores;
+    matters = hidden > 0 && rounding_of_scores > rounding_of_softmax;
     probes = 0;
     T above = T(INFINITY);
     for (const T least : {T(0.7) * most, T(0.35) * most, T(0)}) {
-      for (std::int64_t h = 0; h < hidden && probes < most_probes && matters(); ++h)
+      for (std::int64_t h = 0; h < hidden && probes < most_probes && matters; ++h)
         if (std::fabs(w[h]) > least && std::fabs(w[h]) <= above) probe[probes++] = h;
       above = least;
     }
@@ -43,23 +43,20 @@ class Cancellation {
     for (Screen& screen : screens) screen.width = 0;
   }
 
-  // Begins with a tile of keys, key_row apart. key_sizes[j]: the largest |k| of key j.
-  void tile(const T* first_key, std::int64_t key_row, std::int64_t keys, const Bits* key_sizes) {
+  // Begins with a tile of keys, key_row apart.
+  void tile(const T* first_key, std::int64_t key_row, std::int64_t keys) {
     key = first_key;
     row = key_row;
     count = keys;
-    sizes = key_sizes;
     for (Screen& screen : screens) screen.packed = 0;
-  }
-  void take_key(std::int64_t j) {  // each of them, while it is in the cache
-    if (matters()) gather(0, key + j * row, first_group + j * probe_group);
+    for (std::int64_t j = 0; j < count && matters; ++j) gather(0, key + j * row, first_group + j * probe_group);
   }
 
   // The form of row r, which would take `form` but for cancelling pairs. size: its largest |q|; most: that or the
   // largest |k| that it attends to; attended(j): does it attend to key j of the tile?
   template <class Attended>
   Form row_form(Form form, std::int64_t r, const T* q, Bits size, Bits most, Attended attended) {
-    if (form == direct || !matters()) return form;
+    if (form == direct || !matters) return form;
     const bool relative = form == centred;
     const T limit = (relative ? small_energy_centred : small_energy_other) * largest_weight;
     const T usual = small_energy * largest_weight;
@@ -110,11 +107,10 @@ class Cancellation {
         for (int i = 0; i < probe_group; ++i) row_interval[r][group * probe_group + i] = own[i];
         known[r] = group + 1;
       }
-      std::uint64_t any = 0;
-      for (int word = 0; word < words; ++word) {
-        for (int i = group * probe_group; i < std::min(c.probes, (group + 1) * probe_group); ++i)
-          left[word] &= near[i][row_interval[r][i] * words + word];
-        any |= left[word];
+      std::uint64_t any = 1;
+      for (int i = group * probe_group; i < std::min(c.probes, (group + 1) * probe_group) && any; ++i) {
+        any = 0;
+        for (int word = 0; word < words; ++word) any |= left[word] &= near[i][row_interval[r][i] * words + word];
       }
       return any != 0;
     }
@@ -158,8 +154,6 @@ class Cancellation {
     for (int i = 0; i < probe_group; ++i) to[i] = x[probe[group * probe_group + i]];
   }
 
-  bool matters() const { return hidden > 0 && rounding > rounding_of_softmax; }
-
   static T power_above(T x) {
     int exponent = 0;
     std::frexp(x, &exponent);
@@ -169,7 +163,7 @@ class Cancellation {
   // Are all |w (q + k)| of key j within the limit? Most calls end at once.
   bool cancels(const T* q, Bits q_size, std::int64_t j, T limit, bool relative) const {
     const T* k = key + j * row;
-    if (relative) limit *= as_number<T>(std::max(q_size, sizes[j]));
+    if (relative) limit *= as_number<T>(std::max(q_size, largest(k, hidden)));
     for (std::int64_t h = 0; h < hidden; h += L) {
       const std::int64_t some = hidden - h;
       const UVec<T> x =
@@ -180,11 +174,10 @@ class Cancellation {
   }
 
   const T *w = nullptr, *key = nullptr;
-  const Bits* sizes = nullptr;
   std::int64_t hidden = 0, row = 0, count = 0, probe[most_probes];
   int probes = 0;
+  bool matters = false;
   T largest_weight = 0;
-  double rounding = 0;
   T first_group[TK * probe_group] = {};  // [key][probe]
   Screen screens[2];                     // of other forms, and of the centred form
 };

@@ -10,29 +10,33 @@ inline void reciprocals(const Vec<T>* y, Vec<T>* r) {
   r[1] = both * y[0];
 }
 
-// A query row (a = e^{-2q}) against `count` keys (b = e^{2k}) with their G. Adds G b r^2 to sum_query, for dq = 4 w a
-// sum_query; G a r^2 to sum_key, for dk = 4 w b sum_key; and G t to sum_weight.
-// Of the vectors of features, the first `vectors` alone.
+// A query row (a = e^{-2q}) against keys [begin, end) (b = e^{2k}) with their G. Adds G b r^2 to sum_query, for
+// dq = 4 w a sum_query; G a r^2 to sum_key, for dk = 4 w b sum_key; and G t to sum_weight. A single vector of features has
+// no other to share a reciprocal with: there every other key divides, so that the units that multiply wait less.
 template <int vectors, class T>
-void row_factored(const T* a, const T* b, const T* g, std::int64_t count, T* sum_query, T* sum_key, T* sum_weight) {
+void row_factored(const T* a, const T* b, const T* g, std::int64_t begin, std::int64_t end, T* sum_query, T* sum_key,
+                  T* sum_weight) {
   constexpr int L = lanes<T>;
   Vec<T> query[vectors], weight[vectors];
   for (int v = 0; v < vectors; ++v) {
     query[v] = load(sum_query + v * L);
     weight[v] = load(sum_weight + v * L);
   }
-  for (std::int64_t j = 0; j < count; ++j, b += feature_vectors * L, sum_key += feature_vectors * L) {
+#pragma GCC unroll 2
+  for (std::int64_t j = begin; j < end; ++j) {
+    const T* key = b + j * vectors * L;
+    T* to = sum_key + j * vectors * L;
     Vec<T> y[vectors], r[vectors];
-    for (int v = 0; v < vectors; ++v) y[v] = load(b + v * L) + load(a + v * L);
-    if constexpr (vectors == 1)
-      r[0] = reciprocal(y[0]);
-    else
+    for (int v = 0; v < vectors; ++v) y[v] = load(key + v * L) + load(a + v * L);
+    if constexpr (vectors > 1)
       reciprocals<T>(y, r);
+    else
+      r[0] = j % 2 ? reciprocal(y[0]) : T(1) / y[0];
     for (int v = 0; v < vectors; ++v) {
       const Vec<T> u = r[v] * g[j], z = u * r[v];
-      weight[v] += u * (load(b + v * L) - load(a + v * L));
-      query[v] += z * load(b + v * L);
-      store(sum_key + v * L, load(sum_key + v * L) + z * load(a + v * L));
+      weight[v] += u * (load(key + v * L) - load(a + v * L));
+      query[v] += z * load(key + v * L);
+      store(to + v * L, load(to + v * L) + z * load(a + v * L));
     }
   }
   for (int v = 0; v < vectors; ++v) {
@@ -139,6 +143,7 @@ class FeaturePass {
   // Many rows against a tile of keys; F features.
   void rows(std::int64_t h, std::int64_t key0, std::int64_t keys, T* part_query, double* part_weight,
             std::int64_t width) {
+    used_ = p.hidden - h <= L ? 1 : feature_vectors;
     find_rows(key0, keys);
     if (found_ == 0) return clear_keys(h, key0, keys);
     load_keys(h, key0, keys);
@@ -186,7 +191,7 @@ class FeaturePass {
 
   // The exponentials of the keys within the factored form's range, and sums of zero.
   void load_keys(std::int64_t h, std::int64_t key0, std::int64_t keys) {
-    const std::int64_t size = gradient_keys * F;
+    const std::int64_t size = gradient_keys * used_ * L;
     b_ = keys_.get(6 * size);
     b_error_ = b_ + size;
     sum_key_ = b_ + 2 * size;
@@ -202,8 +207,8 @@ class FeaturePass {
       const T* k = load_key(key0 + j, h, copy);
       direct_j_[j] = out_of_range(k);
       any_direct_ = any_direct_ || direct_j_[j];
-      for (int v = 0; v < feature_vectors; ++v)
-        store_exp<T>(direct_j_[j] ? Vec<T>{} : load(k + v * L) * T(2), b_ + j * F + v * L, b_error_ + j * F + v * L);
+      for (std::int64_t v = 0, at = j * used_ * L; v < used_; ++v, at += L)
+        store_exp<T>(direct_j_[j] ? Vec<T>{} : load(k + v * L) * T(2), b_ + at, b_error_ + at);
     }
   }
 
@@ -227,18 +232,18 @@ class FeaturePass {
       while (end < keys && on[end / K]) end += K;
       end = std::min(end, keys);
       if (!direct_i && !any_direct_) {
-        factored(h, a, j, end - j, g, sum_query, sum_weight);
+        factored(a, j, end, g, sum_query, sum_weight);
       } else {
         for (std::int64_t i = j; i < end; ++i)
           if (!direct_i && !direct_j_[i])
-            factored(h, a, i, 1, g, sum_query, sum_weight);
+            factored(a, i, i + 1, g, sum_query, sum_weight);
           else if (g[i] != T(0))  // pairs with G = 0 contribute exactly 0
             pair(q, key0, i, h, g[i] * factors.early, sum_query_direct, sum_weight);
       }
       j = round_up(end, K);
     }
-    for (int l = 0; l < F; ++l) weight_[l] += sum_weight[l];
-    for (int v = 0; v < feature_vectors; ++v) {
+    for (int l = 0; l < used_ * L; ++l) weight_[l] += sum_weight[l];
+    for (int v = 0; v < used_; ++v) {
       const Vec<T> s = load(sum_query + v * L);
       const Vec<T> factored = direct_i ? Vec<T>{} : s * load(a + v * L);
       store(slopes_ + v * L, load(slopes_ + v * L) + factored * factored);
@@ -247,21 +252,20 @@ class FeaturePass {
     }
   }
 
-  // Keys [j, j + count). Features that only pad the second vector are left out.
-  void factored(std::int64_t h, const T* a, std::int64_t j, std::int64_t count, const T* g, T* sum_query,
-                T* sum_weight) {
-    const auto run = p.hidden - h <= L ? row_factored<1, T> : row_factored<feature_vectors, T>;
-    run(a, b_ + j * F, g + j, count, sum_query, sum_rows() + j * F, sum_weight);
+  // Keys [j, end). Features that only pad the second vector are left out.
+  void factored(const T* a, std::int64_t j, std::int64_t end, const T* g, T* sum_query, T* sum_weight) {
+    const auto run = used_ == 1 ? row_factored<1, T> : row_factored<feature_vectors, T>;
+    run(a, b_, g, j, end, sum_query, sum_rows(), sum_weight);
   }
 
   void pair(const T* q, std::int64_t key0, std::int64_t j, std::int64_t h, T g, T* sum_query, T* sum_weight) {
     T k[F];
     Vec<T> z[feature_vectors];
-    if (!any_direct_pair_) std::memset(sum_direct_, 0, 2 * gradient_keys * F * sizeof(T));
+    if (!any_direct_pair_) std::memset(sum_direct_, 0, 2 * gradient_keys * used_ * L * sizeof(T));
     any_direct_pair_ = true;
     pair_direct<T>(q, load_key(key0 + j, h, k), g, z, sum_weight);
-    T* sum_key = sum_direct_ + gradient_keys * F + j * F;
-    for (int v = 0; v < feature_vectors; ++v) {
+    T* sum_key = sum_direct_ + (gradient_keys + j) * used_ * L;
+    for (int v = 0; v < used_; ++v) {
       store(sum_query + v * L, load(sum_query + v * L) + z[v]);
       store(sum_key + v * L, load(sum_key + v * L) + z[v]);
     }
@@ -270,9 +274,9 @@ class FeaturePass {
   void finish_keys(std::int64_t h, std::int64_t key0, std::int64_t keys) {
     Vec<T> slopes[feature_vectors] = {};
     for (std::int64_t j = 0; j < keys; ++j) {
-      Vec<T> z[feature_vectors];
-      for (int v = 0; v < feature_vectors; ++v) {
-        const std::int64_t at = j * F + v * L;
+      Vec<T> z[feature_vectors] = {};
+      for (int v = 0; v < used_; ++v) {
+        const std::int64_t at = (j * used_ + v) * L;
         const Vec<T> s = load(sum_key_ + at);
         z[v] = s * load(b_ + at);
         slopes[v] += z[v] * z[v];
@@ -281,7 +285,7 @@ class FeaturePass {
       }
       if (p.grad_key) add_grad_key(key0 + j, h, z, ws.row0 == 0);  // the first rows set dk, the others add to it
     }
-    for (int v = 0; v < feature_vectors; ++v) store(slopes_ + v * L, load(slopes_ + v * L) + slopes[v]);
+    for (int v = 0; v < used_; ++v) store(slopes_ + v * L, load(slopes_ + v * L) + slopes[v]);
     for (int l = 0; l < F; ++l) weight_[l] += 2 * correction_[l];
   }
 
@@ -325,11 +329,11 @@ class FeaturePass {
   }
 
   // Key sums over rows_summed rows go into those over all rows: single precision is for short sums.
-  T* sum_rows() const { return sum_key_ + gradient_keys * F; }
+  T* sum_rows() const { return sum_key_ + gradient_keys * used_ * L; }
   void flush_rows(std::int64_t keys) {
     for (T* sum : {sum_key_, any_direct_pair_ ? sum_direct_ : nullptr})
-      for (std::int64_t l = 0; sum && l < keys * F; l += L) {
-        T* from = sum + gradient_keys * F + l;
+      for (std::int64_t l = 0; sum && l < keys * used_ * L; l += L) {
+        T* from = sum + gradient_keys * used_ * L + l;
         store(sum + l, load(sum + l) + load(from));
         store(from, Vec<T>{});
       }
@@ -381,8 +385,9 @@ class FeaturePass {
   bool any_direct_pair_ = false;
   alignas(64) T correction_[F], slopes_[F];       // of dw; sums over rows and keys of (sum of G (1 - t^2) / 4)^2
   alignas(64) double weight_[F];                  // the tile's share of dw
-  T *b_ = nullptr, *b_error_ = nullptr;           // [key][F]
-  T *sum_key_ = nullptr, *sum_direct_ = nullptr;  // [all rows, the last rows][key][F]
+  std::int64_t used_ = feature_vectors;           // vectors with a feature that does not only pad
+  T *b_ = nullptr, *b_error_ = nullptr;           // [key][used_ L]
+  T *sum_key_ = nullptr, *sum_direct_ = nullptr;  // [all rows, the last rows][key][used_ L]
   Buffer<T> a_, keys_;                            // a_: [row][a, its error][F]
   Buffer<unsigned char> known_;  // of a_, per row: 0 not yet, 1 known, 2 and out of the factored form's range
   Buffer<TileRow> rows_;

@@ -12,7 +12,7 @@
 //
 //     form        when                  numerator z        denominator y       result
 //     centred     |q|, |k| <= 1         w beta - w alpha   beta + (2 + alpha)  sum z/y    alpha = a - 1, beta = b - 1
-//     difference  |q|, |k| <= safe      w (b - a)          b + a               sum z/y
+//     difference  |q|, |k| <= safe      w b - w a          b + a               sum z/y
 //     matched     the same              of two features    of two features     sum z/y    (matched.h)
 //     direct      otherwise, NaN, Inf   w P(q + k)         Q(q + k)            sum z/y    tanh = P / Q
 //
@@ -24,10 +24,11 @@
 // would exceed the plain layer's (cancellation.h). The form is chosen per query row and key tile, from attended keys
 // alone. So neither masked keys nor the number of threads change a result.
 //
-// The weights are divided by a power of two so that |w| <= 2 and no numerator overflows.
+// The weights are divided by a power of two so that |w| <= 2 and no numerator overflows. What the roundings of w b and
+// w a leave out is one number per key and one per row.
 //
-// Lanes run over keys: a tile is packed as [block of 2 vectors of keys][h][key], a query row as [4 features][constant];
-// matched.h has its own order.
+// Lanes run over keys: a tile is packed as [block of 2 vectors of keys][h][constant][key], a query row as
+// [4 features][constant][feature]; matched.h has its own order.
 
 enum Form { centred, difference, matched, direct };
 constexpr int forms = 4;
@@ -36,8 +37,9 @@ constexpr int features_cached = 128;         // so many features of a key block 
 constexpr int difference_max_features = 64;  // up to so many, `difference` rather than `matched`
 constexpr int features_per_sum = 32;         // of a partial sum
 
-// Constants per feature of a query row.
-constexpr int constants(Form form) { return form == centred ? 3 : 2; }
+// Constants per feature of a query row, and of a key.
+constexpr int query_constants = 2;
+constexpr int key_constants(Form form) { return form == direct ? 1 : 2; }
 
 template <class T>
 Form choose_form(typename Simd<T>::Bits query, typename Simd<T>::Bits key, typename Simd<T>::Bits weight,
@@ -59,93 +61,127 @@ T weight_normaliser(const T* weight, std::int64_t hidden) {
   return std::ldexp(T(1), -std::max(std::min(e, Simd<T>::bias - 2), 2 - Simd<T>::bias));
 }
 
-// A query row in one form, w normalised: for every four features [constant][feature].
+// Features of a query row in one form, w normalised: what to add to their sum, and from `group` on, for every four
+// features, [constant][feature].
 template <class T>
 void pack_query(Form form, const T* q, const T* w, std::int64_t hidden, T* packed) {
-  const int c = constants(form);
-  constexpr int L = lanes<T>;
+  constexpr int L = lanes<T>, C = query_constants, run = std::min(L, group);
+  Vec<T> lost = {};
+  T* to = packed + group;
   for (std::int64_t h0 = 0; h0 < round_up(hidden, group); h0 += L) {
     const Vec<T> x = load_part<T>(q + h0, hidden - h0, 0), u = load_part<T>(w + h0, hidden - h0, 0);
-    T constant[3][L] = {};
+    Vec<T> z = x, y = u;  // of the direct form
     if (form == centred) {
       const Vec<T> alpha = expm1<T>(x * T(-2));
-      store(constant[0], u);
-      store(constant[1], -u * alpha);
-      store(constant[2], alpha + T(2));
-    } else if (form != direct) {
-      const Vec<T> a = exp<T>(x * T(-2));
-      store(constant[0], a);
-      store(constant[1], u);
-    } else {
-      store(constant[0], x);
-      store(constant[1], u);
+      z = -u * alpha;
+      y = alpha + T(2);
+    } else if (form == difference) {
+      exp_and_multiple<T>(x * T(-2), -u, y, z, lost);
     }
-    constexpr int run = std::min(L, group);
+    T constant[C][L];
+    store(constant[0], z);
+    store(constant[1], y);
     for (std::int64_t h = h0; h < std::min<std::int64_t>(h0 + L, round_up(hidden, group)); h += run)
-      for (int i = 0; i < c; ++i)
-        std::memcpy(packed + (h / group * c + i) * group + h % group, constant[i] + h - h0, run * sizeof(T));
+      for (int i = 0; i < C; ++i)
+        std::memcpy(to + (h / group * C + i) * group + h % group, constant[i] + h - h0, run * sizeof(T));
+  }
+  *packed = sum<T>(lost) / 2;
+}
+
+// Features of a block of keys in one form, w normalised: what to add to their sums, and from K on [h][constant][key].
+template <class T>
+void pack_keys(Form form, const T* key, std::int64_t row, std::int64_t count, const T* w, std::int64_t hidden,
+               T* packed) {
+  constexpr int L = lanes<T>, K = block_keys<T>;
+  const int C = key_constants(form);
+  T* to = packed + C * K;  // the last constant of the first feature
+  pack_transposed<T>(key, row, count, hidden, to, C * K, Unchanged<T>{});
+  for (std::int64_t j = 0; j < K; j += L) {
+    Vec<T> lost = {};
+    for (std::int64_t h = 0; h < round_up(hidden, group) && j < count && form != direct; ++h) {
+      T *y_at = to + h * C * K + j, *z_at = y_at - K;
+      const Vec<T> x = load(y_at) * T(2), u = splat<T>(h < hidden ? w[h] : T(0));
+      Vec<T> z, y;
+      if (form == centred)
+        z = u * (y = expm1<T>(x));
+      else
+        exp_and_multiple<T>(x, u, y, z, lost);
+      store(y_at, y);
+      store(z_at, z);
+    }
+    store(packed + j, lost / T(2));
   }
 }
 
-// What is packed of a value k.
-template <class T>
-struct KeyConstant {
-  Form form;
-  Vec<T> operator()(Vec<T> k) const {
-    return form == direct ? k : form == centred ? expm1<T>(k * T(2)) : exp<T>(k * T(2));
+template <class T, Form form>
+inline void fraction(const T* query, const T* keys, Vec<T>& z, Vec<T>& y) {
+  if constexpr (form == direct) {
+    const Vec<T> x = load(keys) + *query;
+    tanh_fractions<1>(&x, &z, &y);
+    z *= query[group];
+  } else {
+    z = load(keys) + *query;
+    y = load(keys + block_keys<T>) + query[group];
   }
+}
+
+// Where scores lie, [row][key]; what they are before, and what the last of their features are followed by.
+template <class T>
+struct ScoreRows {
+  T* at;
+  std::int64_t row;
+  bool first;  // of the features: nothing is there yet
+  T factor;    // of the sum of all features
+
+  Vec<T> before(int r, int j) const { return first ? Vec<T>{} : load(at + r * row + j); }
+  void set(int r, int j, Vec<T> sum) const { store(at + r * row + j, sum * factor); }
 };
 
-// A block of keys in one form, [h][key].
-template <class T>
-void pack_keys(Form form, const T* key, std::int64_t row, std::int64_t count, std::int64_t hidden, T* packed) {
-  pack_transposed<T>(key, row, count, hidden, packed, block_keys<T>, KeyConstant<T>{form});
-}
-
-template <class T, Form form>
-inline void fraction(const T* constant, int feature, Vec<T> k, Vec<T>& z, Vec<T>& y) {
-  const T *c0 = constant + feature, *c1 = c0 + group, *c2 = c1 + group;
-  if constexpr (form == centred) {
-    z = k * *c0 + *c1;
-    y = k + *c2;
-  } else if constexpr (form == difference) {
-    z = (k - *c0) * *c1;
-    y = k + *c0;
-  } else {
-    const Vec<T> x = k + *c0;
-    tanh_fractions<1>(&x, &z, &y);
-    z *= *c1;
+// Adds z/y of four features of each row and vector of keys to `part`, and goes on to the next four.
+template <class T, Form form, bool divides, int R, int V>
+inline void add_group(const T*& query, std::int64_t query_row, const T*& keys, Vec<T> (&part)[R][V]) {
+  constexpr int feature = block_keys<T> * key_constants(form);
+#pragma GCC unroll 4
+  for (int i = 0; i < R * V; ++i) {
+    Vec<T> z[group], y[group];
+    for (int f = 0; f < group; ++f)
+      fraction<T, form>(query + i / V * query_row + f, keys + f * feature + i % V * lanes<T>, z[f], y[f]);
+    const Vec<T> z01 = z[0] * y[1] + z[1] * y[0], y01 = y[0] * y[1];
+    const Vec<T> z23 = z[2] * y[3] + z[3] * y[2], y23 = y[2] * y[3];
+    const Vec<T> z0123 = z01 * y23 + z23 * y01, y0123 = y01 * y23;
+    part[i / V][i % V] += divides ? z0123 / y0123 : z0123 * reciprocal(y0123);
   }
+  query += group * query_constants;
+  keys += group * feature;
 }
 
-// Adds sum_h z/y of one query row and one block of keys to scores[2 L]; groups of features [0, groups).
-template <class T, Form form>
-void add_energies(const T* query, const T* keys, std::int64_t groups, T* scores) {
-  constexpr int L = lanes<T>, K = block_keys<T>;
-  Vec<T> total[2] = {load(scores), load(scores + L)};
-  while (groups > 0) {
-    const std::int64_t some = std::min<std::int64_t>(groups, features_per_sum / group);
-    Vec<T> part[2] = {};
-    for (std::int64_t g = 0; g < some; ++g) {
-      for (int v = 0; v < 2; ++v) {
-        const T* k = keys + v * L;
-        Vec<T> z0, z1, z2, z3, y0, y1, y2, y3;
-        fraction<T, form>(query, 0, load(k), z0, y0);
-        fraction<T, form>(query, 1, load(k + K), z1, y1);
-        fraction<T, form>(query, 2, load(k + 2 * K), z2, y2);
-        fraction<T, form>(query, 3, load(k + 3 * K), z3, y3);
-        const Vec<T> z01 = z0 * y1 + z1 * y0, y01 = y0 * y1;
-        const Vec<T> z23 = z2 * y3 + z3 * y2, y23 = y2 * y3;
-        part[v] += (z01 * y23 + z23 * y01) * reciprocal(y01 * y23);
+// Adds sum_h z/y of R query rows, query_row apart, and one block of keys; groups of features [0, groups). Every other
+// group of the fast forms divides, so that the units that multiply wait less.
+template <class T, Form form, int R>
+void add_energies(const T* query, std::int64_t query_row, const T* keys, std::int64_t groups,
+                  const ScoreRows<T>& scores) {
+  constexpr int L = lanes<T>, K = block_keys<T>, V = R > 1 ? 1 : 2, run = features_per_sum / group;
+  for (int j = 0; j < K; j += V * L) {
+    Vec<T> total[R][V];
+#pragma GCC unroll 4
+    for (int i = 0; i < R * V; ++i)
+      total[i / V][i % V] =
+          scores.before(i / V, j + i % V * L) + (load(keys + j + i % V * L) + query[i / V * query_row]);
+    const T *q = query + group, *k = keys + K + j;
+    for (std::int64_t left = groups; left > 0; left -= run) {
+      Vec<T> part[R][V] = {};
+      for (std::int64_t g = std::min<std::int64_t>(left, run); g > 0; g -= 2) {
+        add_group<T, form, form != direct>(q, query_row, k, part);
+        if (g == 1) break;
+        asm volatile("" ::: "memory");  // else GCC loads the keys of both groups first, and runs out of registers
+        add_group<T, form, form != direct && !quick_reciprocal>(q, query_row, k, part);
       }
-      query += group * constants(form);
-      keys += group * K;
+#pragma GCC unroll 4
+      for (int i = 0; i < R * V; ++i) total[i / V][i % V] += part[i / V][i % V];
     }
-    for (int v = 0; v < 2; ++v) total[v] += part[v];
-    groups -= some;
+#pragma GCC unroll 4
+    for (int i = 0; i < R * V; ++i) scores.set(i / V, j + i % V * L, total[i / V][i % V]);
   }
-  store(scores, total[0]);
-  store(scores + L, total[1]);
 }
 
 // One score in the direct form with lanes over features: a single query row would use every packed key only once. With

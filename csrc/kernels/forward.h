@@ -23,10 +23,7 @@ struct KeySplits {
 };
 
 // The values are summed with weights below 2^-k, 2^k >= Lk: so no sum overflows that the normalised weights would not.
-template <class T>
-T value_scale(std::int64_t keys) {
-  return std::ldexp(T(1), -int(std::ceil(std::log2(double(std::max<std::int64_t>(keys, 1))))));
-}
+inline int value_bits(std::int64_t keys) { return int(std::ceil(std::log2(double(std::max<std::int64_t>(keys, 1))))); }
 
 // One block of rows over one range of keys: unnormalised out, running maximum and running sum. A row whose attended
 // scores are all -Inf has a sum of 1, an empty row one of 0. Where weights bound the scores, the maximum is 0 instead.
@@ -41,7 +38,7 @@ class ForwardBlock {
   void run(std::int64_t n, std::int64_t row0, std::int64_t rows, std::int64_t key_begin, std::int64_t key_end, T* out,
            T* maximum, double* sum) {
     s.begin(n, row0, rows);
-    bits = bounded ? s.bound_bits : 0;
+    bits = bounded && s.bound_bits > 0 ? s.bound_bits + value_bits(p.keys) : 0;
     std::fill(out, out + rows * width, T(0));
     for (std::int64_t r = 0; r < rows; ++r) {
       maximum[r] = T(-INFINITY);
@@ -51,12 +48,21 @@ class ForwardBlock {
     key_end = std::min(key_end, s.last);
     for (std::int64_t key0 = key_begin; key0 < key_end; key0 += TK) {
       if (!s.tile(key0)) continue;
-      for (std::int64_t r = 0; r < rows; ++r)
-        if (s.reached[r])
-          softmax_row(r, key0, out + r * width, maximum[r], sum[r]);
-        else
-          std::fill(s.scores + r * TK, s.scores + (r + 1) * TK, T(0));
-      add_values(key0, out);
+      for (std::int64_t r = 0, end; r < rows; r = end) {
+        end = s.compute(r);
+        if (r == 0) read_values(key0);
+        for (std::int64_t i = r; i < end && p.weights; ++i)
+          if (s.reached[i]) keep_scores(i, key0, s.row(i));
+        if (bits > 0) bounded_rows(r, end, maximum, sum);
+        for (std::int64_t i = r; i < end; ++i)
+          if (!s.reached[i])
+            std::fill(s.row(i), s.row(i) + TK, T(0));
+          else if (bits == 0)
+            softmax_row(i, out + i * width, maximum[i], sum[i]);
+        for (std::int64_t i = r; i < end && p.seed; ++i)
+          if (s.reached[i]) drop(i, key0, s.row(i));
+        add_values(key0, r, end, out);
+      }
     }
   }
 
@@ -66,24 +72,32 @@ class ForwardBlock {
 
  private:
   const bool bounded;  // rows of several tiles, not split: bounds may take the place of maxima
-  const T scale_of_values = value_scale<T>(p.keys);
+  const T scale_of_values = std::ldexp(T(1), -value_bits(p.keys));
 
-  void softmax_row(std::int64_t r, std::int64_t key0, T* out, T& maximum, double& sum_) {
+  // Exponentials in place of the scores of rows [begin, end). No maximum is looked for.
+  void bounded_rows(std::int64_t begin, std::int64_t end, T* maximum, double* sum_) {
     constexpr int L = lanes<T>;
-    T* row = s.scores + r * TK;
-    if (p.weights) keep_scores(r, key0, row);
-    const int end = int(round_up(s.count, L));  // scores beyond the last key are -Inf
-    if (bits > 0) {
-      for (const bool any : s.attended[r]) maximum = any ? T(0) : maximum;
+    const bool masked = !s.complete || s.count % L != 0;
+    const std::int64_t last = round_up(s.count, L);  // scores beyond the last key are -Inf
+    for (std::int64_t r = begin; r < end; ++r) {
+      if (!s.reached[r]) continue;
+      T* row = s.row(r);
       Vec<T> total = {};
-      for (int j = 0; j < end; j += L) {
-        const Vec<T> e = exp_scaled<T>(load(row + j), bits);
-        total += e;
-        store(row + j, e * scale_of_values);
+      for (std::int64_t j = 0; j < last; j += L) {
+        const Vec<T> x = load(row + j), e = exp_in_range<T>(x, bits);
+        const Vec<T> attended = masked ? (x == T(-INFINITY) ? (Vec<T>){} : e) : e;
+        total += attended;
+        store(row + j, attended);
       }
-      sum_ += sum<T>(total);
-      return drop(r, key0, row, end);
+      maximum[r] = 0;
+      sum_[r] += sum<T>(total);
     }
+  }
+
+  void softmax_row(std::int64_t r, T* out, T& maximum, double& sum_) {
+    constexpr int L = lanes<T>;
+    T* row = s.row(r);
+    const int end = int(round_up(s.count, L));  // scores beyond the last key are -Inf
     Vec<T> most = load(row);
     for (int j = L; j < end; j += L) {
       const Vec<T> x = load(row + j);
@@ -107,14 +121,12 @@ class ForwardBlock {
     sum_ += sum<T>(total);
     if (s.may_overflow && m == T(-INFINITY) && sum_ == 0)
       for (const bool any : s.attended[r]) sum_ = any ? 1 : sum_;
-    drop(r, key0, row, end);
   }
 
-  void drop(std::int64_t r, std::int64_t key0, T* row, int end) const {
-    if (!p.seed) return;
+  void drop(std::int64_t r, std::int64_t key0, T* row) const {
     T keep[TK];
     dropout_factors(p, s.entry_of(r), s.row_of(r), key0, keep);
-    for (int j = 0; j < end; j += lanes<T>) store(row + j, load(row + j) * load(keep + j));
+    for (std::int64_t j = 0; j < s.count; j += lanes<T>) store(row + j, load(row + j) * load(keep + j));
   }
 
   // The scores wait in `weights` for the whole row's lse; an attended -Inf as NaN, to tell it from a masked one.
@@ -125,29 +137,34 @@ class ForwardBlock {
       if (row[j] == T(-INFINITY) && !s.masked(r, key0 + j, key0)) to[j] = T(NAN);
   }
 
-  void add_values(std::int64_t key0, T* out) {
+  // The values of a tile, as add_values takes them.
+  void read_values(std::int64_t key0) {
+    narrow = s.complete && p.queries < gemm_row_block && p.value.storage != Storage::computed;
+    if (p.values == 0 || narrow) return;
+    v = reader.read(p.value, s.entry, key0, s.count, p.values);
+    shielding = !s.complete && !all_finite(v, reader.row, s.count, p.values);
+    if (!shielding && p.queries >= gemm_row_block) v = pack_panels(v, reader.row, s.count, p.values, panels);
+  }
+
+  void add_values(std::int64_t key0, std::int64_t begin, std::int64_t end, T* out) {
     if (p.values == 0) return;
-    if (s.complete && p.queries < gemm_row_block && p.value.storage != Storage::computed) return add_narrow(key0, out);
-    const T* v = reader.read(p.value, s.entry, key0, s.count, p.values);
-    const std::int64_t v_row = reader.row;
-    if (!s.complete && !all_finite(v, v_row, s.count, p.values)) {
-      // 0 * NaN: each row takes a copy in which its masked keys have no values, the same way as below.
-      for (std::int64_t r = 0; r < s.rows; ++r) {
-        T* copy = shielded.get(s.count * p.values);
-        for (std::int64_t j = 0; j < s.count; ++j)
-          for (std::int64_t d = 0; d < p.values; ++d)
-            copy[j * p.values + d] = s.masked(r, key0 + j, key0) ? T(0) : v[j * v_row + d];
-        add_rows(r, 1, copy, p.values, out);
-      }
-      return;
+    if (narrow) return add_narrow(key0, out);
+    if (!shielding) return add_rows(begin, end - begin, v, reader.row, out);
+    // 0 * NaN: each row takes a copy in which its masked keys have no values, the same way as others.
+    for (std::int64_t r = begin; r < end; ++r) {
+      T* copy = shielded.get(s.count * p.values);
+      for (std::int64_t j = 0; j < s.count; ++j)
+        for (std::int64_t d = 0; d < p.values; ++d)
+          copy[j * p.values + d] = s.masked(r, key0 + j, key0) ? T(0) : v[j * reader.row + d];
+      const bool packs = p.queries >= gemm_row_block;
+      add_rows(r, 1, packs ? pack_panels(copy, p.values, s.count, p.values, panels) : copy, p.values, out);
     }
-    add_rows(0, s.rows, v, v_row, out);
   }
 
   // The same for few rows and a complete tile of values in 16 bits: as they lie, or widened into the cache where the
   // last vector is none of its own.
   void add_narrow(std::int64_t key0, T* out) {
-    T* tile = p.keys <= TK ? out : panels.get(s.rows * width);
+    T* tile = p.keys <= TK ? out : sums.get(s.rows * width);
     if (tile != out) std::fill(tile, tile + s.rows * width, T(0));
     const bool widened = p.values % lanes<T> != 0;
     for (std::int64_t j = 0; j < s.count; j += values_widened) {
@@ -155,13 +172,13 @@ class ForwardBlock {
       if constexpr (sizeof(T) == 4) {
         const auto* v = static_cast<const std::uint16_t*>(p.value.at(s.entry, key0 + j));
         if (!widened && p.value.storage == Storage::bfloat16)
-          gemv<Storage::bfloat16>(s.scores + j, TK, v, p.value.row, tile, width, s.rows, p.values, count);
+          gemv<Storage::bfloat16>(s.row(0) + j, TK, v, p.value.row, tile, width, s.rows, p.values, count);
         else if (!widened)
-          gemv<Storage::float16>(s.scores + j, TK, v, p.value.row, tile, width, s.rows, p.values, count);
+          gemv<Storage::float16>(s.row(0) + j, TK, v, p.value.row, tile, width, s.rows, p.values, count);
       }
       if (!widened) continue;
       const T* v = reader.read(p.value, s.entry, key0 + j, count, p.values);
-      gemv<Storage::computed>(s.scores + j, TK, v, reader.row, tile, width, s.rows, p.values, count);
+      gemv<Storage::computed>(s.row(0) + j, TK, v, reader.row, tile, width, s.rows, p.values, count);
     }
     for (std::int64_t d = 0; d < s.rows * width && tile != out; d += lanes<T>)
       store(out + d, load(out + d) + load(tile + d));
@@ -172,20 +189,18 @@ class ForwardBlock {
     if (p.queries < gemm_row_block) {  // not `rows`: threads must not decide the order of additions
       const auto [from, to] = attended_keys(first, rows);
       const bool only = p.keys <= TK;
-      T *total = out + first * width, *tile = only ? total : panels.get(rows * width);
+      T *total = out + first * width, *tile = only ? total : sums.get(rows * width);
       if (!only) std::fill(tile, tile + rows * width, T(0));
-      gemv<Storage::computed>(s.scores + first * TK + from, TK, v + from * v_row, v_row, tile, width, rows, p.values,
-                              to - from);
+      gemv<Storage::computed>(s.row(first) + from, TK, v + from * v_row, v_row, tile, width, rows, p.values, to - from);
       for (std::int64_t d = 0; d < rows * width && !only; d += lanes<T>)
         store(total + d, load(total + d) + load(tile + d));
       return;
     }
-    v = pack_panels(v, v_row, s.count, p.values, panels);
     for (std::int64_t r = first; r < first + rows; r += gemm_row_block) {
       const std::int64_t some = std::min<std::int64_t>(gemm_row_block, first + rows - r);
       if (const auto [from, to] = attended_keys(r, some); from < to)
-        gemm<T>(s.scores + r * TK + from, TK, 1, v + from * panel_columns<T>, s.count * panel_columns<T>,
-                out + r * width, width, some, p.values, to - from);
+        gemm<T>(s.row(r) + from, TK, 1, v + from * panel_columns<T>, s.count * panel_columns<T>, out + r * width, width,
+                some, p.values, to - from);
     }
   }
 
@@ -202,7 +217,9 @@ class ForwardBlock {
   }
 
   ScoreBlock<T> s;
-  Buffer<T> panels, shielded;
+  const T* v = nullptr;                    // the tile's values, in panels where a product of panels takes them
+  bool narrow = false, shielding = false;  // values are taken in 16 bits; copies of them
+  Buffer<T> panels, shielded, sums;
   StoredReader<T> reader;
 };
 
@@ -212,8 +229,9 @@ void write_row(const Forward<T>& p, std::int64_t at, const T* out, T maximum, do
   constexpr int L = lanes<T>;
   const bool none = maximum == T(-INFINITY), empty = none && sum == 0;
   const T inverse = empty ? T(0) : none ? T(NAN) : T(std::ldexp(1 / sum, -bits));
-  const T share = empty ? T(0) : none ? T(NAN) : T(1 / (sum * double(value_scale<T>(p.keys))));
-  p.lse[at] = empty ? T(-INFINITY) : T(double(maximum) + bits * std::log(2.0) + std::log(sum));
+  const int scaled = bits > 0 ? 0 : value_bits(p.keys);  // the sum is not
+  const T share = empty ? T(0) : none ? T(NAN) : T(std::ldexp(1 / sum, scaled));
+  p.lse[at] = empty ? T(-INFINITY) : T(double(maximum) + std::log(std::ldexp(sum, bits)));
   for (std::int64_t d = 0; d < p.values; d += L)
     store_part<T>(p.out + at * p.values + d, load(out + d) * share, p.values - d);
   if (!p.weights) return;
@@ -251,9 +269,9 @@ template <class T>
 void forward(const Forward<T>& p, const ParallelFor& parallel_for) {
   const std::int64_t sharing = entries_sharing(p), queries = p.queries * sharing, batch = p.batch / sharing;
   const std::int64_t width = round_up(p.values, panel_columns<T>);
-  const KeySplits<T> keys(p.batch * ((p.queries + most_rows - 1) / most_rows), p.keys);
+  const KeySplits<T> keys(p.batch * ((p.queries + usual_rows - 1) / usual_rows), p.keys);
   const std::int64_t splits = keys.splits;
-  std::int64_t rows = rows_per_block(batch, queries, p.threads);
+  std::int64_t rows = rows_per_block(p, batch, queries);
   while (sharing > 1 && rows > 1 && batch * splits * ((queries + rows - 1) / rows) < p.threads) rows = (rows + 1) / 2;
   const std::int64_t blocks = (queries + rows - 1) / rows;
   if (p.weights)

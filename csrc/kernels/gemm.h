@@ -4,14 +4,14 @@
 template <class T>
 constexpr int panel_columns = 2 * lanes<T>;
 
-// x (count x columns, rows `row` apart) in panels, the last one filled with zeros.
+// x (count x columns, rows `row` apart) in panels, the last vector filled with zeros.
 template <class T>
 const T* pack_panels(const T* x, std::int64_t row, std::int64_t count, std::int64_t columns, Buffer<T>& buffer) {
   constexpr int L = lanes<T>;
   T* packed = buffer.get(count * round_up(columns, panel_columns<T>));
   for (std::int64_t k = 0; k < count; ++k)
     for (std::int64_t j = 0; j < columns; j += panel_columns<T>)
-      for (int v = 0; v < 2; ++v)
+      for (int v = 0; v < 2 && columns > j + v * L; ++v)
         store(packed + j * count + k * panel_columns<T> + v * L,
               load_part<T>(x + k * row + j + v * L, columns - j - v * L, 0));
   return packed;

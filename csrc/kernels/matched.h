@@ -178,12 +178,12 @@ class Matching {
   Buffer<unsigned char> memory_;
 };
 
-// Adds the sum of one query row and one block of keys over a slab to scores[2 L].
+// Adds the sum of one query row and one block of keys over a slab.
 template <class T>
-void add_matched(const T* query, const T* keys, std::int64_t groups, T* scores) {
+void add_matched(const T* query, const T* keys, std::int64_t groups, const ScoreRows<T>& scores) {
   constexpr int L = lanes<T>, K = block_keys<T>, run = Matching<T>::run;
   Vec<T> total[2];
-  for (int v = 0; v < 2; ++v) total[v] = load(scores + v * L) + (load(keys + v * L) + *query);
+  for (int v = 0; v < 2; ++v) total[v] = scores.before(0, v * L) + (load(keys + v * L) + *query);
   query += run;
   keys += K;
   while (groups > 0) {
@@ -207,6 +207,5 @@ void add_matched(const T* query, const T* keys, std::int64_t groups, T* scores) 
     query += 3 * run;
     groups -= some;
   }
-  store(scores, total[0]);
-  store(scores + L, total[1]);
+  for (int v = 0; v < 2; ++v) scores.set(0, v * L, total[v]);
 }

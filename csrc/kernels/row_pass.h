@@ -11,6 +11,7 @@ class RowPass {
     s.begin(n, row0, rows);
     for (std::int64_t r = 0; r < rows; ++r) {
       row_[r] = ws.row(n, row0 + r);
+      delta_[r] = total_[r] = 0;
       if (row_[r].width > 0) std::memset(row_[r].attended, 0, row_[r].width / K);
     }
     const std::int64_t begin = s.first / TK * TK;
@@ -41,8 +42,11 @@ class RowPass {
           add_products(n, row0, rows, v, d0, std::min(values_cached, p.values - d0));
       }
     }
-    for (std::int64_t r = 0; r < rows; ++r)
-      if (s.reached[r]) grad_row(n, row0, r, key0, weights_[r], grad_[r]);
+    for (std::int64_t r = 0, end; r < rows; r = end) {
+      end = s.compute(r);
+      for (std::int64_t i = r; i < end; ++i)
+        if (s.reached[i]) grad_row(n, row0, i, key0, weights_[i], grad_[i]);
+    }
   }
 
   // dO V^T over values [d0, d0 + count): these are turned so that lanes run over keys.
@@ -69,7 +73,7 @@ class RowPass {
   void grad_row(std::int64_t n, std::int64_t row0, std::int64_t r, std::int64_t key0, T* weights, T* g) {
     constexpr int L = lanes<T>;
     const std::int64_t i = row0 + r;
-    const T* score = s.scores + r * TK;
+    const T* score = s.row(r);
     const T lse = p.lse[n * p.queries + i];
     T keep[TK];
     if (p.seed) {
@@ -81,17 +85,27 @@ class RowPass {
       for (std::int64_t j = 0; j < s.count; ++j) g[j] += upstream[j];
     }
     const int end = int(round_up(s.count, K));  // finish_row takes whole blocks
-    for (int j = 0; j < end && !s.may_overflow; j += L) {
-      const Vec<T> x = load(score + j);
-      const auto masked = x == T(-INFINITY);
-      store(weights + j, masked ? (Vec<T>){} : exp_scaled<T>(x - lse));
-      store(g + j, masked ? (Vec<T>){} : load(g + j));  // whatever a masked value holds
-    }
-    for (std::int64_t j = 0; j < TK && s.may_overflow; ++j) {
+    for (int j = 0; j < end && s.may_overflow; ++j) {
       const bool masked = j >= s.count || s.masked(r, key0 + j, key0);
       weights[j] = masked ? T(0) : std::exp(score[j] - lse);
       g[j] = masked ? T(0) : g[j];
     }
+    Vec<T> part = {}, total = {};
+    for (int j = 0; j < end; j += L) {
+      Vec<T> w, upstream = load(g + j);
+      if (s.may_overflow) {
+        w = load(weights + j);
+      } else {
+        const Vec<T> x = load(score + j);
+        const auto masked = x == T(-INFINITY);
+        store(weights + j, w = masked ? (Vec<T>){} : exp_scaled<T>(x - lse));
+        store(g + j, upstream = masked ? (Vec<T>){} : upstream);  // whatever a masked value holds
+      }
+      part += w * upstream;
+      total += w;
+    }
+    delta_[r] += sum<T>(part);
+    total_[r] += sum<T>(total);
     // Dropped entries are marked by the sign bit until finish_row.
     if (p.seed)
       for (int j = 0; j < end; j += L) {
@@ -106,18 +120,8 @@ class RowPass {
     const auto [weights, gradient, attended, width, place] = row;
     const std::int64_t blocks = width / K;
     // P sums to 1: dividing by the sum takes out the rounding of lse, which all keys of the row share.
-    double delta = 0, total = 0;
-    for (std::int64_t b = 0; b < blocks; ++b) {
-      if (!attended[b]) continue;
-      Vec<T> part = {}, total_part = {};
-      for (int j = 0; j < K; j += L) {
-        const Vec<T> x = load(weights + b * K + j), positive = x < T(0) ? -x : x;
-        part += positive * load(gradient + b * K + j);
-        total_part += positive;
-      }
-      delta += sum<T>(part);
-      total += sum<T>(total_part);
-    }
+    const double total = total_[i - s.row0];
+    double delta = delta_[i - s.row0];
     const T normaliser = total == 0 ? T(0) : T(1 / total);
     delta = total == 0 ? delta : delta / total;
     if (p.grad_lse) delta -= *p.grad_lse.at(n, i);
@@ -152,7 +156,8 @@ class RowPass {
   const Workspace<T>& ws;
   ScoreBlock<T> s;
   typename Workspace<T>::Row row_[most_rows];
-  T *weights_[most_rows], *grad_[most_rows];  // of the tile
+  T *weights_[most_rows], *grad_[most_rows];    // of the tile
+  double delta_[most_rows], total_[most_rows];  // sums of P dP and of P
   Buffer<T> value_columns;
   StoredReader<T> value_reader;
 };

@@ -1,13 +1,20 @@
 // The masked scores of a block of query rows, one tile of keys after the other: what forward and backward share.
 
-// Fewer rows than most_rows where that is needed to keep every thread busy.
-inline std::int64_t rows_per_block(std::int64_t batch, std::int64_t queries, int threads) {
-  std::int64_t rows = std::min<std::int64_t>(most_rows, std::max<std::int64_t>(queries, 1));
-  while (rows > 16 && batch * ((queries + rows - 1) / rows) < 4 * threads) rows /= 2;
+constexpr int usual_rows = 128;        // of a block...
+constexpr int few_features = 64;       // ...but up to so many features, most_rows share what is prepared of a tile...
+constexpr int few_features_rows = 32;  // ...of which so many are computed at a time, whose scores the cache holds
+constexpr int score_rows = VECTOR_BYTES == 64 ? 4 : 1;  // rows whose scores are computed together, of the fast forms
+constexpr double most_bound = 16;                       // of scores whose exponentials need no maximum taken off
+
+// Rows of a block: fewer where that is needed to keep every thread busy, or where masks may leave out keys of some.
+template <class T>
+std::int64_t rows_per_block(const Problem<T>& p, std::int64_t batch, std::int64_t queries) {
+  const bool masked = p.blocks || p.starts || p.left >= 0 || p.right >= 0 || p.mask.type != MaskType::none;
+  std::int64_t rows = p.hidden <= few_features && p.queries > 1 && !masked ? most_rows : usual_rows;
+  rows = std::min<std::int64_t>(rows, std::max<std::int64_t>(queries, 1));
+  while (rows > 16 && batch * ((queries + rows - 1) / rows) < 4 * p.threads) rows /= 2;
   return rows;
 }
-
-constexpr double most_bound = 16;  // of scores whose exponentials need no maximum taken off
 
 template <class T>
 class ScoreBlock {
@@ -20,7 +27,9 @@ class ScoreBlock {
       : p(problem),
         sharing(sharing),
         features(round_up(problem.hidden, group)),
-        slab(std::min<std::int64_t>(features, features_cached)),
+        slab(std::clamp<std::int64_t>(features, group, features_cached)),
+        slab_width_(group + slab * query_constants),
+        query_width_((std::max<std::int64_t>(features, 1) + slab - 1) / slab * slab_width_),
         located_(problem.key, problem.location, problem.hidden) {}
 
   // Begins with rows [first_row, first_row + count) of entry n.
@@ -28,10 +37,12 @@ class ScoreBlock {
     entry = n * sharing;
     row0 = first_row;
     rows = count;
-    first = p.keys;
-    last = 0;
+    first = first_stop_ = p.keys;
+    last = last_start_ = 0;
     for (std::int64_t r = 0; r < rows; ++r) {
       key_range(p, entry_of(r), row_of(r), start[r], stop[r]);
+      last_start_ = std::max(last_start_, start[r]);
+      first_stop_ = std::min(first_stop_, stop[r]);
       if (start[r] < stop[r]) {
         first = std::min(first, start[r]);
         last = std::max(last, stop[r]);
@@ -46,48 +57,54 @@ class ScoreBlock {
     else
       for (std::int64_t r = 0; r < rows; ++r) query_largest_[r] = largest(p.query.at(n, row0 + r), p.hidden);
     for (bool& packed : query_packed_) packed = false;
-    scores = scores_.get(rows * TK);
+    scores_.get(std::min(rows, rows_at_once()) * TK);
   }
 
-  // Computes scale * score + mask for keys [key0, key0 + TK) into scores[row * TK + key - key0], -Inf where a key is
-  // masked or beyond the last. Returns false, and computes nothing, if every key is masked for every row.
+  // Prepares keys [key0, key0 + TK). Returns false if every key is masked for every row.
   bool tile(std::int64_t key0) {
-    bool block_attended[tile_blocks] = {};
+    first_key_ = key0;
+    std::fill(block_attended_, block_attended_ + tile_blocks, false);
     count = std::min<std::int64_t>(TK, p.keys - key0);
     kept_ = p.blocks ? kept_pairs(p.blocks, entry, row0, rows, key0, count) : Kept::all;
     if (kept_ == Kept::none) return false;
-    find_attended(key0, block_attended);
-    if (!(block_attended[0] || block_attended[1] || block_attended[2] || block_attended[3])) return false;
-    if (p.queries == 1) {
-      p.location ? located_row(key0) : single_rows(key0);
-      return true;
-    }
-    bool form_used[forms] = {};
+    find_attended(key0);
+    if (!(block_attended_[0] || block_attended_[1] || block_attended_[2] || block_attended_[3])) return false;
+    if (p.queries == 1) return true;
+    std::fill(form_used_, form_used_ + forms, false);
     keys_ = key_reader_.read(p.key, entry, key0, count, p.hidden);
-    choose_forms(key0, form_used);
+    choose_forms(key0);
     for (const Form f : {centred, difference, matched, direct})
-      if (form_used[f] && !query_packed_[f]) pack_queries(f);
-    for (std::int64_t h0 = 0; h0 < std::max<std::int64_t>(features, 1); h0 += features_cached) {
-      const std::int64_t groups = std::min(features - h0, slab) / group;
-      for (int b = 0; b < tile_blocks; ++b) {
-        if (!block_attended[b]) continue;
-        for (const Form f : {centred, difference, matched, direct})
-          if (form_used[f]) pack_block(f, b, h0);
-        for (std::int64_t r = 0; r < rows; ++r) {
-          if (!attended[r][b]) continue;
-          T* s = scores + r * TK + b * K;
-          if (h0 == 0) std::memset(s, 0, K * sizeof(T));
-          add(form_[r], r, h0, groups, s);
-        }
-      }
-    }
-    for (std::int64_t r = 0; r < rows; ++r)
-      if (reached[r])
-        finish_row(r, key0);
-      else
-        std::fill(scores + r * TK, scores + (r + 1) * TK, T(-INFINITY));
+      if (form_used_[f] && !query_packed_[f]) pack_queries(f);
+    for (int b = 0; b < tile_blocks && few(); ++b) pack_block(b, 0);
     return true;
   }
+
+  // Computes scale * score + mask of the tile for rows from `begin` to the one that it returns, -Inf where a key is
+  // masked or beyond the last.
+  std::int64_t compute(std::int64_t begin) {
+    computed_ = begin;
+    const std::int64_t end = std::min(begin + rows_at_once(), rows);
+    if (p.queries == 1) {
+      p.location ? located_row(first_key_) : single_rows(first_key_);
+      return end;
+    }
+    for (std::int64_t h0 = 0; h0 < std::max<std::int64_t>(features, 1); h0 += features_cached)
+      for (int b = 0; b < tile_blocks; ++b) {
+        if (!block_attended_[b]) continue;
+        if (!few()) pack_block(b, h0);
+        for (std::int64_t r = begin; r < end;) r += attended[r][b] ? add(r, end, b, h0) : 1;
+      }
+    const bool finished = complete && count == TK && !scale_last_;
+    for (std::int64_t r = begin; r < end && !finished; ++r)
+      if (reached[r])
+        finish_row(r, first_key_, 1);
+      else
+        std::fill(row(r), row(r) + TK, T(-INFINITY));
+    return end;
+  }
+
+  // The scores that were computed last, of row r; the next row's follow after TK.
+  T* row(std::int64_t r) { return scores_.get(0) + (r - computed_) * TK; }
 
   // Is key j masked for row r? `masked` answers for the present tile, which begins at key0, `attends` for any key.
   bool masked(std::int64_t r, std::int64_t j, std::int64_t key0) const {
@@ -116,13 +133,19 @@ class ScoreBlock {
   bool raw = false;                                // scores are results: no softmax rounds them
   bool may_overflow = false;                       // an attended score may be -Inf too
   int bound_bits = 0;                              // above 0: every |score| < bound_bits ln 2
-  T* scores = nullptr;
 
  private:
+  bool few() const { return p.queries > 1 && features <= few_features; }
+  std::int64_t rows_at_once() const { return few() ? few_features_rows : most_rows; }
+
   void prepare_weight() {
     const T* w = prepared_ = p.weight.at(entry, 0);
     weight_largest_ = largest(w, p.hidden);
     normaliser_ = weight_normaliser(w, p.hidden);
+    // By the scale later, if their product overflows although neither does with the energy.
+    factor_ = T(1) / normaliser_ * p.scale;
+    scale_last_ = !std::isnormal(factor_);
+    if (scale_last_) factor_ = T(1) / normaliser_;
     T* normalised = weight_.get(p.hidden);
     double reach = 0, squares = 0, total = 0;
     for (std::int64_t h = 0; h < p.hidden; ++h) {
@@ -146,9 +169,16 @@ class ScoreBlock {
   }
 
   // Loads the masks of the tile, and finds the blocks of keys to compute, for each row and for any.
-  void find_attended(std::int64_t key0, bool* block_attended) {
-    complete = true;
+  void find_attended(std::int64_t key0) {
     bias_rows_ = p.mask.type == MaskType::none && kept_ == Kept::all ? nullptr : bias_.get(rows * TK);
+    complete = !bias_rows_ && key0 >= last_start_ && key0 + count <= first_stop_;
+    if (complete) {
+      for (std::int64_t r = 0; r < rows; ++r) {
+        reached[r] = true;
+        for (int b = 0; b < tile_blocks; ++b) attended[r][b] = b * K < count;
+      }
+      return std::copy_n(attended[0], tile_blocks, block_attended_), void();
+    }
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t low = std::max(start[r], key0) - key0, high = std::min(stop[r], key0 + count) - key0;
       const T* bias = nullptr;
@@ -156,7 +186,6 @@ class ScoreBlock {
         load_terms(p, entry_of(r), row_of(r), key0 + low, high - low, bias_rows_ + r * TK + low);
         bias = bias_rows_ + r * TK;
       }
-      complete = complete && low == 0 && high == count && !bias;
       reached[r] = false;
       for (int b = 0; b < tile_blocks; ++b) {
         const std::int64_t from = std::max<std::int64_t>(low, b * K), to = std::min<std::int64_t>(high, (b + 1) * K);
@@ -167,7 +196,7 @@ class ScoreBlock {
         }
         attended[r][b] = any;
         reached[r] = reached[r] || any;
-        block_attended[b] = block_attended[b] || any;
+        block_attended_[b] = block_attended_[b] || any;
       }
     }
   }
@@ -186,7 +215,7 @@ class ScoreBlock {
         std::int64_t end = r;
         while (end < std::min(r + some, rows) && attended[end][j / K]) ++end;
         if (r < end)
-          single_queries_.scores(p, entry, key0 + j, r, end - r, value, scores + r * TK + j, TK);
+          single_queries_.scores(p, entry, key0 + j, r, end - r, value, row(r) + j, TK);
         else
           ++end;
         r = end;
@@ -194,7 +223,7 @@ class ScoreBlock {
     }
     for (std::int64_t r = 0; r < rows; ++r) {
       form_[r] = direct;
-      finish_row(r, key0);
+      finish_row(r, key0, factor_);
     }
   }
 
@@ -216,12 +245,12 @@ class ScoreBlock {
       for (std::int64_t i = j; i < end; ++i, rows += one ? located_.key_row() : located_.row) {
         if (p.values > 0) value.begin(p.value.at(entry, key0 + i));
         if (key0 + i + ahead < p.keys) key.begin(p.key.at(entry, key0 + i + ahead));
-        scores[i] = one ? energy<T, true>(query, rows, weight_.get(0), p.hidden, located_.x[i - j], located_.weight,
+        row(0)[i] = one ? energy<T, true>(query, rows, weight_.get(0), p.hidden, located_.x[i - j], located_.weight,
                                           &value, &key)
                         : energy<T>(query, rows, weight_.get(0), p.hidden, 0, nullptr, &value, &key);
       }
     }
-    finish_row(0, key0);
+    finish_row(0, key0, factor_);
   }
 
   struct Attended {  // (not a lambda, which would not be compiled for the instruction set everywhere)
@@ -233,27 +262,25 @@ class ScoreBlock {
   };
 
   // The form of each row. A masked key must not matter, not even to the form.
-  void choose_forms(std::int64_t key0, bool* form_used) {
+  void choose_forms(std::int64_t key0) {
+    const T* k = keys_;
+    const std::int64_t row = key_reader_.row;
     typename Simd<T>::Bits key_largest[TK], tile_largest = 0;
-    cancellation_.tile(keys_, key_reader_.row, count, key_largest);
-    for (std::int64_t j = 0; j < count; ++j) {
-      key_largest[j] = largest(keys_ + j * key_reader_.row, p.hidden);
-      tile_largest = std::max(tile_largest, key_largest[j]);
-      cancellation_.take_key(j);
-    }
+    if (complete)
+      tile_largest = largest(k, p.hidden, count, row);
+    else
+      for (std::int64_t j = 0; j < count; ++j) key_largest[j] = largest(k + j * row, p.hidden);
+    cancellation_.tile(k, row, count);
     for (std::int64_t r = 0; r < rows; ++r) {
       if (!reached[r]) continue;
       const Attended attends{*this, r, key0};
       auto most = tile_largest;
-      if (!complete) {
-        most = 0;
-        for (std::int64_t j = attends.first(); j <= attends.last(); ++j)
-          if (!bias_rows_ || attends(j)) most = std::max(most, key_largest[j]);
-      }
+      for (std::int64_t j = attends.first(); j <= attends.last() && !complete; ++j)
+        if (!bias_rows_ || attends(j)) most = std::max(most, key_largest[j]);
       form_[r] = choose_form<T>(query_largest_[r], most, weight_largest_, p.hidden);
       form_[r] = cancellation_.row_form(form_[r], r, p.query.at(entry, row0 + r), query_largest_[r],
                                         std::max(query_largest_[r], most), attends);
-      form_used[form_[r]] = true;
+      form_used_[form_[r]] = true;
     }
   }
 
@@ -262,53 +289,67 @@ class ScoreBlock {
       matching_.begin(weight_.get(0), p.hidden, norm_, rounding_ > rounding_of_softmax);
       matching_known_ = true;
     }
-    const std::int64_t width = f == matched ? matching_.width : features * constants(f);
+    const std::int64_t width = f == matched ? matching_.width : query_width_;
     T* to = query_[f].get(rows * width);
-    for (std::int64_t r = 0; r < rows; ++r, to += width)
-      if (f == matched)
-        matching_.pack_query(p.query.at(entry, row0 + r), to);
-      else
-        pack_query(f, p.query.at(entry, row0 + r), weight_.get(0), p.hidden, to);
+    for (std::int64_t r = 0; r < rows; ++r, to += width) {
+      const T* q = p.query.at(entry, row0 + r);
+      if (f == matched) matching_.pack_query(q, to);
+      for (std::int64_t h = 0; h < std::max<std::int64_t>(features, 1) && f != matched; h += slab)
+        pack_query(f, q + h, weight_.get(0) + h, std::min(p.hidden - h, slab), to + h / slab * slab_width_);
+    }
     query_packed_[f] = true;
   }
 
-  // Features [h0, h0 + slab) of a block of keys, which then are in the first-level cache.
-  void pack_block(Form f, int b, std::int64_t h0) {
+  // Features [h0, h0 + slab) of a block of keys, in the forms in use. They stay in the cache.
+  void pack_block(int b, std::int64_t h0) {
+    if (!block_attended_[b]) return;
     const T* k = keys_ + b * K * key_reader_.row + h0;
     const std::int64_t keys = std::min<std::int64_t>(K, count - b * K), some = std::min(p.hidden - h0, slab);
-    if (f == matched)
-      matching_.pack_keys(k, key_reader_.row, keys, some, h0 / features_cached, key_[f].get(matching_.key_width()));
-    else
-      pack_keys(f, k, key_reader_.row, keys, some, key_[f].get(K * slab));
+    for (const Form f : {centred, difference, direct})
+      if (form_used_[f]) pack_keys(f, k, key_reader_.row, keys, weight_.get(0) + h0, some, packed_block(f, b));
+    if (form_used_[matched])
+      matching_.pack_keys(k, key_reader_.row, keys, some, h0 / features_cached, packed_block(matched, b));
+  }
+  T* packed_block(Form f, int b) {
+    const std::int64_t width = f == matched ? matching_.key_width() : K + key_constants(f) * K * slab;
+    return key_[f].get((few() ? tile_blocks : 1) * width) + (few() ? b * width : 0);
   }
 
-  void add(Form f, std::int64_t r, std::int64_t h0, std::int64_t groups, T* s) {
-    const T* k = key_[f].get(0);
+  // Features [h0, h0 + slab) of row r and some of the next ones before `end`, which attend to the block too, in the same
+  // form. How many rows these are.
+  int add(std::int64_t r, std::int64_t end, int b, std::int64_t h0) {
+    const Form f = form_[r];
+    const T* k = packed_block(f, b);
+    const std::int64_t some = std::min(features - h0, slab), groups = some / group, i = h0 / features_cached;
+    const ScoreRows<T> to{row(r) + b * K, TK, h0 == 0, h0 + some == features ? factor_ : T(1)};
     if (f == matched) {
-      const std::int64_t i = h0 / features_cached;
-      return add_matched(query_[f].get(0) + r * matching_.width + matching_.place(i), k, matching_.groups(i), s);
+      add_matched(query_[f].get(0) + r * matching_.width + matching_.place(i), k, matching_.groups(i), to);
+      return 1;
     }
-    const T* q = query_[f].get(0) + (r * features + h0) * constants(f);
-    if (f == centred) return add_energies<T, centred>(q, k, groups, s);
-    if (f == difference) return add_energies<T, difference>(q, k, groups, s);
-    add_energies<T, direct>(q, k, groups, s);
+    const T* q = query_[f].get(0) + r * query_width_ + i * slab_width_;
+    int same = 1;
+    while (same < score_rows && r + same < end && attended[r + same][b] && form_[r + same] == f) ++same;
+    if (f == direct)
+      add_energies<T, direct, 1>(q, query_width_, k, groups, to);
+    else if (same == score_rows)
+      add_energies<T, difference, score_rows>(q, query_width_, k, groups, to);
+    else
+      add_energies<T, difference, 1>(q, query_width_, k, groups, to);
+    return f == direct || same < score_rows ? 1 : same;
   }
 
-  void finish_row(std::int64_t r, std::int64_t key0) {
-    const T unit = T(1) / normaliser_;
-    // Together they may overflow although neither does with the energy.
-    const bool together = std::isnormal(unit * p.scale);
-    const T factor = together ? unit * p.scale : unit;
+  // Multiplies the row's scores by what is missing, `first` before the scale, and adds the masks' terms.
+  void finish_row(std::int64_t r, std::int64_t key0, T first) {
     const std::int64_t low = start[r] - key0, high = std::min(stop[r], key0 + count) - key0;
     const T* bias = bias_rows_ ? bias_rows_ + r * TK : nullptr;
     for (int b = 0; b < tile_blocks; ++b) {
-      T* s = scores + r * TK + b * K;
+      T* s = row(r) + b * K;
       if (!attended[r][b]) {
         for (int j = 0; j < K; ++j) s[j] = T(-INFINITY);
         continue;
       }
-      for (int j = 0; j < K; ++j) s[j] *= factor;
-      for (int j = 0; j < K && !together; ++j) s[j] *= p.scale;
+      for (int j = 0; j < K && first != T(1); ++j) s[j] *= first;
+      for (int j = 0; j < K && scale_last_; ++j) s[j] *= p.scale;
       const bool whole = low <= b * K && high >= (b + 1) * K;  // else some keys are masked or were never computed
       if (whole && !bias) continue;
       for (int j = 0; j < K; ++j) {
@@ -321,20 +362,25 @@ class ScoreBlock {
     }
   }
 
-  const T* keys_ = nullptr;  // of the tile
+  std::int64_t last_start_ = 0, first_stop_ = 0;  // all rows may attend to keys between them, masks aside
+  const std::int64_t slab_width_, query_width_;   // of a packed query row
+  const T* keys_ = nullptr;                       // of the tile
   StoredReader<T> key_reader_;
   Form form_[most_rows];
   typename Simd<T>::Bits query_largest_[most_rows], weight_largest_ = 0;
-  const T* prepared_ = nullptr;  // weights
-  T normaliser_ = 1;
+  const T* prepared_ = nullptr;    // weights
+  T normaliser_ = 1, factor_ = 1;  // of the weights; of scores of normalised weights
+  bool scale_last_ = false;        // of those too
   PreparedQueries<T> single_queries_;
   LocatedKeys<T> located_;
   Matching<T> matching_;
   bool matching_known_ = false;
   double norm_ = 0, rounding_ = 0;  // of the normalised weights; of scores by a rounding of every tanh
   Cancellation<T> cancellation_;
-  Kept kept_ = Kept::all;   // by the block table, of the tile
-  T* bias_rows_ = nullptr;  // the mask's terms of the tile, [row][key]
+  Kept kept_ = Kept::all;                                // by the block table, of the tile
+  T* bias_rows_ = nullptr;                               // the mask's terms of the tile, [row][key]
+  std::int64_t first_key_ = 0, computed_ = 0;            // of the tile; the first row of the scores
+  bool block_attended_[tile_blocks], form_used_[forms];  // of the tile, by any row
   bool query_packed_[forms] = {};
   Buffer<T> query_[forms], key_[forms], weight_, bias_, scores_;
 };

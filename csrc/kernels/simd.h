@@ -136,23 +136,29 @@ inline Vec<T> clamp(Vec<T> x, T low, T high) {  // NaN stays NaN
 
 template <class T>
 inline typename Simd<T>::Bits largest_lane(UVec<T> x) {
+#if VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_epu32((__m512i)x);
+  if constexpr (sizeof(T) == 8) return _mm512_reduce_max_epu64((__m512i)x);
+#endif
   typename Simd<T>::Bits result = 0;
   for (int l = 0; l < lanes<T>; ++l) result = std::max(result, x[l]);
   return result;
 }
 
-// The largest |x| of a row, as ordered bits; NaN is larger than everything.
+// The largest |x| of rows, as ordered bits; NaN is larger than everything.
 template <class T>
-typename Simd<T>::Bits largest(const T* x, std::int64_t n) {
+typename Simd<T>::Bits largest(const T* x, std::int64_t n, std::int64_t rows = 1, std::int64_t row = 0) {
   UVec<T> most = {};
-  std::int64_t h = 0;
-  for (; h + lanes<T> <= n; h += lanes<T>) {
-    const UVec<T> m = magnitude<T>(load(x + h));
-    most = m > most ? m : most;
-  }
-  if (h < n) {
-    const UVec<T> m = magnitude<T>(load_part<T>(x + h, n - h, 0));
-    most = m > most ? m : most;
+  for (std::int64_t r = 0; r < rows; ++r, x += row) {
+    std::int64_t h = 0;
+    for (; h + lanes<T> <= n; h += lanes<T>) {
+      const UVec<T> m = magnitude<T>(load(x + h));
+      most = m > most ? m : most;
+    }
+    if (h < n) {
+      const UVec<T> m = magnitude<T>(load_part<T>(x + h, n - h, 0));
+      most = m > most ? m : most;
+    }
   }
   return largest_lane<T>(most);
 }

@@ -6,7 +6,7 @@ constexpr std::int64_t piece_rows = 256;                            // ...but no
 constexpr std::int64_t most_piece_rows = 8192;
 constexpr std::int64_t most_places = std::int64_t(1) << 18;  // of the strips of all groups
 constexpr std::int64_t strip_keys = 128;
-constexpr int group_rows = most_rows;
+constexpr int group_rows = 128;
 
 // Rows [row0, row0 + rows) of the entries [entry0, entry0 + entries): a piece. So many rows of an entry are a group. It
 // keeps the strips of keys that some row of it may attend to by intervals and block table, one after the other.
