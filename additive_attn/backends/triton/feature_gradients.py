@@ -295,8 +295,7 @@ def feature_kernel(
     DK: tl.constexpr = key_sums is not None
     DW: tl.constexpr = weight_sums is not None
     tile_count = tl.cdiv(row_count, BX)
-    tile = tl.program_id(0) % tile_count
-    program = tl.program_id(0) // tile_count
+    tile, program = tl.program_id(0) % tile_count, tl.program_id(0) // tile_count
     h0 = program % tl.cdiv(padded, TILE) * TILE
     program = program // tl.cdiv(padded, TILE)
     split = program % splits
@@ -328,8 +327,7 @@ def feature_kernel(
     if not WIDE:
         sizes_i = query_rows.size + o * query_exp_outer + m * query_exp_inner
         at_key = o * key_exp_outer + m * key_exp_inner + key_begin
-        sizes_j = key_rows.size + at_key
-        K_place = key_rows.exponential + at_key * padded + f
+        sizes_j, K_place = key_rows.size + at_key, key_rows.exponential + at_key * padded + f
         i = tl.minimum(row_begin + r0[:, :, :, None] + tl.arange(0, RX), rows - 1).to(tl.int64)
         q = raw(q_rows + i * query_row, h[:, :, :, None], hidden, query_h, ACC)
         e, _error = exponentials(q, tl.load(sizes_i + i) > SAFE)
@@ -368,15 +366,13 @@ def feature_kernel(
             )  # fmt: skip
             total = tl.sum(G) / TX + zeros
             if skipped:
-                qa, qb = repeated(zeros, RX), repeated(zeros, RX)
-                xa, xb = zeros, zeros
+                qa, qb, xa, xb = repeated(zeros, RX), repeated(zeros, RX), zeros, zeros
                 _store_zeros(dk_place, stored, k0, end, padded)
             elif direct | opposite:
                 qa, qb, xa, xb = _rare_loop(
                     K_place, g_place, dk_place, q_rows, k_rows, query_row, query_h, key_row,
                     key_h, sizes_i, sizes_j, h, stored, row_begin + r0, rows - 1, last_key, hidden,
-                    k0, end, row_padded, opposite,
-                    RX, padded, TILE, False, DK, TARGET,
+                    k0, end, row_padded, opposite, RX, padded, TILE, False, DK, TARGET,
                 )  # fmt: skip
             else:
                 qa, qb, xa, xb = _quick_loop(
