@@ -4,6 +4,7 @@ tensors lie on the CPU, and results stay unwritten."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -206,7 +207,10 @@ def mock_library() -> ctypes.CDLL:
     options = "-O1", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", f"-I{include}"
     subprocess.run(["cc", *options, str(source), "-o", str(built)], check=True)
     triton.knobs.nvidia.libcuda_path = place
-    return ctypes.CDLL(str(built), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(built), mode=ctypes.RTLD_GLOBAL)
+    # Kernels that live until the process ends are to be unloaded by what has loaded them.
+    atexit.register(lambda: triton.runtime.driver.set_active(MockDriver(library)))
+    return library
 
 
 @contextlib.contextmanager
