@@ -24,8 +24,8 @@ from additive_attn.spec.call import (
 from additive_attn.spec.dropout import keep_mask
 
 # A window that follows a size stays symbolic in a graph. Whether torch's stable ABI takes SymInt
-# before 2.13 has not been tried; with int the size becomes a constant, which torch guards.
-_SIDE = "SymInt" if torch.__version__ >= (2, 13) else "int"  # type: ignore[operator]
+# before 2.11 has not been tried; with int the size becomes a constant, which torch guards.
+_SIDE = "SymInt" if torch.__version__ >= (2, 11) else "int"  # type: ignore[operator]
 _MASKING = (
     "Tensor? attn_mask, Tensor? lengths, Tensor? starts, Tensor? block_table, "
     f"Tensor? block_tiles, {_SIDE} left, {_SIDE} right"
