@@ -4,6 +4,7 @@ torch already."""
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ def _work(rank: int, world: int, module: str, names: Sequence[str], folder: str)
     import torch
     from torch.distributed.device_mesh import init_device_mesh
 
+    faulthandler.enable()  # a crash shows the stack of every thread
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", f"file://{folder}/store", rank=rank, world_size=world,
