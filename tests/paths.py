@@ -100,9 +100,13 @@ def _interpreted() -> Iterator[None]:
         with np.errstate(all="ignore"):  # as in a GPU
             interpreter(kernel).run(*args, **kwargs)
 
+    ready: dict[Any, Callable[..., Any]] = {}
+
     def nested(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-        triton.runtime.interpreter._patch_lang(kernel.fn)
-        return interpreter(kernel).rewrite()(*args, **kwargs)
+        if kernel.fn not in ready:
+            triton.runtime.interpreter._patch_lang(kernel.fn)
+            ready[kernel.fn] = interpreter(kernel).rewrite()
+        return ready[kernel.fn](*args, **kwargs)
 
     originals = JITFunction.run, JITFunction.__call__
     JITFunction.run = run

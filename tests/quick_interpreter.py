@@ -16,7 +16,11 @@ BINARY: dict[str, Any] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.divide,
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "eq": np.equal, "ne": np.not_equal, "and": np.bitwise_and, "or": np.bitwise_or,
+    "mod": np.fmod, "lshift": np.left_shift, "rshift": np.right_shift,
+    "floordiv": lambda x, y: (x - np.fmod(x, y)) // y,
 }  # fmt: skip
+INTEGERS = ("lshift__", "rshift__", "floordiv__")  # operations of no others
+NEW = object.__new__
 
 
 @contextlib.contextmanager
@@ -110,21 +114,23 @@ class _Cases:
                    core.float32: np.float32, core.float64: np.float64}  # fmt: skip
         self.numbers = {id(dtype): number for dtype, number in numbers.items()}
         self.kinds = {id(x): float if x.is_floating() else int for x in numbers}
+        self.numbers[id(core.float16)], self.numbers[id(core.int1)] = np.float16, bool
 
     def slow(self, *operands: Any, **options: Any) -> Any:
         return self.original(*operands, **{**options, "_semantic": self.semantic})
 
-    def first(self, key: Any, *operands: Any) -> Any:
-        result = self.slow(*operands)
+    def first(self, key: Any, *operands: Any, **options: Any) -> Any:
+        result = self.slow(*operands, **options)
         shapes = [getattr(x, "shape", None) for x in operands]  # lest others get their ids
-        self.found[key] = dict(vars(result)), dict(vars(result.handle)), shapes
+        self.found[key] = (
+            result.handle.dtype, result.shape, result.numel, result.type, result.dtype, shapes
+        )  # fmt: skip
         return result
 
     def made(self, found: Any, data: Any) -> Any:
-        handle, result = object.__new__(self.handle), object.__new__(self.tensor)
-        handle.__dict__.update(found[1])
+        handle, result = NEW(self.handle), NEW(self.tensor)
         handle.data, handle.attr = data, {}
-        result.__dict__.update(found[0])
+        handle.dtype, result.shape, result.numel, result.type, result.dtype, _shapes = found
         result.handle = handle
         return result
 
@@ -138,7 +144,7 @@ class _Cases:
         elif kind is int or kind is float:
             wanted = self.kinds[id(dtype)]
             if wanted is float or (kind is wanted and -(2**31) <= x < 2**31):
-                return kind, np.array([x], self.numbers[id(dtype)])
+                return (kind,), np.array([x], self.numbers[id(dtype)])
         elif kind is self.constexpr:
             return self.operand(x.value, dtype)
         return None, None
@@ -149,18 +155,25 @@ def _binary(
     core: Any, interpreter: Any, original: Callable[..., Any], operation: Callable[..., Any]
 ) -> Callable[..., Any]:
     cases = _Cases(core, interpreter, original)
-    kinds, found, made = cases.kinds, cases.found, cases.made
+    tensor, kinds, found, made = cases.tensor, cases.kinds, cases.found, cases.made
     if operation in (np.bitwise_and, np.bitwise_or):
         kinds[id(core.int1)] = bool
-    not_of = int if original.__name__.endswith("truediv__") else None
+    name = original.__name__
+    not_of = int if name.endswith("truediv__") else float if name.endswith(INTEGERS) else None
 
     def call(x: Any, y: Any, **options: Any) -> Any:
+        if type(x) is tensor and type(y) is tensor and not options:
+            known = found.get((id(x.shape), id(x.dtype), id(y.shape), id(y.dtype)))
+            if known is not None:
+                return made(known, operation(x.handle.data, y.handle.data))
         data = None
-        if type(x) is cases.tensor and kinds.get(id(x.dtype), not_of) is not not_of:
+        if type(x) is int and operation in (np.fmin, np.fmax):
+            x, y = y, x
+        if type(x) is tensor and kinds.get(id(x.dtype), not_of) is not not_of:
             case, data = cases.operand(y, x.dtype)
         if data is None or options:
             return cases.slow(x, y, **options)
-        key = id(x.shape), id(x.dtype), case
+        key = id(x.shape), id(x.dtype), *case
         if key not in found:
             return cases.first(key, x, y)
         return made(found[key], operation(x.handle.data, data))
@@ -195,6 +208,13 @@ def _where(core: Any, interpreter: Any, original: Callable[..., Any]) -> Callabl
     kinds, found, made = cases.kinds, cases.found, cases.made
 
     def where(condition: Any, x: Any, y: Any, **options: Any) -> Any:
+        kind = type(condition)
+        if kind is cases.constexpr:
+            condition = condition.value
+            kind = type(condition)
+        if kind is bool and type(x) is type(y) is cases.tensor:
+            if x.shape is y.shape and x.dtype is y.dtype:
+                return x if condition else y
         data = other = None
         some = x if type(x) is cases.tensor else y
         if type(some) is cases.tensor and id(some.dtype) in kinds:
@@ -213,18 +233,30 @@ def _where(core: Any, interpreter: Any, original: Callable[..., Any]) -> Callabl
 @functools.cache
 def _cast(core: Any, interpreter: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     cases = _Cases(core, interpreter, original)
-    sources = {*cases.kinds, id(core.int1)}
+    kinds, numbers, found = cases.kinds, cases.numbers, cases.found
+
+    def of_number(x: int, dtype: Any) -> Any:
+        data = cases.operand(x, dtype)[1]
+        if data is None:
+            return cases.slow(x, dtype)
+        if id(dtype) not in found:
+            return cases.first(id(dtype), x, dtype)
+        return cases.made(found[id(dtype)], data)
 
     def cast(x: Any, dtype: Any, *more: Any, **options: Any) -> Any:
-        number = None if more or options else cases.numbers.get(id(dtype))
-        if number is None or type(x) is not cases.tensor or id(x.dtype) not in sources:
+        bitcast = options == {"bitcast": True}
+        number = None if more or (options and not bitcast) else numbers.get(id(dtype))
+        if type(x) is int and id(dtype) in kinds and not (more or options):
+            return of_number(x, dtype)
+        if number in (None, bool) or type(x) is not cases.tensor or id(x.dtype) not in numbers:
             return cases.slow(x, dtype, *more, **options)
         if x.dtype is dtype:
             return x
-        key = id(x.shape), id(x.dtype), id(dtype)
-        if key not in cases.found:
-            return cases.first(key, x, dtype)
-        return cases.made(cases.found[key], x.handle.data.astype(number))
+        key = id(x.shape), id(x.dtype), id(dtype), bitcast
+        if key not in found:
+            return cases.first(key, x, dtype, **options)
+        data = x.handle.data
+        return cases.made(found[key], data.view(number) if bitcast else data.astype(number))
 
     return cast
 
@@ -263,10 +295,11 @@ def _load(core: Any, interpreter: Any, original: Callable[..., Any]) -> Callable
         dtype = getattr(pointer.dtype, "element_ty", None)
         number, data = cases.numbers.get(id(dtype)), None
         case = another = None
-        if not options and number is not None and mask is None and other is None:
+        plain = not options and number not in (None, bool)
+        if plain and mask is None and other is None:
             at = pointer.handle.data
             where, data = np.ones(at.shape, bool), np.zeros(at.shape, number)
-        elif not options and number is not None and getattr(mask, "dtype", None) is cases.bool:
+        elif plain and id(dtype) in cases.kinds and getattr(mask, "dtype", None) is cases.bool:
             another, data = cases.operand(0 if other is None else other, dtype)
             if data is not None:
                 case = id(mask.shape)

@@ -135,6 +135,8 @@ def test_choices_casts_and_dims(compare):
             for dtype in DTYPES:
                 x.to(dtype)
                 tl.cast(x, dtype)
+                tried(x.to, dtype, bitcast=True)
+                tried(tl.cast, 3, dtype), tried(tl.cast, 2**40, dtype)
             for places in ((None,), (None, slice(None)), (slice(None), None, None)):
                 if len(x.shape) == sum(place is not None for place in places):
                     x[places]
@@ -142,8 +144,11 @@ def test_choices_casts_and_dims(compare):
                 y = tensor(x.dtype, shape)
                 z = y / y  # NaN at 0
                 tl.minimum(x, y), tl.maximum(y, 1.5), tl.minimum(y, z), tl.maximum(z, y)
+                tl.minimum(1, y), tl.maximum(1, z)
                 for condition in (tensor(tl.int1, (4,)), tensor(tl.int1, (2, 1, 4))):
                     for other in (y, 0, 0.5, tensor(tl.float64, ())):
                         tl.where(condition, x, other), tl.where(condition, other, x)
+                for condition in (True, False, tl.constexpr(True)):
+                    tl.where(condition, x, y), tl.where(condition, y, z)
 
     assert compare(body, torch.zeros(4)) > 500
