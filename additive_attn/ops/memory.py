@@ -241,6 +241,8 @@ def _shared_gradients(
 ) -> tuple[Tensor | None, ...]:
     key, value, weight = shared[:3]
     grad_key, grad_weight = running.grad_key, running.grad_weight
+    if grad_key is not None:
+        grad_key = reduced(grad_key, key)
     grad_value = grad_query_weight = grad_query_bias = None
     records = running.records
     scored = [record for record in records if record.grad_scores is not None]

@@ -140,6 +140,28 @@ def test_gradients_of_gradients(kind):
     assert_close(*found, tolerance=1e-10)
 
 
+@SOME
+@pytest.mark.parametrize("sharing", ["beams", "batch"])
+def test_gradients_of_gradients_of_shared_keys(kind, sharing):
+    """The second backward passes the steps, whose keys' gradient has an entry per query, and what
+    the first one made of them."""
+    layer = build(kind)
+    layer = type(layer)(2, 2, 3, dtype=torch.float64, **KINDS[kind] | {"initial": "zeros"})
+    key = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
+    query = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+
+    def loop(query, key):
+        memory = layer.project(key)
+        memory = memory.expand(2) if sharing == "beams" else memory
+        state = layer.initial_state(memory)
+        for _ in range(2):
+            context, _, state = layer.step(query, memory, state)
+            query = torch.tanh(query + context)
+        return query
+
+    assert torch.autograd.gradgradcheck(loop, (query, key), fast_mode=True)
+
+
 @pytest.mark.kernel
 @SOME
 def test_gradcheck(kind, path):
