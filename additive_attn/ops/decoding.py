@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -246,7 +247,9 @@ class _Step(SingleLevelFunction):
         seed, query, location, location_weight, *tensors = ctx.saved_tensors
         shared, (filters, projected, weights, lse) = Shared(*tensors[:6]), tensors[6:10]
         if torch.is_grad_enabled() or any(map(is_batch, (grad_out, grad_weights, grad_lse))):
-            return _differentiable(ctx, (grad_out, grad_weights, grad_lse))
+            upstream = (grad_out, grad_weights, grad_lse)
+            given = (query, location, location_weight, *tensors)
+            return _differentiable(ctx, upstream, seed, given)
         lent, (_, several), batch = ctx.lent, ctx.options, weights.shape[:-2]
         running = None
         if lent.node is not None and _will_run(lent.node):
@@ -318,9 +321,11 @@ class _Step(SingleLevelFunction):
 
 
 @torch.enable_grad()
-def _differentiable(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _differentiable(
+    ctx: Any, upstream: Sequence[Tensor | None], seed: Tensor | None,
+    tensors: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """All gradients at once, as those of an ordinary call, to be differentiated again."""
-    seed, *tensors = ctx.saved_tensors
     # Views, since a query depends on what is shared through the steps before this one.
     views: list[Any] = [None if x is None else x.view_as(x) for x in tensors[:10]]
     query, location, location_weight = views[:3]

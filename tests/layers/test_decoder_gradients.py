@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from functools import partial
 
 import paths
 import pytest
@@ -256,6 +257,31 @@ def test_checkpoint_of_a_step(reentrant):
             total = total + query.square().sum()
         total.backward()
         results.append([x.grad for x in (key, value, *model.parameters())])
+    assert_gradients(*results)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_checkpoint_of_a_step_differentiated_twice(batched):
+    """Of a checkpoint, a backward may unpack what was saved but once."""
+    results = []
+    for checkpointed in (True, False):
+        model = Decoder(True)
+        query, key, value, lengths = inputs()
+        layer = model.attention
+        memory = layer.project(model.encoder(key), value, lengths)
+        step = layer.step
+        if checkpointed:
+            step = partial(checkpoint, layer.step, use_reentrant=False)
+        context, _ = step(query, memory)
+        context, _ = step(query * context.mean(-1, keepdim=True), memory)
+        if batched:
+            upstream = torch.stack([torch.ones_like(context), context.detach()])
+            wanted = (query, key, value)
+            grads = torch.autograd.grad(context, wanted, upstream, is_grads_batched=True)
+        else:
+            grads = torch.autograd.grad(context.sin().sum(), (query, key), create_graph=True)
+            grads += torch.autograd.grad(sum(x.square().sum() for x in grads), (query, key, value))
+        results.append(grads)
     assert_gradients(*results)
 
 
