@@ -311,6 +311,30 @@ def test_composed(name, small_blocks):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", [*SCORED, "attn_mask"])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(fused, plain_masked), (fused_scores, plain_scores)],
+    ids=["out", "scores"],
+)
+def test_of_one_argument(ours, theirs, name):
+    """Also where there is nothing to compute: scores are linear in weight and mask."""
+    inputs = make((), 2, 3, 3, 2, dtype=torch.float64)
+    inputs["attn_mask"] = fixed(inputs["query"] @ inputs["key"].mT, 0)
+
+    def total(function):
+        def run(x):
+            outputs = function({**inputs, name: x}, lengths=torch.tensor(2)).values()
+            return sum(torch.where(x.isinf(), 0.0, x).sin().sum() for x in outputs)
+
+        return run
+
+    for outer in (torch.func.jacrev, torch.func.jacfwd):
+        for inner in (torch.func.jacrev, torch.func.jacfwd):
+            found, expected = (outer(inner(total(f)))(inputs[name]) for f in (ours, theirs))
+            torch.testing.assert_close(found, expected)
+
+
 def test_gradient_penalty_in_training():
     """Steps of an optimiser under a penalty on the gradient of the input."""
     histories = []

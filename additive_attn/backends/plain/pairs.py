@@ -107,4 +107,5 @@ def _formula(block: Block, arguments: Sequence[Tensor], masks: Masks) -> Formula
 
 
 def sum_of(results: Sequence[Tensor | None]) -> Tensor:
-    return torch.stack([x.sum() for x in results if x is not None]).sum()
+    sums = [x.sum() for x in results if x is not None]
+    return torch.stack(sums).sum() if sums else torch.zeros(())
