@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from additive_attn.ops.attend import masked_attention, masked_scores, masked_step
 from additive_attn.ops.checks import Integers
+from additive_attn.ops.key_projection import project_keys
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 fx.wrap("masked_attention")
 fx.wrap("masked_scores")
 fx.wrap("masked_step")
+fx.wrap("project_keys")
 
 
 def additive_attention(
@@ -35,9 +37,9 @@ def additive_attention(
     key_padding_mask: Tensor | None = None,
     starts: Integers | None = None,
     bias: Tensor | None = None,
+    key_weight: Tensor | None = None,
 ) -> Any:
-    r"""Additive attention (Bahdanau et al. 2015, arXiv:1409.0473) on projected queries and keys,
-    in one pass.
+    r"""Additive attention (Bahdanau et al. 2015, arXiv:1409.0473) on projected queries and keys.
 
     .. math::
         s_{ij} = \mathrm{scale} \sum_h w_h \tanh(q_{ih} + k_{jh}) + \mathrm{mask}_{ij} + b, \quad
@@ -50,10 +52,9 @@ def additive_attention(
     float mask and the bias.
 
     Args:
-        query: ``(..., Lq, H)``, already projected. float64, float32, bfloat16 or float16. None
-            counts as zeros ``(..., 1, H)``, which pools the keys: no query is made or read.
-        key: ``(..., Lk, H)``, already projected; leading dims broadcast as in
-            ``F.scaled_dot_product_attention``.
+        query: ``(..., Lq, H)``, projected. float64, float32, bfloat16 or float16. None counts as
+            zeros ``(..., 1, H)``, which pools the keys: no query is made or read.
+        key: ``(..., Lk, H)``, projected; leading dims broadcast, as in PyTorch's attention.
         value: ``(..., Lk, Dv)``. None if only the weights are wanted, to be edited for example.
         weight: ``(H,)``, or ``(heads, H)`` where dim -3 of query is heads; ``(1, H)`` broadcasts
             over it.
@@ -63,12 +64,10 @@ def additive_attention(
             blocks that it keeps.
         lengths: ``(B,)`` or ``(B, Lq)`` integers in [0, Lk], B the first leading dim (without
             leading dims: ``()`` or ``(Lq,)``), each dim also 1: the number of leading keys to
-            attend to. A tensor, or a list, tuple or NumPy array. The range is checked,
-            but of a tensor on a GPU, which is clamped.
+            attend to. A tensor, list, tuple or NumPy array; checked, or clamped on a GPU.
         is_causal: key j is attended to iff j <= i (upper left aligned).
         window: ``(left, right)``: keys i - left ... i + right; -1 = unbounded.
-        dropout_p: probability of dropping a weight; applied whenever it is above 0, so pass 0 in
-            evaluation.
+        dropout_p: probability of dropping a weight, in evaluation too: pass 0 there.
         scale: factor on the scores, before the mask.
         need_weights: also return the weights, before dropout.
         need_lse: also return the log-sum-exp of the scores, for :func:`merge_attention`.
@@ -79,6 +78,8 @@ def additive_attention(
         bias: a number, ``()`` or ``(1,)``, or one per head, ``(heads,)``, added to all scores. It
             cancels in the softmax: only lse depends on it. It gets the gradient, of zeros, that
             DistributedDataParallel and optimizers expect.
+        key_weight: ``(H, Dk)``, projects keys ``(..., Lk, Dk)`` first. A bias goes with the query.
+            Faster where key and value are one tensor.
 
     Returns:
         out ``(..., Lq, Dv)``; then weights ``(..., Lq, Lk)`` if need_weights; then lse
@@ -91,6 +92,8 @@ def additive_attention(
         ValueError: a shape or a number does not fit.
         RuntimeError: tensors are on different devices.
     """
+    if key_weight is not None:
+        key, value = project_keys(key, value, key_weight)
     out, weights, lse = masked_attention(
         (query, key, value, weight),  # type: ignore[arg-type]
         attn_mask, lengths, is_causal, window, dropout_p, scale,
@@ -114,6 +117,7 @@ def additive_attention_step(
     key_padding_mask: Tensor | None = None,
     starts: Integers | None = None,
     bias: Tensor | None = None,
+    key_weight: Tensor | None = None,
 ) -> Any:
     """:func:`additive_attention` with one query per sequence, and no dim for it: a decoder step,
     or pooling.
@@ -124,7 +128,7 @@ def additive_attention_step(
             query included. A weight of heads ``(heads, H)`` goes with a query ``(B, heads, H)``.
         attn_mask: broadcastable to ``(..., Lk)``, that is ``(B, Lk)``.
         lengths, starts: integers ``(B,)``, or ``()`` without leading dims.
-        dropout_p, scale, need_weights, need_lse, key_padding_mask, bias: as in
+        dropout_p, scale, need_weights, need_lse, key_padding_mask, bias, key_weight: as in
             :func:`additive_attention`.
 
     Returns:
@@ -137,6 +141,8 @@ def additive_attention_step(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`additive_attention`.
     """
+    if key_weight is not None:
+        key, value = project_keys(key, value, key_weight)
     out, weights, lse = masked_step(
         (query, key, value, weight),  # type: ignore[arg-type]
         attn_mask, lengths, dropout_p, scale, True if value is None else need_weights, need_lse,

@@ -164,8 +164,8 @@ class AdditiveAttention(ProjectingAttention):
         rank = query.dim()
         if not (2 <= rank <= 3 and key.dim() == rank and value.dim() == rank):
             refuse_ranks(type(self).__name__, query=query, key=key, value=value)
-        q, k = self._project("query", query), self._project("key", key)
-        v = value
+        q = self._project("query", query)
+        k, v = self._project_keys(key, value)
         if attn_mask is not None or key_padding_mask is not None:
             self._check_polarity(attn_mask, key_padding_mask)
         swap = rank == 3 and not self.batch_first

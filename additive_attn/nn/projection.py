@@ -29,6 +29,7 @@ from additive_attn.ops.checks import (
     refuse_types,
     require_one_device,
 )
+from additive_attn.ops.key_projection import projected_values
 from additive_attn.ops.layer_checks import (
     check_factory,
     check_flags,
@@ -181,6 +182,16 @@ class ProjectingAttention(nn.Module):
         except RuntimeError:
             explain_projection(layer, name, tensor, getattr(self, f"{name}_dim"))
             raise
+
+    def _project_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected keys, and the values, which may be the keys before."""
+        if value is key and not _is_compiling():
+            parameters = bare_parameters(self._modules["key_layer"])
+            if parameters is not None:
+                pair = projected_values(key, value, *parameters)
+                if pair is not None:
+                    return pair
+        return self._project("key", key), value
 
     def _lent_parameters(self) -> tuple[nn.Parameter | None, ...] | None:
         """Weight and bias of energy and query, and those of normalize; None unless the energy is

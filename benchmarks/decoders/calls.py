@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from additive_attn import AdditiveAttention, additive_attention, additive_scores
@@ -56,8 +55,8 @@ def pooling(batch: int, keys: int, hidden: int, dim: int) -> Problem:
 
     def fused(x: Tensor) -> Tensor:
         learned = layer.project.bias.expand(batch, 1, hidden)
-        key = F.linear(x, layer.project.weight)
-        return additive_attention(learned, key, x, layer.energy.weight).squeeze(1)
+        weights = layer.energy.weight, layer.project.weight
+        return additive_attention(learned, x, x, weights[0], key_weight=weights[1]).squeeze(1)
 
     def run(function: Callable[[Tensor], Tensor]) -> Any:
         return full(lambda x, *_: function(x), leaves, upstream)

@@ -66,13 +66,15 @@ MASKS = dict(lengths=LENGTHS, key_padding_mask=PADDING, starts=torch.tensor([0, 
 CALL = dict(
     **TENSORS, **MASKS, attn_mask=torch.ones(LQ, LK, dtype=torch.bool), is_causal=False,
     window=(3, 3), dropout_p=0.0, scale=1.0, need_weights=True, need_lse=False,
-    bias=torch.zeros(1),
+    bias=torch.zeros(1), key_weight=torch.randn(D, D),
 )  # fmt: skip
 STEP = {k: x for k, x in CALL.items() if k not in ("is_causal", "window")} | dict(
     query=TENSORS["query"][:, 0], attn_mask=torch.ones(B, LK, dtype=torch.bool)
 )
 SCORES = {
-    k: x for k, x in CALL.items() if k not in ("value", "need_weights", "need_lse", "dropout_p")
+    k: x
+    for k, x in CALL.items()
+    if k not in ("value", "need_weights", "need_lse", "dropout_p", "key_weight")
 }
 INIT = dict(hidden_dim=H, dropout=0.0, bias=True, scale=1.0, batch_first=True, device="cpu",
             dtype=torch.float32)  # fmt: skip
@@ -202,7 +204,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
 OPTIONAL = {
     "query", "value", "lengths", "key_padding_mask", "starts", "attn_mask", "window", "bias",
     "device", "dtype", "input_dim", "query_dim", "key_dim", "source_tokens", "target_tokens",
-    "kdim", "vdim", "ax", "source_length", "target_length", "vmax", "title",
+    "key_weight", "kdim", "vdim", "ax", "source_length", "target_length", "vmax", "title",
 }  # fmt: skip
 TAKEN = {
     ("scale", "number"), ("scale", "integer"), ("vmin", "number"), ("vmin", "integer"),
