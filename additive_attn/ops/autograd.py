@@ -78,7 +78,7 @@ def attend(
     if _grad_enabled() and (
         _requires_grad(call) or (score_bias is not None and score_bias.requires_grad)
     ):
-        outputs = Attention.apply(call, need_weights, *call[:5], score_bias)
+        outputs = Attention.apply(call, (need_weights, need_lse), *call[:5], score_bias)
         return outputs
     with _below_autograd():
         if dispatch.repeated_forward is not None:
@@ -151,24 +151,16 @@ def expanded(call: Call) -> tuple[Tensor, ...]:
 
 
 class Attention(SingleLevelFunction):
-    """``additive_attn::forward``. Takes the call; then those of its arguments that have gradients,
-    and a score bias, since every argument of a Function costs time."""
+    """``additive_attn::forward``. Takes the call, and whether weights and lse are needed; then
+    those of its arguments that have gradients, and a score bias. Every argument and every output
+    of a Function costs time, so an output that nobody needs is None."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, need_weights: bool, *inputs: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = None
-        if dispatch.repeated_forward is not None and not _functorch_active():
-            with _below_autograd():
-                outputs = dispatch.repeated_forward(call, need_weights)
-        if outputs is None:
-            outputs = dispatch.below_autograd(dispatch.forward_directly, *call, need_weights)
-        out, weights, lse = outputs
-        ctx.save_for_backward(*inputs, *call[5:9], call[11], lse)
-        ctx.numbers = *call[9:11], *call[12:], need_weights
-        ctx.set_materialize_grads(False)
-        return out, weights, lse
+        ctx: Any, call: Call, needs: tuple[bool, bool], *inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        out, weights, lse = _computed(ctx, call, needs[0], inputs)
+        return out, weights if needs[0] else None, lse if needs[1] else None
 
     @staticmethod
     def backward(
@@ -209,13 +201,13 @@ class Attention(SingleLevelFunction):
 
 
 class DirectedAttention(Attention):
-    """The same where there may be tangents."""
+    """The same where there may be tangents, with all outputs of the operator."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, need_weights: bool, *inputs: Tensor | None
+        ctx: Any, call: Call, needs: tuple[bool, bool], *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = Attention.forward(ctx, call, need_weights, *inputs)
+        outputs = _computed(ctx, call, needs[0], inputs)
         ctx.save_for_forward(*ctx.to_save)
         return outputs
 
@@ -226,6 +218,23 @@ class DirectedAttention(Attention):
         masking = lengths, starts, table, tiles, left, right
         call = *inputs, *masking, seed, dropout_p, scale, lse
         return outputs_pushed_forward(ATTENTION, call, directions[2:], (True, need_weights, True))
+
+
+def _computed(
+    ctx: Any, call: Call, need_weights: bool, inputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs of the operator, with what backward needs in ``ctx``."""
+    outputs = None
+    if dispatch.repeated_forward is not None and not _functorch_active():
+        with _below_autograd():
+            outputs = dispatch.repeated_forward(call, need_weights)
+    if outputs is None:
+        outputs = dispatch.below_autograd(dispatch.forward_directly, *call, need_weights)
+    out, weights, lse = outputs
+    ctx.save_for_backward(*inputs, *call[5:9], call[11], lse)
+    ctx.numbers = *call[9:11], *call[12:], need_weights
+    ctx.set_materialize_grads(False)
+    return out, weights, lse
 
 
 def register(operator: Any, function: Any, layout: Layout) -> None:
@@ -248,7 +257,7 @@ def register(operator: Any, function: Any, layout: Layout) -> None:
 
 register(
     dispatch.forward,
-    lambda *x: DirectedAttention.apply(Call(*x[:14]), x[14], *x[:5], None),
+    lambda *x: DirectedAttention.apply(Call(*x[:14]), (x[14], True), *x[:5], None),
     ATTENTION,
 )
 register(dispatch.backward, AttentionBackward.apply, ATTENTION)

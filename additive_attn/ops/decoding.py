@@ -197,7 +197,8 @@ def attend_apart(
         attn_mask=attn_mask, lengths=lengths,
     )  # fmt: skip
     out, weights, lse = compute(rows, need_weights, score_bias, need_lse)
-    return out.squeeze(-2), weights.squeeze(-2) if need_weights else weights, lse.squeeze(-1)
+    weights = weights.squeeze(-2) if need_weights else weights
+    return out.squeeze(-2), weights, lse.squeeze(-1) if need_lse else lse
 
 
 def _inputs(

@@ -295,7 +295,7 @@ def reduced(grad: Tensor, tensor: Tensor) -> Tensor:
     if grad.dim() != tensor.dim() or grad.shape != tensor.shape:
         # A sum over dims of 1 costs as much as another one; a view does not. Not in traces.
         if type(grad) is Tensor and grad.numel() == tensor.numel():
-            grad = grad.reshape(tensor.shape)
+            grad = grad.view_as(tensor)
         elif hasattr(grad, "device_mesh"):
             grad = _summed(grad, tensor.shape)
         else:
