@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from additive_attn.nn.decoding import ProjectedMemory, step
-from additive_attn.nn.linear import energy_of
+from additive_attn.nn.linear import bare_parameters, energy_of
 from additive_attn.nn.projection import ProjectingAttention
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.attend import masked_attention
@@ -20,6 +21,7 @@ from additive_attn.ops.layer_checks import (
     refuse_memory,
     refuse_ranks,
 )
+from additive_attn.ops.projected import Sources, attend_projected, in_one_node, projections
 
 
 class AdditiveAttention(ProjectingAttention):
@@ -164,8 +166,8 @@ class AdditiveAttention(ProjectingAttention):
         rank = query.dim()
         if not (2 <= rank <= 3 and key.dim() == rank and value.dim() == rank):
             refuse_ranks(type(self).__name__, query=query, key=key, value=value)
-        q = self._project("query", query)
-        k, v = self._project_keys(key, value)
+        sources = self._sources(query, key) if in_one_node(query, key, value, attn_mask) else None
+        q, k, v, weight = self._projected(query, key, value, sources)
         if attn_mask is not None or key_padding_mask is not None:
             self._check_polarity(attn_mask, key_padding_mask)
         swap = rank == 3 and not self.batch_first
@@ -174,7 +176,7 @@ class AdditiveAttention(ProjectingAttention):
                 q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
             out, weights = self._attend(
                 q, k, v, attn_mask, lengths, is_causal, window, need_weights, key_padding_mask,
-                starts,
+                starts, attend if sources is None else partial(attend_projected, sources), weight,
             )  # fmt: skip
         except (RuntimeError, ValueError):
             explain_shapes(
@@ -214,21 +216,53 @@ class AdditiveAttention(ProjectingAttention):
             return symbolic_call(self, "step", query, memory, need_weights)
         return step(self, query, memory, need_weights)
 
+    def _sources(self, query: Tensor, key: Tensor) -> Sources | None:
+        """What projections and energy are made from, where the parameters are all that matters."""
+        modules: Any = self._modules
+        of_query = bare_parameters(modules["query_layer"])
+        of_key = bare_parameters(modules["key_layer"])
+        of_energy = bare_parameters(modules["energy_layer"])
+        if (
+            self.normalize
+            or of_query is None
+            or of_key is None
+            or of_energy is None
+            or of_energy[0].shape != (1, of_query[0].shape[0])
+            or not of_energy[0].requires_grad
+            or not (self.batch_first or query.dim() == 2)
+        ):
+            return None
+        return Sources(query, *of_query, key, *of_key, *of_energy)
+
+    def _projected(
+        self, query: Tensor, key: Tensor, value: Tensor, sources: Sources | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if sources is not None:
+            try:
+                q, k, weight = projections(sources)
+                return q, k, value, weight
+            except RuntimeError:
+                pass  # is explained below
+        return self._project("query", query), *self._project_keys(key, value), None
+
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
         lengths: Integers | None, is_causal: bool, window: tuple[int, int] | None,
         need_weights: bool, key_padding_mask: Tensor | None = None,
-        starts: Integers | None = None, compute: Any = attend,
+        starts: Integers | None = None, compute: Any = attend, weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Of projected queries and keys, batch first."""
-        # Three lookups in _modules: nn.Module's __getattr__ would show in a decoder step.
-        energy_layer: Any = self._modules["energy_layer"]
-        weight, bias = energy_of(energy_layer, query.shape[-1], query)
-        if self.normalize:
-            weight = self.energy_gain * weight / weight.norm()
-        if query.dim() == 2:
-            # The first dim of (1, hidden_dim) would count as heads, of which there are none.
-            weight = weight.squeeze(0)
+        """Of projected queries and keys, batch first. ``weight`` is the energy's vector where
+        ``compute`` knows its source."""
+        bias = None
+        if weight is None:
+            # Three lookups in _modules: nn.Module's __getattr__ would show in a decoder step.
+            energy_layer: Any = self._modules["energy_layer"]
+            weight, bias = energy_of(energy_layer, query.shape[-1], query)
+            if self.normalize:
+                weight = self.energy_gain * weight / weight.norm()
+            if query.dim() == 2:
+                # The first dim of (1, hidden_dim) would count as heads, of which there are none.
+                weight = weight.squeeze(0)
         out, weights, _ = masked_attention(
             (query, key, value, weight), attn_mask, lengths, is_causal, window,
             self.dropout if self.training else 0.0, self.scale, need_weights, bias, False,

@@ -1,0 +1,150 @@
+"""A small layer call as one node of autograd: the projections of queries and keys, and attention.
+
+Recorded apart, each Linear adds two nodes to the graph. Where a call is small they cost more than
+its arithmetic does, forward and backward.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.functional import linear
+
+from additive_attn.ops import dispatch
+from additive_attn.ops.key_projection import LEAST
+from additive_attn.ops.second_order import SingleLevelFunction, reduced
+from additive_attn.spec.call import Call
+
+# Elements of queries and of keys below which it is worth while: what a larger call saves for its
+# backward had better be freed node by node.
+_ELEMENTS = LEAST
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_autocasts = torch._C._is_any_autocast_enabled
+_is_compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_functorch_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_TYPES = {Tensor, torch.nn.Parameter}
+
+
+class Sources(NamedTuple):
+    """What query, key and weight of a call are made from, and a score bias, which cancels."""
+
+    query: Tensor
+    query_weight: Tensor
+    query_bias: Tensor | None
+    key: Tensor
+    key_weight: Tensor
+    key_bias: Tensor | None
+    weight: Tensor  # (1, H)
+    score_bias: Tensor | None
+
+
+def in_one_node(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> bool:
+    """Whether a call is recorded, is small, and runs on the CPU's kernel, with plain tensors and
+    where nothing else expects to see its parts."""
+    return (
+        _grad_enabled()
+        and not (_is_compiling() or _autocasts() or _functorch_active() or _dispatch_modes())
+        and _tracing_state() is None
+        and forward_ad._current_level < 0
+        and type(query) in _TYPES
+        and type(key) in _TYPES
+        and type(value) in _TYPES
+        and query.is_cpu
+        and not dispatch.cpu_is_plain
+        and query.numel() < _ELEMENTS
+        and key.numel() < _ELEMENTS
+        and not getattr(attn_mask, "requires_grad", False)
+    )
+
+
+def projections(sources: Sources) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and weight of the call, not recorded."""
+    query, query_weight, query_bias, key, key_weight, key_bias, weight, _ = sources
+    with _below_autograd():
+        vector = weight[0] if query.dim() == 2 else weight
+        return linear(query, query_weight, query_bias), linear(key, key_weight, key_bias), vector
+
+
+def attend_projected(
+    sources: Sources, call: Call, need_weights: bool, _: None, need_lse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``attend`` of a call of ``projections``."""
+    outputs: tuple[Tensor, Tensor, Tensor] = ProjectedAttention.apply(
+        call, need_weights, need_lse, call.value, *sources
+    )
+    return outputs
+
+
+class ProjectedAttention(SingleLevelFunction):
+    """``linear`` of queries and keys, then ``additive_attn::forward``. What nobody needs is None,
+    as in ``Attention``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, need_weights: bool, need_lse: bool, *inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        with _below_autograd():
+            out, weights, lse = dispatch.forward_directly(*call, need_weights)
+        query, key, _, weight, *masking = call[:9]
+        ctx.save_for_backward(*inputs, query, key, weight, *masking, call[11], lse)
+        ctx.numbers = call[9:11], call[12:]
+        ctx.set_materialize_grads(False)
+        return out, weights if need_weights else None, lse if need_lse else None
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_out is None and grad_weights is None and grad_lse is None:
+            return (None,) * 12
+        value, *sources, q, k, w, m0, m1, m2, m3, m4, seed, lse = ctx.saved_tensors
+        query, query_weight, query_bias, key, key_weight, key_bias, weight, score_bias = sources
+        _, _, _, need_value, *needs, need_weight, need_bias = ctx.needs_input_grad
+        operator = dispatch.backward_directly
+        again = _grad_enabled() or _functorch_active()  # the gradients are differentiated
+        if again:
+            operator = dispatch.backward
+            q, k = linear(query, query_weight, query_bias), linear(key, key_weight, key_bias)
+            w = weight.view_as(w)
+        window, options = ctx.numbers
+        with nullcontext() if again else _below_autograd():
+            grads = operator(
+                grad_out, grad_weights, grad_lse, q, k, value, w, m0, m1, m2, m3, m4, *window,
+                seed, *options, lse, True in needs[:3], True in needs[3:], need_value,
+                need_weight, False,
+            )  # fmt: skip
+            return (
+                None,
+                None,
+                None,
+                reduced(grads[2], value) if need_value else None,
+                *_of_linear(grads[0], q, query, query_weight, needs[:3]),
+                *_of_linear(grads[1], k, key, key_weight, needs[3:]),
+                reduced(grads[3], weight) if need_weight else None,
+                torch.zeros_like(score_bias) if need_bias else None,
+            )
+
+
+def _of_linear(
+    grad: Tensor, output: Tensor, given: Tensor, weight: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of what a Linear was given, of its weight and of its bias."""
+    need_given, need_weight, need_bias = needs
+    grad_given = grad_weight = grad_bias = None
+    if need_given or need_weight or need_bias:
+        rows = reduced(grad, output)
+        if need_given:
+            grad_given = rows @ weight
+        if rows.dim() > 2:
+            rows, given = rows.reshape(-1, rows.shape[-1]), given.reshape(-1, given.shape[-1])
+        if need_weight:
+            grad_weight = rows.t().mm(given)
+        if need_bias:
+            grad_bias = rows.sum(0)
+    return grad_given, grad_weight, grad_bias
