@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -135,6 +136,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("sweep")]
     if hasattr(config, "workeroutput"):
         config.workeroutput["sweeps"] = config.stash.get(SWEEPS, 0)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests live until the end: no collection of garbage looks at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
