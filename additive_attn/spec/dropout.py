@@ -9,7 +9,9 @@ its word is at least ``dropout_p * 2^32``.
 
 from __future__ import annotations
 
+import functools
 import math
+import struct
 import sys
 from array import array
 from collections.abc import Sequence
@@ -17,6 +19,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from additive_attn.spec.formula import keep_factors, keep_scale
+
+_BIG_ENDIAN = sys.byteorder == "big"
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xCD9E8D57, 0xD2511F53)  # of the third and the first word
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -45,15 +50,9 @@ def keep_mask(
 ) -> Tensor:
     """Which weights of a block are kept: bool ``(*batch_shape, rows, keys)``. ``seed`` broadcasts
     to ``batch_shape``, whose entries are numbered row-major unless ``entries`` numbers them."""
+    if entries is None and (few := _few_words(seed, batch_shape, rows, keys, dropout_p, 1)):
+        return _block(few, torch.int32, batch_shape, rows, keys).bool()
     device = seed.device
-    if type(seed) is Tensor and entries is None and device.type == "cpu" and seed.numel() == 1:
-        count, blocks = math.prod(batch_shape), range(keys[0] // 4, (keys[1] + 3) // 4)
-        if 0 < count * len(range(*rows)) * len(blocks) <= _FEW and sys.byteorder == "little":
-            few = _few_words(int(seed), count, range(*rows), blocks)
-            keep = few >= keep_threshold(dropout_p) - 2**31
-            keep = keep.view(*batch_shape, len(range(*rows)), -1)
-            start = 4 * blocks.start
-            return keep[..., keys[0] - start : keys[1] - start]
     if entries is None:
         entries = torch.arange(math.prod(batch_shape), device=device).reshape(tuple(batch_shape))
     first = keys[0] // 4
@@ -65,6 +64,47 @@ def keep_mask(
     )
     keep = torch.stack(torch.broadcast_tensors(*words), dim=-1) >= keep_threshold(dropout_p)
     return keep.flatten(-2)[..., keys[0] - 4 * first : keys[1] - 4 * first]
+
+
+def drawn_factors(
+    seed: Tensor,
+    batch_shape: Sequence[int],
+    rows: tuple[int, int],
+    keys: tuple[int, int],
+    dropout_p: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``keep_factors`` of a ``keep_mask``."""
+    if dtype == torch.float32:
+        (bits,) = struct.unpack("<I", struct.pack("<f", keep_scale(dropout_p)))
+        if few := _few_words(seed, batch_shape, rows, keys, dropout_p, bits):
+            return _block(few, dtype, batch_shape, rows, keys)
+    return keep_factors(keep_mask(seed, batch_shape, rows, keys, dropout_p), dropout_p, dtype)
+
+
+def _few_words(
+    seed: Tensor, batch_shape: Sequence[int], rows: tuple[int, int], keys: tuple[int, int],
+    dropout_p: float, kept: int,
+) -> array[int] | None:  # fmt: skip
+    """``_few`` of the blocks that hold ``keys``, where that is faster."""
+    if not (type(seed) is Tensor and seed.is_cpu and seed.numel() == 1) or _BIG_ENDIAN:
+        return None
+    entries, blocks = math.prod(batch_shape), range(keys[0] // 4, (keys[1] + 3) // 4)
+    if not 0 < entries * (rows[1] - rows[0]) * len(blocks) <= _FEW:
+        return None
+    return _few(int(seed), entries, range(*rows), blocks, dropout_p, kept)
+
+
+def _block(
+    words: array[int], dtype: torch.dtype, batch_shape: Sequence[int], rows: tuple[int, int],
+    keys: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    first, count, number = keys[0] % 4, keys[1] - keys[0], rows[1] - rows[0]
+    if number == 1 and math.prod(batch_shape) == 1:  # a slice would cost as much as all words
+        row = torch.frombuffer(words, dtype=dtype, count=count, offset=4 * first)
+        return row.view(*batch_shape, 1, count)
+    block = torch.frombuffer(words, dtype=dtype).view(*batch_shape, number, -1)
+    return block[..., first : first + count]
 
 
 def philox(seed: Tensor, block: Tensor, row: Tensor, entry: Tensor) -> tuple[Tensor, ...]:
@@ -88,10 +128,33 @@ def philox(seed: Tensor, block: Tensor, row: Tensor, entry: Tensor) -> tuple[Ten
     return both[0], others[0], both[1], others[1]
 
 
-def _few_words(seed: int, entries: int, rows: range, blocks: range) -> Tensor:
-    """The words of entries x rows x blocks, as int32: each less 2^31, so that their order is kept.
-    An integer of Python holds a word of all counters, 64 bits apart, which no product crosses."""
+def _few(
+    seed: int, entries: int, rows: range, blocks: range, dropout_p: float, kept: int
+) -> array[int]:
+    """Of each word of entries x rows x blocks the 32 bits ``kept``, or 0 if it drops. An integer
+    of Python holds a word of all counters, 64 bits apart, which no product crosses: c0 and c1 in
+    its lower half, c2 and c3 in its upper one. What lies above 32 bits is masked once a round."""
+    turned, others, ones, low, weyl, half = _counters(entries, rows, blocks)
+    key = ones * (seed & _WORD) | ones * (seed >> 32 & _WORD) << half
+    for _ in range(_ROUNDS):
+        product = (turned * _MULTIPLIERS[1] << half) + (turned >> half) * _MULTIPLIERS[0]
+        turned = (product >> 32 ^ others ^ key) & low
+        others = product
+        key += weyl
+    # The sum of a word and this has bit 32 if the word keeps.
+    both = ones | ones << half
+    least = both * (_WORD + 1 - keep_threshold(dropout_p))
+    keeps = (turned + least) >> 32 & both | ((others & low) + least) & both << 32
+    halves = array("Q", (keeps * kept).to_bytes(half // 4, "little"))
+    words, count = array("Q", halves), half // 64
+    words[::2], words[1::2] = halves[:count], halves[count:]
+    return words
+
+
+@functools.lru_cache(maxsize=64)
+def _counters(entries: int, rows: range, blocks: range) -> tuple[int, int, int, int, int, int]:
     count = entries * len(rows) * len(blocks)
+    half = 64 * count
     c0, c1, c2, ones = (
         int.from_bytes(array("Q", words).tobytes(), "little")
         for words in (
@@ -101,17 +164,5 @@ def _few_words(seed: int, entries: int, rows: range, blocks: range) -> Tensor:
             [1] * count,
         )
     )
-    c3, low = 0, ones * _WORD
-    for step in range(_ROUNDS):
-        key0 = ones * (seed + step * _WEYL[0] & _WORD)
-        key1 = ones * ((seed >> 32) + step * _WEYL[1] & _WORD)
-        product0, product2 = c0 * _MULTIPLIERS[1], c2 * _MULTIPLIERS[0]
-        c0, c1 = product2 >> 32 & low ^ c1 ^ key0, product2 & low
-        c2, c3 = product0 >> 32 & low ^ c3 ^ key1, product0 & low
-    shift = ones * 0x8000000080000000
-    halves = (
-        ((a | b << 32) ^ shift).to_bytes(8 * count, "little") for a, b in ((c0, c1), (c2, c3))
-    )
-    words = array("Q", bytes(16 * count))
-    words[::2], words[1::2] = (array("Q", half) for half in halves)
-    return torch.frombuffer(words, dtype=torch.int32)
+    low = (ones | ones << half) * _WORD
+    return c0 | c2 << half, c1, ones, low, ones * _WEYL[0] | ones * _WEYL[1] << half, half

@@ -121,7 +121,11 @@ def log_sum_exp(score: Tensor, attended: Tensor | None) -> Tensor:
 
 def keep_factors(keep: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
     """The dropout factors D (math.md, eq. 15)."""
-    return keep.to(dtype) * (0.0 if dropout_p == 1 else 1 / (1 - dropout_p))
+    return keep.to(dtype) * keep_scale(dropout_p)
+
+
+def keep_scale(dropout_p: float) -> float:
+    return 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
 
 
 def weighted_sum(weights: Tensor, value: Tensor, attended: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -24,7 +25,14 @@ from additive_attn.ops import dispatch
 from additive_attn.ops.autograd import attend
 from additive_attn.spec import dropout
 from additive_attn.spec.call import Call, Masking
-from additive_attn.spec.dropout import draw_seed, keep_mask, keep_threshold, philox
+from additive_attn.spec.dropout import (
+    draw_seed,
+    drawn_factors,
+    keep_mask,
+    keep_threshold,
+    philox,
+)
+from additive_attn.spec.formula import keep_factors
 
 
 def philox_of_the_paper(counter, key):
@@ -90,14 +98,20 @@ def test_keep_mask_follows_the_counter(seed):
 
 
 @pytest.mark.parametrize("seed", [*SEEDS, -1, 2**62 + 5, -(2**63)])
-@pytest.mark.parametrize("rows, keys", [((0, 1), (0, 1)), ((2, 5), (3, 10)), ((0, 4), (8, 31))])
+@pytest.mark.parametrize(
+    "rows, keys", [((0, 1), (0, 1)), ((1, 2), (3, 10)), ((2, 5), (3, 10)), ((0, 4), (8, 31))]
+)
 def test_few_words_are_those_of_many(rows, keys, seed, monkeypatch):
-    for batch in ((), (1,), (2, 3)):
-        few = keep_mask(torch.tensor(seed), batch, rows, keys, 0.4)
+    for batch, p in itertools.product(((), (1,), (2, 3)), (0.0, 0.4, 1.0)):
+        arguments = torch.tensor(seed), batch, rows, keys, p
+        few = keep_mask(*arguments)
+        factors = [drawn_factors(*arguments, dtype) for dtype in (torch.float32, torch.float64)]
         with monkeypatch.context() as patch:
             patch.setattr(dropout, "_FEW", 0)
-            many = keep_mask(torch.tensor(seed), batch, rows, keys, 0.4)
+            many = keep_mask(*arguments)
         assert few.shape == many.shape and torch.equal(few, many)
+        for drawn in factors:
+            assert torch.equal(drawn, keep_factors(many, p, drawn.dtype))
 
 
 def kernel_mask(batch, queries, keys, seed, p, dtype=torch.float32, **masking):

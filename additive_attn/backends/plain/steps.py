@@ -12,8 +12,8 @@ from torch import Tensor
 from additive_attn.backends.plain.blocks import forward, score_gradient, unnarrowed
 from additive_attn.backends.plain.whole import is_finite, shielded, weight_gradient
 from additive_attn.spec.call import Call, lse_dtype
-from additive_attn.spec.dropout import keep_mask
-from additive_attn.spec.formula import attended_pairs, energies, keep_factors, scores, widened
+from additive_attn.spec.dropout import drawn_factors, keep_mask
+from additive_attn.spec.formula import attended_pairs, energies, scores, widened
 from additive_attn.spec.masks import interval_mask
 
 
@@ -78,7 +78,7 @@ def step_backward(
     )
     factors = None
     if seed is not None:
-        factors = keep_factors(keep_mask(seed, batch, (0, 1), keys, dropout_p), dropout_p, dtype)
+        factors = drawn_factors(seed, batch, (0, 1), keys, dropout_p, dtype)
     weights = weights.to(dtype)
     grad_scores = score_gradient(
         weights,

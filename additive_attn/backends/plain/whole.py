@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from additive_attn.spec.call import Call, Inputs, lse_dtype
-from additive_attn.spec.dropout import keep_mask
+from additive_attn.spec.dropout import drawn_factors
 from additive_attn.spec.formula import (
     add_bias,
     attended_pairs,
     energies,
-    keep_factors,
     log_sum_exp,
     mask_scores,
     scores,
@@ -55,23 +54,23 @@ def attend(
     """Out, weights, and lse if needed, differentiable by autograd to any order. ``score_bias``
     gets a gradient of zeros."""
     (query, key, value, weight, attn_mask, lengths, starts, table, _, left, right, seed,
-     dropout_p, scale) = call  # fmt: skip
+     _, scale) = call  # fmt: skip
     differentiable = torch.is_grad_enabled() and _differentiable(query, key, weight, score_bias)
     attended = factors = None
     if not (attn_mask is lengths is starts is table is None) or left >= 0 or right >= 0:
         attended = _attended(call)
-    elif seed is None and not need_lse and query.dim() == 3 and query.itemsize > 2:
+    elif not need_lse and query.dim() == 3 and query.itemsize > 2:
         # The usual call; a small one would pay for every question below.
         result = _scored(query, key, weight, None, None, differentiable, score_bias)
         weights = torch.softmax(result if scale == 1.0 else result * scale, -1)
         if weights.shape[0] == value.shape[0] and value.dim() == 3:
-            return torch.bmm(weights, value), weights, None
+            kept = weights if seed is None else weights * _factors(call, weights.shape[:1])
+            return torch.bmm(kept, value), weights, None
     if seed is not None:
         batch = query.shape[:-2]
         if not batch == key.shape[:-2] == value.shape[:-2]:
             batch = call.batch()
-        keep = keep_mask(seed, batch, (0, query.shape[-2]), (0, key.shape[-2]), dropout_p)
-        factors = keep_factors(keep, dropout_p, lse_dtype(query.dtype))
+        factors = _factors(call, batch)
     out, weights, lse = formula(
         call.inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias
     )
@@ -81,6 +80,12 @@ def attend(
         weights = weights.expand(*batch, *weights.shape[-2:]).clone()
         lse = lse.expand(*batch, lse.shape[-1]).clone() if need_lse else None
     return out, weights, lse
+
+
+def _factors(call: Call, batch: torch.Size) -> Tensor:
+    rows, keys, dtype = call.query.shape[-2], call.key.shape[-2], lse_dtype(call.query.dtype)
+    assert call.seed is not None
+    return drawn_factors(call.seed, batch, (0, rows), (0, keys), call.dropout_p, dtype)
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
