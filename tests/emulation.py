@@ -17,6 +17,7 @@ import ctypes
 import dataclasses
 import importlib
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -31,6 +32,12 @@ PLACE = Path(os.environ.get("ADDITIVE_ATTN_PTX") or ROOT.parent / "shared" / "to
 
 SHAPE_ONLY = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 OPTIONS = ("PTX_NOISE", "PTX_BACKWARDS", "PTX_CONTRACT", "PTX_PLANS")
+
+# A ticket of ``merging.is_last``; as another kind of race it would be none.
+TICKET = re.compile(
+    r"(@!?%\w+\s+)?atom\.global\.gpu\.acq_rel\.add\.u32\s+(%\w+),\s*\[([^\]]*)\],\s*(%\w+);"
+)
+ORDERED = "same value written by two programs"  # which is harmless
 
 # Whose addresses kernels may be given in place of tensors, as by launch plans; and memory that is
 # made while an operator is ``tracked``.
@@ -81,6 +88,27 @@ def program_class(emulate: Any) -> type:
     """With the instructions that the emulator does not know."""
 
     class Program(emulate.Program):
+        def __init__(self, ptx: str, *more: Any, **options: Any) -> None:
+            """Programs run one after the other, so a ticket is a load, an addition and a store."""
+            ptx, self.tickets = TICKET.subn(
+                r"\1ld.global.b32 \2, [\3]; \1add.u32 %ticket1, \2, \4; "
+                r"\1st.global.b32 [\3], %ticket1;",
+                ptx,
+            )
+            if self.tickets:
+                ptx = ptx.replace(".reg ", ".reg .b32 %ticket<2>;\n\t.reg ", 1)
+            super().__init__(ptx, *more, **options)
+
+        def _problem(self, found: Any, names: Any) -> Any:
+            """What a program does that has drawn a ticket comes after what others have stored: had
+            one of them not run yet, bytes would be read that nobody wrote."""
+            problem = super()._problem(found, names)
+            if self.tickets and "programs" in problem.kind:
+                operands = [ins.operands for ins in self.kernel.instructions]
+                drawn = next(n for n, x in enumerate(operands) if "%ticket1" in x) - 1
+                problem.kind = ORDERED if found.ins >= drawn else problem.kind
+            return problem
+
         def _fill(self, row: Any, ins: Any) -> None:
             if ins.name != "copysign.f32":
                 name = ins.name.replace("ld.volatile.", "ld.")

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from additive_attn.backends.triton.merging import is_last
+
 pytestmark = pytest.mark.compiled
 THREADS = 128
 
@@ -54,8 +56,25 @@ def sum_kernel(pair, y):
     tl.store(y + i, total)
 
 
-def launch(kernel, *arguments):
-    kernel[(1,)](*arguments, enable_fp_fusion=True)
+@triton.jit
+def last_kernel(parts, tickets, total, programs, TICKET: tl.constexpr):
+    """What all programs have stored is added up by one of them."""
+    i = tl.arange(0, 128)
+    tl.store(parts + 128 * tl.program_id(0) + i, i)
+    if TICKET:
+        last = is_last(tickets, programs)
+    else:
+        tl.debug_barrier()
+        last = tl.program_id(0) == programs - 1
+    if last:
+        sums = tl.zeros([128], tl.int32)
+        for program in range(0, programs):
+            sums += tl.load(parts + 128 * program + (i + 64) % 128)
+        tl.store(total + i, sums)
+
+
+def launch(kernel, *arguments, programs=1):
+    kernel[(programs,)](*arguments, enable_fp_fusion=True)
 
 
 def test_a_race_is_seen():
@@ -66,6 +85,20 @@ def test_a_race_is_seen():
     with emulation.running():
         launch(turn_kernel, x, True)
     assert torch.equal(x, (torch.arange(THREADS, dtype=torch.int32) + 64) % THREADS)
+
+
+def test_a_ticket_orders_programs():
+    """What others have stored may be read by who has drawn the last one, and by nobody else."""
+    parts, total = torch.zeros(3, THREADS, dtype=torch.int32), torch.zeros(THREADS).int()
+
+    def run(ticket):
+        with emulation.running():
+            launch(last_kernel, parts, torch.zeros(1).int(), total, 3, ticket, programs=3)
+
+    run(True)
+    assert torch.equal(total, 3 * ((torch.arange(THREADS, dtype=torch.int32) + 64) % THREADS))
+    with pytest.raises(AssertionError, match="race between programs: last_kernel"):
+        run(False)
 
 
 @pytest.mark.parametrize("sign", [1.5, -1.5])

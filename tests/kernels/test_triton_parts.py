@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import check_against_plain, generator, make
+from oracle import check_against_plain, fused, generator, make
+from paths import DEVICE
 
-from additive_attn.backends.triton import arguments, tiles
+from additive_attn import additive_attention
+from additive_attn.backends.triton import arguments, one_pass, tiles
 
 pytestmark = pytest.mark.triton
 
@@ -48,3 +50,40 @@ def test_more_ranges_than_are_merged_at_a_time(queries, monkeypatch):
     change(monkeypatch, "sum_tile", CHUNK=1)
     case = make((2,), queries, 300, 8, 6)
     check_against_plain([case], upstream_of=["out", "weights", "lse"])
+
+
+def some(queries, keys):
+    """A mask that leaves a row and a range of keys nothing."""
+    mask = torch.rand(queries, keys, generator=generator(1), device=DEVICE) < 0.7
+    mask[1], mask[:, 128:256] = False, False
+    return mask
+
+
+RANGES = {  # batch, queries, keys, values, dtype, whether there is a mask
+    "registers": ((2,), 5, 530, 5, torch.float32, True),
+    "memory": ((), 20, 530, 150, torch.float32, True),
+    "17 ranges": ((), 2, 17 * 256, 2, torch.float32, False),
+    "rounded": ((2,), 5, 530, 70, torch.bfloat16, True),
+    "float64": ((2,), 3, 150, 5, torch.float64, True),
+    "scores overflow": ((), 5, 530, 5, torch.float32, True),
+    "values that are not finite": ((2,), 5, 530, 5, torch.float32, True),
+}
+
+
+@pytest.mark.parametrize("kind", RANGES)
+def test_the_last_program_merges_ranges_of_keys(kind, monkeypatch):
+    """Without weights; else another kernel does."""
+    batch, queries, keys, values, dtype, masked = RANGES[kind]
+    monkeypatch.setattr(arguments, "processors", lambda device: 132)
+    case = make(batch, queries, keys, 3, values, dtype=dtype)
+    if kind == "scores overflow":
+        case["weight"] *= torch.inf
+    elif kind == "values that are not finite":
+        case["value"][0, 300, 1], case["value"][1, 7, 2] = torch.nan, torch.inf
+    options = dict(attn_mask=some(queries, keys) if masked else None)
+    expected = fused(case, **options)
+    monkeypatch.setattr(one_pass, "merge", None)
+    out, lse = additive_attention(*case.values(), need_lse=True, **options)
+    close = dict(rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps, equal_nan=True)
+    torch.testing.assert_close(out, expected["out"], **close)
+    torch.testing.assert_close(lse, expected["lse"], **close)

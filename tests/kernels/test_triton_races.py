@@ -19,7 +19,11 @@ pytest.importorskip("triton", minversion="3.6")
 from additive_attn.backends import triton as package
 
 WITH_BARRIER = {
+    ("attend_kernel", "out"),
     ("attend_kernel", "sums"),
+    ("attend_kernel", "tops"),
+    ("attend_kernel", "totals"),
+    ("gradient_sum_kernel", "weight_parts"),
     ("row_gradient_kernel", "scores"),
     ("row_pass_kernel", "products"),
     ("row_pass_kernel", "scores"),

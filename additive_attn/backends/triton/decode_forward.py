@@ -21,10 +21,10 @@ from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry, entry_offset
 from additive_attn.backends.triton.dropout import keep_factors
 from additive_attn.backends.triton.launch import kernel, launch, registers, target
-from additive_attn.backends.triton.masks import interval, masked_bias, overflowed, stored
+from additive_attn.backends.triton.masks import interval, masked_bias, stored
+from additive_attn.backends.triton.merging import merge, softmax_inverse, softmax_lse
 from additive_attn.backends.triton.numerics import number, tanh
 from additive_attn.backends.triton.plan import decode_splits
-from additive_attn.backends.triton.tiles import power_of_two
 
 
 @triton.jit
@@ -143,18 +143,6 @@ def block_factors(seed, n, k0, threshold, keep_bits, ACC: tl.constexpr, BLOCK: t
     return tl.reshape(factor, [BLOCK]).to(ACC)
 
 
-@triton.jit
-def softmax_inverse(top, total):
-    """1 / the sum of a softmax: 1 for an empty row, NaN where all scores overflowed."""
-    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    return tl.where(overflowed(top), float("nan"), inverse)
-
-
-@triton.jit
-def softmax_lse(top, total):
-    return tl.where((total == 0.0) | overflowed(top), float("-inf"), top + tl.log(total))
-
-
 @kernel
 def forward_kernel(
     query, key, value, weight, query_outer, query_inner, query_h,
@@ -251,54 +239,6 @@ def forward_kernel(
                 tl.store(weights + n * keys + j, p, mask=j < keys * stores)
 
 
-@kernel
-def merge_kernel(
-    parts, tops, totals, scores, out, weights, lse, entries, keys, values, splits,
-    ROWS: tl.constexpr, VALUES: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    """A tile of out of some entries, CHUNK splits at a time, and one of their weights unless
-    ``weights`` is None."""
-    ACC: tl.constexpr = lse.dtype.element_ty
-    tile_rows = tl.cdiv(entries, ROWS)
-    n = (tl.program_id(0) % tile_rows) * ROWS + tl.arange(0, ROWS)
-    tile = tl.program_id(0) // tile_rows
-    inside = n < entries
-    n = n.to(tl.int64)
-    s = tl.arange(0, SPLITS)[:, None]
-    known = (s < splits) & inside[None, :]
-    top = tl.load(tops + s * entries + n[None, :], mask=known, other=float("-inf"))
-    sums = tl.load(totals + s * entries + n[None, :], mask=known, other=0.0)
-    largest = tl.max(top, 0)  # [ROWS]
-    shift = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.sum(sums * tl.exp(top - shift[None, :]), 0)
-    inverse = softmax_inverse(largest, total)
-    d = tile * VALUES + tl.arange(0, VALUES)
-    acc = tl.zeros([CHUNK, ROWS, VALUES], ACC)
-    for split0 in range(0, splits, CHUNK):
-        split = split0 + tl.arange(0, CHUNK)[:, None]
-        here = (split < splits) & inside[None, :]
-        part = split.to(tl.int64) * entries + n[None, :]  # [CHUNK, ROWS]
-        factor = tl.exp(tl.load(tops + part, mask=here, other=float("-inf")) - shift[None, :])
-        x = tl.load(
-            parts + part[:, :, None] * values + d[None, None, :],
-            mask=here[:, :, None] & (d < values)[None, None, :], other=0.0,
-        )  # fmt: skip
-        acc += tl.where(here, factor, 0.0)[:, :, None] * x
-    result = tl.sum(acc, 0) * inverse[:, None]
-    tl.store(
-        out + n[:, None] * values + d[None, :], result.to(out.dtype.element_ty),
-        mask=inside[:, None] & (d < values)[None, :],
-    )  # fmt: skip
-    tl.store(lse + n, softmax_lse(largest, total), mask=n < tl.where(tile == 0, entries, 0))
-    if weights is not None:
-        j = (tile * KEYS + tl.arange(0, KEYS))[None, :]
-        here = inside[:, None] & (j < keys)
-        x = tl.load(scores + n[:, None] * keys + j, mask=here, other=float("-inf"))
-        p = tl.where(x == float("-inf"), 0.0, tl.exp(x - shift[:, None]) * inverse[:, None])
-        tl.store(weights + n[:, None] * keys + j, p.to(weights.dtype.element_ty), mask=here)
-
-
 def decode_inputs(p: Problem) -> tuple[object, ...]:
     """Parameters ``query`` to ``keep_bits`` of the kernels that compute scores."""
     query = p.query_strides
@@ -351,22 +291,6 @@ def decode_forward(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tens
     if tops is not None and totals is not None:
         merge(p, p.entries, splits, parts, tops, totals, scores, out, given, lse)
     return out, weights, lse
-
-
-def merge(
-    p: Problem, rows: int, splits: int, parts: Tensor, tops: Tensor, totals: Tensor,
-    scores: Tensor | None, out: Tensor, weights: Tensor | None, lse: Tensor,
-) -> None:  # fmt: skip
-    """Of the rows of all entries."""
-    tile = tiles.merge_tile(p.values, splits, p.wide)
-    tile_count = max(1, -(-p.values // tile["VALUES"]))
-    if weights is not None:
-        tile_count = max(tile_count, -(-p.keys // tile["KEYS"]))
-    launch(
-        merge_kernel, -(-rows // tile["ROWS"]) * tile_count, lse,
-        parts, tops, totals, scores, out, weights, lse, rows, p.keys, p.values, splits,
-        **tile, SPLITS=power_of_two(splits),
-    )  # fmt: skip
 
 
 def decode_scores(p: Problem) -> Tensor:

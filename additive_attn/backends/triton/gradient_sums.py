@@ -14,8 +14,10 @@ from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry, entry_offset
 from additive_attn.backends.triton.key_sums import key_block
 from additive_attn.backends.triton.launch import kernel, launch, target
+from additive_attn.backends.triton.merging import is_last
 from additive_attn.backends.triton.numerics import number
 from additive_attn.backends.triton.one_pass import product_precision
+from additive_attn.backends.triton.prepare import TICKETS
 from additive_attn.backends.triton.row_pass import product
 
 
@@ -32,11 +34,12 @@ class FeatureSums(NamedTuple):
 
 @triton.jit
 def _weight_gradient(
-    key, key_row, key_h, sizes, key_sums, weight_sums, grad_weight, entry, entries, f, row_tiles,
-    shares, split, splits, keys, hidden, padded, scale,
+    key, key_row, key_h, sizes, key_sums, weight_sums, weight_parts, ticket, grad_weight,
+    entry, entries, f, row_tiles, shares, split, splits, keys, hidden, padded, scale,
     BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """What a range of keys and of ``shares`` has of dw, of an entry and features f."""
+    """What a range of keys and of ``shares`` has of dw, of an entry and features f. Of several
+    ranges it goes to ``weight_parts``, and who has the last ticket adds them up."""
     total = tl.zeros([f.shape[0]], tl.float32)
     per_split = tl.cdiv(tl.cdiv(keys, BLOCK), splits)
     last = tl.minimum((split + 1) * per_split, tl.cdiv(keys, BLOCK))
@@ -48,8 +51,17 @@ def _weight_gradient(
     for part in range(split, shares, splits):
         of_part = weight_sums + (tl.cast(part, tl.int64) * entries + entry) * hidden
         total += tl.load(of_part + f, mask=f < hidden, other=0.0)
-    to = grad_weight + (split * entries + entry) * hidden
-    tl.store(to + f, total, mask=f < hidden)
+    if weight_parts is None:
+        tl.store(grad_weight + entry * hidden + f, total, mask=f < hidden)
+    else:
+        parts = weight_parts + entry * hidden + f
+        stride = tl.cast(entries, tl.int64) * hidden
+        tl.store(parts + split * stride, total, mask=f < hidden)
+        if is_last(ticket, splits):
+            whole = tl.zeros([f.shape[0]], tl.float32)
+            for other in range(0, splits):
+                whole += tl.load(parts + other * stride, mask=f < hidden, other=0.0)
+            tl.store(grad_weight + entry * hidden + f, whole, mask=f < hidden)
 
 
 @triton.jit
@@ -97,7 +109,7 @@ def _value_gradient(
 def gradient_sum_kernel(
     key, key_outer, key_inner, key_row, key_h, key_rows, key_exp_outer, key_exp_inner,
     weight, weight_outer, weight_inner, weight_h, key_sums, weight_sums, query_sums,
-    scores, grad_out, go_outer, go_inner, go_row, go_column,
+    weight_parts, tickets, scores, grad_out, go_outer, go_inner, go_row, go_column,
     grad_query, grad_key, grad_value, grad_weight,
     inner, entries, value_programs, weight_programs, key_programs, row_tiles, shares, splits,
     ranges, rows, keys, score_padded, hidden, padded, values, length, scale_bits,
@@ -105,8 +117,8 @@ def gradient_sum_kernel(
     KEYS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
     ROUNDED: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Programs of dV, dw, dk and dq, in this order: those that take longest begin first. dw is
-    [split][entry]."""
+    """Programs of dV, dw, dk and dq, in this order: those that take longest begin
+    first."""
     program = tl.program_id(0)
     if program < value_programs:
         if grad_value is not None:
@@ -134,8 +146,9 @@ def gradient_sum_kernel(
                     _weight_gradient(
                         key + o * key_outer + m * key_inner, key_row, key_h,
                         key_rows.size + o * key_exp_outer + m * key_exp_inner, key_sums,
-                        weight_sums, grad_weight, n, entries, f, row_tiles, shares,
-                        of_keys % blocks, splits, keys, hidden, padded, scale, BLOCK, TILES,
+                        weight_sums, weight_parts, tickets + part, grad_weight, n, entries, f,
+                        row_tiles, shares, of_keys % blocks, splits, keys, hidden, padded, scale,
+                        BLOCK, TILES,
                     )  # fmt: skip
             elif grad_key is not None:
                 key_block(
@@ -159,40 +172,29 @@ def gradient_sums(
     row_tiles = parts.row_tiles
     tile = tiles.key_sum_tile(p.keys, max(row_tiles, 1), p.padded)
     block = tiles.value_tile(p.values)
-    splits = -(-row_tiles * p.keys // tiles.SUMMED_KEYS) if weight is not None else 1
-    of_weight = weight
-    if splits > 1:
-        of_weight = p.prepared.weight.weight.new_empty(splits, p.entries, p.hidden)
     feature_tiles = p.entries * -(-p.hidden // tile["FEATURES"])
+    prepared, splits, weight_parts = p.prepared.weight, 1, None
+    if weight is not None and feature_tiles <= TICKETS.value:  # more are enough as they are
+        splits = max(1, -(-row_tiles * p.keys // tiles.SUMMED_KEYS))
+    if splits > 1:
+        weight_parts = prepared.weight.new_empty(splits, p.entries, p.hidden)
     value_tiles = p.entries * -(-p.keys // block["KEYS"]) * -(-p.values // block["VALUES"])
     counts = (
         0 if value is None else value_tiles,
         0 if weight is None else feature_tiles * splits,
         0 if key is None else feature_tiles * -(-p.keys // tile["BLOCK"]),
     )
-    _launch(p, parts, tile, counts, splits, scores, grad_out, (query, key, value, of_weight))
-    if splits > 1:
-        of_splits = FeatureSums(0, splits, of_weight)
-        _launch(p, of_splits, tile, (0, 0, 0), 1, None, None, (weight, None, None, None))
-
-
-def _launch(
-    p: Problem, parts: FeatureSums, tile: dict[str, int], counts: tuple[int, ...], splits: int,
-    scores: Tensor | None, grad_out: Tensor | None, gradients: tuple[Tensor | None, ...],
-) -> None:  # fmt: skip
-    """``counts``: of the programs of dV, dw and dk; dq where it has sums of several ranges."""
-    query, key, value, weight = gradients
-    row_tiles, ranges = parts[:2]
     length = 0 if query is None or parts.query is None else query.numel()
     given = p.batched(grad_out, 2)
     _, key_rows, _, _, *key_strides = p.prepared_rows_arguments()
     launch(
-        gradient_sum_kernel, sum(counts) + -(-length // 1024), p.prepared.weight.weight,
+        gradient_sum_kernel, sum(counts) + -(-length // 1024), prepared.weight,
         p.key, *p.key_strides, key_rows, *key_strides, p.weight, *p.weight_strides,
-        parts.key, parts.weight, parts.query, scores, *given, query, key, value, weight,
-        p.batch.inner, p.entries, *counts, row_tiles, ranges * row_tiles, splits, ranges,
-        p.rows, p.keys, 0 if scores is None else scores.shape[-1], p.hidden, p.padded, p.values,
-        length, p.scale_bits, **tile, **tiles.value_tile(p.values),
+        parts.key, parts.weight, parts.query, weight_parts, prepared.tickets, scores, *given,
+        query, key, value, weight,
+        p.batch.inner, p.entries, *counts, row_tiles, parts.ranges * row_tiles, splits,
+        parts.ranges, p.rows, p.keys, 0 if scores is None else scores.shape[-1], p.hidden,
+        p.padded, p.values, length, p.scale_bits, **tile, **block,
         ALIGNED=not any(isinstance(x, int) and x % 16 for x in given[1:3]),
         ROUNDED=p.dtype.itemsize == 2, PRECISION=product_precision(p), TARGET=target(),
         num_stages=2,

@@ -20,7 +20,6 @@ from torch import Tensor
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry
-from additive_attn.backends.triton.decode_forward import merge, softmax_inverse, softmax_lse
 from additive_attn.backends.triton.dropout import keep_factors
 from additive_attn.backends.triton.launch import (
     kernel,
@@ -30,110 +29,29 @@ from additive_attn.backends.triton.launch import (
     target,
 )
 from additive_attn.backends.triton.masks import attending, stored, stored_top, tile_rows
+from additive_attn.backends.triton.merging import (
+    merge,
+    merge_rows,
+    softmax_inverse,
+    softmax_lse,
+)
 from additive_attn.backends.triton.numerics import exp, number
 from additive_attn.backends.triton.plan import pass_splits
+from additive_attn.backends.triton.prepare import TICKETS
 from additive_attn.backends.triton.score_tiles import (
     is_kept,
     pair_scores,
     row_interval,
     store_tile,
 )
-
-
-@triton.jit
-def _in_order(x):
-    """[RM, RN, TM, TN] as [BM, BN]."""
-    BM: tl.constexpr = x.shape[0] * x.shape[2]
-    BN: tl.constexpr = x.shape[1] * x.shape[3]
-    return tl.reshape(tl.permute(x, [2, 0, 1, 3]), [BM, BN])
-
-
-@triton.jit
-def _often_enough(x, LEAST: tl.constexpr):
-    """[BM, BN] as [LEAST, BN], which a product takes: each row LEAST / BM times."""
-    BM: tl.constexpr = x.shape[0]
-    BN: tl.constexpr = x.shape[1]
-    if BM < LEAST:
-        x = tl.broadcast_to(x[:, None, :], [BM, LEAST // BM, BN])
-        x = tl.reshape(x, [LEAST, BN])
-    return x
+from additive_attn.backends.triton.value_sums import accumulate, finish, in_order, often_enough
 
 
 @triton.jit
 def _of_rows(x, LEAST: tl.constexpr):
     """[RM, TM] as [LEAST, 1]."""
     BM: tl.constexpr = x.shape[0] * x.shape[1]
-    return _often_enough(tl.reshape(tl.permute(x, [1, 0]), [BM, 1]), LEAST)
-
-
-@triton.jit
-def _add_nonfinite(acc, p, value, value_row, key0, last, inside_d):
-    """Adds the values of a tile that are not finite to the rows that attend to them: p != 0, and
-    -1 in place of 0."""
-    BN: tl.constexpr = p.shape[1]
-    c = tl.arange(0, BN)[None, :]
-    for k in range(0, tl.minimum(last - key0, BN)):
-        p_k = tl.sum(tl.where(c == k, p, 0.0), 1)[:, None]
-        at = value + (key0 + tl.cast(k, tl.int64)) * value_row
-        v = tl.load(at, mask=inside_d, other=0.0).to(acc.dtype)  # [1, BD]
-        share = tl.where(p_k < 0.0, 0.0, p_k) * v
-        acc += tl.where((p_k != 0.0) & ((tl.abs(v) < float("inf")) == 0), share, 0.0)
-    return acc
-
-
-@triton.jit
-def _add_finite(acc, p, value, value_row, key0, last, inside_d, again):
-    """acc + P V of a tile, key by key. ``again``: without the values that are not finite."""
-    BN: tl.constexpr = p.shape[1]
-    c = tl.arange(0, BN)[None, :]
-    for k in range(0, tl.minimum(last - key0, BN)):
-        at = value + (key0 + tl.cast(k, tl.int64)) * value_row
-        v = tl.load(at, mask=inside_d, other=0.0).to(acc.dtype)  # [1, BD]
-        v = tl.where(again & ((tl.abs(v) < float("inf")) == 0), 0.0, v)
-        acc += tl.sum(tl.where(c == k, p, 0.0), 1)[:, None] * v
-    return acc
-
-
-@triton.jit
-def _weighted_sum(
-    acc, p, attended, value, value_row, value_column, key0, last, d, values, again,
-    ROUNDED: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
-    """acc + P V of a tile, [LEAST, BD]. ``again``: values that are not finite reach the rows alone
-    that attend to them, by ``attended`` [RM, RN, TM, TN]. ROUNDED: P takes the values' dtype, as
-    weights in 16 bits do; else the values take that of P."""
-    BN: tl.constexpr = p.shape[1]
-    j = key0 + tl.arange(0, BN)
-    inside_d = (d < values)[None, :]
-    value += d[None, :].to(tl.int64) * value_column
-    if acc.dtype == tl.float64:
-        # Triton 3.6 does not compile some products.
-        acc = _add_finite(acc, p, value, value_row, key0, last, inside_d, again)
-        if again:
-            marked = tl.where((p == 0.0) & _often_enough(_in_order(attended), p.shape[0]), -1.0, p)
-            acc = _add_nonfinite(acc, marked, value, value_row, key0, last, inside_d)
-    else:
-        v = tl.load(  # [BN, BD]
-            value + j[:, None].to(tl.int64) * value_row,
-            mask=(j < last)[:, None] & inside_d,
-            other=0.0,
-        )
-        if again:
-            finite = tl.abs(v.to(acc.dtype)) < float("inf")
-            if tl.min(finite.to(tl.int32)) == 0:
-                marked = tl.where(
-                    (p == 0.0) & _often_enough(_in_order(attended), p.shape[0]), -1.0, p
-                )
-                acc = _add_nonfinite(acc, marked, value, value_row, key0, last, inside_d)
-            v = tl.where(finite, v, 0.0)
-        if not ROUNDED:
-            v = v.to(acc.dtype)
-        p_v = p.to(v.dtype)
-        if TARGET == "none":  # NumPy has no bfloat16
-            acc = tl.dot(p_v.to(acc.dtype), v.to(acc.dtype), acc, out_dtype=acc.dtype)
-        else:
-            acc = tl.dot(p_v, v, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-    return acc
+    return often_enough(tl.reshape(tl.permute(x, [1, 0]), [BM, 1]), LEAST)
 
 
 @triton.jit
@@ -171,63 +89,6 @@ def _softmax_step(score, top, total, TARGET: tl.constexpr):
     return p, shrink, top, total * shrink[:, :, None] + tl.sum(p, 1)
 
 
-@triton.jit
-def _accumulate(
-    acc, shrink, p, attended, sums, started, inside, value, value_row, value_column, key0, last,
-    values, again, BD: tl.constexpr, MEMORY: tl.constexpr,
-    ROUNDED: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
-    """acc shrink + P V of a tile, in registers or in memory."""
-    d = tl.arange(0, BD)
-    if MEMORY:
-        # Other threads may have written what this one reads.
-        tl.debug_barrier()
-        for d0 in range(0, values, BD):
-            here = inside & (d0 + d < values)[None, :]
-            at = sums + (d0 + d)[None, :]
-            written = inside & (d0 + d < values * started)[None, :]
-            acc = tl.load(at, mask=written, other=0.0) * shrink
-            # Other threads may have to read what this one writes.
-            tl.debug_barrier()
-            acc = _weighted_sum(
-                acc, p, attended, value, value_row, value_column, key0, last, d0 + d, values,
-                again, ROUNDED, PRECISION, TARGET,
-            )  # fmt: skip
-            tl.store(at, acc, mask=here)
-    else:
-        acc = _weighted_sum(
-            acc * shrink, p, attended, value, value_row, value_column, key0, last, d, values,
-            again, ROUNDED, PRECISION, TARGET,
-        )  # fmt: skip
-    return acc
-
-
-@triton.jit
-def _finish(
-    acc, factor, started, out, sums, place, inside, values, BD: tl.constexpr, MEMORY: tl.constexpr
-):  # fmt: skip
-    """Stores acc times ``factor``; whether a number of acc is not finite."""
-    d = tl.arange(0, BD)
-    nonfinite = 0
-    if MEMORY:
-        tl.debug_barrier()
-        for d0 in range(0, values, BD):
-            here = inside & (d0 + d < values)[None, :]
-            at = place + (d0 + d)[None, :]
-            written = inside & (d0 + d < values * started)[None, :]
-            acc = tl.load(sums + at, mask=written, other=0.0)
-            nonfinite = tl.maximum(
-                nonfinite, tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1)
-            )
-            tl.debug_barrier()
-            tl.store(out + at, (acc * factor).to(out.dtype.element_ty), mask=here)
-    else:
-        here = inside & (d < values)[None, :]
-        nonfinite = tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1)
-        tl.store(out + place + d[None, :], (acc * factor).to(out.dtype.element_ty), mask=here)
-    return nonfinite
-
-
 @kernel
 def attend_kernel(
     query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
@@ -237,14 +98,16 @@ def attend_kernel(
     lengths, length_outer, length_inner, length_row,
     value, value_outer, value_inner, value_row, value_column,
     seed, seed_outer, seed_inner, threshold, keep_bits,
-    out, sums, lse, tops, totals, scores,
+    out, sums, lse, tops, totals, scores, merged,
     inner, entries, rows, keys, hidden, padded, values, left, right, splits, keys_per_split,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, BD: tl.constexpr,
-    MEMORY: tl.constexpr, STORED: tl.constexpr, ALIGNED: tl.constexpr, DIFFERENCE: tl.constexpr,
-    FEATURES_PER_SUM: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
+    MEMORY: tl.constexpr, STORED: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+    DIFFERENCE: tl.constexpr, FEATURES_PER_SUM: tl.constexpr, PRECISION: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """Some rows of an entry and a range of its keys. Without ``tops`` the range is all keys, and
-    ``out`` and ``lse`` are final; else ``out`` is [split][entry][row], for ``merge_kernel``.
+    ``out`` and ``lse`` are final; else ``out`` is [split][entry][row], for ``merge_kernel``, or
+    with ``merged`` for the last program of these rows, which writes there.
     STORED: the scores are kept too. MEMORY: the weighted sums of the values lie in ``sums``, which
     has the size of ``out``, BD columns at a time. ALIGNED: the values of all entries are."""
     BM: tl.constexpr = RM * TM
@@ -319,12 +182,12 @@ def attend_kernel(
                     store_tile(scores, stored(score, attended), n, row0, key0, rows, keys)
                 score = tl.where(attended, score, float("-inf"))
                 p, shrink, top, total = _softmax_step(score, top, total, TARGET)
-                p = _in_order(p)
+                p = in_order(p)
                 if seed is not None:
                     b = row0 + tl.arange(0, BM)
                     p *= keep_factors(tl.load(seed), n, b, key0, threshold, 1.0, BM, BN)
-                acc = _accumulate(
-                    acc, _of_rows(shrink, LEAST), _often_enough(p, LEAST), attended,
+                acc = accumulate(
+                    acc, _of_rows(shrink, LEAST), often_enough(p, LEAST), attended,
                     sums + place, started, inside, value, value_row, value_column, key0, last,
                     values, again, BD, MEMORY, ROUNDED, PRECISION, TARGET,
                 )  # fmt: skip
@@ -337,10 +200,16 @@ def attend_kernel(
             top, tl.sum(total, 2), low, high, mask, mask_row, mask_column, block_tiles,
             row0, first, last, rows, lse + n * rows, tops, totals, part, RM, TM, RN, TN,
         )  # fmt: skip
-        nonfinite = _finish(
+        nonfinite = finish(
             acc, _of_rows(share, LEAST), started, out, sums, place, inside, values, BD, MEMORY
         )
         attempt = tl.where(nonfinite != 0, attempt + 1, 2)
+
+    if merged is not None:
+        merge_rows(
+            prepared.tickets + n * row_tiles + row0 // BM, out, tops, totals, merged, lse,
+            n, row0, entries, rows, values, splits, BM, BD, CHUNK,
+        )  # fmt: skip
 
 
 def attend(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -359,12 +228,16 @@ def attend(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
     splits, per_split = pass_splits(
         programs, p.keys, tile.keys, p.processors * max(1, 8 // tile.warps)
     )
-    parts, tops, totals, scores = out, None, None, None
+    parts, tops, totals, scores, merged = out, None, None, None, None
     if splits > 1 or need_weights:
         parts = lse.new_empty(splits, count, p.values)
         tops, totals = lse.new_empty(2, splits, count)
     if need_weights:
         scores = lse.new_empty(count, p.keys)
+    chunk = 0
+    if splits > 1 and not need_weights and programs <= TICKETS.value:
+        chunk = tiles.merged_ranges(tile, columns, p.values, splits)
+        merged = out if chunk else None
     memory = columns < p.values
     sums = (
         torch.empty_like(parts, dtype=lse.dtype) if memory and parts.dtype != lse.dtype else parts
@@ -373,14 +246,14 @@ def attend(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
         attend_kernel, programs * splits, lse,
         *p.inputs(), *p.prepared_arguments(), *p.mask_arguments(), *p.length_arguments(),
         p.value, *p.value_strides, *p.dropout_arguments(),
-        parts, sums, lse, tops, totals, scores, p.batch.inner, p.entries, p.rows, p.keys,
+        parts, sums, lse, tops, totals, scores, merged, p.batch.inner, p.entries, p.rows, p.keys,
         p.hidden, p.padded, p.values, p.left, p.right, splits, per_split,
-        **tile.sizes(), BD=columns, MEMORY=memory, STORED=need_weights,
+        **tile.sizes(), BD=columns, MEMORY=memory, STORED=need_weights, CHUNK=chunk,
         ALIGNED=all(stride % 16 == 0 for stride in p.value_strides[:2]),
         PRECISION=product_precision(p),
         **p.form(), num_warps=tile.warps, num_stages=1, **registers(min(255, 2048 // tile.warps)),
     )  # fmt: skip
-    if tops is not None and totals is not None:
+    if tops is not None and totals is not None and merged is None:
         given = weights if need_weights else None
         merge(p, count, splits, parts, tops, totals, scores, out, given, lse)
     return out, weights, lse

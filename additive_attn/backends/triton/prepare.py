@@ -43,6 +43,7 @@ GROUP = tl.constexpr(8)  # rows that share flags; lengths are padded to whole gr
 SMALL = tl.constexpr(1)  # in the flags of a group: one of its rows has no |x| > 1
 WILD = tl.constexpr(256)  # the same: not within SAFE; so far apart that flags may be added up
 SPARE = tl.constexpr(128)  # rows that a tile may reach beyond the last of all quads
+TICKETS = tl.constexpr(1024)
 
 
 class PreparedWeight(NamedTuple):
@@ -50,11 +51,13 @@ class PreparedWeight(NamedTuple):
     with zeros, in the computing dtype. ``score_scale`` (outer, inner, 2): two factors whose
     product is that power of two times the scale of the scores, NaN where a weight is not finite.
     One after the other they overflow only where the score does. ``centre`` (outer, inner,
-    HP / 32): half the sums of 32 weights each."""
+    HP / 32): half the sums of 32 weights each. ``tickets`` (TICKETS,): zeros, for the programs of
+    one kernel of the call (``merging.is_last``)."""
 
     weight: Tensor
     score_scale: Tensor
     centre: Tensor
+    tickets: Tensor
 
 
 class PreparedRows(NamedTuple):
@@ -137,6 +140,8 @@ def _prepare_weight(
         block = tl.arange(0, BLOCK // FEATURES_PER_SUM)
         blocks = padded // FEATURES_PER_SUM
         tl.store(prepared.centre + n * blocks + block, sums * 0.5, mask=block < blocks)
+    ticket = tl.arange(0, TICKETS)
+    tl.store(prepared.tickets + ticket, ticket * 0, mask=ticket < tl.where(n == 0, TICKETS, 0))
     tl.store(prepared.score_scale + 2 * n, tl.where(finite != 0, first, float("nan")))
     tl.store(prepared.score_scale + 2 * n + 1, second)
     tl.store(prepared.weight + n * padded + h, w, mask=h < padded)
@@ -354,6 +359,7 @@ def prepare(
         scaled,
         scaled.new_empty(outer, inner, 2),
         scaled.new_empty(outer, inner, padded // FEATURES_PER_SUM),
+        scaled.new_empty(TICKETS.value, dtype=torch.int32),
     )
     views: list[Tensor] = []
     rows: list[PreparedRows | None] = []

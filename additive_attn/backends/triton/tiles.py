@@ -219,6 +219,14 @@ def merge_tile(values: int, splits: int, wide: bool) -> dict[str, int]:
     }  # fmt: skip
 
 
+def merged_ranges(tile: Tile, columns: int, values: int, splits: int) -> int:
+    """How many ranges of keys one program merges at a time, 64 numbers per thread; 0 where there
+    are so many numbers that programs of their own take less time."""
+    if splits * tile.rows * values > 2**15:
+        return 0
+    return max(1, 2048 * tile.warps // (tile.rows * columns))
+
+
 def sum_tile(splits: int) -> dict[str, int]:
     """For sums over splits alone."""
     CHUNK = min(64, power_of_two(splits))

@@ -1,0 +1,156 @@
+"""The weighted sums of the values of some rows, tile by tile (``one_pass.py``).
+
+A value that is not finite is seen when it has reached a sum, even times 0. Then ``again`` takes
+from each tile first the finite values, then the others for the rows that attend to them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def in_order(x):
+    """[RM, RN, TM, TN] as [BM, BN]."""
+    BM: tl.constexpr = x.shape[0] * x.shape[2]
+    BN: tl.constexpr = x.shape[1] * x.shape[3]
+    return tl.reshape(tl.permute(x, [2, 0, 1, 3]), [BM, BN])
+
+
+@triton.jit
+def often_enough(x, LEAST: tl.constexpr):
+    """[BM, BN] as [LEAST, BN], which a product takes: each row LEAST / BM times."""
+    BM: tl.constexpr = x.shape[0]
+    BN: tl.constexpr = x.shape[1]
+    if BM < LEAST:
+        x = tl.broadcast_to(x[:, None, :], [BM, LEAST // BM, BN])
+        x = tl.reshape(x, [LEAST, BN])
+    return x
+
+
+@triton.jit
+def _add_nonfinite(acc, p, value, value_row, key0, last, inside_d):
+    """Adds the values of a tile that are not finite to the rows that attend to them: p != 0, and
+    -1 in place of 0."""
+    BN: tl.constexpr = p.shape[1]
+    c = tl.arange(0, BN)[None, :]
+    for k in range(0, tl.minimum(last - key0, BN)):
+        p_k = tl.sum(tl.where(c == k, p, 0.0), 1)[:, None]
+        at = value + (key0 + tl.cast(k, tl.int64)) * value_row
+        v = tl.load(at, mask=inside_d, other=0.0).to(acc.dtype)  # [1, BD]
+        share = tl.where(p_k < 0.0, 0.0, p_k) * v
+        acc += tl.where((p_k != 0.0) & ((tl.abs(v) < float("inf")) == 0), share, 0.0)
+    return acc
+
+
+@triton.jit
+def _add_finite(acc, p, value, value_row, key0, last, inside_d, again):
+    """acc + P V of a tile, key by key. ``again``: without the values that are not finite."""
+    BN: tl.constexpr = p.shape[1]
+    c = tl.arange(0, BN)[None, :]
+    for k in range(0, tl.minimum(last - key0, BN)):
+        at = value + (key0 + tl.cast(k, tl.int64)) * value_row
+        v = tl.load(at, mask=inside_d, other=0.0).to(acc.dtype)  # [1, BD]
+        v = tl.where(again & ((tl.abs(v) < float("inf")) == 0), 0.0, v)
+        acc += tl.sum(tl.where(c == k, p, 0.0), 1)[:, None] * v
+    return acc
+
+
+@triton.jit
+def _weighted_sum(
+    acc, p, attended, value, value_row, value_column, key0, last, d, values, again,
+    ROUNDED: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """acc + P V of a tile, [LEAST, BD]. ``again``: values that are not finite reach the rows alone
+    that attend to them, by ``attended`` [RM, RN, TM, TN]. ROUNDED: P takes the values' dtype, as
+    weights in 16 bits do; else the values take that of P."""
+    BN: tl.constexpr = p.shape[1]
+    j = key0 + tl.arange(0, BN)
+    inside_d = (d < values)[None, :]
+    value += d[None, :].to(tl.int64) * value_column
+    if acc.dtype == tl.float64:
+        # Triton 3.6 does not compile some products.
+        acc = _add_finite(acc, p, value, value_row, key0, last, inside_d, again)
+        if again:
+            marked = tl.where((p == 0.0) & often_enough(in_order(attended), p.shape[0]), -1.0, p)
+            acc = _add_nonfinite(acc, marked, value, value_row, key0, last, inside_d)
+    else:
+        v = tl.load(  # [BN, BD]
+            value + j[:, None].to(tl.int64) * value_row,
+            mask=(j < last)[:, None] & inside_d,
+            other=0.0,
+        )
+        if again:
+            finite = tl.abs(v.to(acc.dtype)) < float("inf")
+            if tl.min(finite.to(tl.int32)) == 0:
+                marked = tl.where(
+                    (p == 0.0) & often_enough(in_order(attended), p.shape[0]), -1.0, p
+                )
+                acc = _add_nonfinite(acc, marked, value, value_row, key0, last, inside_d)
+            v = tl.where(finite, v, 0.0)
+        if not ROUNDED:
+            v = v.to(acc.dtype)
+        p_v = p.to(v.dtype)
+        if TARGET == "none":  # NumPy has no bfloat16
+            acc = tl.dot(p_v.to(acc.dtype), v.to(acc.dtype), acc, out_dtype=acc.dtype)
+        else:
+            acc = tl.dot(p_v, v, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit
+def accumulate(
+    acc, shrink, p, attended, sums, started, inside, value, value_row, value_column, key0, last,
+    values, again, BD: tl.constexpr, MEMORY: tl.constexpr,
+    ROUNDED: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """acc shrink + P V of a tile, in registers or in memory."""
+    d = tl.arange(0, BD)
+    if MEMORY:
+        # Other threads may have written what this one reads.
+        tl.debug_barrier()
+        for d0 in range(0, values, BD):
+            here = inside & (d0 + d < values)[None, :]
+            at = sums + (d0 + d)[None, :]
+            written = inside & (d0 + d < values * started)[None, :]
+            acc = tl.load(at, mask=written, other=0.0) * shrink
+            # Other threads may have to read what this one writes.
+            tl.debug_barrier()
+            acc = _weighted_sum(
+                acc, p, attended, value, value_row, value_column, key0, last, d0 + d, values,
+                again, ROUNDED, PRECISION, TARGET,
+            )  # fmt: skip
+            tl.store(at, acc, mask=here)
+    else:
+        acc = _weighted_sum(
+            acc * shrink, p, attended, value, value_row, value_column, key0, last, d, values,
+            again, ROUNDED, PRECISION, TARGET,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def finish(
+    acc, factor, started, out, sums, place, inside, values, BD: tl.constexpr, MEMORY: tl.constexpr
+):  # fmt: skip
+    """Stores acc times ``factor``; whether a number of acc is not finite."""
+    d = tl.arange(0, BD)
+    nonfinite = 0
+    if MEMORY:
+        tl.debug_barrier()
+        for d0 in range(0, values, BD):
+            here = inside & (d0 + d < values)[None, :]
+            at = place + (d0 + d)[None, :]
+            written = inside & (d0 + d < values * started)[None, :]
+            acc = tl.load(sums + at, mask=written, other=0.0)
+            nonfinite = tl.maximum(
+                nonfinite, tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1)
+            )
+            tl.debug_barrier()
+            tl.store(out + at, (acc * factor).to(out.dtype.element_ty), mask=here)
+    else:
+        here = inside & (d < values)[None, :]
+        nonfinite = tl.max((tl.abs(acc) < float("inf")).to(tl.int32) ^ 1)
+        tl.store(out + place + d[None, :], (acc * factor).to(out.dtype.element_ty), mask=here)
+    return nonfinite
