@@ -54,11 +54,7 @@ def attend_kernel(a: SimpleNamespace) -> Work:
 
 
 def row_pass_kernel(a: SimpleNamespace) -> Work:
-    return Work((_scores(a, a.score_padded / (a.RN * a.TN)),), 8 * a.RM * a.RN)
-
-
-def product_kernel(a: SimpleNamespace) -> Work:
-    return Work((Through({"HGMMA|HMMA|LDTM": 1}, (a.values / a.BD,)),))
+    return Work((_scores(a, a.keys_per_split / (a.RN * a.TN)),), 8 * a.RM * a.RN)
 
 
 def row_gradient_kernel(a: SimpleNamespace) -> Work:
@@ -84,7 +80,7 @@ def key_sum_kernel(a: SimpleNamespace) -> Work:
 WORK: dict[str, Callable[[SimpleNamespace], Work]] = {
     function.__name__: function
     for function in (
-        score_kernel, attend_kernel, row_pass_kernel, product_kernel, row_gradient_kernel,
+        score_kernel, attend_kernel, row_pass_kernel, row_gradient_kernel,
         feature_kernel, key_sum_kernel,
     )
 }  # fmt: skip

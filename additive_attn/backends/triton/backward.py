@@ -23,7 +23,7 @@ from additive_attn.backends.triton.launch import launch, registers, target
 from additive_attn.backends.triton.opposite import Flags, opposite_tiles
 from additive_attn.backends.triton.plan import Piece, pass_splits
 from additive_attn.backends.triton.row_gradient import given_kernel, row_gradients
-from additive_attn.backends.triton.row_pass import row_pass, small_products
+from additive_attn.backends.triton.row_pass import row_pass
 from additive_attn.backends.triton.score_tiles import flagged_scores
 from additive_attn.spec.call import Needs, Upstream, backward_arguments, call_of_scores
 
@@ -204,15 +204,13 @@ def _given(
 
 def _add_small(p: Problem, piece: Piece, lse: Tensor, upstream: Upstream, sums: Gradients) -> None:
     """Fills all gradients of a small call, without operations of torch where dO is given."""
-    size, out = p.dtype.itemsize, upstream.out
-    tile = tiles.row_pass_tile(p.entries, p.rows, p.keys, p.values, size, p.processors)
-    gradient, flags = _fours(p, piece, p.keys), None
-    if out is not None and tile is not None:
-        scores, flags = row_pass(p, tile, lse, upstream, gradient)
+    out, gradient = upstream.out, _fours(p, piece, p.keys)
+    flags: Flags | None
+    if out is not None:
+        scores, flags = row_pass(p, lse, upstream, gradient)
     else:
         scores, flags = flagged_scores(p, piece, 0, p.keys)
-        shape = p.entries, p.rows, p.keys
-        products = scores.new_zeros(shape) if out is None else small_products(p, out)
+        products = scores.new_zeros(p.entries, p.rows, p.keys)
         row_gradients(p, piece, lse, upstream, scores, products, gradient)
     of_value = None if out is None else (scores, out)
     _add_from_scores(p, piece, gradient, flags, sums, of_value)

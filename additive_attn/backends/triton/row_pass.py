@@ -1,9 +1,9 @@
-"""P and G of rows whose keys are few: scores, dO V^T and what follows from whole rows (math.md,
-eq. 9) in one kernel, which large calls compute in three (``score_tiles``, a product of torch,
-``row_gradient``) that fill more of the machine.
+"""Scores and dO V^T of a small backward in one kernel, which large calls compute in two
+(``score_tiles``, a product of torch).
 
-A program takes the tiles of some rows one after the other, and keeps scores and products in
-memory. Then it reads them again, row by row.
+Where rows alone fill the machine, or their keys are few, a program takes the tiles of some rows
+one after the other, and keeps scores and products in memory. Then it reads them again, row by row,
+for P and G (math.md, eq. 9). Else it takes one tile, and ``row_gradient`` the rows.
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ from torch import Tensor
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry, entry_offset
-from additive_attn.backends.triton.launch import kernel, launch, registers, target
+from additive_attn.backends.triton.launch import kernel, launch, registers
 from additive_attn.backends.triton.masks import stored
 from additive_attn.backends.triton.one_pass import product_precision
 from additive_attn.backends.triton.opposite import Flags
-from additive_attn.backends.triton.row_gradient import row_pairs, row_sum, store_row_pairs
+from additive_attn.backends.triton.plan import Piece
+from additive_attn.backends.triton.row_gradient import (
+    row_gradients,
+    row_pairs,
+    row_sum,
+    store_row_pairs,
+)
 from additive_attn.backends.triton.score_tiles import (
     is_kept,
     pair_scores,
@@ -67,27 +73,6 @@ def _store_products(
         )
         acc = product(acc, x, y, PRECISION, TARGET)
     tl.store(to + i * stride + j, acc, mask=of_row & (j < stride))
-
-
-@kernel
-def product_kernel(
-    value, value_outer, value_inner, value_row, value_column,
-    grad_out, go_outer, go_inner, go_row, go_column,
-    products, inner, rows, keys, values,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
-    """dO V^T, [entry][row][key], tile by tile."""
-    key_tiles, row_tiles = tl.cdiv(keys, BN), tl.cdiv(rows, BM)
-    tile = tl.program_id(0) // key_tiles
-    n, o, m = batch_entry(tile // row_tiles, inner)
-    _store_products(
-        products + n * rows * keys, keys,
-        grad_out + entry_offset(o, go_outer, m, go_inner, ALIGNED), go_row, go_column,
-        value + entry_offset(o, value_outer, m, value_inner, ALIGNED), value_row, value_column,
-        tile % row_tiles * BM, tl.program_id(0) % key_tiles * BN, rows, keys, values,
-        BM, BN, BD, PRECISION, TARGET,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -151,20 +136,23 @@ def row_pass_kernel(
     seed, seed_outer, seed_inner, threshold, keep_bits,
     lse, scores, products, gradient, flags,
     inner, rows, row_padded, keys, key_padded, score_padded, hidden, padded, values, left, right,
+    splits, keys_per_split,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, BD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, DIFFERENCE: tl.constexpr,
     FEATURES_PER_SUM: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """BM rows of an entry: P o D to ``scores`` [entry][row][key], G to ``gradient`` as
-    ``row_gradient_kernel`` writes it, and ``flags`` as ``score_kernel`` does. ALIGNED: the values
-    and dO of all entries are."""
+    ``row_gradient_kernel`` writes it, and ``flags`` as ``score_kernel`` does. Without ``gradient``
+    a range of their keys: scores, and dO V^T to ``products``. ALIGNED: the values and dO of all
+    entries are."""
     BM: tl.constexpr = RM * TM
     BN: tl.constexpr = RN * TN
     ACC: tl.constexpr = scores.dtype.element_ty
     row_tiles = row_padded // BM
     tile = row_tiles - 1 - tl.program_id(0) % row_tiles  # of a causal mask the longest come first
     row0 = tile * BM
-    n, o, m = batch_entry(tl.program_id(0) // row_tiles, inner)
+    begin = tl.program_id(0) // row_tiles % splits * keys_per_split
+    n, o, m = batch_entry(tl.program_id(0) // row_tiles // splits, inner)
     if lengths is not None:
         lengths += o * length_outer + m * length_inner
     if mask is not None:
@@ -181,7 +169,8 @@ def row_pass_kernel(
     key_tiles = score_padded // BN
     flags += (n * tl.cdiv(rows, BM) + tile) * key_tiles
     low, high = row_interval(lengths, length_row, row0, rows, keys, left, right, RM, TM)
-    for key0 in tl.range(0, score_padded, BN, disable_licm=True):
+    end = tl.minimum(begin + keys_per_split, score_padded)
+    for key0 in tl.range(begin, end, BN, disable_licm=True):
         computed = tl.max(tl.minimum(high, key0 + BN) - tl.maximum(low, key0)) > 0
         if block_tiles is not None:
             computed &= is_kept(
@@ -213,13 +202,14 @@ def row_pass_kernel(
             store_tile(scores, nothing - float("inf"), 0, row0, key0, rows, score_padded)
             store_tile(products, nothing, 0, row0, key0, rows, score_padded)
         tl.store(flags + key0 // BN, any_opposite, mask=row0 < rows)
-    # Other threads have written what this one reads.
-    tl.debug_barrier()
-    _store_rows(
-        scores, products, gradient + n * row_padded * key_padded, lse + n * rows,
-        grad_weights, gw_row, gw_column, grad_lse, gl_row, seed, n, threshold, keep_bits,
-        row0, rows, row_padded, keys, key_padded, score_padded, BM, ROWS, BLOCK,
-    )  # fmt: skip
+    if gradient is not None:
+        # Other threads have written what this one reads.
+        tl.debug_barrier()
+        _store_rows(
+            scores, products, gradient + n * row_padded * key_padded, lse + n * rows,
+            grad_weights, gw_row, gw_column, grad_lse, gl_row, seed, n, threshold, keep_bits,
+            row0, rows, row_padded, keys, key_padded, score_padded, BM, ROWS, BLOCK,
+        )  # fmt: skip
 
 
 def _aligned(p: Problem, grad_out: tuple[object, ...]) -> bool:
@@ -227,40 +217,45 @@ def _aligned(p: Problem, grad_out: tuple[object, ...]) -> bool:
     return not any(isinstance(x, int) and x % 16 for x in strides)
 
 
-def small_products(p: Problem, grad_out: Tensor) -> Tensor:
-    """dO V^T of all entries, (entries, rows, keys)."""
-    products = torch.empty(p.entries, p.rows, p.keys, dtype=p.accumulator, device=p.device)
-    given, tile = p.batched(grad_out, 2), tiles.product_tile(p.rows, p.values)
-    programs = p.entries * -(-p.rows // tile["BM"]) * -(-p.keys // tile["BN"])
-    launch(
-        product_kernel, programs, products, p.value, *p.value_strides, *given, products,
-        p.batch.inner, p.rows, p.keys, p.values, **tile, ALIGNED=_aligned(p, given),
-        PRECISION=product_precision(p), TARGET=target(), num_stages=2,
-    )  # fmt: skip
-    return products
-
-
 def row_pass(
-    p: Problem, tile: tiles.Tile, lse: Tensor, upstream: Upstream, gradient: Tensor
+    p: Problem, lse: Tensor, upstream: Upstream, gradient: Tensor
 ) -> tuple[Tensor, Flags]:
     """Fills G of all rows, padded; P o D, padded, and the tiles with opposite pairs."""
-    score_padded = -(-p.keys // tile.keys) * tile.keys
+    tile = tiles.row_pass_tile(p.entries, p.rows, p.keys, p.values, p.dtype.itemsize, p.processors)
+    if tile is not None:
+        scores, _, flags = _launch(p, tile, lse, upstream, gradient)
+        return scores, flags
+    scores, products, flags = _launch(
+        p, tiles.score_tile(p.rows), lse, Upstream(out=upstream.out), None
+    )
+    row_gradients(p, Piece(0, p.entries, 0, p.rows), lse, upstream, scores, products, gradient)
+    return scores, flags
+
+
+def _launch(
+    p: Problem, tile: tiles.Tile, lse: Tensor, upstream: Upstream, gradient: Tensor | None
+) -> tuple[Tensor, Tensor, Flags]:
+    """Scores, or with ``gradient`` P o D, and products, both padded; tiles with opposite pairs."""
+    row_tiles, key_tiles = -(-p.rows // tile.rows), -(-p.keys // tile.keys)
+    score_padded, splits = key_tiles * tile.keys, key_tiles
+    row_padded, key_padded = row_tiles * tile.rows, score_padded
+    if gradient is not None:
+        splits, row_padded, key_padded = 1, gradient.shape[2], 4 * gradient.shape[1]
     scores, products = torch.empty(
         2, p.entries, p.rows, score_padded, dtype=p.accumulator, device=p.device
     )
-    shape = p.entries, -(-p.rows // tile.rows), score_padded // tile.keys
+    shape = p.entries, row_tiles, key_tiles
     flags = Flags(torch.empty(shape, dtype=torch.int32, device=p.device), tile.rows, tile.keys)
     grad_out = p.batched(upstream.out, 2)
-    key_padded, row_padded = 4 * gradient.shape[1], gradient.shape[2]
     launch(
-        row_pass_kernel, p.entries * (row_padded // tile.rows), scores,
+        row_pass_kernel, p.entries * (row_padded // tile.rows) * splits, scores,
         *p.inputs(), *p.prepared_arguments(), *p.mask_arguments(), *p.length_arguments(),
         p.value, *p.value_strides, *grad_out, *p.batched(upstream.weights, 2),
         *p.batched(upstream.lse, 1), *p.dropout_arguments(), lse, scores, products, gradient,
         flags.tiles, p.batch.inner, p.rows, row_padded, p.keys, key_padded, score_padded,
-        p.hidden, p.padded, p.values, p.left, p.right,
+        p.hidden, p.padded, p.values, p.left, p.right, splits, score_padded // splits,
         **tile.sizes(), **tiles.row_pass_blocks(tile, p.values, key_padded),
         ALIGNED=_aligned(p, grad_out), PRECISION=product_precision(p), **p.form(),
         num_warps=tile.warps, num_stages=1, **registers(min(255, 2048 // tile.warps)),
     )  # fmt: skip
-    return scores, flags
+    return scores, products, flags

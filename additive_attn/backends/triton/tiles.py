@@ -164,12 +164,6 @@ def key_sum_tile(keys: int, row_tiles: int, padded: int) -> dict[str, int]:
     return {"BLOCK": 16, "FEATURES": FEATURES, "TILES": TILES, "num_warps": 4}
 
 
-def product_tile(rows: int, values: int) -> dict[str, int]:
-    """BM rows by BN keys of dO V^T, BD numbers of a value at a time."""
-    BD = min(32, power_of_two(max(values, 16)))
-    return {"BM": 32 if rows > 16 else 16, "BN": 64, "BD": BD, "num_warps": 4}
-
-
 def value_tile(values: int) -> dict[str, int]:
     """dV of KEYS keys, beside ``key_sum_tile``: ROWS rows at a time."""
     return {"KEYS": 32, "VALUES": 16 if values <= 16 else 32, "ROWS": 32}
