@@ -4,7 +4,7 @@ prepared tensors, masks. Something that is not given is None, which kernels are 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,7 +159,7 @@ class Problem:
         both = self.batched(self.location, 2), self.batched(self.location_weight, 2)
         return (*both[0], *both[1], self.filters)
 
-    def batched(self, x: Tensor | None, rank: int) -> tuple[object, ...]:
+    def batched(self, x: Tensor | None, rank: int) -> tuple[Any, ...]:
         """A tensor, its strides over the batch and over its last ``rank`` dims."""
         if x is None:
             return (None, *(0,) * (rank + 2))

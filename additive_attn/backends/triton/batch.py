@@ -73,6 +73,11 @@ def batch_entry(n, inner):
     return n.to(tl.int64), (n // inner).to(tl.int64), (n % inner).to(tl.int64)
 
 
+def aligned(*strides: int) -> bool:
+    """Whether entries with these strides begin at multiples of 16 (``entry_offset``)."""
+    return not any(stride % 16 for stride in strides)
+
+
 @triton.jit
 def entry_offset(o, outer, m, inner, ALIGNED: tl.constexpr):
     """Where entry (o, m) begins; ALIGNED: at a multiple of 16, as the compiler is told. It forgets

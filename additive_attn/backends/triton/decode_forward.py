@@ -18,7 +18,7 @@ from torch import Tensor
 
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
-from additive_attn.backends.triton.batch import batch_entry, entry_offset
+from additive_attn.backends.triton.batch import aligned, batch_entry, entry_offset
 from additive_attn.backends.triton.dropout import keep_factors
 from additive_attn.backends.triton.launch import kernel, launch, registers, target
 from additive_attn.backends.triton.masks import interval, masked_bias, stored
@@ -259,10 +259,9 @@ def key_splits(p: Problem, value_tiles: int = 1) -> tuple[int, int]:
 
 def decode_options(p: Problem, tile: dict[str, int]) -> dict[str, Any]:
     """What follows the tile of the kernels that compute scores."""
-    strides = (*p.key_strides[:2], *p.value_strides[:2])
     most = 255 if p.location is not None else tiles.decode_registers(tile, p.key.element_size())
     return {
-        "ALIGNED": not any(stride % 16 for stride in strides),
+        "ALIGNED": aligned(*p.key_strides[:2], *p.value_strides[:2]),
         "TARGET": target(),
         **registers(most),
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
-from additive_attn.backends.triton.batch import batch_entry, entry_offset
+from additive_attn.backends.triton.batch import aligned, batch_entry, entry_offset
 from additive_attn.backends.triton.key_sums import key_block
 from additive_attn.backends.triton.launch import kernel, launch, target
 from additive_attn.backends.triton.merging import is_last
@@ -195,7 +195,7 @@ def gradient_sums(
         p.batch.inner, p.entries, *counts, row_tiles, parts.ranges * row_tiles, splits,
         parts.ranges, p.rows, p.keys, 0 if scores is None else scores.shape[-1], p.hidden,
         p.padded, p.values, length, p.scale_bits, **tile, **block,
-        ALIGNED=not any(isinstance(x, int) and x % 16 for x in given[1:3]),
+        ALIGNED=aligned(*given[1:3]),
         ROUNDED=p.dtype.itemsize == 2, PRECISION=product_precision(p), TARGET=target(),
         num_stages=2,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
-from additive_attn.backends.triton.batch import batch_entry
+from additive_attn.backends.triton.batch import aligned, batch_entry
 from additive_attn.backends.triton.dropout import keep_factors
 from additive_attn.backends.triton.launch import (
     kernel,
@@ -249,7 +249,7 @@ def attend(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
         parts, sums, lse, tops, totals, scores, merged, p.batch.inner, p.entries, p.rows, p.keys,
         p.hidden, p.padded, p.values, p.left, p.right, splits, per_split,
         **tile.sizes(), BD=columns, MEMORY=memory, STORED=need_weights, CHUNK=chunk,
-        ALIGNED=all(stride % 16 == 0 for stride in p.value_strides[:2]),
+        ALIGNED=aligned(*p.value_strides[:2]),
         PRECISION=product_precision(p),
         **p.form(), num_warps=tile.warps, num_stages=1, **registers(min(255, 2048 // tile.warps)),
     )  # fmt: skip

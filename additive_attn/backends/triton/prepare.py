@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from additive_attn.backends.triton import tiles
-from additive_attn.backends.triton.batch import BatchShape, batch_entry, entry_offset
+from additive_attn.backends.triton.batch import BatchShape, aligned, batch_entry, entry_offset
 from additive_attn.backends.triton.launch import bits, kernel, launch
 from additive_attn.backends.triton.numerics import exp_with_error, number
 from additive_attn.backends.triton.tiles import power_of_two
@@ -380,7 +380,7 @@ def prepare(
         *(y for x, n in zip(views, programs, strict=True) for y in (n, x.shape[1], x.shape[2])),
         inner, hidden, padded, bits(mantissa), exponent,
         **tiles.prepare_tile(padded),
-        ALIGNED=not any(s % 16 for x in (*views, w) for s in x.stride()[:2]),
+        ALIGNED=aligned(*(s for x in (*views, w) for s in x.stride()[:2])),
         WEIGHT_BLOCK=max(FEATURES_PER_SUM, power_of_two(padded)),
         FEATURES_PER_SUM=FEATURES_PER_SUM, EXPONENTIAL=exponential, QUADS=quads,
     )  # fmt: skip

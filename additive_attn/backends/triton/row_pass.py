@@ -15,7 +15,7 @@ from torch import Tensor
 
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
-from additive_attn.backends.triton.batch import batch_entry, entry_offset
+from additive_attn.backends.triton.batch import aligned, batch_entry, entry_offset
 from additive_attn.backends.triton.launch import kernel, launch, registers
 from additive_attn.backends.triton.masks import stored
 from additive_attn.backends.triton.one_pass import product_precision
@@ -212,11 +212,6 @@ def row_pass_kernel(
         )  # fmt: skip
 
 
-def _aligned(p: Problem, grad_out: tuple[object, ...]) -> bool:
-    strides = *p.value_strides[:2], *grad_out[1:3]
-    return not any(isinstance(x, int) and x % 16 for x in strides)
-
-
 def row_pass(
     p: Problem, lse: Tensor, upstream: Upstream, gradient: Tensor
 ) -> tuple[Tensor, Flags]:
@@ -255,7 +250,8 @@ def _launch(
         flags.tiles, p.batch.inner, p.rows, row_padded, p.keys, key_padded, score_padded,
         p.hidden, p.padded, p.values, p.left, p.right, splits, score_padded // splits,
         **tile.sizes(), **tiles.row_pass_blocks(tile, p.values, key_padded),
-        ALIGNED=_aligned(p, grad_out), PRECISION=product_precision(p), **p.form(),
-        num_warps=tile.warps, num_stages=1, **registers(min(255, 2048 // tile.warps)),
+        ALIGNED=aligned(*p.value_strides[:2], *grad_out[1:3]), PRECISION=product_precision(p),
+        **p.form(), num_warps=tile.warps, num_stages=1,
+        **registers(min(255, 2048 // tile.warps)),
     )  # fmt: skip
     return scores, products, flags
