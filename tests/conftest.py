@@ -144,6 +144,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Or libraries complain, at the end of the process, about what is left."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """What the test computes with."""
