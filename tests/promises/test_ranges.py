@@ -27,7 +27,7 @@ FEATURES = [24, 72]  # the kernel sums few and many features differently
 LIMITS = [0.1, 0.99, 1.01, 9.9, 10.1, 11.0, 15.0, 21.0, 23.0, 43.0, 45.0, 79.0, 81.0, 90.0, 200.0]
 
 
-@pytest.mark.interpreter(size=[0.1, 11.0, 200.0], dtype=[torch.float32])
+@pytest.mark.interpreter(size=[0.1, 11.0, 200.0], hidden=[72], dtype=[torch.float32])
 @pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hidden", FEATURES)

@@ -110,7 +110,7 @@ MASKINGS = {
 
 
 @pytest.mark.core
-@pytest.mark.interpreter(masking=["ranges", "blocks", "all of them"])
+@pytest.mark.interpreter(masking=["ranges", "blocks", "all of them"], mask=["float"])
 @pytest.mark.parametrize("mask", [None, "float"])
 @pytest.mark.parametrize("masking", MASKINGS)
 def test_outputs_and_gradients(masking, mask):
