@@ -113,17 +113,43 @@ void pack_keys(Form form, const T* key, std::int64_t row, std::int64_t count, co
   }
 }
 
-template <class T, Form form>
-inline void fraction(const T* query, const T* keys, Vec<T>& z, Vec<T>& y) {
-  if constexpr (form == direct) {
-    const Vec<T> x = load(keys) + *query;
-    tanh_fractions<1>(&x, &z, &y);
-    z *= query[group];
-  } else {
-    z = load(keys) + *query;
-    y = load(keys + block_keys<T>) + query[group];
-  }
+// The sum of four fractions.
+template <class T>
+ALWAYS_INLINE void join_fractions(const Vec<T>* z, const Vec<T>* y, Vec<T>& numerator, Vec<T>& denominator) {
+  const Vec<T> z01 = z[0] * y[1] + z[1] * y[0], y01 = y[0] * y[1];
+  const Vec<T> z23 = z[2] * y[3] + z[3] * y[2], y23 = y[2] * y[3];
+  numerator = z01 * y23 + z23 * y01;
+  denominator = y01 * y23;
 }
+
+// How add_energies reads what is packed (of the matched form: matched.h).
+template <class T, Form form>
+struct Terms {
+  static constexpr int head = group;                                        // of a query row, before its features
+  static constexpr int query = group * query_constants;                     // numbers of a group of features
+  static constexpr int keys = group * block_keys<T> * key_constants(form);  // the same of a block of keys
+  static constexpr int gap = 0;                                             // of a query row, between partial sums
+
+  // The sum of a group's terms, z / y, of a query row and a vector of keys.
+  static ALWAYS_INLINE void join(const T* q, const T* k, Vec<T>& z, Vec<T>& y) {
+    Vec<T> numerator[group], denominator[group];
+    for (int f = 0; f < group; ++f)
+      fraction(q + f, k + f * block_keys<T> * key_constants(form), numerator[f], denominator[f]);
+    join_fractions<T>(numerator, denominator, z, y);
+  }
+
+ private:
+  static ALWAYS_INLINE void fraction(const T* q, const T* k, Vec<T>& z, Vec<T>& y) {
+    if constexpr (form == direct) {
+      const Vec<T> x = load(k) + *q;
+      tanh_fractions<1>(&x, &z, &y);
+      z *= q[group];
+    } else {
+      z = load(k) + *q;
+      y = load(k + block_keys<T>) + q[group];
+    }
+  }
+};
 
 // Where scores lie, [row][key]; what they are before, and what the last of their features are followed by.
 template <class T>
@@ -137,22 +163,17 @@ struct ScoreRows {
   void set(int r, int j, Vec<T> sum) const { store(at + r * row + j, sum * factor); }
 };
 
-// Adds z/y of four features of each row and vector of keys to `part`, and goes on to the next four.
+// Adds the terms of a group of features of each row and vector of keys to `part`, and goes on to the next one.
 template <class T, Form form, bool divides, int R, int V>
 inline void add_group(const T*& query, std::int64_t query_row, const T*& keys, Vec<T> (&part)[R][V]) {
-  constexpr int feature = block_keys<T> * key_constants(form);
 #pragma GCC unroll 4
   for (int i = 0; i < R * V; ++i) {
-    Vec<T> z[group], y[group];
-    for (int f = 0; f < group; ++f)
-      fraction<T, form>(query + i / V * query_row + f, keys + f * feature + i % V * lanes<T>, z[f], y[f]);
-    const Vec<T> z01 = z[0] * y[1] + z[1] * y[0], y01 = y[0] * y[1];
-    const Vec<T> z23 = z[2] * y[3] + z[3] * y[2], y23 = y[2] * y[3];
-    const Vec<T> z0123 = z01 * y23 + z23 * y01, y0123 = y01 * y23;
-    part[i / V][i % V] += divides ? z0123 / y0123 : z0123 * reciprocal(y0123);
+    Vec<T> z, y;
+    Terms<T, form>::join(query + i / V * query_row, keys + i % V * lanes<T>, z, y);
+    part[i / V][i % V] += divides ? z / y : z * reciprocal(y);
   }
-  query += group * query_constants;
-  keys += group * feature;
+  query += Terms<T, form>::query;
+  keys += Terms<T, form>::keys;
 }
 
 // Adds sum_h z/y of R query rows, query_row apart, and one block of keys; groups of features [0, groups). Every other
@@ -167,8 +188,8 @@ void add_energies(const T* query, std::int64_t query_row, const T* keys, std::in
     for (int i = 0; i < R * V; ++i)
       total[i / V][i % V] =
           scores.before(i / V, j + i % V * L) + (load(keys + j + i % V * L) + query[i / V * query_row]);
-    const T *q = query + group, *k = keys + K + j;
-    for (std::int64_t left = groups; left > 0; left -= run) {
+    const T *q = query + Terms<T, form>::head, *k = keys + K + j;
+    for (std::int64_t left = groups; left > 0; left -= run, q += Terms<T, form>::gap) {
       Vec<T> part[R][V] = {};
       for (std::int64_t g = std::min<std::int64_t>(left, run); g > 0; g -= 2) {
         add_group<T, form, form != direct>(q, query_row, k, part);
@@ -206,9 +227,9 @@ T energy(const T* query, const T* key, const T* weight, std::int64_t hidden, T l
     }
     tanh_fractions<group>(x, z, y);
     for (int g = 0; g < group; ++g) z[g] *= w[g];
-    const Vec<T> z01 = z[0] * y[1] + z[1] * y[0], y01 = y[0] * y[1];
-    const Vec<T> z23 = z[2] * y[3] + z[3] * y[2], y23 = y[2] * y[3];
-    total += (z01 * y23 + z23 * y01) * reciprocal(y01 * y23);
+    Vec<T> numerator, denominator;
+    join_fractions<T>(z, y, numerator, denominator);
+    total += numerator * reciprocal(denominator);
   }
   return sum<T>(total);
 }

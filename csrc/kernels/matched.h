@@ -178,34 +178,20 @@ class Matching {
   Buffer<unsigned char> memory_;
 };
 
-// Adds the sum of one query row and one block of keys over a slab.
 template <class T>
-void add_matched(const T* query, const T* keys, std::int64_t groups, const ScoreRows<T>& scores) {
-  constexpr int L = lanes<T>, K = block_keys<T>, run = Matching<T>::run;
-  Vec<T> total[2];
-  for (int v = 0; v < 2; ++v) total[v] = scores.before(0, v * L) + (load(keys + v * L) + *query);
-  query += run;
-  keys += K;
-  while (groups > 0) {
-    const std::int64_t some = std::min<std::int64_t>(groups, run / 2);
-    Vec<T> part[2] = {};
-    for (std::int64_t g = 0; g < some; ++g) {
-      for (int v = 0; v < 2; ++v) {
-        Vec<T> y[2], z[2];
-        for (int i = 0; i < 2; ++i) {
-          const T *k = keys + i * 3 * K + v * L, *q = query + i;
-          const Vec<T> b = load(k);
-          y[i] = (b + q[0]) * (load(k + K) + q[run]);
-          z[i] = b * q[2 * run] + (load(k + 2 * K) - q[3 * run]);
-        }
-        part[v] += (z[0] * y[1] + z[1] * y[0]) * reciprocal(y[0] * y[1]);
-      }
-      query += 2;
-      keys += 6 * K;
+struct Terms<T, matched> {
+  static constexpr int K = block_keys<T>, run = Matching<T>::run;
+  static constexpr int head = run, query = 2, keys = 6 * K, gap = 3 * run;
+
+  // Of two matches.
+  static ALWAYS_INLINE void join(const T* q, const T* k, Vec<T>& z, Vec<T>& y) {
+    Vec<T> numerator[2], denominator[2];
+    for (int i = 0; i < 2; ++i, ++q, k += 3 * K) {
+      const Vec<T> b = load(k);
+      denominator[i] = (b + q[0]) * (load(k + K) + q[run]);
+      numerator[i] = b * q[2 * run] + (load(k + 2 * K) - q[3 * run]);
     }
-    for (int v = 0; v < 2; ++v) total[v] += part[v];
-    query += 3 * run;
-    groups -= some;
+    z = numerator[0] * denominator[1] + numerator[1] * denominator[0];
+    y = denominator[0] * denominator[1];
   }
-  for (int v = 0; v < 2; ++v) scores.set(0, v * L, total[v]);
-}
+};

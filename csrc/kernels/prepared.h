@@ -208,14 +208,11 @@ class PreparedQueries {
       const Vec<T> key = load_key<form, edge>(x, h + g * L);
       for (int r = 0; r < R; ++r) fraction<form>(key, row[r], h + g * L, z[r][g], y[r][g]);
     }
-    for (int r = 0; r < R; ++r) total[r] += joined(z[r], y[r]);
-  }
-
-  // The sum of four fractions.
-  static ALWAYS_INLINE Vec<T> joined(const Vec<T>* z, const Vec<T>* y) {
-    const Vec<T> z01 = z[0] * y[1] + z[1] * y[0], y01 = y[0] * y[1];
-    const Vec<T> z23 = z[2] * y[3] + z[3] * y[2], y23 = y[2] * y[3];
-    return (z01 * y23 + z23 * y01) * reciprocal(y01 * y23);
+    for (int r = 0; r < R; ++r) {
+      Vec<T> numerator, denominator;
+      join_fractions<T>(z[r], y[r], numerator, denominator);
+      total[r] += numerator * reciprocal(denominator);
+    }
   }
 
   template <KeyForm form, class E>

@@ -315,27 +315,26 @@ class ScoreBlock {
     return key_[f].get((few() ? tile_blocks : 1) * width) + (few() ? b * width : 0);
   }
 
-  // Features [h0, h0 + slab) of row r and some of the next ones before `end`, which attend to the block too, in the same
-  // form. How many rows these are.
+  // Adds features [h0, h0 + slab) of row r and some of the next ones before `end`, which attend to the block too, in
+  // the same form. How many rows these are.
   int add(std::int64_t r, std::int64_t end, int b, std::int64_t h0) {
     const Form f = form_[r];
     const T* k = packed_block(f, b);
     const std::int64_t some = std::min(features - h0, slab), groups = some / group, i = h0 / features_cached;
     const ScoreRows<T> to{row(r) + b * K, TK, h0 == 0, h0 + some == features ? factor_ : T(1)};
-    if (f == matched) {
-      add_matched(query_[f].get(0) + r * matching_.width + matching_.place(i), k, matching_.groups(i), to);
-      return 1;
-    }
-    const T* q = query_[f].get(0) + r * query_width_ + i * slab_width_;
+    const std::int64_t width = f == matched ? matching_.width : query_width_;
+    const T* q = query_[f].get(0) + r * width + (f == matched ? matching_.place(i) : i * slab_width_);
+    if (f == direct) return add_energies<T, direct, 1>(q, width, k, groups, to), 1;
     int same = 1;
     while (same < score_rows && r + same < end && attended[r + same][b] && form_[r + same] == f) ++same;
-    if (f == direct)
-      add_energies<T, direct, 1>(q, query_width_, k, groups, to);
-    else if (same == score_rows)
-      add_energies<T, difference, score_rows>(q, query_width_, k, groups, to);
-    else
-      add_energies<T, difference, 1>(q, query_width_, k, groups, to);
-    return f == direct || same < score_rows ? 1 : same;
+    if (f == matched) return add_rows<matched>(same, q, width, k, matching_.groups(i), to);
+    return add_rows<difference>(same, q, width, k, groups, to);
+  }
+  template <Form form>
+  static int add_rows(int same, const T* q, std::int64_t width, const T* k, std::int64_t groups,
+                      const ScoreRows<T>& to) {
+    if (same < score_rows) return add_energies<T, form, 1>(q, width, k, groups, to), 1;
+    return add_energies<T, form, score_rows>(q, width, k, groups, to), score_rows;
   }
 
   // Multiplies the row's scores by what is missing, `first` before the scale, and adds the masks' terms.
