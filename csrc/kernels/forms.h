@@ -24,8 +24,8 @@
 // would exceed the plain layer's (cancellation.h). The form is chosen per query row and key tile, from attended keys
 // alone. So neither masked keys nor the number of threads change a result.
 //
-// The weights are divided by a power of two so that |w| <= 2 and no numerator overflows. What the roundings of w b and
-// w a leave out is one number per key and one per row.
+// The weights are divided by a power of two so that |w| <= 2 and no numerator overflows. What the roundings of w b
+// leave out is one number per key. Those of w a move all scores of a row alike, which a softmax does not see.
 //
 // Lanes run over keys: a tile is packed as [block of 2 vectors of keys][h][constant][key], a query row as
 // [4 features][constant][feature]; matched.h has its own order.
@@ -61,13 +61,10 @@ T weight_normaliser(const T* weight, std::int64_t hidden) {
   return std::ldexp(T(1), -std::max(std::min(e, Simd<T>::bias - 2), 2 - Simd<T>::bias));
 }
 
-// Features of a query row in one form, w normalised: what to add to their sum, and from `group` on, for every four
-// features, [constant][feature].
+// Features of a query row in one form, w normalised: for every four features, [constant][feature].
 template <class T>
 void pack_query(Form form, const T* q, const T* w, std::int64_t hidden, T* packed) {
   constexpr int L = lanes<T>, C = query_constants, run = std::min(L, group);
-  Vec<T> lost = {};
-  T* to = packed + group;
   for (std::int64_t h0 = 0; h0 < round_up(hidden, group); h0 += L) {
     const Vec<T> x = load_part<T>(q + h0, hidden - h0, 0), u = load_part<T>(w + h0, hidden - h0, 0);
     Vec<T> z = x, y = u;  // of the direct form
@@ -76,6 +73,7 @@ void pack_query(Form form, const T* q, const T* w, std::int64_t hidden, T* packe
       z = -u * alpha;
       y = alpha + T(2);
     } else if (form == difference) {
+      Vec<T> lost = {};  // of all scores of the row alike
       exp_and_multiple<T>(x * T(-2), -u, y, z, lost);
     }
     T constant[C][L];
@@ -83,9 +81,8 @@ void pack_query(Form form, const T* q, const T* w, std::int64_t hidden, T* packe
     store(constant[1], y);
     for (std::int64_t h = h0; h < std::min<std::int64_t>(h0 + L, round_up(hidden, group)); h += run)
       for (int i = 0; i < C; ++i)
-        std::memcpy(to + (h / group * C + i) * group + h % group, constant[i] + h - h0, run * sizeof(T));
+        std::memcpy(packed + (h / group * C + i) * group + h % group, constant[i] + h - h0, run * sizeof(T));
   }
-  *packed = sum<T>(lost) / 2;
 }
 
 // Features of a block of keys in one form, w normalised: what to add to their sums, and from K on [h][constant][key].
@@ -125,7 +122,6 @@ ALWAYS_INLINE void join_fractions(const Vec<T>* z, const Vec<T>* y, Vec<T>& nume
 // How add_energies reads what is packed (of the matched form: matched.h).
 template <class T, Form form>
 struct Terms {
-  static constexpr int head = group;                                        // of a query row, before its features
   static constexpr int query = group * query_constants;                     // numbers of a group of features
   static constexpr int keys = group * block_keys<T> * key_constants(form);  // the same of a block of keys
   static constexpr int gap = 0;                                             // of a query row, between partial sums
@@ -186,9 +182,8 @@ void add_energies(const T* query, std::int64_t query_row, const T* keys, std::in
     Vec<T> total[R][V];
 #pragma GCC unroll 4
     for (int i = 0; i < R * V; ++i)
-      total[i / V][i % V] =
-          scores.before(i / V, j + i % V * L) + (load(keys + j + i % V * L) + query[i / V * query_row]);
-    const T *q = query + Terms<T, form>::head, *k = keys + K + j;
+      total[i / V][i % V] = scores.before(i / V, j + i % V * L) + load(keys + j + i % V * L);
+    const T *q = query, *k = keys + K + j;
     for (std::int64_t left = groups; left > 0; left -= run, q += Terms<T, form>::gap) {
       Vec<T> part[R][V] = {};
       for (std::int64_t g = std::min<std::int64_t>(left, run); g > 0; g -= 2) {

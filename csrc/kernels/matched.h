@@ -5,8 +5,7 @@
 //     u_0 t_0 + u_1 t_1 = (p - c + b_0 g) / (y_0 y_1) - d      p = 2 u_0 b_0 b_1     c = 2 u_1 a_0 a_1     g = 2 d a_1
 //
 // where p belongs to a key, c and g to a query row. That costs what the factored form does (eq. 4), and keeps small sums
-// exact: p - c is rounded relative to itself, and d is small. What the roundings of p and c leave out is one number per
-// key and one per row.
+// exact: p - c is rounded relative to itself, and d is small. What the roundings of p leave out is one number per key.
 //
 // A feature of far more weight than the next is split into two halves, which match. Features are matched within each
 // slab of features_cached. The form relies on fused multiply-add.
@@ -50,7 +49,7 @@ class Matching {
       *slab = {members + 2 * s * room, numbers + 5 * s * room, room, 0, width, 0};
       const std::int64_t h0 = s * features_cached;
       match(w + h0, std::min<std::int64_t>(features_cached, hidden - h0), T(most_excess * norm), *slab);
-      width += run + round_up(slab->count, run) * 4;
+      width += round_up(slab->count, run) * 4;
       most_ = std::max(most_, slab->count);
     }
   }
@@ -61,28 +60,25 @@ class Matching {
   // Of a block of keys, and of a place for its columns.
   std::int64_t key_width() const { return (3 * most_ + 1) * K + features_cached * L; }
 
-  // A query row: for every slab what to add to its sum, and for every `run` matches [a_0, a_1, g, c][match].
+  // A query row: of every slab, for every `run` matches, [a_0, a_1, g, c][match].
   void pack_query(const T* q, T* packed) const {
     for (std::int64_t s = 0; s < slabs_; ++s) {
       const Slab& slab = slab_[s];
       const T* x = q + s * features_cached;
-      T* to = packed + slab.place + run;
-      Vec<T> lost = {};
+      T* to = packed + slab.place;
       T own[2][round_up(features_cached, run)];  // all of them before the first is read as a vector
       for (int i = 0; i < 2; ++i)
         for (std::int64_t m = 0; m < round_up(slab.count, L); ++m) own[i][m] = x[slab.member(i)[m]];
       for (std::int64_t m = 0; m < slab.count; m += L) {
-        Vec<T> exponent[2], a[2], c;
+        Vec<T> exponent[2], a[2], c, lost = {};
         for (int i = 0; i < 2; ++i) exponent[i] = load(own[i] + m) * -load(slab.factor(i) + m);
-        corrects_ ? exp_product<true, T>(exponent, load(slab.lower() + m), a, c, lost)
-                  : exp_product<false, T>(exponent, load(slab.lower() + m), a, c, lost);
+        exp_product<false, T>(exponent, load(slab.lower() + m), a, c, lost);
         T* at = to + m / run * 4 * run + m % run;
         store(at, a[0]);
         store(at + run, a[1]);
         store(at + 2 * run, load(slab.excess() + m) * a[1]);
         store(at + 3 * run, c);
       }
-      to[-run] = -slab.constant - sum<T>(lost) / 4;
     }
   }
 
@@ -110,7 +106,7 @@ class Matching {
         store(to + K, b[1]);
         store(to + 2 * K, p);
       }
-      store(packed + r0, lost * T(0.25));
+      store(packed + r0, lost * T(0.25) - slab.constant);
     }
   }
 
@@ -181,7 +177,7 @@ class Matching {
 template <class T>
 struct Terms<T, matched> {
   static constexpr int K = block_keys<T>, run = Matching<T>::run;
-  static constexpr int head = run, query = 2, keys = 6 * K, gap = 3 * run;
+  static constexpr int query = 2, keys = 6 * K, gap = 3 * run;
 
   // Of two matches.
   static ALWAYS_INLINE void join(const T* q, const T* k, Vec<T>& z, Vec<T>& y) {

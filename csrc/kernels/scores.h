@@ -28,7 +28,7 @@ class ScoreBlock {
         sharing(sharing),
         features(round_up(problem.hidden, group)),
         slab(std::clamp<std::int64_t>(features, group, features_cached)),
-        slab_width_(group + slab * query_constants),
+        slab_width_(slab * query_constants),
         query_width_((std::max<std::int64_t>(features, 1) + slab - 1) / slab * slab_width_),
         located_(problem.key, problem.location, problem.hidden) {}
 
