@@ -4,6 +4,7 @@
 
 constexpr int most_rows = 512;                    // query rows of a block
 constexpr int probe_group = 8, most_probes = 16;  // the second group serves where many pairs pass the first
+constexpr int probes_together = 4;                // no processor could foresee after which one no key is left
 
 // q and k cancel where all terms |w (q + k)| are at most this part of the largest |w|, in the centred form times the
 // largest |q| and |k|.
@@ -53,66 +54,67 @@ class Cancellation {
   }
 
   // The form of row r, which would take `form` but for cancelling pairs. size: its largest |q|; most: that or the
-  // largest |k| that it attends to; attended(j): does it attend to key j of the tile?
+  // largest |k| that it attends to; attended(j): does it attend to key j of the tile? .whole(): to all?
   template <class Attended>
-  Form row_form(Form form, std::int64_t r, const T* q, Bits size, Bits most, Attended attended) {
+  ALWAYS_INLINE Form row_form(Form form, std::int64_t r, const T* q, Bits size, Bits most, const Attended& attended) {
     if (form == direct || !matters) return form;
-    const bool relative = form == centred;
+    const bool relative = form == centred, whole = attended.whole();
+    if (!whole && ends_cancel(q, size, relative, attended)) return direct;
     const T limit = (relative ? small_energy_centred : small_energy_other) * largest_weight;
-    const T usual = small_energy * largest_weight;
-    std::int64_t from = attended.first(), to = attended.last();
-    while (from < to && !attended(from)) ++from;
-    while (from < to && !attended(to)) --to;
-    if (cancels(q, size, from, usual, relative) && cancels(q, size, to, usual, relative)) return direct;
     Screen& screen = screens[relative];
-    screen.prepare(limit * (relative ? power_above(as_number<T>(most)) : T(1)));
+    screen.prepare(relative ? limit * power_above(as_number<T>(most)) : limit);
     std::uint64_t near[words];
     std::fill(near, near + words, ~std::uint64_t(0));
-    for (int group = 0; group * probe_group < probes && screen.narrow(*this, group, r, q, near);) ++group;
-    for (int word = 0; word < words; ++word) {
-      for (; near[word]; near[word] &= near[word] - 1) {
-        const std::int64_t j = word * 64 + __builtin_ctzll(near[word]);
-        if (j < count && attended(j) && cancels(q, size, j, limit, relative)) return direct;
-      }
-    }
-    return form;
+    for (int group = 0; group * probe_group < probes; ++group)
+      if (!screen.narrow(*this, group, r, q, near)) return form;
+    if (whole && ends_cancel(q, size, relative, attended)) return direct;
+    return any_cancels(near, q, size, limit, relative, attended) ? direct : form;
   }
 
  private:
   static constexpr int words = (TK + 63) / 64, intervals = 32;
+  static constexpr T slack = T(0.999);  // terms a limit apart may round to more
+  // So many intervals apart lie terms within small_energy at most: so far reach the bits of a tile's first and last key.
+  static constexpr int ends_reach = int(slack * small_energy / std::min(small_energy_other, small_energy_centred)) + 1;
 
   struct Screen {
-    T width = 0, inverse = 0;  // of the intervals
-    int packed = 0;            // groups of probes
-    unsigned char known[most_rows], row_interval[most_rows][most_probes];
+    T width = 0, inverse = 0;                            // of the intervals
+    int packed = 0;                                      // groups of probes
+    unsigned char known[most_rows];                      // per row: groups of probes
+    unsigned char row_place[most_rows][most_probes];     // of a row's interval in `near`
     std::uint64_t near[most_probes][intervals * words];  // [probe][interval][word]
 
     // Intervals that are wider than needed serve too.
     void prepare(T limit) {
       if (limit <= width) return;
       width = limit;
-      inverse = T(0.999) / limit;  // terms a limit apart may round to more
+      inverse = slack / limit;
       packed = 0;
       std::memset(known, 0, sizeof known);
     }
 
     // Clears the bits of keys whose terms of this group of probes differ from the row's. Are any left?
-    bool narrow(const Cancellation& c, int group, std::int64_t r, const T* q, std::uint64_t* left) {
+    ALWAYS_INLINE bool narrow(const Cancellation& c, int group, std::int64_t r, const T* q, std::uint64_t* left) {
       if (packed <= group) pack(c, group);
-      if (known[r] <= group) {
-        T x[std::max(L, probe_group)] = {};
-        Bits own[std::max(L, probe_group)];
-        c.gather(group, q, x);
-        find_intervals(c, group, x, 1, -1, own);
-        for (int i = 0; i < probe_group; ++i) row_interval[r][group * probe_group + i] = own[i];
-        known[r] = group + 1;
+      if (known[r] <= group) place(c, group, r, q);
+      for (int i = group * probe_group; i < (group + 1) * probe_group; i += probes_together) {
+        std::uint64_t any = 0;
+        for (int word = 0; word < words; ++word) {
+          for (int n = i; n < i + probes_together; ++n) left[word] &= near[n][row_place[r][n] + word];
+          any |= left[word];
+        }
+        if (!any) return false;
       }
-      std::uint64_t any = 1;
-      for (int i = group * probe_group; i < std::min(c.probes, (group + 1) * probe_group) && any; ++i) {
-        any = 0;
-        for (int word = 0; word < words; ++word) any |= left[word] &= near[i][row_interval[r][i] * words + word];
-      }
-      return any != 0;
+      return true;
+    }
+
+    void place(const Cancellation& c, int group, std::int64_t r, const T* q) {
+      T x[std::max(L, probe_group)] = {};
+      Bits own[std::max(L, probe_group)];
+      c.gather(group, q, x);
+      find_intervals(c, group, x, 1, -1, own);
+      for (int i = 0; i < probe_group; ++i) row_place[r][group * probe_group + i] = own[i] * words;
+      known[r] = group + 1;
     }
 
     void pack(const Cancellation& c, int group) {
@@ -128,6 +130,12 @@ class Cancellation {
       for (int i = 0; i < probe_group; ++i)
         for (int n = 0; n < size; ++n)
           near[group * probe_group + i][n] = at[i][n] | at[i][n + words] | at[i][n + 2 * words];
+      for (const std::int64_t j : {std::int64_t(0), c.count - 1})
+        for (int i = 0; i < probe_group; ++i) {
+          const int middle = own[j * probe_group + i];
+          for (int n = std::max(middle - ends_reach, 0); n <= std::min(middle + ends_reach, intervals - 1); ++n)
+            near[group * probe_group + i][n * words + j / 64] |= std::uint64_t(1) << j % 64;
+        }
       packed = group + 1;
     }
 
@@ -158,6 +166,29 @@ class Cancellation {
     int exponent = 0;
     std::frexp(x, &exponent);
     return std::ldexp(T(1), exponent);
+  }
+
+  // Do the first and the last key that the row attends to cancel with it?
+  template <class Attended>
+  ALWAYS_INLINE bool ends_cancel(const T* q, Bits q_size, bool relative, const Attended& attended) const {
+    const T usual = small_energy * largest_weight;
+    std::int64_t from = attended.first(), to = attended.last();
+    while (from < to && !attended(from)) ++from;
+    if (!cancels(q, q_size, from, usual, relative)) return false;
+    while (from < to && !attended(to)) --to;
+    return cancels(q, q_size, to, usual, relative);
+  }
+
+  // Does any of these keys cancel with a row?
+  template <class Attended>
+  bool any_cancels(std::uint64_t* near, const T* q, Bits q_size, T limit, bool relative,
+                   const Attended& attended) const {
+    for (int word = 0; word < words; ++word)
+      for (; near[word]; near[word] &= near[word] - 1) {
+        const std::int64_t j = word * 64 + __builtin_ctzll(near[word]);
+        if (j < count && attended(j) && cancels(q, q_size, j, limit, relative)) return true;
+      }
+    return false;
   }
 
   // Are all |w (q + k)| of key j within the limit? Most calls end at once.

@@ -259,6 +259,7 @@ class ScoreBlock {
     bool operator()(std::int64_t j) const { return s.complete || !s.masked(r, key0 + j, key0); }
     std::int64_t first() const { return std::max<std::int64_t>(s.start[r] - key0, 0); }
     std::int64_t last() const { return std::min(s.stop[r] - key0, s.count) - 1; }
+    bool whole() const { return s.complete; }
   };
 
   // The form of each row. A masked key must not matter, not even to the form.
