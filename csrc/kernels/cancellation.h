@@ -2,7 +2,6 @@
 // e^{-2q} and e^{2k} does to them, while the plain layer rounds q + k alone. A row with such a pair takes the direct form
 // (math.md, 2.2).
 
-constexpr int most_rows = 512;                    // query rows of a block
 constexpr int probe_group = 8, most_probes = 16;  // the second group serves where many pairs pass the first
 constexpr int probes_together = 4;                // no processor could foresee after which one no key is left
 

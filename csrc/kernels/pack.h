@@ -2,6 +2,7 @@
 
 constexpr int group = 4;        // features that share a division
 constexpr int tile_blocks = 4;  // key blocks of a tile
+constexpr int most_rows = 512;  // query rows that meet a tile
 
 template <class T>
 constexpr int block_keys = 2 * lanes<T>;
