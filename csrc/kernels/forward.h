@@ -79,12 +79,13 @@ class ForwardBlock {
     constexpr int L = lanes<T>;
     const bool masked = !s.complete || s.count % L != 0;
     const std::int64_t last = round_up(s.count, L);  // scores beyond the last key are -Inf
+    const int less = bits;                           // a member would be read again for every vector
     for (std::int64_t r = begin; r < end; ++r) {
       if (!s.reached[r]) continue;
       T* row = s.row(r);
       Vec<T> total = {};
       for (std::int64_t j = 0; j < last; j += L) {
-        const Vec<T> x = load(row + j), e = exp_in_range<T>(x, bits);
+        const Vec<T> x = load(row + j), e = exp_in_range<T>(x, less);
         const Vec<T> attended = masked ? (x == T(-INFINITY) ? (Vec<T>){} : e) : e;
         total += attended;
         store(row + j, attended);

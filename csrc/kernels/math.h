@@ -79,7 +79,7 @@ inline Vec<double> exp2_series(Vec<double> r) {
 template <class T>
 inline Vec<T> exp_in_range(Vec<T> x, int bits) {
   using S = Simd<T>;
-  constexpr T magic = T(3) * T(typename S::Bits(1) << (S::mantissa - 1)), log2e = T(1.4426950408889634);
+  constexpr T magic = T(3) * T(typename S::Bits(1) << (S::mantissa - 1)) + S::bias, log2e = T(1.4426950408889634);
   const T offset = magic - T(bits);
   const Vec<T> shifted = x * log2e + offset, n = shifted - offset;
   Vec<T> r;
@@ -88,7 +88,7 @@ inline Vec<T> exp_in_range(Vec<T> x, int bits) {
   else
     r = (x - n * S::ln2_high - n * S::ln2_low) * log2e;
   const Vec<T> e = exp2_series(r) * r;
-  const Vec<T> power = (Vec<T>)((as_bits<T>(shifted) << S::mantissa) + (typename S::Bits(S::bias) << S::mantissa));
+  const Vec<T> power = (Vec<T>)(as_bits<T>(shifted) << S::mantissa);
   return power * e + power;
 }
 
