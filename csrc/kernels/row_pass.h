@@ -1,5 +1,7 @@
 // P and G of the query rows, from their scores (math.md, eq. 9).
 
+constexpr std::int64_t rows_ahead = 4;  // whose P and G are fetched: they lie pages apart
+
 template <class T>
 class RowPass {
  public:
@@ -28,6 +30,7 @@ class RowPass {
       if (column < 0) continue;
       weights_[r] = row_[r].weights + column;
       grad_[r] = row_[r].gradient + column;
+      if (r + rows_ahead < rows) prefetch(row_[r + rows_ahead].gradient + column, TK);
       for (int j = 0; j < TK; j += lanes<T>) store(grad_[r] + j, Vec<T>{});
       for (int b = 0; b < tile_blocks; ++b) row_[r].attended[column / K + b] = s.attended[r][b];
     }
@@ -44,8 +47,10 @@ class RowPass {
     }
     for (std::int64_t r = 0, end; r < rows; r = end) {
       end = s.compute(r);
-      for (std::int64_t i = r; i < end; ++i)
+      for (std::int64_t i = r; i < end; ++i) {
+        if (i + rows_ahead < rows && weights_[i + rows_ahead]) prefetch(weights_[i + rows_ahead], TK);
         if (s.reached[i]) grad_row(n, row0, i, key0, weights_[i], grad_[i]);
+      }
     }
   }
 
