@@ -11,8 +11,8 @@ inline void reciprocals(const Vec<T>* y, Vec<T>* r) {
 }
 
 // A query row (a = e^{-2q}) against keys [begin, end) (b = e^{2k}) with their G. Adds G b r^2 to sum_query, for
-// dq = 4 w a sum_query; G a r^2 to sum_key, for dk = 4 w b sum_key; and G t to sum_weight. A single vector of features has
-// no other to share a reciprocal with: there every other key divides, so that the units that multiply wait less.
+// dq = 4 w a sum_query; G a r^2 to sum_key, for dk = 4 w b sum_key; and G t to sum_weight. Two vectors of features
+// share a reciprocal; but of every other key one divides, so that the units that multiply wait less.
 template <int vectors, class T>
 void row_factored(const T* a, const T* b, const T* g, std::int64_t begin, std::int64_t end, T* sum_query, T* sum_key,
                   T* sum_weight) {
@@ -28,10 +28,14 @@ void row_factored(const T* a, const T* b, const T* g, std::int64_t begin, std::i
     T* to = sum_key + j * vectors * L;
     Vec<T> y[vectors], r[vectors];
     for (int v = 0; v < vectors; ++v) y[v] = load(key + v * L) + load(a + v * L);
-    if constexpr (vectors > 1)
-      reciprocals<T>(y, r);
-    else
+    if constexpr (vectors == 1) {
       r[0] = j % 2 ? reciprocal(y[0]) : T(1) / y[0];
+    } else if (!quick_reciprocal || sizeof(T) > 4 || j % 2) {
+      reciprocals<T>(y, r);
+    } else {
+      r[0] = T(1) / y[0];
+      r[1] = reciprocal(y[1]);
+    }
     for (int v = 0; v < vectors; ++v) {
       const Vec<T> u = r[v] * g[j], z = u * r[v];
       weight[v] += u * (load(key + v * L) - load(a + v * L));
