@@ -1,7 +1,7 @@
 // The gradients of query, key and weight from G.
 
 constexpr std::int64_t rows_summed = 64;  // rows of a partial sum
-constexpr std::int64_t keys_ahead = 8;    // fetched so early: few features of a key lie together
+constexpr std::int64_t keys_ahead = 8;    // fetched so early, as are queries: few features of one lie together
 
 template <class T>
 inline void reciprocals(const Vec<T>* y, Vec<T>* r) {
@@ -154,6 +154,7 @@ class FeaturePass {
     for (std::int64_t f = 0; f < found_; ++f) {
       // Rows lie pages apart, which hardware prefetchers do not cross.
       if (f + 1 < found_) prefetch(rows_.get(0)[f + 1].gradient, keys);
+      if (f + keys_ahead < found_) prefetch(p.query.at(entry, ws.row0 + rows_.get(0)[f + keys_ahead].r) + h, F);
       if ((f + 1) % rows_summed == 0) flush_rows(keys);
       const TileRow& tile_row = rows_.get(0)[f];
       row(tile_row, h, key0, keys, part_query + tile_row.r * width + h);
@@ -360,7 +361,8 @@ class FeaturePass {
   // A group of a row's features: where it lies, or a copy padded with zeros at the end of the row.
   const T* load_features(const T* row, std::int64_t h, T* copy) const {
     if (h + F <= p.hidden) return row + h;
-    for (int l = 0; l < F; ++l) copy[l] = h + l < p.hidden ? row[h + l] : T(0);
+    for (std::int64_t v = 0, left = p.hidden - h; v < F; v += L, left -= L)
+      store(copy + v, left > 0 ? load_part<T>(row + h + v, left, 0) : Vec<T>{});
     return copy;
   }
 
