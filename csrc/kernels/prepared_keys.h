@@ -99,10 +99,6 @@ inline void store_prepared(KeyForm form, Vec<float> x, std::int64_t count, Narro
   for (std::int64_t l = 0; l < std::min<std::int64_t>(count, lanes<float>); ++l) to[l] = Narrow(buffer[l]);
 }
 
-template <class T>
-inline void mark_form(KeyForm form, T, T* prepared) {
-  if (form == wide) *prepared *= lift<T>;
-}
 // The neighbour on the other side of x where the lowest bit is not that of the form.
 inline void mark_form(KeyForm form, float x, Narrow* prepared) {
   if ((*prepared & 1) == (form == wide)) return;
@@ -132,35 +128,58 @@ inline Vec<T> prepare_features(KeyForm form, Vec<T> k, Vec<T> weight, Vec<T>& lo
 
 constexpr int most_turned = 32;  // so many features may be rounded the other way
 
-// Changes features by a unit in the last place, of which a score grows by unit[h], until it has grown by `lost`: one after
-// the other, without branches, which no processor could foresee.
+// The first features of some keys, side by side: by how much a unit in the last place of each changes the scores, and
+// what the roundings of all of a key's features leave out of them.
 template <class T>
-inline void turn_roundings(const T* unit, T lost, std::int64_t count, T* prepared) {
+struct Roundings {
+  static constexpr int L = lanes<T>;
   typedef typename Simd<T>::Bits Bits;
-  constexpr Bits sign = Bits(1) << (8 * sizeof(T) - 1);
-  for (std::int64_t h = 0; h < count; ++h) {
-    const Bits size = ordered_bits<T>(unit[h]) & ~sign, up = ordered_bits<T>(lost) & sign;
-    const Bits turn = -Bits((size > 0) & (as_number<T>(size) < 2 * std::fabs(lost)));
-    const Bits down = (ordered_bits<T>(unit[h]) ^ up) / sign;  // 0 or 1
-    lost -= as_number<T>((size | up) & turn);
-    prepared[h] = as_number<T>(ordered_bits<T>(prepared[h]) + (turn & (1 - 2 * down)));
-  }
-}
 
-// E is T, or Narrow; the weight is that of `normalised_copy`.
+  alignas(64) T unit[L][most_turned] = {}, lost[L] = {};
+
+  // Changes features of the keys, `row` apart, by a unit in the last place, until the scores have changed by what is
+  // lost: feature after feature, while lanes run over keys, without branches, which no processor could foresee.
+  void turn(std::int64_t keys, std::int64_t count, std::int64_t hidden, T* prepared, std::int64_t row) const {
+    Vec<T> left = load(lost);
+    for (std::int64_t h0 = 0; h0 < count; h0 += L) {
+      Vec<T> units[L], x[L];
+      for (std::int64_t l = 0; l < L; ++l) {
+        units[l] = load(unit[l] + h0);
+        x[l] = l < keys ? load_part<T>(prepared + l * row + h0, hidden - h0, 0) : Vec<T>{};
+      }
+      transpose<T>(units);
+      transpose<T>(x);
+      for (std::int64_t h = 0; h < std::min<std::int64_t>(L, count - h0); ++h) turn_feature(units[h], left, x[h]);
+      transpose<T>(x);
+      for (std::int64_t l = 0; l < keys; ++l) store_part<T>(prepared + l * row + h0, x[l], hidden - h0);
+    }
+  }
+
+ private:
+  static ALWAYS_INLINE void turn_feature(Vec<T> unit, Vec<T>& left, Vec<T>& x) {
+    constexpr Bits sign = Bits(1) << (8 * sizeof(T) - 1);
+    const UVec<T> size = magnitude<T>(unit), up = as_bits<T>(left) & sign;
+    const UVec<T> turns = (UVec<T>)(size > 0) & (UVec<T>)((Vec<T>)size < (Vec<T>)magnitude<T>(left) * T(2));
+    const UVec<T> down = (as_bits<T>(unit) ^ up) / sign;  // 0 or 1
+    left -= (Vec<T>)((size | up) & turns);
+    x = (Vec<T>)(as_bits<T>(x) + (turns & (1 - 2 * down)));
+  }
+};
+
+// E is T, or Narrow; the weight is that of `normalised_copy`. Takes note of the roundings as those of key l.
 template <class T, class E>
-void prepare_key(const T* key, const T* weight, std::int64_t hidden, E* prepared) {
+KeyForm prepare_key(const T* key, const T* weight, std::int64_t hidden, std::int64_t turned, E* prepared,
+                    std::int64_t l, Roundings<T>& roundings) {
   constexpr bool narrow = sizeof(E) < sizeof(T);
-  if (hidden == 0) return;
   const auto most = largest(key, hidden);
   const bool tiny = narrow && most > 0 && most < ordered_bits<T>(narrow_least);
-  if (most > ordered_bits<T>(Range<T>::safe) || tiny)
-    return void(std::fill(prepared, prepared + hidden, narrow ? E(narrow_unprepared) : E(NAN)));
+  if (most > ordered_bits<T>(Range<T>::safe) || tiny) {
+    std::fill(prepared, prepared + hidden, narrow ? E(narrow_unprepared) : E(NAN));
+    std::memset(roundings.unit[l], 0, sizeof roundings.unit[l]);
+    return unprepared;
+  }
   const KeyForm form = most <= ordered_bits<T>(narrow ? T(1) : T(0.25)) ? small : wide;
-  // Of many features more are turned: lost grows with their root.
-  const std::int64_t turned = std::min<std::int64_t>({hidden, most_turned, 4 + hidden / 24});
   Vec<T> lost = {};
-  T unit[most_turned], first = 0;
   for (std::int64_t h = 0; h < hidden; h += lanes<T>) {
     Vec<T> x, units;
     const Vec<T> k = load_part<T>(key + h, hidden - h, 0);
@@ -168,12 +187,32 @@ void prepare_key(const T* key, const T* weight, std::int64_t hidden, E* prepared
       x = form == small ? tanh<T>(k) : exp<T>(k * T(2));
     else
       x = prepare_features<T>(form, k, load(weight + h), lost, units);
-    if (!narrow && h < turned) store(unit + h, units);
+    if (!narrow && h < turned) store(roundings.unit[l] + h, units);
     store_prepared(form, x, hidden - h, prepared + h);
-    if (h == 0) first = x[0];
+    if constexpr (narrow)
+      if (h == 0) mark_form(form, x[0], prepared);
   }
-  if constexpr (!narrow) turn_roundings<T>(unit, sum<T>(lost), turned, prepared);
-  mark_form(form, first, prepared);
+  roundings.lost[l] = sum<T>(lost);
+  return form;
+}
+
+// Up to as many keys as there are lanes, `row` apart.
+template <class T, class E>
+void prepare_some(const T* key, std::int64_t row, std::int64_t keys, const T* weight, std::int64_t hidden,
+                  E* prepared) {
+  constexpr bool narrow = sizeof(E) < sizeof(T);
+  if (hidden == 0) return;
+  // Of many features more are turned: lost grows with their root.
+  const std::int64_t turned = std::min<std::int64_t>({hidden, most_turned, 4 + hidden / 24});
+  Roundings<T> roundings;
+  KeyForm form[lanes<T>];
+  for (std::int64_t l = 0; l < keys; ++l)
+    form[l] = prepare_key(key + l * row, weight, hidden, turned, prepared + l * hidden, l, roundings);
+  if constexpr (!narrow) {
+    roundings.turn(keys, turned, hidden, prepared, hidden);
+    for (std::int64_t l = 0; l < keys; ++l)
+      if (form[l] == wide) prepared[l * hidden] *= lift<T>;
+  }
 }
 
 // A normalised and padded copy; zeros without a weight, or where it is nonfinite.
@@ -192,19 +231,21 @@ void prepare_keys(const PreparedKeys<T>& p, const ParallelFor& parallel_for) {
   constexpr std::int64_t some = 64;
   const std::int64_t pieces = (p.keys + some - 1) / some;
   parallel_for(p.batch * pieces, some * p.hidden * 16, [&](Tasks& tasks) {
-    Buffer<T> copy, normalised;
+    StoredReader<T> reader;
+    Buffer<T> normalised;
     for (std::int64_t task; tasks.take(task);) {
       const std::int64_t n = task / pieces, key0 = task % pieces * some;
       const T* weight = normalised_copy(p.weight ? p.weight.at(n, 0) : nullptr, p.hidden, normalised);
-      for (std::int64_t j = key0; j < std::min(key0 + some, p.keys); ++j) {
-        const T* key = stored_row(p.key, n, j, 0, p.hidden, copy.get(p.hidden));
+      for (std::int64_t j = key0, end; j < std::min(key0 + some, p.keys); j = end) {
+        end = std::min<std::int64_t>(j + lanes<T>, p.keys);
+        const T* key = reader.read(p.key, n, j, end - j, p.hidden);
         const std::int64_t at = (n * p.keys + j) * p.hidden;
         if constexpr (sizeof(T) == 4)
           if (p.narrow) {
-            prepare_key(key, weight, p.hidden, p.narrow + at);
+            prepare_some(key, reader.row, end - j, weight, p.hidden, p.narrow + at);
             continue;
           }
-        prepare_key(key, weight, p.hidden, p.prepared + at);
+        prepare_some(key, reader.row, end - j, weight, p.hidden, p.prepared + at);
       }
     }
   });
