@@ -10,9 +10,8 @@ inline void reciprocals(const Vec<T>* y, Vec<T>* r) {
   r[1] = both * y[0];
 }
 
-// A query row (a = e^{-2q}) against keys [begin, end) (b = e^{2k}) with their G. Adds G b r^2 to sum_query, for
-// dq = 4 w a sum_query; G a r^2 to sum_key, for dk = 4 w b sum_key; and G t to sum_weight. Two vectors of features
-// share a reciprocal; but of every other key one divides, so that the units that multiply wait less.
+// A query row (a = e^{-2q}) against keys [begin, end) (b = e^{2k}) with their G: adds G b r^2 to sum_query (dq = 4 w a
+// sum_query), G a r^2 to sum_key (dk = 4 w b sum_key), G t to sum_weight. Some divide: units that multiply wait less.
 template <int vectors, class T>
 void row_factored(const T* a, const T* b, const T* g, std::int64_t begin, std::int64_t end, T* sum_query, T* sum_key,
                   T* sum_weight) {
