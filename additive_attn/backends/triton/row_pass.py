@@ -233,7 +233,7 @@ def _launch(
     """Scores, or with ``gradient`` P o D, and products, both padded; tiles with opposite pairs."""
     row_tiles, key_tiles = -(-p.rows // tile.rows), -(-p.keys // tile.keys)
     score_padded, splits = key_tiles * tile.keys, key_tiles
-    row_padded, key_padded = row_tiles * tile.rows, score_padded
+    row_padded, key_padded = row_tiles * tile.rows, 0
     if gradient is not None:
         splits, row_padded, key_padded = 1, gradient.shape[2], 4 * gradient.shape[1]
     scores, products = torch.empty(
