@@ -29,7 +29,7 @@ from additive_attn.ops.checks import (
     refuse_types,
     require_one_device,
 )
-from additive_attn.ops.key_projection import projected_values
+from additive_attn.ops.key_projection import projected_values, worth_sharing
 from additive_attn.ops.layer_checks import (
     check_factory,
     check_flags,
@@ -185,7 +185,7 @@ class ProjectingAttention(nn.Module):
 
     def _project_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Projected keys, and the values, which may be the keys before."""
-        if value is key and not _is_compiling():
+        if worth_sharing(key, value):
             parameters = bare_parameters(self._modules["key_layer"])
             if parameters is not None:
                 pair = projected_values(key, value, *parameters)

@@ -33,15 +33,25 @@ def project_keys(key: Tensor, value: Any, weight: Tensor) -> tuple[Tensor, Any]:
     return projected_values(key, value, weight, None) or (linear(key, weight), value)
 
 
+def worth_sharing(key: Tensor, value: Any) -> bool:
+    """Whether one gradient for both is a gain."""
+    return (
+        value is key
+        and not _is_compiling()
+        and key.requires_grad
+        and _grad_enabled()
+        and key.is_cpu
+        and key.numel() >= LEAST
+    )
+
+
 def projected_values(
     key: Tensor, value: Any, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """Keys and values of one tensor, whose gradient is made in one; None where that is no gain, or
     something else than eager autograd is to see the operations."""
     if (
-        value is not key
-        or _is_compiling()
-        or not (key.requires_grad and _grad_enabled() and key.is_cpu and key.numel() >= LEAST)
+        not worth_sharing(key, value)
         or key.shape[-1] != weight.shape[-1]
         or not eager((key, weight, bias), key)
         or autocast_dtype("cpu") is not None
