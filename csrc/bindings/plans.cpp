@@ -204,7 +204,7 @@ Numbers key_of(int64_t state, const Tensors& tensors) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
     STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &data));
-    key.insert(key.end(), {dim, type, device, dtype, reinterpret_cast<uintptr_t>(data) % 16});
+    key.insert(key.end(), {dim, type, device, dtype, static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % 16)});
     key.insert(key.end(), size, size + dim);
     key.insert(key.end(), stride, stride + dim);
   }
