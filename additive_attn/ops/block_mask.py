@@ -26,7 +26,7 @@ def block_terms(
     _check(mask, query, batch, rows, keys)
     size = mask.BLOCK_SIZE
     columns = -(-keys // size[1])
-    plain = mask.mask_mod.__name__ == "noop_mask" if hasattr(mask.mask_mod, "__name__") else False
+    plain = _passes_all(mask.mask_mod)
     partial = _kept(mask.kv_num_blocks, mask.kv_indices, columns)
     table = partial.int()
     if mask.full_kv_num_blocks is not None:
@@ -52,6 +52,13 @@ def block_terms(
         table = torch.where(partial, numbers.reshape(shape) + 2, table)
     tiles = _tiles(mask.mask_mod, places, size, rows, keys, readable)
     return _aligned(table, batch), tiles
+
+
+def _passes_all(mask_mod: Any) -> bool:
+    # Imported here, for it imports the compiler; who has a BlockMask has imported it.
+    from torch.nn.attention.flex_attention import noop_mask
+
+    return mask_mod is noop_mask
 
 
 def _kept(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
@@ -108,6 +115,12 @@ def _check(mask: Any, query: Tensor, batch: torch.Size, rows: int, keys: int) ->
             f"attn_mask is a BlockMask for {mask.seq_lengths[0]} queries and "
             f"{mask.seq_lengths[1]} keys, but there are {rows} queries and {keys} keys. Create it "
             f"with Q_LEN={rows} and KV_LEN={keys}."
+        )
+    blocks, needed = mask.kv_num_blocks.shape[-1], -(-rows // mask.BLOCK_SIZE[0])
+    if blocks != needed:
+        raise ValueError(
+            f"attn_mask is a BlockMask of {blocks} blocks of {mask.BLOCK_SIZE[0]} queries, but "
+            f"{rows} queries have {needed}. Of a mask that was sliced, set seq_lengths too."
         )
     if mask.kv_num_blocks.device != query.device:
         require_one_device(query=query, attn_mask=mask.kv_num_blocks)

@@ -163,6 +163,26 @@ def test_sentences(options, kind, sentence):
         additive_attention(QUERY, QUERY, QUERY, QUERY[0, 0], attn_mask=made(causal, **options))
 
 
+def test_a_slice_for_more_queries_than_it_has():
+    mask = made(causal, size=(8, 16), rows=16, keys=16)
+    part = mask[:, :, :1]
+    part.mask_mod = mask.mask_mod
+    with pytest.raises(ValueError, match=r"of 1 blocks of .* queries, but 16 queries have"):
+        additive_attention(QUERY, QUERY, QUERY, QUERY[0, 0], attn_mask=part)
+
+
+def test_mask_mod_by_another_name():
+    """That of flex_attention which lets all attend is known by itself, not by its name."""
+
+    def noop_mask(b, h, q, k):
+        return q >= k
+
+    mask = made(noop_mask, rows=16, keys=16)
+    ours = additive_attention(QUERY, QUERY, QUERY, QUERY[0, 0], attn_mask=mask, need_lse=True)
+    causal = additive_attention(QUERY, QUERY, QUERY, QUERY[0, 0], is_causal=True, need_lse=True)
+    torch.testing.assert_close(ours, causal)
+
+
 def test_mask_mod_of_numbers():
     mask = made(causal, rows=16, keys=16)
     mask.mask_mod = lambda b, h, q, k: q - k
