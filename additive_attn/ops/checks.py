@@ -142,7 +142,7 @@ def check_mask(
     if not isinstance(attn_mask, Tensor):
         kind = type(attn_mask).__name__
         raise TypeError(f"attn_mask is a {kind}, but must be a tensor, a BlockMask or None.")
-    if attn_mask.layout is not torch.strided:
+    if attn_mask.layout is not torch.strided or attn_mask.is_nested:
         refuse_layouts(attn_mask=attn_mask)
     dtype = attn_mask.dtype
     if dtype != torch.bool and dtype != query.dtype and dtype != lse_dtype(query.dtype):
@@ -210,7 +210,7 @@ def aligned_lengths(
     """``lengths`` as int64, broadcastable to ``(*batch, Lq)``."""
     if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
         lengths = as_integers(name, lengths, key.device, key.shape[-2])
-    if lengths.layout is not torch.strided:
+    if lengths.layout is not torch.strided or lengths.is_nested:
         refuse_layouts(**{name: lengths})
     if lengths.device != key.device:
         require_one_device(**{"key": key, name: lengths})

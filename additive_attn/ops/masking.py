@@ -28,6 +28,8 @@ def with_padding(
             f"key_padding_mask is {found}, but must be a bool tensor (True = ignore). Convert "
             f"{hint}; pass scores to be added as attn_mask."
         )
+    if key_padding_mask.layout is not torch.strided or key_padding_mask.is_nested:
+        refuse_layouts(key_padding_mask=key_padding_mask)
     shape, full = tuple(key_padding_mask.shape), (*batch[:1], key.shape[-2])
     if len(shape) != len(full) or shape[-1] != full[-1] or not broadcasts(shape, full):
         hint = " Transpose it with .t()." if shape[::-1] == full else ""
@@ -37,8 +39,6 @@ def with_padding(
         )
     if key_padding_mask.device != key.device:
         require_one_device(key=key, key_padding_mask=key_padding_mask)
-    if key_padding_mask.layout is not torch.strided:
-        refuse_layouts(key_padding_mask=key_padding_mask)
     attended = key_padding_mask.logical_not().unsqueeze(-2)  # (B, 1, Lk), or (1, Lk)
     return narrowed(attn_mask, _below_heads(attended, batch))
 

@@ -152,6 +152,10 @@ CASES = {
     "sparse key": (dict(key=t(2, 5, 8).to_sparse()), TypeError, r"key is torch.sparse_coo"),
     "sparse mask": (dict(attn_mask=t(3, 5).to_sparse()), TypeError, r"attn_mask is torch.sparse"),
     "nested key": (dict(key=nested()), TypeError, r"key is nested"),
+    "nested mask": (dict(attn_mask=nested()), TypeError, r"attn_mask is nested"),
+    "nested padding": (dict(key_padding_mask=nested().bool()), TypeError, r"mask is nested"),
+    "nested lengths": (dict(lengths=nested().long()), TypeError, r"lengths is nested"),
+    "nested starts": (dict(starts=nested().int()), TypeError, r"starts is nested"),
     "jagged key": (dict(key=nested(layout=torch.jagged)), ValueError, r"each nested along L"),
     "lengths of a subclass": (
         dict(lengths=torch.nn.Parameter(torch.tensor([99, -3]), requires_grad=False)),
