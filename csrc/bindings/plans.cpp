@@ -149,11 +149,11 @@ struct Plan {
     int64_t* to = addresses.data();
     for (const Tensor& t : tensors) *to++ = reinterpret_cast<int64_t>(t.mutable_data_ptr());
     int32_t type = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensors[0].get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensors[0].get(), &type));
     const int32_t device = type == aoti_torch_device_type_cpu() ? 0 : tensors[0].get_device_index();
     const auto empty = [&](const Sizes& size, const Sizes& stride, int32_t dtype) {
       AtenTensorHandle handle;
-      STABLE_TORCH_ERROR_CODE_CHECK(
+      TORCH_ERROR_CODE_CHECK(
           aoti_torch_empty_strided(size.size(), size.data(), stride.data(), dtype, type, device, &handle));
       return Tensor(handle);
     };
@@ -197,13 +197,13 @@ Numbers key_of(int64_t state, const Tensors& tensors) {
     int64_t dim = 0, *size = nullptr, *stride = nullptr;
     int32_t type = 0, device = 0, dtype = 0;
     const void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &size));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &stride));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &data));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &size));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &stride));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &data));
     key.insert(key.end(), {dim, type, device, dtype, static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % 16)});
     key.insert(key.end(), size, size + dim);
     key.insert(key.end(), stride, stride + dim);

@@ -109,8 +109,8 @@ inline Tensor empty(const Sizes& size, ScalarType type) {
                         : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                        : aoti_torch_dtype_float32();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), stride.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), stride.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   const Tensor t(handle);
   prefer_large_pages(t.mutable_data_ptr(), step * (type == ScalarType::Double ? 8 : 4));
   return t;
