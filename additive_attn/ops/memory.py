@@ -26,12 +26,12 @@ from additive_attn.ops.second_order import SingleLevelFunction, reduced
 
 _operators = torch.ops.additive_attn
 _functorch_active = torch._C._are_functorch_transforms_active
-_tracing_state = torch._C._get_tracing_state
+_is_compiling, _tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _pass_number = torch._C._current_graph_task_id
 # Keys and values may be narrower than the queries.
 NARROW_MEMORY = {(x, torch.float32) for x in (torch.bfloat16, torch.float16)}
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
 
 class Shared(NamedTuple):
@@ -128,20 +128,28 @@ def _autocasted(shared: Shared) -> Shared:
     return shared._replace(key=cast[0], value=cast[1], weight=cast[2])
 
 
-def eager(tensors: Sequence[Tensor | None], like: Tensor) -> bool:
-    """Whether a step may leave a record: where no graph is made and no transform runs, with plain
-    tensors of the dtype and device of ``like``."""
-    dtype, device = like.dtype, like.device
+def alone() -> bool:
+    """Whether eager autograd alone sees a call: no graph is made, no transform or mode runs."""
     return not (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or _functorch_active()
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
         or _dispatch_modes() > 0
-        or like.is_meta
-    ) and all(
-        x is None or (type(x) in _PLAIN_TYPES and x.dtype == dtype and x.device == device)
-        for x in tensors
+    )
+
+
+def eager(tensors: Sequence[Tensor | None], like: Tensor) -> bool:
+    """Whether a step may leave a record: where eager autograd is alone, with plain tensors of the
+    dtype and device of ``like``."""
+    dtype, device = like.dtype, like.device
+    return (
+        alone()
+        and not like.is_meta
+        and all(
+            x is None or (type(x) in PLAIN_TYPES and x.dtype == dtype and x.device == device)
+            for x in tensors
+        )
     )
 
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from additive_attn.ops import dispatch
 from additive_attn.ops.key_projection import LEAST
+from additive_attn.ops.memory import PLAIN_TYPES, alone
 from additive_attn.ops.second_order import SingleLevelFunction, reduced
 from additive_attn.spec.call import Call
 
@@ -24,11 +24,8 @@ from additive_attn.spec.call import Call
 _ELEMENTS = LEAST
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _autocasts = torch._C._is_any_autocast_enabled
-_is_compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
-_tracing_state = torch._C._get_tracing_state
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_TYPES = {Tensor, torch.nn.Parameter}
 
 
 class Sources(NamedTuple):
@@ -49,12 +46,11 @@ def in_one_node(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> bo
     where nothing else expects to see its parts."""
     return (
         _grad_enabled()
-        and not (_is_compiling() or _autocasts() or _functorch_active() or _dispatch_modes())
-        and _tracing_state() is None
-        and forward_ad._current_level < 0
-        and type(query) in _TYPES
-        and type(key) in _TYPES
-        and type(value) in _TYPES
+        and alone()
+        and not _autocasts()
+        and type(query) in PLAIN_TYPES
+        and type(key) in PLAIN_TYPES
+        and type(value) in PLAIN_TYPES
         and query.is_cpu
         and not dispatch.cpu_is_plain
         and query.numel() < _ELEMENTS
