@@ -72,6 +72,13 @@ def inputs():
     return (*tensors, torch.tensor([LK, 4, 0]))
 
 
+def begun():
+    """A decoder, what it is given, and its memory of that."""
+    model = Decoder(True)
+    query, key, value, lengths = inputs()
+    return model, query, key, value, model.attention.project(model.encoder(key), value, lengths)
+
+
 def pair(**options):
     ours, plain = Decoder(True, **options), Decoder(False)
     assert list(ours.state_dict()) == list(plain.state_dict())
@@ -236,10 +243,8 @@ def test_checkpoint_of_a_step(reentrant):
     """Reentrant checkpoints take tensors; so the memory's go in one by one."""
     results = []
     for checkpointed in (True, False):
-        model = Decoder(True)
-        query, key, value, lengths = inputs()
+        model, query, key, value, memory = begun()
         layer = model.attention
-        memory = layer.project(model.encoder(key), value, lengths)
 
         def step(query, key, value, layer=layer, memory=memory):
             if key is not memory.key:
@@ -265,10 +270,8 @@ def test_checkpoint_of_a_step_differentiated_twice(batched):
     """Of a checkpoint, a backward may unpack what was saved but once."""
     results = []
     for checkpointed in (True, False):
-        model = Decoder(True)
-        query, key, value, lengths = inputs()
+        model, query, key, value, memory = begun()
         layer = model.attention
-        memory = layer.project(model.encoder(key), value, lengths)
         step = layer.step
         if checkpointed:
             step = partial(checkpoint, layer.step, use_reentrant=False)
