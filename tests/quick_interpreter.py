@@ -39,6 +39,9 @@ def patched(tl: Any, interpreter: Any) -> Iterator[None]:
 
 def _patch(tl: Any, interpreter: Any, patch: pytest.MonkeyPatch) -> None:
     core, semantic = tl.core, interpreter.interpreter_semantic
+    # As compiled: of a number and NaN the number. The interpreter of Triton 3.6 gives NaN.
+    for name, operation in (("minnumf", np.fmin), ("maxnumf", np.fmax)):
+        patch.setattr(type(semantic.builder), f"create_{name}", _elementwise(operation))
     for owner, name, made in (
         (core.block_type, "__init__", _block_type),
         (core.tensor, "__init__", _tensor),
@@ -67,6 +70,10 @@ def _patch(tl: Any, interpreter: Any, patch: pytest.MonkeyPatch) -> None:
         quick(owner, "where", _where)
         quick(owner, "cast", _cast)
         quick(owner, "load", _load)
+
+
+def _elementwise(operation: Any) -> Callable[..., Any]:
+    return lambda builder, x, y: builder.binary_op(x, y, operation)
 
 
 class _Done:
