@@ -32,6 +32,8 @@ def record() -> None:
     """From now on, in this process: every operator tells what it was called with, once it has
     returned, and so do calls that plain PyTorch computes as a whole."""
     global _library
+    if _library is not None:
+        return
     _library = torch.library.Library("additive_attn", "IMPL")
     for name in _NAMES:
         _library.impl(name, _told(name), "BackendSelect", with_keyset=True)

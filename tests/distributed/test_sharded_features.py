@@ -92,8 +92,9 @@ def run(mesh, placements, options, inputs, scale):
     return {name: x.full_tensor() for name, x in zip(OUTPUTS, results, strict=True)}
 
 
-def judge(mesh, path, name):
-    """The cells of one run that was right."""
+def check(name, mesh, folder):
+    """Writes the cells of one run that was right."""
+    features.record()
     placements, options, theirs = RUNS[name]
     second, judged, cells = name.endswith(SECOND), {"upstream_of": OUTPUTS}, []
     ours = partial(run, mesh, placements, options)
@@ -101,7 +102,7 @@ def judge(mesh, path, name):
         judged = {"upstream_of": ["dquery", "dkey", "dvalue", "dweight"], "magnitude": 4.0}
         ours, theirs = map(test_second_order.gradient_map, (ours, theirs))
         theirs = test_second_order.named(theirs, "sharded gradients")
-    with paths.running(path):
+    with paths.running((folder / "path").read_text()):
         for dtype in DTYPES:
             features.forget()
             check_against_plain(cases(dtype), function=ours, formula=theirs, **judged)
@@ -109,19 +110,11 @@ def judge(mesh, path, name):
             for feature, computing, _, direction in features.seen():
                 if (feature == SECOND) == second:
                     cells.append((f"sharded: {name}", computing, kind, direction))
-    return cells
-
-
-def check_features(mesh, folder):
-    features.record()
-    path, cells = (folder / "path").read_text(), []
-    for name in RUNS:
-        try:
-            cells += judge(mesh, path, name)
-        except Exception as error:
-            raise AssertionError(f"{name}: {error}") from error
     if mesh.get_local_rank() == 0:
-        (folder / "cells").write_text(json.dumps(cells))
+        (folder / f"{name}.cells").write_text(json.dumps(cells))
+
+
+globals().update({name: partial(check, name) for name in RUNS})  # as processes finds them
 
 
 @pytest.mark.sweep
@@ -130,6 +123,8 @@ def check_features(mesh, folder):
 def test_features(tmp_path, path):
     additive_attention(*cases(torch.float32)[0].values())  # this process is to have run the path
     (tmp_path / "path").write_text(path)
-    processes.run(__name__, 2, tmp_path, ["check_features"])
+    processes.run(__name__, 2, tmp_path, list(RUNS))
     features.forget()
-    features.seen().update(map(tuple, json.loads((tmp_path / "cells").read_text())))
+    for name in RUNS:
+        cells = json.loads((tmp_path / f"{name}.cells").read_text())
+        features.seen().update(map(tuple, cells))
