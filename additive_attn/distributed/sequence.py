@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from additive_attn.distributed.exchange import agree, checked_group, gathered, sending_device
 from additive_attn.distributed.layout import balanced_layout, chunks, in_order, layout_of
-from additive_attn.ops.checks import refuse_flags, refuse_types
+from additive_attn.ops.checks import is_dense, refuse_flags, refuse_types
 
 
 def shard_sequence(
@@ -78,7 +78,7 @@ def _checked_dim(tensor: Any, dim: Any, balanced: Any) -> int:
     """The dim of positions, counted from the first."""
     if not isinstance(tensor, Tensor):
         refuse_types(tensor=tensor)
-    if hasattr(tensor, "device_mesh") or tensor.layout is not torch.strided or tensor.is_nested:
+    if hasattr(tensor, "device_mesh") or not is_dense(tensor):
         found = "nested" if tensor.is_nested else "a DTensor"
         found = found if tensor.layout is torch.strided else f"of layout {tensor.layout}"
         raise TypeError(

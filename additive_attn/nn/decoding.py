@@ -14,7 +14,13 @@ from torch.utils._pytree import _register_namedtuple
 
 from additive_attn.nn.linear import energy_of
 from additive_attn.ops.autocast import autocast, autocast_dtype
-from additive_attn.ops.checks import has_values, refuse_flags, refuse_types, require
+from additive_attn.ops.checks import (
+    has_values,
+    refuse_flags,
+    refuse_layouts,
+    refuse_types,
+    require,
+)
 from additive_attn.ops.decoding import attend_apart, attend_step
 from additive_attn.ops.layer_checks import (
     check_beams,
@@ -317,6 +323,8 @@ def step(
     several, flat = query.dim() == rank, beams > 1 and query.dim() < rank == 3
     if flat or (beams > 1 and rank == 2):
         check_beams(layer._caller("step"), query, key, beams)
+    if several and query.is_nested:
+        refuse_layouts(query=query)
     # Rows of queries per sequence, (B, n, hidden_dim): several were given, or are beams, or one.
     number = beams if flat else query.shape[-2] if several else 0
     if prepared is not None and 0 < number <= MOST_ROWS and prepared.is_of(layer):

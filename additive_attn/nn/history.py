@@ -13,7 +13,7 @@ from additive_attn.nn.decoding import ProjectedMemory, attended_keys, flat_beams
 from additive_attn.nn.linear import bare_parameters
 from additive_attn.nn.projection import ProjectingAttention
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
-from additive_attn.ops.checks import refuse_types
+from additive_attn.ops.checks import is_dense, refuse_layouts, refuse_types
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.layer_checks import (
     check_beams,
@@ -148,6 +148,8 @@ class HistoryAttention(ProjectingAttention):
             return traced
         if not isinstance(query, Tensor):
             refuse_types(query=query)
+        if query.is_nested:
+            refuse_layouts(query=query)
         if memory.prepared is None:
             check_memory(self._caller("step"), *memory)
         key, value, beams = memory.key, memory.value, memory.beams
@@ -216,11 +218,11 @@ class HistoryAttention(ProjectingAttention):
             # Fast path: what the step before returned.
             if not (
                 type(x) is Tensor
+                and is_dense(x)
                 and x.shape == wanted
                 and x.is_floating_point()
                 and lse_dtype(x.dtype) == lse_dtype(key.dtype)
                 and x.device == key.device
-                and x.layout is torch.strided
             ):
                 first = _state_shape(memory)
                 check_state(self._caller("step"), state, query, key, first, memory.beams)

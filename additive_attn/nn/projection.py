@@ -24,6 +24,7 @@ from additive_attn.ops.checks import (
     as_integers,
     checked_probability,
     checked_scale,
+    is_dense,
     refuse_dtypes,
     refuse_layouts,
     refuse_types,
@@ -122,7 +123,7 @@ class ProjectingAttention(nn.Module):
         k, v, attn_mask, given = self._project("key", key), value, None, lengths
         if k.device != v.device:
             require_one_device(key=k, value=v)
-        if v.layout is not torch.strided or v.is_nested:
+        if not is_dense(v):
             refuse_layouts(value=v)
         if dtype is not None:
             check_memory_dtype(dtype, k)
@@ -209,5 +210,6 @@ class ProjectingAttention(nn.Module):
 
 def _shared(batch: torch.Size, masking: Any) -> torch.Size:
     """A memory of one sequence may have lengths or a mask for each of the queries to come."""
-    given = getattr(masking, "shape", batch)
-    return given[:1] if tuple(batch) == (1,) and given else batch
+    if tuple(batch) == (1,) and isinstance(masking, Tensor) and is_dense(masking):
+        return masking.shape[:1] or batch
+    return batch

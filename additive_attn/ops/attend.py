@@ -21,6 +21,8 @@ from additive_attn.ops.checks import (
     checked_scale,
     checked_window,
     explained_rows,
+    is_dense,
+    named,
     refuse_flags,
     refuse_layouts,
     refuse_rank,
@@ -75,7 +77,7 @@ def masked_attention(
         from additive_attn.ops.packed import jagged_attention
 
         if compute is not attend:
-            refuse_layouts(**dict(zip(Inputs._fields, inputs, strict=True)))
+            refuse_layouts(**named(inputs))
         without = attn_mask, lengths, key_padding_mask, starts, need_weights or None
         return jagged_attention(
             inputs, without, is_causal, window, dropout_p, scale, need_lse, bias
@@ -122,7 +124,7 @@ def filled(query: Any, key: Any, value: Any, weight: Any, dropout_p: float) -> I
     """Zeros for a query that is left out, values of no features for values left out. Neither takes
     memory."""
     if isinstance(key, Tensor) and (query is None or value is None):
-        if key.layout is not torch.strided or key.is_nested:
+        if not is_dense(key):
             refuse_layouts(key=key)
         if key.dim() < 2:
             refuse_rank("key", key.shape, "(..., Lk, H)")

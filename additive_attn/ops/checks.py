@@ -31,6 +31,11 @@ def warn_user(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Neither sparse nor nested; a nested tensor may call itself strided."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def require_one_device(**tensors: Tensor | None) -> None:
     """Raises RuntimeError unless all tensors lie on one device."""
     given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
@@ -49,11 +54,11 @@ def checked_batch(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> torch.Size |
     if not (query.layout is key.layout is value.layout is weight.layout is torch.strided):
         if torch.jagged in (query.layout, key.layout, value.layout):
             return None
-        refuse_layouts(**_named(inputs))
+        refuse_layouts(**named(inputs))
     try:
         q, k, v, w = query.shape, key.shape, value.shape, weight.shape
     except RuntimeError:  # a nested tensor may call itself strided, and has no shape
-        refuse_layouts(**_named(inputs))
+        refuse_layouts(**named(inputs))
     batch = q[:-2]
     # Fast path: the usual batch, along which nothing but a weight (1, H) is broadcast.
     if not (
@@ -66,15 +71,15 @@ def checked_batch(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> torch.Size |
         batch = _broadcast_batch(q, k, v, w)
     dtype = query.dtype
     if not (dtype == key.dtype == value.dtype == weight.dtype and dtype in DTYPES):
-        refuse_dtypes(**_named(inputs))
+        refuse_dtypes(**named(inputs))
     if not (query.is_cpu and key.is_cpu and value.is_cpu and weight.is_cpu) and not (
         query.device == key.device == value.device == weight.device
     ):
-        require_one_device(**_named(inputs))
+        require_one_device(**named(inputs))
     return batch
 
 
-def _named(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+def named(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
     """By the names that the user passed them under; without a value made of the key."""
     named: dict[str, Tensor] = Inputs(*inputs)._asdict()
     if named["value"] is named["key"]:
@@ -142,7 +147,7 @@ def check_mask(
     if not isinstance(attn_mask, Tensor):
         kind = type(attn_mask).__name__
         raise TypeError(f"attn_mask is a {kind}, but must be a tensor, a BlockMask or None.")
-    if attn_mask.layout is not torch.strided or attn_mask.is_nested:
+    if not is_dense(attn_mask):
         refuse_layouts(attn_mask=attn_mask)
     dtype = attn_mask.dtype
     if dtype != torch.bool and dtype != query.dtype and dtype != lse_dtype(query.dtype):
@@ -210,7 +215,7 @@ def aligned_lengths(
     """``lengths`` as int64, broadcastable to ``(*batch, Lq)``."""
     if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
         lengths = as_integers(name, lengths, key.device, key.shape[-2])
-    if lengths.layout is not torch.strided or lengths.is_nested:
+    if not is_dense(lengths):
         refuse_layouts(**{name: lengths})
     if lengths.device != key.device:
         require_one_device(**{"key": key, name: lengths})
@@ -340,6 +345,7 @@ def refuse_layouts(**tensors: Tensor) -> NoReturn:
     found = ", ".join(
         f"{name} is nested" if tensor.is_nested else f"{name} is {tensor.layout}"
         for name, tensor in tensors.items()
+        if not is_dense(tensor)
     )
     raise TypeError(
         f"Additive attention needs dense tensors, but {found}. Convert a sparse tensor with "
@@ -361,39 +367,3 @@ def refuse_dtypes(**tensors: Tensor) -> NoReturn:
         f"float32, bfloat16 and float16, but {found}. Convert them with .to(dtype), or call "
         f"under torch.autocast.{' Embed token ids with nn.Embedding first.' if ids else ''}"
     )
-
-
-def check_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
-    for name, given in (("outs", outs), ("lses", lses)):
-        if not isinstance(given, (Sequence, Tensor)) or not all(
-            isinstance(tensor, Tensor) for tensor in given
-        ):
-            kind = type(given).__name__
-            if isinstance(given, (list, tuple)):
-                kind += f" of {', '.join(sorted({type(each).__name__ for each in given}))}"
-            raise TypeError(
-                f"merge_attention got {name} that are no sequence of tensors, but a {kind}. Pass "
-                "a list of the results of additive_attention."
-            )
-    if len(outs) == 0 or len(outs) != len(lses):
-        raise ValueError(
-            f"merge_attention got {len(outs)} outs and {len(lses)} lses, but needs one lse for "
-            "each out and at least one of both. Call additive_attention with need_lse=True to "
-            "get them."
-        )
-    for out, lse in zip(outs, lses, strict=True):
-        if out.shape[:-1] != lse.shape or out.shape != outs[0].shape:
-            raise ValueError(
-                f"merge_attention got an out of shape {tuple(out.shape)} with an lse of shape "
-                f"{tuple(lse.shape)}, but every out must be (..., Lq, Dv) with an lse (..., Lq), "
-                f"all of the shape of the first, {tuple(outs[0].shape)}."
-            )
-        dtype = out.dtype
-        if dtype not in DTYPES or dtype != outs[0].dtype or lse.dtype != lse_dtype(dtype):
-            raise TypeError(
-                f"merge_attention got an out of {out.dtype} with an lse of {lse.dtype}, but all "
-                "outs must have one dtype among float64, float32, bfloat16 and float16 (the "
-                f"first has {outs[0].dtype}), with an lse of float64 if that is float64, and of "
-                "float32 else. Convert them with .to(dtype)."
-            )
-        require_one_device(**{"outs[0]": outs[0], "out": out, "lse": lse})

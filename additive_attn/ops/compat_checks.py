@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from additive_attn.ops.autocast import autocast_dtype
-from additive_attn.ops.checks import INTEGERS, bounds, is_readable
+from additive_attn.ops.checks import INTEGERS, bounds, is_dense, is_readable
 
 _ERRORS = (
     AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError,
@@ -134,7 +134,7 @@ def _misfit(x: Any, text: str, parameter: Tensor | None) -> str:
         return next(iter(wrong), "") if x else "that is empty"
     if text.startswith("a list"):
         return "that is a tensor"
-    if "(" not in text or x.layout is not torch.strided or x.is_nested:
+    if "(" not in text or not is_dense(x):
         return f"that is a tensor {'nested' if x.is_nested else x.layout}"
     ranks = {group.count(",") + (group[-1] != ",") for group in re.findall(r"\(([^)]*)\)", text)}
     if x.dim() not in ranks:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from additive_attn.ops.autocast import autocast_dtype
 from additive_attn.ops.checks import (
     INTEGERS,
+    is_dense,
     is_readable,
     refuse_layouts,
     require_one_device,
@@ -70,7 +71,7 @@ def _check_features(layer: Any, **tensors: Tensor) -> None:
 
 def check_memory(layer: Any, key: Tensor, value: Tensor) -> None:
     """Of a call of ``project``."""
-    if key.is_nested or value.is_nested:
+    if not (is_dense(key) and is_dense(value)):
         refuse_layouts(key=key, value=value)
     rank = key.dim()
     if not (2 <= rank <= 3 and value.dim() == rank):
@@ -90,13 +91,6 @@ def check_replaced(memory: Any) -> None:
     """Of a memory whose fields may have been put there by hand."""
     key, value, lengths, attn_mask = memory
     check_fields(f"{_NAME}.step", key, value, lengths, attn_mask)
-    sparse = {
-        name: x
-        for name, x in (("lengths", lengths), ("attn_mask", attn_mask))
-        if x is not None and (x.layout is not torch.strided or x.is_nested)
-    }
-    if sparse:
-        refuse_layouts(**sparse)
     sequences = key.shape[0] if key.dim() == 3 else 1
     if attn_mask is not None and (
         attn_mask.dim() == 0
@@ -164,7 +158,7 @@ def check_masks(
                 f"added to the scores: of the layer's dtype, {own}, or of float32 beside 16 bits. "
                 f"Convert it with .to({own})."
             )
-        if mask is not None and (mask.layout is not torch.strided or mask.is_nested):
+        if mask is not None and not is_dense(mask):
             refuse_layouts(**{name: mask})
         if mask is not None and mask.device != layer.energy_weight.device:
             require_one_device(**{"the layer": layer.energy_weight, name: mask})

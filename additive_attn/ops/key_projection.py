@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from additive_attn.ops.autocast import autocast_dtype
 from additive_attn.ops.checks import (
     DTYPES,
+    is_dense,
     refuse_dtypes,
     refuse_layouts,
     refuse_rank,
@@ -109,10 +110,10 @@ def _add_product(total: Tensor, rows: Tensor, weight: Tensor) -> None:
 def _check(key: Any, weight: Any) -> None:
     if not (isinstance(key, Tensor) and isinstance(weight, Tensor)):
         refuse_types(key=key, key_weight=weight)
-    if weight.layout is not torch.strided or weight.is_nested:
+    if not is_dense(weight):
         refuse_layouts(key_weight=weight)
     if key.layout is not torch.jagged:
-        if key.layout is not torch.strided or key.is_nested:
+        if not is_dense(key):
             refuse_layouts(key=key)
         if key.dim() < 2:
             refuse_rank("key", key.shape, "(..., Lk, Dk)")

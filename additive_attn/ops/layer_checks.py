@@ -17,6 +17,7 @@ from additive_attn.ops.checks import (
     check_mask,
     checked_batch,
     has_values,
+    is_dense,
     is_readable,
     refuse_dtypes,
     refuse_flags,
@@ -78,6 +79,8 @@ def refuse_ranks(caller: str, **tensors: Tensor) -> NoReturn:
 
 
 def _got(caller: str, tensors: dict[str, Tensor]) -> str:
+    if any(x.is_nested and x.layout is torch.strided for x in tensors.values()):
+        refuse_layouts(**tensors)  # such have no shape
     found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     return f"{caller} got {found}"
 
@@ -115,7 +118,7 @@ def check_memory(
     """Of a memory made by hand: types and ranks, which nothing else could tell in these terms."""
     if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
         refuse_types(key=key, value=value)
-    if not (key.layout is value.layout is torch.strided) or key.is_nested or value.is_nested:
+    if not (is_dense(key) and is_dense(value)):
         refuse_layouts(key=key, value=value)
     if key.dtype not in DTYPES:
         refuse_dtypes(key=key)
@@ -125,6 +128,8 @@ def check_memory(
                 f"{caller} got a memory whose {name} is a {type(each).__name__}, but it must be a "
                 "tensor or None. Prepare a memory with project, which takes more."
             )
+        if each is not None and not is_dense(each):
+            refuse_layouts(**{name: each})
     if not (2 <= key.dim() <= 3 and value.dim() == key.dim()):
         raise ValueError(
             f"{_got(caller, {'keys': key, 'values': value})}, but needs a memory of keys "
@@ -161,7 +166,7 @@ def check_state(
                 f"{caller} got a {name} that is a {type(x).__name__}, but needs a tensor: begin "
                 "with initial_state(memory)."
             )
-        if x.layout is not torch.strided or x.is_nested:
+        if not is_dense(x):
             refuse_layouts(**{name: x})
         if not x.is_floating_point() or lse_dtype(x.dtype) != lse_dtype(key.dtype):
             raise TypeError(
@@ -190,7 +195,7 @@ def check_index(index: Any, queries: int, beside: Tensor, waits: bool = False) -
     if not isinstance(index, Tensor) or index.dtype not in INTEGERS:
         kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"index is {kind}; it must be a tensor of integers, one for each query.")
-    if index.layout is not torch.strided or index.is_nested:
+    if not is_dense(index):
         refuse_layouts(index=index)
     if index.device != beside.device:
         require_one_device(index=index, keys=beside)
@@ -214,7 +219,7 @@ def check_coverage(weights: Any, coverage: Any) -> None:
     if not (isinstance(weights, Tensor) and isinstance(coverage, Tensor)):
         refuse_types(weights=weights, coverage=coverage)
     for name, x in (("weights", weights), ("coverage", coverage)):
-        if x.layout is not torch.strided or x.is_nested:
+        if not is_dense(x):
             refuse_layouts(**{name: x})
         if not x.is_floating_point() or lse_dtype(x.dtype) != lse_dtype(weights.dtype):
             raise TypeError(
@@ -261,7 +266,7 @@ def check_memory_dtype(dtype: Any, key: Tensor) -> None:
 def explain_projection(layer: nn.Module, name: str, tensor: Tensor, features: int) -> None:
     """Raises the sentence that tells why ``layer`` could not project it, if there is one."""
     # Asked only now: autocast, and layers that users put in, take more than their own dtype.
-    if tensor.layout is not torch.strided or tensor.is_nested:
+    if not is_dense(tensor):
         refuse_layouts(**{name: tensor})
     if tensor.shape[-1] != features:
         raise ValueError(

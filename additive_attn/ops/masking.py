@@ -10,6 +10,7 @@ from torch import Tensor
 
 from additive_attn.ops.checks import (
     broadcasts,
+    is_dense,
     refuse_layouts,
     require_one_device,
 )
@@ -28,7 +29,7 @@ def with_padding(
             f"key_padding_mask is {found}, but must be a bool tensor (True = ignore). Convert "
             f"{hint}; pass scores to be added as attn_mask."
         )
-    if key_padding_mask.layout is not torch.strided or key_padding_mask.is_nested:
+    if not is_dense(key_padding_mask):
         refuse_layouts(key_padding_mask=key_padding_mask)
     shape, full = tuple(key_padding_mask.shape), (*batch[:1], key.shape[-2])
     if len(shape) != len(full) or shape[-1] != full[-1] or not broadcasts(shape, full):
@@ -69,7 +70,7 @@ def checked_bias(bias: Tensor, query: Tensor) -> Tensor:
         )
     if bias.device != query.device:
         require_one_device(query=query, bias=bias)
-    if bias.layout is not torch.strided or bias.is_nested:
+    if not is_dense(bias):
         refuse_layouts(bias=bias)
     shape = bias.shape
     if shape in ((), (1,)):

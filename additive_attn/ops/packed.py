@@ -12,6 +12,7 @@ from torch import Tensor
 from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.checks import (
     checked_window,
+    is_dense,
     is_readable,
     refuse_flags,
     refuse_layouts,
@@ -65,6 +66,8 @@ def checked_sequences(name: str, cu_seq: Any, total: int, longest: int, like: Te
             f"{name} is {found}, but must be a tensor of int32 or int64: 0, then the end of each "
             "sequence. Make it of lengths with F.pad(lengths.cumsum(0), (1, 0))."
         )
+    if not is_dense(cu_seq):
+        refuse_layouts(**{name: cu_seq})
     if cu_seq.dim() != 1 or cu_seq.shape[0] < 2:
         raise ValueError(
             f"{name} has shape {tuple(cu_seq.shape)}, but must be (sequences + 1,): 0, then the "
@@ -96,9 +99,9 @@ def checked_sequences(name: str, cu_seq: Any, total: int, longest: int, like: Te
 
 
 def refuse_packed(query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
-    shapes = f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
     raise ValueError(
-        f"query, key and value have shapes {shapes}, but packed sequences are (total, H) or "
+        f"varlen_additive_attention got query {tuple(query.shape)}, key {tuple(key.shape)} and "
+        f"value {tuple(value.shape)}, but packed sequences are (total, H) or "
         "(total, heads, H), all three alike, with (total_k, Dv) or (total_k, heads, Dv) for the "
         "value. For padded sequences, take additive_attention."
     )
@@ -112,6 +115,8 @@ def packed_attention(
     if not all(isinstance(x, Tensor) for x in inputs):
         refuse_types(**Inputs(*inputs)._asdict())
     query, key, value, weight = inputs
+    if not (is_dense(query) and is_dense(key) and is_dense(value)):
+        refuse_layouts(query=query, key=key, value=value)
     dims = query.dim()
     if not dims == key.dim() == value.dim() or dims not in (2, 3):
         refuse_packed(query, key, value)
@@ -154,10 +159,9 @@ def jagged_attention(
             "(need_weights=False in a layer), or pad the tensors with .to_padded_tensor(0.0)."
         )
     query, key, value, weight = inputs
-    # A nested tensor of torch's other layout calls itself strided.
     if wrong := {
         name: x for name, x in Inputs(*inputs)._asdict().items()
-        if x.layout is not torch.jagged and (x.is_nested or x.layout is not torch.strided)
+        if x.layout is not torch.jagged and not is_dense(x)
     }:  # fmt: skip
         refuse_layouts(**wrong)
     if weight.dim() == 2 and weight.shape[0] == 1:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from additive_attn.ops.checks import refuse_flags, refuse_layouts
+from additive_attn.ops.checks import is_dense, refuse_flags, refuse_layouts
 
 
 def checked_weights(weights: Any) -> Tensor:
@@ -26,10 +26,10 @@ def checked_weights(weights: Any) -> Tensor:
             "numbers, or a list of tensors of one shape, one per decoder step. The layer returns "
             "them second."
         ) from None
-    if weights.is_complex() or weights.is_meta:
-        found = weights.dtype if weights.is_complex() else "on meta, where there are no values"
+    if weights.is_complex() or weights.is_quantized or weights.is_meta:
+        found = "on meta, where there are no values" if weights.is_meta else weights.dtype
         raise TypeError(f"weights are {found}, but real numbers are drawn. Pass those.")
-    if weights.is_nested or weights.layout is not torch.strided:
+    if not is_dense(weights):
         refuse_layouts(weights=weights)
     return weights.float()
 

@@ -207,6 +207,7 @@ SCORES = {
     "dtype": (dict(key=t(2, 5, 8, dtype=F64)), TypeError, r"key is torch.float64"),
     "sparse": (dict(key=t(2, 5, 8).to_sparse()), TypeError, r"key is torch.sparse_coo"),
     "nested": (dict(key=nested()), TypeError, r"key is nested"),
+    "jagged": (dict(key=nested(layout=torch.jagged)), TypeError, r"but key is nested\."),
     "device": (dict(key=t(2, 5, 8, device="meta")), RuntimeError, r"key is on meta"),
     "mask": (dict(attn_mask=t(2, 5)), ValueError, r"\(2, 5\).*unsqueeze\(1\)"),
     "causal": (dict(is_causal="no"), TypeError, r"^is_causal is 'no'"),

@@ -26,6 +26,7 @@ from additive_attn import (
     coverage_loss,
     merge_attention,
     plot_attention,
+    varlen_additive_attention,
 )
 from additive_attn.compat import replace_attention
 
@@ -35,16 +36,24 @@ B, LQ, LK, D, H = 2, 3, 5, 8, 4
 def others(good: Any) -> dict[str, Any]:
     """What a caller may have put in the place of ``good``."""
     bad = {"None": None, "list": [1.5], "text": "no", "number": 2.5, "dict": {}}
-    if isinstance(good, torch.Tensor):
+    if isinstance(good, list) and isinstance(good[0], torch.Tensor):
+        # One tensor of them, and all.
+        for kind, each in others(good[0]).items():
+            bad |= {f"one {kind}": [*good[:-1], each], f"all {kind}": [each] * len(good)}
+    elif isinstance(good, torch.Tensor):
         bad |= {
             "complex": torch.zeros(good.shape, dtype=torch.complex64),
             "floats" if good.dtype in (torch.bool, torch.int64) else "integers": torch.ones(
                 good.shape, dtype=torch.int64 if good.is_floating_point() else torch.float32
             ),
             "number as tensor": torch.zeros((), dtype=good.dtype),
+            "quantized": torch.quantize_per_tensor(torch.ones(good.shape), 0.1, 0, torch.qint8),
             "empty": good.new_empty(0),
             "more dims": good[None, None],
             "sparse": good.to_sparse(),
+            "nested": torch.nested.nested_tensor(list(good)),
+            "nested, more dims": torch.nested.nested_tensor([good, good]),
+            "jagged": torch.nested.nested_tensor([good, good], layout=torch.jagged),
             "meta": good.to("meta"),
         }
         if good.is_floating_point():
@@ -76,6 +85,11 @@ SCORES = {
     for k, x in CALL.items()
     if k not in ("value", "need_weights", "need_lse", "dropout_p", "key_weight")
 }
+PACKED = dict(
+    query=torch.randn(6, D), key=torch.randn(9, D), value=torch.randn(9, 6), weight=torch.randn(D),
+    cu_seq_q=torch.tensor([0, 2, 6]), cu_seq_k=torch.tensor([0, 5, 9]), max_q=4, max_k=5,
+    is_causal=False, window=(3, 3), scale=1.0, dropout_p=0.0, need_lse=False,
+)  # fmt: skip
 INIT = dict(hidden_dim=H, dropout=0.0, bias=True, scale=1.0, batch_first=True, device="cpu",
             dtype=torch.float32)  # fmt: skip
 X, Q = torch.randn(B, LK, D), torch.randn(B, D)
@@ -137,6 +151,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             merge_attention,
             dict(outs=[torch.randn(2, 3)] * 2, lses=[torch.randn(2)] * 2),
         ),
+        "varlen_additive_attention": (varlen_additive_attention, PACKED),
         "coverage_loss": (coverage_loss, dict(weights=X[..., 0], coverage=X[..., 0])),
         "AdditiveAttention": (
             AdditiveAttention, dict(input_dim=D, **sizes, normalize=False, **INIT),
@@ -233,8 +248,13 @@ def outcome(call: Callable[..., Any], arguments: dict[str, Any], name: str, kind
     except Exception as error:
         text = str(error)
         words = set(re.findall(r"\w+", text))
-        names = {name}
-        if kind in ("None", "more dims", "number as tensor", "tensor", "double", "empty"):
+        names, kind = (
+            {name, name.removesuffix("s")},
+            kind.removeprefix("one ").removeprefix("all "),
+        )
+        if kind in ("None", "more dims", "number as tensor", "tensor", "double", "empty") or (
+            kind.startswith(("nested", "jagged")) and "nested tensors" in text
+        ):
             # Then it is others that do not fit; of memories and states the sentence says so.
             names |= {*arguments, "keys", "values", "state", "out", "lse"}
         if isinstance(error, (TypeError, ValueError, RuntimeError)) and names & words:
