@@ -19,8 +19,9 @@ from additive_attn.nn.linear import bare_parameters, energy_of
 from additive_attn.ops.compat_checks import check_keys
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.location import location_features
-from additive_attn.ops.memory import Lent, Shared, eager, lend, version
+from additive_attn.ops.memory import Lent, Shared, eager, lend
 from additive_attn.ops.products import LentWeight
+from additive_attn.ops.writes import Watched, version
 
 _hooks_of_saving = torch._C._autograd._top_saved_tensors_default_hooks
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -90,13 +91,14 @@ class Leases:
         state = tuple(map(_state, (*sources, *parameters)))
         entry = self._entry
         if entry is not None:
-            held, used, known, graded, factor, lease = entry
+            held, used, known, watched, graded, factor, lease = entry
             if (
                 known == state
                 and all(map(operator.is_, used, parameters))
                 and factor == scale
                 and graded >= torch.is_grad_enabled()
                 and all(a() is b for a, b in zip(held, sources, strict=True))
+                and watched.unchanged()
                 and (lease := _revived(lease)) is not None
             ):
                 return lease
@@ -111,8 +113,8 @@ class Leases:
                 self._entry = None
 
         held = tuple(ref(x, end) for x in sources)
-        graded = torch.is_grad_enabled()
-        entry = self._entry = held, tuple(parameters), state, graded, scale, kept
+        graded, watched = torch.is_grad_enabled(), Watched((*sources, *parameters))
+        entry = self._entry = held, tuple(parameters), state, watched, graded, scale, kept
         if lease.output is not None and lease.output.node is not None:
             # A backward pass frees the graph that it was made by.
             owner = ref(self)

@@ -30,7 +30,8 @@ from additive_attn.ops.layer_checks import (
     explain_projection,
     refuse_ranks,
 )
-from additive_attn.ops.memory import NARROW_MEMORY, Lent, lend, version
+from additive_attn.ops.memory import NARROW_MEMORY, Lent, lend
+from additive_attn.ops.writes import Watched, parameter_state
 
 _is_compiling = torch.compiler.is_compiling
 # Of one memory in a step: beyond, an ordinary call is as fast.
@@ -236,6 +237,7 @@ class Prepared(NamedTuple):
     parameters: tuple[nn.Parameter | None, ...]
     state: tuple[int, ...]
     trained: bool  # whether the lent form was made with gradients
+    copied: Watched | None = None  # of parameters that it holds copies of
 
     def is_of(self, layer: Any) -> bool:
         """Whether ``layer`` still has these parameters, unchanged, and steps may use them."""
@@ -249,7 +251,13 @@ class Prepared(NamedTuple):
             and self.lent.scale == layer.scale
             and self.state == parameter_state(parameters)
             and (self.trained or not torch.is_grad_enabled())
+            and (self.copied is None or self._has_fresh_copies(self.copied))
         )
+
+    def _has_fresh_copies(self, copied: Watched) -> bool:
+        """An optimizer's step comes after a backward pass, on a GPU too."""
+        node = self.lent.node
+        return copied.unchanged() and (node is None or not node.spent)
 
 
 def lent_of(layer: Any, memory: ProjectedMemory) -> Lent:
@@ -292,6 +300,9 @@ def prepare(layer: Any, memory: _Memory) -> Prepared | None:
         copied += [x for x in parameters if x is not None]
     if any(x.is_inference() for x in copied):
         return None  # they do not tell whether they have been written to
+    watched = [energy] if computing is not None or layer.normalize else []
+    if layer.normalize:
+        watched += [layer.energy_gain, layer.energy_offset, parameters[3]]
     if query_weight is not None and layer.normalize:
         offset = layer.energy_offset
         query_bias = offset if query_bias is None else query_bias + offset
@@ -302,7 +313,10 @@ def prepare(layer: Any, memory: _Memory) -> Prepared | None:
     )  # fmt: skip
     if lent.prepared is None:
         return None
-    return Prepared(lent, parameters, parameter_state(parameters), torch.is_grad_enabled())
+    return Prepared(
+        lent, parameters, parameter_state(parameters), torch.is_grad_enabled(),
+        Watched(watched) if watched else None,
+    )  # fmt: skip
 
 
 def step(
@@ -380,13 +394,3 @@ def _prepared_step(
         explain_memory(layer._caller("step"), query, *memory[:2], layer.hidden_dim)
         raise
     return out, weights if need_weights else None
-
-
-def parameter_state(parameters: tuple[nn.Parameter | None, ...]) -> tuple[int, ...]:
-    """Changes where a parameter is written to, gets other memory, or is frozen or no longer."""
-    return tuple(
-        number
-        for x in parameters
-        if x is not None
-        for number in (version(x), x.data_ptr(), x.requires_grad)
-    )

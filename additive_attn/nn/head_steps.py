@@ -15,7 +15,6 @@ from additive_attn.nn.decoding import (
     attended_keys,
     counting_writes,
     flat_beams,
-    parameter_state,
 )
 from additive_attn.nn.heads import append_keys, attend_heads, merged_masks, split
 from additive_attn.nn.linear import projected
@@ -25,6 +24,7 @@ from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.head_checks import check_masks
 from additive_attn.ops.layer_checks import check_memory_dtype, check_narrowed
 from additive_attn.ops.memory import NARROW_MEMORY, lend
+from additive_attn.ops.writes import Watched, parameter_state
 
 # Queries per sequence up to which a step of prepared keys is faster than an ordinary call, with
 # heads of this many features and more, and with smaller ones.
@@ -83,10 +83,11 @@ def prepare_heads(layer: Any, memory: ProjectedMemory) -> Prepared | None:
     weight: Any = layer.q_proj_weight
     if weight is None:
         weight = layer.in_proj_weight[: layer.hidden_dim]
-    copied = [key]
+    copied, watched = [key], None
     if autocast_dtype(key.device.type) is not None:
         weight = bias = None  # each query is projected under autocast
         copied.append(layer.energy_weight)
+        watched = Watched([layer.energy_weight])
     if any(x.is_inference() for x in copied):
         return None  # they do not tell whether they have been written to
     if key.dim() == 3:
@@ -99,7 +100,8 @@ def prepare_heads(layer: Any, memory: ProjectedMemory) -> Prepared | None:
     )  # fmt: skip
     if lent.prepared is None:
         return None
-    return Prepared(lent, parameters, parameter_state(parameters), torch.is_grad_enabled())
+    state = parameter_state(parameters)
+    return Prepared(lent, parameters, state, torch.is_grad_enabled(), watched)
 
 
 def step_heads(

@@ -21,9 +21,9 @@ from additive_attn.ops.memory import (
     is_batch,
     running_pass,
     summed,
-    version,
 )
 from additive_attn.ops.second_order import SingleLevelFunction, reduced
+from additive_attn.ops.writes import version
 from additive_attn.spec.call import Call, Inputs
 from additive_attn.spec.dropout import draw_seed
 

@@ -23,6 +23,7 @@ from torch.autograd import Variable, forward_ad
 from additive_attn.ops import dispatch  # noqa: F401  registers the operators
 from additive_attn.ops.autocast import autocast, autocast_dtype
 from additive_attn.ops.second_order import SingleLevelFunction, reduced
+from additive_attn.ops.writes import version
 
 _operators = torch.ops.additive_attn
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -111,11 +112,6 @@ def lend(
     with torch.no_grad():
         lent.prepared = _operators.prepare_keys(shared.key.detach(), shared.weight.detach())
     return lent
-
-
-def version(tensor: Tensor) -> int:
-    """Changes where a tensor is written to; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _autocasted(shared: Shared) -> Shared:

@@ -8,6 +8,7 @@ import loops
 import pytest
 import torch
 from loops import SIZES, Inputs
+from oracle import DEVICE
 from torch import Tensor, nn
 
 from additive_attn.compat import espnet_heads
@@ -80,6 +81,25 @@ def test_modules_that_tools_have_changed_are_called(changed):
     module = getattr(layer, changed)
     nn.utils.parametrizations.weight_norm(module if changed == "mlp_o" else module[1])
     loops.check(layer, Plain(layer), decode)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values of other devices are not looked at")
+@pytest.mark.parametrize(
+    "name", ["gvec.1.weight", "mlp_q.1.weight", "mlp_q.1.bias", "mlp_o.weight"]
+)
+@pytest.mark.parametrize("values", [2, 4])
+@pytest.mark.parametrize("graded", [False, True])
+def test_what_is_written_to_without_a_new_version_is_seen(name, values, graded):
+    """As a fused optimizer, ``.data`` and NumPy do."""
+    layer, given = make("AttMultiHeadAdd", values).double(), loops.inputs()
+    query = given["steps"][0]
+    with torch.set_grad_enabled(graded):
+        before, _ = layer(given["memory"], LENGTHS, query, None)
+        layer.get_parameter(name).data.add_(torch.rand_like(layer.get_parameter(name)))
+        found, _ = layer(given["memory"], LENGTHS, query, None)
+        expected, _ = Plain(layer)(given["memory"], LENGTHS, query, None)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, before)
 
 
 def test_keys_that_a_caller_replaces():

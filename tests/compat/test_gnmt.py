@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import loops
 import pytest
 import torch
 from loops import SIZES, Inputs
+from oracle import DEVICE
 from torch import Tensor, nn
 
 from additive_attn.compat import _base, gnmt
@@ -86,6 +89,30 @@ def test_keys_are_projected_once_in_decoding(monkeypatch):
         layer.linear_k.weight.mul_(2)
         layer(given["steps"][0], memory)
     assert len(calls) == 3
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values of other devices are not looked at")
+@pytest.mark.parametrize(
+    "name",
+    ["memory", "linear_att", "normalize_scalar", "normalize_bias", "linear_q.weight",
+     "linear_k.weight"],
+)  # fmt: skip
+@pytest.mark.parametrize("graded", [False, True])
+def test_what_is_written_to_without_a_new_version_is_seen(name, graded):
+    """As a fused optimizer, ``.data`` and NumPy do."""
+    layer, given = make(normalize=True).double(), loops.inputs()
+    memory, query = given["memory"].transpose(0, 1).contiguous(), given["steps"][0]
+    with torch.set_grad_enabled(graded):
+        layer.set_mask(loops.lengths(), memory)
+        before, _ = layer(query, memory)
+        written = memory if name == "memory" else layer.get_parameter(name)
+        written.data.add_(torch.rand_like(written))
+        fresh = copy.deepcopy(layer)
+        fresh.set_mask(loops.lengths(), memory)
+        expected, _ = fresh(query, memory)
+        found, _ = layer(query, memory)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, before)
 
 
 def test_state_dict():

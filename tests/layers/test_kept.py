@@ -156,3 +156,50 @@ def test_the_first_state_is_two_tensors():
         state = layer.initial_state(layer.project(torch.randn(B, LK, K, dtype=F64)))
         state.cumulative.add_(1.0)
         assert not torch.equal(state.previous, state.cumulative)
+
+
+def around_counting(parameter, how):
+    """Writes that raise no version."""
+    change = torch.rand_like(parameter)
+    before = parameter._version
+    if how == "data":
+        parameter.data.add_(change)
+    elif how == "NumPy":
+        view = parameter.detach().numpy()
+        view += change.numpy()
+    else:
+        parameter.grad = change
+        torch.optim.SGD([parameter], lr=1.0, fused=True).step()
+    assert parameter._version == before
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values of other devices are not looked at")
+@MODES
+@pytest.mark.parametrize("how", ["data", "NumPy", "optimizer"])
+@pytest.mark.parametrize(
+    "kind,options,casts,change",
+    [
+        ("content", {"normalize": True}, False, name)
+        for name in ("energy_layer.weight", "energy_gain", "energy_offset", "query_layer.bias",
+                     "query_layer.weight")
+    ]
+    + [("content", {"normalize": True}, True, "energy_gain"),
+       ("content", {}, False, "energy_layer.weight"),
+       ("content", {}, True, "energy_layer.weight"),
+       ("tacotron", {}, True, "energy_layer.weight"),
+       ("heads", {}, False, "in_proj_bias"),
+       ("heads", {}, True, "energy_weight")],
+)  # fmt: skip
+def test_parameters_that_are_written_to_around_counting(mode, how, kind, options, casts, change):
+    """Fused optimizers are among those who write so."""
+    layer, query = made(kind, dtype=torch.float32, **options), torch.randn(B, D)
+    parameter = layer.get_parameter(change)
+    with mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=casts):
+        memory = layer.project(torch.randn(B, LK, K), torch.randn(B, LK, 7))
+        before = stepped(layer, query, memory)
+        with torch.inference_mode(False):
+            around_counting(parameter, how)
+        expected = stepped(layer, query, ordinary(memory))
+        found = stepped(layer, query, memory)
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)
+    assert not torch.allclose(before[1], expected[1], rtol=1e-2, atol=1e-4)
