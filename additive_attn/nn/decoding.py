@@ -26,11 +26,11 @@ from additive_attn.ops.layer_checks import (
     check_beams,
     check_index,
     check_memory,
-    explain_memory,
     explain_projection,
     refuse_ranks,
 )
 from additive_attn.ops.memory import NARROW_MEMORY, Lent, lend
+from additive_attn.ops.memory_checks import explain_memory
 from additive_attn.ops.writes import Watched, parameter_state
 
 _is_compiling = torch.compiler.is_compiling
@@ -358,8 +358,8 @@ def step(
         apart = layer.training and layer.dropout > 0.0 and 0 < number <= MOST_ROWS
         more = {"compute": attend_apart} if apart else {}
         out, weights = layer._attend(q, key, value, *masking, need_weights, **more)
-    except (RuntimeError, ValueError):
-        explain_memory(layer._caller("step"), query, key, value, layer.hidden_dim)
+    except (RuntimeError, TypeError, ValueError):
+        explain_memory(layer, query, *memory[:2], layer.hidden_dim, beams)
         raise
     if several:
         return out, weights
@@ -388,9 +388,9 @@ def _prepared_step(
             query = layer._project("query", query)
         dropout_p = layer.dropout if layer.training else 0.0
         out, weights, _ = attend_step(lent, query, dropout_p=dropout_p, several=several)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, TypeError, ValueError):
         if lent.source.query_weight is not None:
             explain_projection(layer.query_layer, "query", query, layer.query_dim)
-        explain_memory(layer._caller("step"), query, *memory[:2], layer.hidden_dim)
+        explain_memory(layer, query, *memory[:2], layer.hidden_dim, memory.beams)
         raise
     return out, weights if need_weights else None

@@ -21,13 +21,13 @@ from additive_attn.ops.layer_checks import (
     check_masking,
     check_memory,
     check_state,
-    explain_memory,
     explain_projection,
     refuse_memory,
     refuse_ranks,
 )
 from additive_attn.ops.location import location_features
 from additive_attn.ops.memory import Lent, lend
+from additive_attn.ops.memory_checks import explain_memory
 from additive_attn.spec.call import lse_dtype
 
 INITIAL = ("zeros", "uniform")
@@ -172,10 +172,10 @@ class HistoryAttention(ProjectingAttention):
                 lent, query, location=location, location_weight=weight, filters=filters,
                 dropout_p=self.dropout if self.training else 0.0,
             )  # fmt: skip
-        except (RuntimeError, ValueError):
+        except (RuntimeError, TypeError, ValueError):
             if lent.source.query_weight is not None:
                 explain_projection(self.query_layer, "query", given, self.query_dim)
-            explain_memory(self._caller("step"), given, *memory[:2], self.hidden_dim)
+            explain_memory(self, given, *memory[:2], self.hidden_dim, beams)
             raise
         if split:
             context, weights = flat_beams(context), flat_beams(weights)

@@ -42,6 +42,7 @@ from additive_attn.ops.layer_checks import (
     checked_number,
     refuse_memory,
 )
+from additive_attn.ops.memory_checks import explain_conversion
 
 
 class MultiheadAdditiveAttention(nn.Module):
@@ -332,8 +333,9 @@ class MultiheadAdditiveAttention(nn.Module):
         check_step(self, query, memory.key, memory.value, memory.beams)
         try:
             return step_heads(self, query, memory, need_weights, average_attn_weights)
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             explain_projections(self, query=query)
+            explain_conversion(f"{type(self).__name__}.step", self, *memory[:2])
             raise
 
     def extra_repr(self) -> str:

@@ -75,29 +75,14 @@ _RANKS = {
 
 def refuse_ranks(caller: str, **tensors: Tensor) -> NoReturn:
     """``caller`` is a layer, or its method: "AdditiveAttention.step"."""
-    raise ValueError(f"{_got(caller, tensors)}, but {_RANKS[caller.partition('.')[2]]}")
+    raise ValueError(f"{got(caller, tensors)}, but {_RANKS[caller.partition('.')[2]]}")
 
 
-def _got(caller: str, tensors: dict[str, Tensor]) -> str:
+def got(caller: str, tensors: dict[str, Tensor]) -> str:
     if any(x.is_nested and x.layout is torch.strided for x in tensors.values()):
         refuse_layouts(**tensors)  # such have no shape
     found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     return f"{caller} got {found}"
-
-
-def explain_memory(
-    caller: str, query: Tensor, key: Tensor, value: Tensor, hidden_dim: int
-) -> None:
-    """Raises the sentence that tells why a memory does not fit, if there is one."""
-    found = _got(caller, {"query": query, "keys": key, "values": value})
-    if key.shape[-1] != hidden_dim:
-        raise ValueError(
-            f"{found}, but hidden_dim is {hidden_dim}. Take a memory that this layer projected."
-        ) from None
-    if len({*query.shape[:-1], *key.shape[:-2], *value.shape[:-2]} - {1}) > 1:
-        raise ValueError(
-            f"{found}, but the batch (dim 0) must be the same, or 1: one query per sequence."
-        ) from None
 
 
 def check_beams(caller: str, query: Tensor, key: Tensor, beams: int) -> None:
@@ -106,7 +91,7 @@ def check_beams(caller: str, query: Tensor, key: Tensor, beams: int) -> None:
     sequences = key.shape[0] if key.dim() == 3 else 1
     if queries != sequences * beams and (sequences > 1 or queries % beams or key.dim() == 2):
         raise ValueError(
-            f"{_got(caller, {'query': query, 'keys': key})}, but the memory was expanded to "
+            f"{got(caller, {'query': query, 'keys': key})}, but the memory was expanded to "
             f"{beams} beams per sequence: it needs {sequences * beams} queries, those of a "
             "sequence side by side."
         )
@@ -132,7 +117,7 @@ def check_memory(
             refuse_layouts(**{name: each})
     if not (2 <= key.dim() <= 3 and value.dim() == key.dim()):
         raise ValueError(
-            f"{_got(caller, {'keys': key, 'values': value})}, but needs a memory of keys "
+            f"{got(caller, {'keys': key, 'values': value})}, but needs a memory of keys "
             "(B, Lk, hidden_dim) and values (B, Lk, Dv), or both without B."
         )
 
@@ -303,7 +288,7 @@ def explain_shapes(caller: str, batch_first: bool, lengths: Any, **tensors: Tens
         if batch_first and all(x.layout is torch.jagged for x in nested.values()):
             return
         refuse_layouts(**nested)
-    shapes, found = {name: x.shape for name, x in tensors.items()}, _got(caller, tensors)
+    shapes, found = {name: x.shape for name, x in tensors.items()}, got(caller, tensors)
     at = 0 if batch_first else 1
     if not all(isinstance(n, int) for shape in shapes.values() for n in shape):
         return  # in torch.export, where sizes cannot be hashed

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from decoders import LK, B, D, H, K, build
-from oracle import DEVICE
+from oracle import DEVICE, assert_sentence
 
 from additive_attn import AdditiveAttention, MultiheadAdditiveAttention
 
@@ -203,3 +203,28 @@ def test_parameters_that_are_written_to_around_counting(mode, how, kind, options
         found = stepped(layer, query, memory)
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)
     assert not torch.allclose(before[1], expected[1], rtol=1e-2, atol=1e-4)
+
+
+@KINDS
+@pytest.mark.parametrize("rows", ["one", "several", "beams"])
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("to", [F64, torch.float16, torch.bfloat16, "meta"], ids=str)
+def test_a_layer_that_is_converted_after_it_projected(kind, rows, narrow, to):
+    """Its sentence names both, and says what to call."""
+    if kind in ("tacotron", "pointer") and (rows == "several" or narrow):
+        pytest.skip("takes one query; a narrow memory becomes wide with the term")
+    layer = made(kind, dtype=torch.float32)
+    dtype = torch.bfloat16 if narrow else None
+    memory = layer.project(torch.randn(B, LK, K), torch.randn(B, LK, 7), dtype=dtype)
+    memory = memory.expand(2 if rows == "beams" else 1)
+    query = {"one": (B, D), "several": (B, 3, D), "beams": (2 * B, D)}[rows]
+    layer.to(to)
+    if to == memory.key.dtype:
+        stepped(layer, torch.randn(query).to(to), memory)
+        return
+    with pytest.raises(RuntimeError if to == "meta" else TypeError) as caught:
+        stepped(layer, torch.randn(query).to(to), memory)
+    text = str(caught.value)
+    wanted = (str(memory.key.device), "meta") if to == "meta" else (str(memory.key.dtype), str(to))
+    assert all(x in text for x in (*wanted, f"{type(layer).__name__}.step", "Call project again"))
+    assert_sentence(text)
