@@ -217,19 +217,6 @@ def counting_writes(project: Callable[..., ProjectedMemory]) -> Callable[..., Pr
     return run
 
 
-def attended_keys(key: Tensor, lengths: Tensor | None, attn_mask: Tensor | None) -> Tensor:
-    """The keys to attend to, bool ``(B, Lk)`` or ``(1, Lk)``, or ``(Lk,)`` unbatched."""
-    attended = torch.ones(key.shape[-2], dtype=torch.bool, device=key.device)
-    if lengths is not None:
-        if key.dim() == 3:
-            lengths = lengths.reshape(-1, 1)
-        attended = torch.arange(key.shape[-2], device=key.device) < lengths
-    if attn_mask is not None:
-        mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
-        attended = attended & mask.squeeze(-2)
-    return attended
-
-
 class Prepared(NamedTuple):
     """A memory's lent form, and the parameters that it was made with in the state of then."""
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from additive_attn.nn.decoding import (
     Prepared,
     ProjectedMemory,
-    attended_keys,
     counting_writes,
     flat_beams,
 )
@@ -23,6 +22,7 @@ from additive_attn.ops.checks import Integers, aligned_lengths, as_integers
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.head_checks import check_masks
 from additive_attn.ops.layer_checks import check_memory_dtype, check_narrowed
+from additive_attn.ops.masking import attended_keys
 from additive_attn.ops.memory import NARROW_MEMORY, lend
 from additive_attn.ops.writes import Watched, parameter_state
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
-from additive_attn.nn.decoding import ProjectedMemory, attended_keys, flat_beams, lent_of
+from additive_attn.nn.decoding import ProjectedMemory, flat_beams, lent_of
 from additive_attn.nn.linear import bare_parameters
 from additive_attn.nn.projection import ProjectingAttention
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
@@ -26,6 +26,7 @@ from additive_attn.ops.layer_checks import (
     refuse_ranks,
 )
 from additive_attn.ops.location import location_features
+from additive_attn.ops.masking import attended_keys
 from additive_attn.ops.memory import Lent, lend
 from additive_attn.ops.memory_checks import explain_memory
 from additive_attn.spec.call import lse_dtype

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from additive_attn.nn.decoding import (
     ProjectedMemory,
-    attended_keys,
     counting_writes,
     prepare,
 )
@@ -42,7 +41,7 @@ from additive_attn.ops.layer_checks import (
     refuse_ranks,
     warn_of_polarity,
 )
-from additive_attn.ops.masking import with_padding
+from additive_attn.ops.masking import attended_keys, with_padding
 
 _is_compiling = torch.compiler.is_compiling
 

@@ -1,5 +1,5 @@
 """What narrows a mask or adds to it: padding, a bias on the scores. Each becomes part of
-``attn_mask``."""
+``attn_mask``. And which keys it leaves."""
 
 from __future__ import annotations
 
@@ -97,3 +97,16 @@ def narrowed(attn_mask: Tensor | None, attended: Tensor) -> Tensor:
     if attn_mask.dtype == torch.bool:
         return attended & attn_mask
     return torch.where(attended, attn_mask, -torch.inf)
+
+
+def attended_keys(key: Tensor, lengths: Tensor | None, attn_mask: Tensor | None) -> Tensor:
+    """The keys to attend to, bool ``(B, Lk)`` or ``(1, Lk)``, or ``(Lk,)`` unbatched."""
+    attended = torch.ones(key.shape[-2], dtype=torch.bool, device=key.device)
+    if lengths is not None:
+        if key.dim() == 3:
+            lengths = lengths.reshape(-1, 1)
+        attended = torch.arange(key.shape[-2], device=key.device) < lengths
+    if attn_mask is not None:
+        mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
+        attended = attended & mask.squeeze(-2)
+    return attended
