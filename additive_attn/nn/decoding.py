@@ -62,13 +62,20 @@ class ProjectedMemory(_Memory):
     beams: int = 1
     prepared: Prepared | None = None
 
+    # The compiler of torch 2.10 reads no attribute of a named tuple but its fields and methods.
+    def _beams(self) -> int:
+        return type(self).beams
+
+    def _prepared(self) -> Prepared | None:
+        return None if _is_compiling() else self.prepared
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy is not a node of this graph.
         return _memory_of, (tuple(self), self.beams)
 
     def _replace(self, **fields: Any) -> ProjectedMemory:
         """A copy with other fields, whose steps are ordinary calls."""
-        return _memory_of(super()._replace(**fields), self.beams)
+        return _memory_of(super()._replace(**fields), self._beams())
 
     def expand(self, beams: int) -> ProjectedMemory:
         """The memory of a beam search: a step takes ``(B * beams, query_dim)``, the queries of a
@@ -81,13 +88,14 @@ class ProjectedMemory(_Memory):
         if isinstance(beams, bool) or not isinstance(beams, (Integral, torch.SymInt)):
             raise TypeError(f"beams is {beams!r}; it must be an integer, the beams per sequence.")
         beams = beams if isinstance(beams, torch.SymInt) else int(beams)
-        if beams < 1 or self.beams != 1:
+        own = self._beams()
+        if beams < 1 or own != 1:
             raise ValueError(
-                f"A memory of {self.beams} beams per sequence is expanded to {beams}. Expand the "
+                f"A memory of {own} beams per sequence is expanded to {beams}. Expand the "
                 "memory that project() returned, to 1 or more beams."
             )
         memory = _memory_of(self, beams)
-        memory.prepared = self.prepared
+        memory.prepared = self._prepared()
         return memory
 
     def reorder(self, index: Tensor) -> ProjectedMemory:
@@ -107,20 +115,20 @@ class ProjectedMemory(_Memory):
                 for each sequence.
         """
         check_memory("reorder", *self)
-        batched = self.key.dim() == 3
+        batched, beams = self.key.dim() == 3, self._beams()
         sequences = self.key.shape[0] if batched else 1
-        check_index(index, sequences * self.beams, self.key, waits=True)
-        chosen = index.long() // self.beams
-        if index.numel() % self.beams:
+        check_index(index, sequences * beams, self.key, waits=True)
+        chosen = index.long() // beams
+        if index.numel() % beams:
             raise ValueError(
-                f"index has {index.numel()} entries, and a sequence has {self.beams} beams: give "
+                f"index has {index.numel()} entries, and a sequence has {beams} beams: give "
                 "an index for every beam."
             )
-        if self.beams > 1:
-            chosen = chosen.reshape(-1, self.beams)
+        if beams > 1:
+            chosen = chosen.reshape(-1, beams)
             require(
                 (chosen == chosen[:, :1]).all(),
-                f"index puts beams of different sequences side by side; keep the {self.beams} "
+                f"index puts beams of different sequences side by side; keep the {beams} "
                 "beams of a sequence together, since they share its keys.",
             )
             chosen = chosen[:, 0]
@@ -130,7 +138,7 @@ class ProjectedMemory(_Memory):
                 return self
         if not batched:
             raise ValueError("index repeats the only sequence of an unbatched memory; expand it.")
-        return _memory_of(self._chosen(sequences, chosen), self.beams)
+        return _memory_of(self._chosen(sequences, chosen), beams)
 
     def _chosen(self, sequences: int, chosen: Tensor) -> Iterator[Tensor | None]:
         """The fields of some sequences."""
@@ -150,6 +158,9 @@ class _AnyBeams(ProjectedMemory):
     takes a named tuple apart keeps its class and its fields alone."""
 
     _number: int
+
+    def _beams(self) -> int:
+        return self._number if _is_compiling() else self.beams
 
     @property
     def beams(self) -> int:  # type: ignore[override]
@@ -228,8 +239,6 @@ class Prepared(NamedTuple):
 
     def is_of(self, layer: Any) -> bool:
         """Whether ``layer`` still has these parameters, unchanged, and steps may use them."""
-        if _is_compiling():
-            return False
         parameters = layer._lent_parameters()
         return (
             parameters is not None
@@ -249,8 +258,8 @@ class Prepared(NamedTuple):
 
 def lent_of(layer: Any, memory: ProjectedMemory) -> Lent:
     """What ``attend_step`` takes: of a memory that was expanded, with entries (B, beams)."""
-    prepared, entries = memory.prepared, _Memory(*memory)
-    if memory.beams > 1 and memory.key.dim() == 3:
+    prepared, entries = memory._prepared(), _Memory(*memory)
+    if memory._beams() > 1 and memory.key.dim() == 3:
         rows: Any = (x if x is None else x.unsqueeze(1) for x in memory)
         entries = _Memory(*rows)
     if prepared is not None and prepared.is_of(layer):
@@ -311,7 +320,7 @@ def step(
 ) -> tuple[Tensor, Tensor | None]:
     """:meth:`AdditiveAttention.step`."""
     key, value, lengths, attn_mask = memory
-    prepared, beams = memory.prepared, memory.beams
+    prepared, beams = memory._prepared(), memory._beams()
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         refuse_types(query=query, key=key, value=value)
     if type(need_weights) is not bool:

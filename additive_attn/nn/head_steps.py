@@ -108,17 +108,18 @@ def step_heads(
     layer: Any, query: Tensor, memory: ProjectedMemory, need_weights: bool, averaged: bool
 ) -> tuple[Tensor, Tensor | None]:
     """:meth:`MultiheadAdditiveAttention.step`."""
-    prepared, dropout_p = memory.prepared, layer.dropout if layer.training else 0.0
+    prepared, dropout_p = memory._prepared(), layer.dropout if layer.training else 0.0
     several, batched = query.dim() == memory.key.dim(), memory.key.dim() == 3
-    flat = memory.beams > 1 and not several and batched
+    beams = memory._beams()
+    flat = beams > 1 and not several and batched
     # Rows of queries per sequence; 0 where it has one query, without a dim for it.
-    number = memory.beams if flat else query.shape[-2] if several else 0
+    number = beams if flat else query.shape[-2] if several else 0
     many = layer.energy_weight.shape[1] >= MANY_FEATURES
     most = MOST_ROWS if many else MOST_ROWS_OF_FEW
     if (
         prepared is None
         or not several <= number <= most
-        or (memory.beams > 1 and number == 0)
+        or (beams > 1 and number == 0)
         # The weights after dropout come from the ordinary call alone.
         or (need_weights and dropout_p > 0.0)
         or not prepared.is_of(layer)
@@ -127,7 +128,7 @@ def step_heads(
         apart = dropout_p > 0.0 and 0 < number <= most
         return _rows(layer, query, memory, several, dropout_p, need_weights, averaged, apart)
     if flat:
-        query = query.unflatten(0, (-1, memory.beams))
+        query = query.unflatten(0, (-1, beams))
     if prepared.lent.source.query_weight is None:
         query = layer._projected(query)[0].unflatten(-1, (layer.num_heads, -1))
         query = query.transpose(-2, -3) if number else query
@@ -151,7 +152,7 @@ def _rows(
     batched = key.dim() == 3
     q = layer._projected(query)[0]
     if not several:
-        q = q.unflatten(0, (-1, memory.beams)) if batched else q.unsqueeze(0)
+        q = q.unflatten(0, (-1, memory._beams())) if batched else q.unsqueeze(0)
     if not batched:
         q, key, value = q.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     if key.dtype != q.dtype and (key.dtype, q.dtype) in NARROW_MEMORY:

@@ -113,8 +113,9 @@ class HistoryAttention(ProjectingAttention):
                 weights.dtype
             )
             uniform = attended / attended.sum(-1, keepdim=True).clamp(min=1)
-            if memory.beams > 1 and uniform.dim() == 2 and uniform.shape[0] > 1:
-                uniform = flat_beams(uniform.unsqueeze(1).expand(-1, memory.beams, -1))
+            beams = memory._beams()
+            if beams > 1 and uniform.dim() == 2 and uniform.shape[0] > 1:
+                uniform = flat_beams(uniform.unsqueeze(1).expand(-1, beams, -1))
             weights = weights + uniform
         return AttentionState(weights, weights.clone())
 
@@ -151,9 +152,9 @@ class HistoryAttention(ProjectingAttention):
             refuse_types(query=query)
         if query.is_nested:
             refuse_layouts(query=query)
-        if memory.prepared is None:
+        if memory._prepared() is None:
             check_memory(self._caller("step"), *memory)
-        key, value, beams = memory.key, memory.value, memory.beams
+        key, value, beams = memory.key, memory.value, memory._beams()
         rank = key.dim()
         alone = rank == 2 and beams == 1  # one query without a batch dim
         if not (2 <= rank <= 3 and value.dim() == rank and query.dim() == (1 if alone else 2)):
@@ -226,7 +227,7 @@ class HistoryAttention(ProjectingAttention):
                 and x.device == key.device
             ):
                 first = _state_shape(memory)
-                check_state(self._caller("step"), state, query, key, first, memory.beams)
+                check_state(self._caller("step"), state, query, key, first, memory._beams())
                 break
 
 
@@ -237,7 +238,8 @@ def _state_shape(memory: ProjectedMemory) -> tuple[int, ...]:
         batch = torch.broadcast_shapes(batch, lengths.shape[:1])
     if attn_mask is not None:
         batch = torch.broadcast_shapes(batch, attn_mask.shape[:-2])
-    if memory.beams > 1:
+    beams = memory._beams()
+    if beams > 1:
         # Size.numel would make a symbolic size of torch.export a constant.
-        return memory.beams * math.prod(batch), key.shape[-2]
+        return beams * math.prod(batch), key.shape[-2]
     return *batch, key.shape[-2]

@@ -327,10 +327,10 @@ class MultiheadAdditiveAttention(nn.Module):
             return symbolic_call(self, "step", query, memory, need_weights, average_attn_weights)
         if not isinstance(query, Tensor):
             refuse_types(query=query)
-        if memory.prepared is None:
+        if memory._prepared() is None:
             check_replaced(memory)
         check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights)
-        check_step(self, query, memory.key, memory.value, memory.beams)
+        check_step(self, query, memory.key, memory.value, memory._beams())
         try:
             return step_heads(self, query, memory, need_weights, average_attn_weights)
         except (RuntimeError, TypeError):
