@@ -85,7 +85,10 @@ def _register_cpu() -> None:
         kernels = importlib.import_module("additive_attn.backends.triton")
         for name in PLAIN.keys() & vars(kernels).keys():
             registrations.impl(name, getattr(kernels, name), "CPU")
-    elif library_path is None and not os.environ.get("ADDITIVE_ATTN_CPU"):
+
+
+def _warn_of_plain_path() -> None:
+    if library_path is None and not os.environ.get("ADDITIVE_ATTN_CPU"):
         warnings.warn(
             "additive_attn computes on the CPU with plain PyTorch, several times slower than its "
             f"compiled kernel: {cpu_reason}. To build the kernel, {how_to_build()}; or set "
@@ -166,6 +169,7 @@ def below_autograd(operator: Any, *arguments: Any) -> Any:
 # What may raise comes before what is registered, so that a failed import can be repeated.
 library_path, cpu_reason = _choose_cpu()
 cpu_is_plain = library_path is None and os.environ.get("ADDITIVE_ATTN_CPU") != "triton"
+_warn_of_plain_path()
 for _name, _operator in PLAIN.items():
     registrations.impl(_name, _operator, "CompositeExplicitAutograd")
     registrations.impl(_name, _on_gpu(_name), "CUDA")
