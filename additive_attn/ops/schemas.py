@@ -23,12 +23,10 @@ from additive_attn.spec.call import (
 )
 from additive_attn.spec.dropout import keep_mask
 
-# A window that follows a size stays symbolic in a graph. Whether torch's stable ABI takes SymInt
-# before 2.11 has not been tried; with int the size becomes a constant, which torch guards.
-_SIDE = "SymInt" if torch.__version__ >= (2, 11) else "int"  # type: ignore[operator]
+# SymInt: a window that follows a size stays symbolic in a graph.
 _MASKING = (
     "Tensor? attn_mask, Tensor? lengths, Tensor? starts, Tensor? block_table, "
-    f"Tensor? block_tiles, {_SIDE} left, {_SIDE} right"
+    "Tensor? block_tiles, SymInt left, SymInt right"
 )
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, "
