@@ -63,7 +63,8 @@ def attend(
     ):
         # The derivative comes with the operator, which a graph holds.
         if score_bias is not None:
-            weight = call.weight + 0 * score_bias
+            # Not 0, which the exporter to ONNX of torch 2.10 cannot promote.
+            weight = call.weight + 0.0 * score_bias
             call = call._replace(weight=weight.to(call.weight.dtype))
         if torch.onnx.is_in_onnx_export():
             return _formula(call)
