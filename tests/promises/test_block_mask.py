@@ -166,7 +166,11 @@ def test_a_slice_for_more_queries_than_it_has():
     mask = made(causal, size=(8, 16), rows=16, keys=16)
     part = mask[:, :, :1]
     part.mask_mod = mask.mask_mod
-    with pytest.raises(ValueError, match=r"of 1 blocks of .* queries, but 16 queries have"):
+    # From torch 2.14 on the slice itself knows that it is for 8 queries.
+    match = (
+        r"of 1 blocks of .* queries, but 16 queries have|for 8 queries and 16 keys, but there are"
+    )
+    with pytest.raises(ValueError, match=match):
         additive_attention(QUERY, QUERY, QUERY, QUERY[0, 0], attn_mask=part)
 
 
