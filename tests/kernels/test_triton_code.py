@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton brings compiler and disassembler")
 
+from triton.runtime.jit import JITFunction
+
 from additive_attn.backends import triton as operators
 from additive_attn.backends.triton import arguments, tiles
 from tools.control_flow import number
@@ -67,6 +69,18 @@ class PeakMemory(TorchDispatchMode):
     def _forget(self, place: int, size: int) -> None:
         self._seen.discard(place)
         self.now -= size
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that calls launch, which do not even compile."""
+    names = []
+
+    def run(kernel, *arguments, **options):
+        names.append(kernel.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return names
 
 
 EVERYTHING = dict(
@@ -283,34 +297,26 @@ def test_lengths_share_kernels():
     [(1, 20_000, 20_000), (200_000, 2, 3), (1, 17, 300_000), (1, 300_000, 17), (100_000, 1, 12)],
     ids=str,
 )
-def test_extra_memory(sizes, monkeypatch):
+def test_extra_memory(sizes, launched, monkeypatch):
     """What one call needs beyond its inputs: workspaces of a fixed size, and as much as a few
     copies of the inputs, results included."""
     batch, queries, keys = sizes
     monkeypatch.setattr(arguments, "processors", lambda device: 132)
-    peak = PeakMemory()
-
-    def function():
-        with peak:
-            call(*sizes, 8, 8, need_weights=False)()
-
-    compiled_calls("sm_90", function)
+    with PeakMemory() as peak:
+        call(*sizes, 8, 8, need_weights=False)()
+    assert len(launched) >= 3
     inputs = 4 * batch * (queries + keys) * 16
     workspace = 4 * tiles.WORKSPACE_ELEMENTS
     assert peak.peak <= 4 * workspace + 10 * inputs
 
 
-def test_a_mask_is_not_copied():
+def test_a_mask_is_not_copied(launched):
     """Not even one that broadcasts in the middle of three batch dims."""
     batch, rows, keys = (4, 4, 3), 600, 700
     mask = torch.ones(4, 1, 1, 1, keys, dtype=torch.bool)
     inputs = [torch.zeros(*batch, n, 8) for n in (rows, keys, keys)]
-    peak = PeakMemory()
-
-    def function():
-        with peak:
-            options = mask, *(None,) * 4, -1, -1, None, 0.0, 1.0, False
-            operators.forward(*inputs, torch.zeros(8), *options)
-
-    compiled_calls("sm_90", function)
+    with PeakMemory() as peak:
+        options = mask, *(None,) * 4, -1, -1, None, 0.0, 1.0, False
+        operators.forward(*inputs, torch.zeros(8), *options)
+    assert launched
     assert peak.peak <= 4 * tiles.WORKSPACE_ELEMENTS + 8 * sum(x.nbytes for x in inputs)
