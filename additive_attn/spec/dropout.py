@@ -26,8 +26,8 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xCD9E8D57, 0xD2511F53)  # of the third and the first word
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-# Counters up to which integers of Python cost less than some 80 operations of PyTorch.
-_FEW = 512
+# Counters up to which integers of Python cost less than some 100 operations of PyTorch.
+_FEW = 1024
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -76,10 +76,16 @@ def drawn_factors(
 ) -> Tensor:
     """``keep_factors`` of a ``keep_mask``."""
     if dtype == torch.float32:
-        (bits,) = struct.unpack("<I", struct.pack("<f", keep_scale(dropout_p)))
-        if few := _few_words(seed, batch_shape, rows, keys, dropout_p, bits):
+        if few := _few_words(seed, batch_shape, rows, keys, dropout_p, _bits(dropout_p)):
             return _block(few, dtype, batch_shape, rows, keys)
     return keep_factors(keep_mask(seed, batch_shape, rows, keys, dropout_p), dropout_p, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _bits(dropout_p: float) -> int:
+    """Of the float32 that a kept weight is multiplied by."""
+    bits: int = struct.unpack("<I", struct.pack("<f", keep_scale(dropout_p)))[0]
+    return bits
 
 
 def _few_words(
@@ -110,7 +116,8 @@ def _block(
 def philox(seed: Tensor, block: Tensor, row: Tensor, entry: Tensor) -> tuple[Tensor, ...]:
     """The four random words of each counter, as int64 tensors in [0, 2^32)."""
     # int64 products wrap modulo 2^64, which keeps both 32-bit halves right. Few operations on both
-    # halves of the counter at once, since small calls pay for each.
+    # halves of the counter at once, since small calls pay for each; what lies above 32 bits is
+    # masked once a round.
     c0, c1, c2, c3, like = torch.broadcast_tensors(block, row, entry & _WORD, entry >> 32, seed)
     ones = (1,) * like.dim()
     keys = torch.stack([seed, seed >> 32]).reshape(2, *ones[seed.dim() :], *seed.shape)
@@ -118,43 +125,54 @@ def philox(seed: Tensor, block: Tensor, row: Tensor, entry: Tensor) -> tuple[Ten
     weyl, multipliers = (
         torch.tensor(pair, device=seed.device).reshape(2, *ones) for pair in (_WEYL, _MULTIPLIERS)
     )
+    # Tensors, since PyTorch makes one of a number in every operation.
+    word, half = torch.tensor((_WORD, 32), device=seed.device).unbind()
     turned, others = torch.stack([c2, c0]), torch.stack([c1, c3])
+    product, both = torch.empty_like(turned), torch.empty_like(turned)
+    (c2, c0), (first, second) = turned.unbind(), both.unbind()
     for key in ((keys & _WORD) + steps * weyl).bitwise_and_(_WORD):
-        product = turned * multipliers
-        low = product & _WORD
-        both = product.bitwise_right_shift_(32).bitwise_and_(_WORD)
-        both = both.bitwise_xor_(others).bitwise_xor_(key)  # c0 and c2
-        turned, others = both.flip(0), low
-    return both[0], others[0], both[1], others[1]
+        torch.mul(turned, multipliers, out=product)
+        torch.bitwise_right_shift(product, half, out=both)
+        both.bitwise_xor_(others).bitwise_xor_(key)
+        torch.bitwise_and(first, word, out=c0)
+        torch.bitwise_and(second, word, out=c2)
+        product, others = others, product
+    c1, c3 = others.bitwise_and_(word).unbind()
+    return c0, c1, c2, c3
 
 
 def _few(
     seed: int, entries: int, rows: range, blocks: range, dropout_p: float, kept: int
 ) -> array[int]:
     """Of each word of entries x rows x blocks the 32 bits ``kept``, or 0 if it drops. An integer
-    of Python holds a word of all counters, 64 bits apart, which no product crosses: c0 and c1 in
-    its lower half, c2 and c3 in its upper one. What lies above 32 bits is masked once a round."""
-    turned, others, ones, low, weyl, half = _counters(entries, rows, blocks)
-    key = ones * (seed & _WORD) | ones * (seed >> 32 & _WORD) << half
-    for _ in range(_ROUNDS):
-        product = (turned * _MULTIPLIERS[1] << half) + (turned >> half) * _MULTIPLIERS[0]
-        turned = (product >> 32 ^ others ^ key) & low
-        others = product
-        key += weyl
+    of Python holds a word of all counters, 64 bits apart, which no product crosses. What lies
+    above 32 bits is masked once a round."""
+    c0, c1, c2, c3, ones, low, weyl0, weyl1 = _counters(entries, rows, blocks)
+    of_c2, of_c0 = _MULTIPLIERS
+    key0, key1 = ones * (seed & _WORD), ones * (seed >> 32 & _WORD)
+    c0 ^= key0
+    c2 ^= key1
+    for _ in range(_ROUNDS - 1):
+        key0 += weyl0
+        key1 += weyl1
+        c1, c3, left, right = c2 * of_c2, c0 * of_c0, c3, c1
+        c0 = (c1 >> 32 ^ right ^ key0) & low
+        c2 = (c3 >> 32 ^ left ^ key1) & low
     # The sum of a word and this has bit 32 if the word keeps.
-    both = ones | ones << half
-    least = both * (_WORD + 1 - keep_threshold(dropout_p))
-    keeps = (turned + least) >> 32 & both | ((others & low) + least) & both << 32
-    halves = array("Q", (keeps * kept).to_bytes(half // 4, "little"))
-    words, count = array("Q", halves), half // 64
-    words[::2], words[1::2] = halves[:count], halves[count:]
+    least, above = ones * (_WORD + 1 - keep_threshold(dropout_p)), ones << 32
+    size = 8 * entries * len(rows) * len(blocks)
+    first = (c0 + least) >> 32 & ones | (c1 & low) + least & above
+    second = (c2 + least) >> 32 & ones | (c3 & low) + least & above
+    words = array("Q", bytes(2 * size))
+    words[::2] = array("Q", (first * kept).to_bytes(size, "little"))
+    words[1::2] = array("Q", (second * kept).to_bytes(size, "little"))
     return words
 
 
 @functools.lru_cache(maxsize=64)
-def _counters(entries: int, rows: range, blocks: range) -> tuple[int, int, int, int, int, int]:
+def _counters(entries: int, rows: range, blocks: range) -> tuple[int, ...]:
+    """The counters after the first round, but for its keys: that is the same for all seeds."""
     count = entries * len(rows) * len(blocks)
-    half = 64 * count
     c0, c1, c2, ones = (
         int.from_bytes(array("Q", words).tobytes(), "little")
         for words in (
@@ -164,5 +182,7 @@ def _counters(entries: int, rows: range, blocks: range) -> tuple[int, int, int, 
             [1] * count,
         )
     )
-    low = (ones | ones << half) * _WORD
-    return c0 | c2 << half, c1, ones, low, ones * _WEYL[0] | ones * _WEYL[1] << half, half
+    low = ones * _WORD
+    left, right = c0 * _MULTIPLIERS[1], c2 * _MULTIPLIERS[0]
+    first = (right >> 32 ^ c1) & low, right, left >> 32 & low, left
+    return *first, ones, low, *(ones * step for step in _WEYL)
