@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from typing import Any
 
@@ -140,7 +141,12 @@ def attend_dropped(call: Call, need_weights: bool, *options: Any) -> tuple[Tenso
     keep = torch.ops.additive_attn.keep_mask(
         call.seed, weights.shape[:-2], *weights.shape[-2:], call.dropout_p
     )
-    return out, weights * keep_factors(keep, call.dropout_p, weights.dtype), lse
+    factors = keep_factors(keep, call.dropout_p, weights.dtype)
+    if type(weights) is not Tensor and hasattr(weights, "device_mesh"):
+        factors = importlib.import_module("additive_attn.ops.sharding").replicated(
+            factors, weights
+        )
+    return out, weights * factors, lse
 
 
 def padded(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:

@@ -10,7 +10,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from additive_attn.ops import dispatch
@@ -41,6 +42,13 @@ def register() -> None:
         (dispatch.scores_tangent, _SCORES, 1, True),
     ):
         register_sharding(operator)(functools.partial(_derivative, order, outputs, tangents))
+
+
+def replicated(tensor: Tensor, like: Any) -> Tensor:
+    """A tensor that all processes have, as a DTensor on the mesh of another."""
+    mesh = like.device_mesh
+    made: Tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return made
 
 
 def _batch_dims(arguments: Any, order: Sequence[str | None] = _ORDER) -> int:

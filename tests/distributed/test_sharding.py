@@ -174,6 +174,21 @@ def check_heads(mesh, folder):
             torch.testing.assert_close(ours, theirs)
 
 
+def check_dropout_of_heads(mesh, folder):
+    """Returned weights are those after dropout, as of one process."""
+    x, found = torch.randn(3, 5, 8), []
+    for parallel in (False, True):
+        model = Model(dropout=0.5)
+        if parallel:
+            parallelize_module(model, mesh, {"attention": HeadParallel()})
+        torch.manual_seed(5)
+        out, weights = model(x, x, x)
+        (out.square().sum() + weights.square().sum()).backward()
+        found.append([out, weights, *(full(p.grad) for p in model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def check_traffic_of_heads(mesh, folder):
     """With projections by heads, forward sends outputs alone: they are added up."""
     model = Model(kdim=6, vdim=7)
