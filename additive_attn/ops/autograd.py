@@ -71,7 +71,7 @@ def attend(
         outputs = dispatch.forward(*call, need_weights)
         return outputs
     if type(call.query) is not Tensor and hasattr(call.query, "device_mesh"):
-        importlib.import_module("additive_attn.ops.sharding").register()
+        call = importlib.import_module("additive_attn.ops.sharding").with_masks(call)
     # Asked first, since most calls are on a CPU with a kernel.
     if (dispatch.cpu_is_plain or not call.query.is_cpu) and serves_whole(call):
         return whole.attend(call, need_lse, score_bias)

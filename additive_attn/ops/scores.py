@@ -30,10 +30,10 @@ _functorch_active = torch._C._are_functorch_transforms_active
 def score(call: Call, *_: Any) -> tuple[Tensor, ...]:
     """``additive_attn::scores`` as the only output, differentiable in query, key, weight and a
     float mask. Takes the place of ``attend``, whose other arguments say nothing here."""
+    if type(call.query) is not Tensor and hasattr(call.query, "device_mesh"):
+        call = importlib.import_module("additive_attn.ops.sharding").with_masks(call)
     query, key, _value, weight, attn_mask = call[:5]
     arguments = query, key, weight, *call[4:11], call.scale
-    if type(query) is not Tensor and hasattr(query, "device_mesh"):
-        importlib.import_module("additive_attn.ops.sharding").register()
     if torch.onnx.is_in_onnx_export():
         return (_formula(call),)
     if in_graph() or forward_ad._current_level >= 0:

@@ -26,6 +26,7 @@ _RANKS = {
 }  # fmt: skip
 _ORDER = tuple(name if name in _RANKS else None for name in Call._fields)
 _SEED = _ORDER.index("seed")
+_MASKING = "attn_mask", "lengths", "starts", "block_table", "block_tiles"
 _DIFFERENTIABLE = "query", "key", "value", "weight", "attn_mask"
 _SCORES = (*_ORDER[:2], *_ORDER[3:11], None)  # without the value, seed and dropout_p
 
@@ -42,6 +43,17 @@ def register() -> None:
         (dispatch.scores_tangent, _SCORES, 1, True),
     ):
         register_sharding(operator)(functools.partial(_derivative, order, outputs, tangents))
+
+
+def with_masks(call: Call) -> Call:
+    """A call of DTensors. Its plain masks and lengths are those of the whole batch, equal on all
+    processes."""
+    register()
+    given: Any = {name: getattr(call, name) for name in _MASKING}
+    for name, x in given.items():
+        if isinstance(x, Tensor) and not isinstance(x, DTensor):
+            given[name] = replicated(x, call.query)
+    return call._replace(**given)
 
 
 def replicated(tensor: Tensor, like: Any) -> Tensor:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.attention.flex_attention import create_block_mask
 
 from additive_attn import (
     AdditiveAttention,
@@ -116,6 +117,38 @@ def check_dropout(mesh, folder):
         torch.manual_seed(5)
         results.append(full(additive_attention(**x, dropout_p=0.5)))
     torch.testing.assert_close(*results)
+
+
+def check_masks_of_this_process(mesh, folder):
+    """Plain masks and lengths are those of the whole batch; so are lists of numbers."""
+    inputs, _ = inputs_of("batch")
+    bias = torch.nn.Parameter(torch.randn(3, 5).double())
+    block_mask = create_block_mask(
+        lambda b, h, i, j: i >= j, None, None, 3, 5, device="cpu", BLOCK_SIZE=2
+    )
+    for masking in (
+        {"lengths": [5, 2, 0, 3]}, {"lengths": torch.tensor([5, 2, 0, 3]), "starts": [1, 0, 0, 2]},
+        {"attn_mask": torch.rand(4, 3, 5) < 0.7}, {"key_padding_mask": torch.rand(4, 5) < 0.3},
+        {"attn_mask": bias}, {"attn_mask": block_mask},
+    ):  # fmt: skip
+        found = []
+        for placement in (None, Shard(0), Replicate()):
+            x = inputs
+            if placement is not None:
+                x = {
+                    n: distribute_tensor(t, mesh, [Replicate() if n == "weight" else placement])
+                    for n, t in inputs.items()
+                }
+            x = {n: t.detach().requires_grad_() for n, t in x.items()}
+            bias.grad = None
+            outputs = [additive_attention(**x, **masking)]
+            outputs.append(additive_scores(x["query"], x["key"], x["weight"], **masking))
+            sum(full(o).nan_to_num(neginf=0).square().sum() for o in outputs).backward()
+            grads = [*(t.grad for t in x.values()), bias.grad]
+            found.append([full(t) for t in (*outputs, *grads) if t is not None])
+        for ours in found[1:]:
+            for mine, theirs in zip(ours, found[0], strict=True):
+                torch.testing.assert_close(mine, theirs, msg=lambda m, k=masking: f"{k}: {m}")
 
 
 def check_layers(mesh, folder):
