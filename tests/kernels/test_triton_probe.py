@@ -25,22 +25,38 @@ def test_kernels_agree():
     probe()
 
 
+def half_of_few_keys(splits, per_split):
+    return 1, 20
+
+
+def without_the_last_range(splits, per_split):
+    return max(1, splits - 1), per_split
+
+
 @pytest.mark.parametrize(
-    ("module", "name", "queries"),
-    [("one_pass", "pass_splits", 5), ("decode_forward", "decode_inputs", 1)],
+    ("module", "name", "broken", "what"),
+    [
+        ("one_pass", "pass_splits", half_of_few_keys, "out .* 5 queries and 40 keys"),
+        ("decode_forward", "decode_inputs", None, "out .* 1 queries and 40 keys"),
+        # What ranges of keys leave, of which few keys have one.
+        ("one_pass", "pass_splits", without_the_last_range, "out .* 5 queries and 600"),
+        ("backward", "pass_splits", without_the_last_range, "grad .* 5 queries and 600"),
+        ("decode_forward", "decode_splits", without_the_last_range, "out .* 1 queries and 600"),
+        ("decode_backward", "key_splits", without_the_last_range, "grad .* 1 queries and 600"),
+    ],
 )
-def test_a_broken_kernel_is_refused(module, name, queries, monkeypatch):
-    """A kernel that is given half of the keys, or the values for the keys."""
+def test_a_broken_kernel_is_refused(module, name, broken, what, monkeypatch):
+    """A kernel that is given fewer keys, or the values for the keys."""
     room = sys.modules[f"additive_attn.backends.triton.{module}"]
     right = getattr(room, name)
 
-    def broken(*arguments):
+    def wrong(*arguments):
         results = right(*arguments)
-        if name == "pass_splits":
-            return 1, arguments[1] // 2
+        if broken is not None:
+            return broken(*results)
         query, key, value, *others = results
         return (query, value, key, *others)
 
-    monkeypatch.setattr(room, name, broken)
-    with pytest.raises(RuntimeError, match=rf"another out than plain PyTorch.* {queries} queries"):
+    monkeypatch.setattr(room, name, wrong)
+    with pytest.raises(RuntimeError, match=f"another {what}"):
         probe()
