@@ -3,6 +3,7 @@ runs nothing (``tools/mock_driver.py``)."""
 
 from __future__ import annotations
 
+import mmap
 from typing import Any, NamedTuple
 
 import pytest
@@ -83,6 +84,26 @@ def test_pieces_add_up_in_a_bounded_number_of_kernels(
         for rows in (128, 256)
     )
     assert more - few <= 2 * 10  # two pieces more
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_strides_beyond_int32_reach_the_kernels(
+    driver: mock_driver.MockDriver, queries: int
+) -> None:
+    """For which others are compiled; of 8 GB of addresses a few pages are touched."""
+    # Not from torch.empty, whose memory the tests fill.
+    room = torch.frombuffer(mmap.mmap(-1, 2**33 + 2**20), dtype=torch.float16)
+    query, weight = torch.zeros(2, queries, 8).half(), torch.zeros(8).half()
+    key = room.as_strided((2, 9, 8), (2**31 + 16, 8, 1))
+    value = room.as_strided((2, 9, 5), (5, 2**28, 1))
+    call = Call(query, key, value, weight)
+    before = driver.launched
+    out, _, lse = operators.forward(*call, False)
+    operators.backward(out, None, None, *call, lse, True, True, True, True, False)
+    launched = driver.since(before)
+    assert len(launched) >= 3
+    names = {launch.name for launch in launched if 2**31 + 16 in launch.parameters}
+    assert len(names) >= 3, names
 
 
 def test_the_public_function_reaches_the_driver(driver: mock_driver.MockDriver) -> None:

@@ -4,7 +4,6 @@ algebra needs: read from the machine code, since no GPU is needed for that."""
 from __future__ import annotations
 
 import functools
-import mmap
 import weakref
 from typing import Any
 
@@ -251,24 +250,6 @@ def test_instructions_on_other_gpus(name, target):
     # The assembler of Triton 3.6 to 3.8 moves numbers about to pair them for sm_100.
     most = 1.1 if VERSION >= (3, 9) or target != "sm_100" else 1.2
     assert instructions_per_tanh(name, target) <= most * instructions_per_tanh(name, "sm_90")
-
-
-@pytest.mark.parametrize("queries", [1, 5])
-def test_offsets_beyond_int32_compile(queries):
-    """Strides that need 64 bits; of 8 GB of addresses a few pages are touched."""
-    # Not from torch.empty, whose memory the tests fill.
-    room = torch.frombuffer(mmap.mmap(-1, 2**33 + 2**20), dtype=torch.float16)
-    query, weight = torch.zeros(2, queries, 8).half(), torch.zeros(8).half()
-    key = room.as_strided((2, 9, 8), (2**31 + 16, 8, 1))
-    value = room.as_strided((2, 9, 5), (5, 2**28, 1))
-
-    def function():
-        inputs = (query, key, value, weight, None, None, None, None, None, -1, -1, None, 0.0, 1.0)
-        out, _, lse = operators.forward(*inputs, False)
-        needs = (True, True, True, True, False)
-        operators.backward(out, None, None, *inputs, lse, *needs)
-
-    assert len(compiled_calls("sm_90", function)) >= 3
 
 
 @pytest.mark.sweep
