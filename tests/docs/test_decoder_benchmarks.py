@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import sys
 from dataclasses import replace
 
@@ -73,23 +75,25 @@ def test_every_millisecond_of_a_profile_belongs_to_a_group():
     assert alone["cells"] == 0
 
 
-@pytest.fixture
-def written(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "rows.csv"
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The rows of a run, and what it shows."""
+    path = tmp_path_factory.mktemp("run") / "rows.csv"
     options = ["--case", "gnmt-decoder", "step-32", "--quick", "--split", "--rounds", "2"]
     options += ["--budget", "0.01", "--threads", "1", "--output", str(path)]
-    monkeypatch.setattr(sys, "argv", ["decoders", *options])
     case = CASES["gnmt-decoder"]
     uncompiled = replace(
         case, make=lambda loop: without_compiler(replace(case, arguments=(loop,)))
     )
-    monkeypatch.setitem(main.CASES, "gnmt-decoder", uncompiled)
-    threads = torch.get_num_threads()
-    try:
-        main.main()
-    finally:
-        torch.set_num_threads(threads)
-    return path, capsys.readouterr().out
+    threads, shown = torch.get_num_threads(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        patch.setattr(sys, "argv", ["decoders", *options])
+        patch.setitem(main.CASES, "gnmt-decoder", uncompiled)
+        try:
+            main.main()
+        finally:
+            torch.set_num_threads(threads)
+    return path, shown.getvalue()
 
 
 def test_a_run_writes_rows_and_shows_them(written):
