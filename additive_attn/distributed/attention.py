@@ -98,9 +98,9 @@ def context_parallel_additive_attention(
             with different shapes, dtypes or options, which all of them raise.
     """
     group = checked_group(mesh)
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(_TRANSFORMED)  # on every process, for none could send to others
     try:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(_TRANSFORMED)
         if type(balanced) is not bool:
             refuse_flags(balanced=balanced)
         if exchange not in _EXCHANGES:

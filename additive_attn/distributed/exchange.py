@@ -53,15 +53,16 @@ def agree(
     mine = f"{type(common).__name__}: {common}" if failed else common
     digest = zlib.crc32(repr(mine).encode())
     processes = dist.get_world_size(group)
-    told = torch.tensor([failed, digest, *numbers], dtype=torch.int64, device=device)
-    heard = told.new_empty(processes, told.numel())
-    dist.all_gather(list(heard), told, group=group)
-    rows: list[list[int]] = heard.tolist()
-    if any(row[0] for row in rows) or len({row[1] for row in rows}) > 1:
-        described: list[Any] = [None] * processes
-        dist.all_gather_object(described, mine, group=group)
-        if not failed:
-            _refuse(described)
+    with torch._C._DisableFuncTorch():  # a process that stopped within a transform says so too
+        told = torch.tensor([failed, digest, *numbers], dtype=torch.int64, device=device)
+        heard = told.new_empty(processes, told.numel())
+        dist.all_gather(list(heard), told, group=group)
+        rows: list[list[int]] = heard.tolist()
+        if any(row[0] for row in rows) or len({row[1] for row in rows}) > 1:
+            described: list[Any] = [None] * processes
+            dist.all_gather_object(described, mine, group=group)
+            if not failed:
+                _refuse(described)
     return [row[2:] for row in rows]
 
 

@@ -58,12 +58,18 @@ def unshard_sequence(
         TypeError, ValueError: the mesh is none of one dim, shapes differ between processes, or
             balanced shards have other sizes than :func:`shard_sequence` gives them; the tensor is
             none, or has no such dim; balanced is no bool.
-        RuntimeError: that, on another process.
+        RuntimeError: that, on another process; or torch.func transforms the call, or the tensor
+            is on meta.
     """
     group = checked_group(mesh)
     try:
         dim = _checked_dim(tensor, dim, balanced)
-    except (TypeError, ValueError) as error:
+        if torch._C._are_functorch_transforms_active() or tensor.is_meta:
+            raise RuntimeError(
+                "unshard_sequence was called under torch.func, or with a tensor on meta, neither "
+                "of which has values to send. Call it on the result of the transform."
+            )
+    except (TypeError, ValueError, RuntimeError) as error:
         agree(group, sending_device(mesh, tensor), error, (0,))
         raise
     shape = list(tensor.shape)

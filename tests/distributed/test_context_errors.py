@@ -42,6 +42,14 @@ def check_sequence_errors(mesh, folder):
             refused(kind, sentence, unshard_sequence, **arguments)
         else:
             refused(RuntimeError, "Process 0 of the mesh stopped", unshard_sequence, x, mesh)
+    for run in (
+        lambda: unshard_sequence(x.to("meta"), mesh),
+        lambda: torch.func.vmap(lambda y: unshard_sequence(y, mesh))(x[None]),
+    ):
+        if first:
+            refused(RuntimeError, "unshard_sequence was called under", run)
+        else:
+            refused(RuntimeError, "Process 0 of the mesh stopped", unshard_sequence, x, mesh)
     for function in (shard_sequence, unshard_sequence):
         refused(TypeError, "must be a DeviceMesh", function, x, None)
 
@@ -53,7 +61,7 @@ def check_placements(mesh, folder):
 
 
 def check_transforms(mesh, folder):
-    """Refused by a sentence, on all processes."""
+    """Refused by a sentence, on all processes and on one alone."""
     inputs = make((2,), 4, 5, 8, 6)
 
     def call(query):
@@ -65,6 +73,10 @@ def check_transforms(mesh, folder):
         lambda: torch.func.grad(lambda q: call(q).sum())(x),
     ):  # fmt: skip
         refused(RuntimeError, "was called under torch.func", run)
+        if mesh.get_local_rank() == 0:  # alone
+            refused(RuntimeError, "was called under torch.func", run)
+        else:
+            refused(RuntimeError, "Process 0 of the mesh stopped", call, x)
     with torch.autograd.forward_ad.dual_level():
         call(x)
         refused(RuntimeError, "forward mode", call, torch.autograd.forward_ad.make_dual(x, x))
