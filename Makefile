@@ -85,7 +85,8 @@ NOISY    := tests/kernels/test_triton.py -k '(magnitudes and 10) or (around and 
 CENTRE   := $(FEATURES) -k 'compiled or sizes or magnitudes or repeats'
 # A kernel takes up to 10 seconds to compile. For those that are left out others stand, of another
 # dtype or size; make compiled-all compiles them too.
-CHOSEN   := $(FEATURES) $(PLANS) -k 'not (begins and float32)'
+CHOSEN   := $(FEATURES) $(STEPS) tests/layers/test_compiled_decoders.py \
+	-k 'not (begins and float32) and (not test_triton_steps or (300 and (None or 17)))'
 OLDEST   := $(FEATURES) -k 'compiled or repeats or (sizes and (17 or 70 or 300)) or (magnitudes and 10)'
 OLDEST_TRITON := $(abspath $(VENV))/triton-3.6.0
 

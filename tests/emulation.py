@@ -262,6 +262,11 @@ def running() -> Iterator[None]:
     assert not found, "the emulator found\n" + "\n".join(found[:5])
 
 
+def launched() -> list[str]:
+    """The kernels that have run."""
+    return [name for name, *_ in _emulator.launches]
+
+
 def described() -> str:
     """Of what is compiled by what, and how it is executed."""
     version = importlib.import_module("triton").__version__
