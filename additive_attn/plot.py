@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from additive_attn.ops.checks import warn_user
 from additive_attn.ops.plot_checks import (
+    as_number,
     check_labels,
     checked_colors,
     checked_length,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 512
 EMPTY_COLOR = "lightgrey"
 NAN_COLOR = (0.84, 0.15, 0.16, 1.0)  # red
+UNDRAWN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls and halves of surrogates
 LONGEST = 20  # characters of a token
 SMALL, USUAL = 7.0, 9.0  # points of a font
 LABEL_INCHES = 1.1 * SMALL / 72  # height of a small label
@@ -91,6 +94,7 @@ def plot_attention(
         ValueError: another argument does not fit the weights, or has no such value.
     """
     plt = _import_pyplot()
+    batch, head, max_ticks = map(as_number, (batch, head, max_ticks))
     check_labels(
         style, max_ticks, title, colorbar, source_tokens=source_tokens, target_tokens=target_tokens
     )
@@ -271,11 +275,12 @@ def _length(name: str, length: int | None, tokens: Sequence[Any] | None, availab
 
 
 def _texts(tokens: Sequence[Any] | None) -> list[str]:
-    """Tokens as they are printed: no tensors or arrays, no line breaks, and not too long."""
+    """Tokens as they are printed: no tensors of one number, no line breaks, and not too long."""
     if tokens is None:
         return []
-    texts = [str(token.item() if hasattr(token, "item") else token) for token in tokens]
-    texts = [text.replace("\n", r"\n").replace("\t", r"\t") for text in texts]
+    numbers = (math.prod(getattr(token, "shape", (0,))) == 1 for token in tokens)
+    texts = [str(x.item() if one else x) for x, one in zip(tokens, numbers, strict=True)]
+    texts = [UNDRAWN.sub(lambda x: ascii(x[0])[1:-1], text) for text in texts]
     return [f"{text[: LONGEST - 1]}…" if len(text) > LONGEST else text for text in texts]
 
 

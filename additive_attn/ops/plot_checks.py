@@ -15,6 +15,9 @@ from additive_attn.ops.checks import is_dense, refuse_flags, refuse_layouts
 def checked_weights(weights: Any) -> Tensor:
     """As float; the weights of decoder steps beside each other."""
     try:
+        if type(weights).__module__ == "numpy" and weights.ndim:
+            # torch takes no negative strides, no other byte order, and warns of read-only memory.
+            weights = weights.astype(weights.dtype.newbyteorder("="), order="C")
         if isinstance(weights, list | tuple) and getattr(weights[0], "ndim", False):
             steps = [torch.as_tensor(step).detach().cpu() for step in weights]
             # The steps of one sequence, (target, source), or of a batch, (batch, target, source).
@@ -57,6 +60,16 @@ def check_labels(style: Any, max_ticks: Any, title: Any, colorbar: Any, **tokens
                 f"{name} are {each!r:.60}, but must be a list with a label for each position, or "
                 "None."
             )
+
+
+def as_number(given: Any) -> Any:
+    """An integer of NumPy or a tensor of one as one of Python; anything else as it is."""
+    if isinstance(given, bool):
+        return given
+    try:
+        return operator.index(given)
+    except (TypeError, ValueError, RuntimeError):
+        return given
 
 
 def checked_length(name: str, length: Any) -> int | None:

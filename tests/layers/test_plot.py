@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy
 import pytest
 import torch
 
@@ -39,6 +40,23 @@ def test_takes_weights_as_they_come():
     assert plot_attention(weights, head="grid").size >= 3
     plot_attention(torch.zeros(5, 7))
     plot_attention(torch.rand(5, 7), style="alignment", source_length=3)
+
+
+@pytest.mark.parametrize("change", [
+    lambda w: w[::-1, ::-2], lambda w: w.astype(">f4"), lambda w: numpy.broadcast_to(w[0], (3, 7)),
+])  # fmt: skip
+def test_arrays_of_any_layout(recwarn, change):
+    weights = change(numpy.random.rand(5, 7))
+    found = shown(plot_attention(weights))
+    torch.testing.assert_close(found, torch.tensor(weights.astype("f4")))
+    assert not recwarn
+
+
+@pytest.mark.parametrize("integer", [numpy.int64, torch.tensor])
+def test_numbers_that_argmax_returns(integer):
+    weights = torch.rand(2, 3, 5, 7)
+    axes = plot_attention(weights, batch=integer(1), head=integer(2), max_ticks=integer(3))
+    torch.testing.assert_close(shown(axes), weights[1, 2])
 
 
 def shown(axes):
@@ -150,6 +168,11 @@ def test_tokens_of_tensors_and_with_signs():
     axes = plot_attention(torch.rand(2, 3), torch.tensor([4, 5, 6]), ["$a$", "b\n"])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["4", "5", "6"]
     assert [label.get_text() for label in axes.get_yticklabels()] == [r"\$a\$", r"b\n"]
+    tokens = ["\r\0", "\udc80", torch.tensor([1, 2])]  # as a tokenizer of bytes decodes them
+    axes = plot_attention(torch.rand(2, 3), tokens)
+    found = [label.get_text() for label in axes.get_xticklabels()]
+    assert found == [r"\r\x00", r"\udc80", "tensor([1, 2])"]
+    axes.figure.canvas.draw()
 
 
 def test_characters_that_the_default_font_lacks(monkeypatch):
