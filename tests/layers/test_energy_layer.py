@@ -224,19 +224,19 @@ def test_quantised_layers():
 
 
 NOT_AFFINE = {
-    "tanh": nn.Sequential(nn.Linear(H, 1), nn.Tanh()),
-    "relu": nn.Sequential(nn.ReLU(), nn.Linear(H, 1)),
-    "gelu": nn.Sequential(nn.Linear(H, 4), nn.GELU(), nn.Linear(4, 1)),
-    "dropout": nn.Sequential(nn.Dropout(0.1), nn.Linear(H, 1)),
-    "adapter with dropout": Adapter(nn.Linear(H, 1), 0.5),
-    "clamp": nn.Sequential(nn.Linear(H, 1), nn.Hardtanh(-0.5, 0.5)),
+    "tanh": lambda: nn.Sequential(nn.Linear(H, 1), nn.Tanh()),
+    "relu": lambda: nn.Sequential(nn.ReLU(), nn.Linear(H, 1)),
+    "gelu": lambda: nn.Sequential(nn.Linear(H, 4), nn.GELU(), nn.Linear(4, 1)),
+    "dropout": lambda: nn.Sequential(nn.Dropout(0.1), nn.Linear(H, 1)),
+    "adapter with dropout": lambda: Adapter(nn.Linear(H, 1), 0.5),
+    "clamp": lambda: nn.Sequential(nn.Linear(H, 1), nn.Hardtanh(-0.5, 0.5)),
 }
 
 
 @pytest.mark.parametrize("name", NOT_AFFINE)
 def test_other_functions_are_refused(name):
     layer, x = AdditiveAttention(D, H), torch.randn(2, 5, D)
-    layer.energy_layer = copy.deepcopy(NOT_AFFINE[name])
+    layer.energy_layer = NOT_AFFINE[name]()
     for _ in range(2):
         with pytest.raises(ValueError, match=r"energy_layer is a .* no affine function"):
             layer(x, x)
