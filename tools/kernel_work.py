@@ -32,8 +32,7 @@ def _scores(a: SimpleNamespace, *around: float) -> Through:
     pairs = a.RM * a.RN
     if a.DIFFERENCE:  # the direct form has as many special functions, but few additions
         return Through({"MUFU": 2 * pairs, "FADD": 8 * pairs}, (a.padded / 8, *around))
-    trips = a.FEATURES_PER_SUM / 8, a.padded / a.FEATURES_PER_SUM
-    return Through({"MUFU": 2 * pairs, "MUFU.EX2": 0}, (*trips, *around))
+    return Through({"MUFU": 2 * pairs, "MUFU.EX2": 0}, (a.padded / 8, *around))
 
 
 def score_kernel(a: SimpleNamespace) -> Work:

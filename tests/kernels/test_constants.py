@@ -60,10 +60,6 @@ def test_limits_of_the_forms(cpp):
     prepare = pytest.importorskip("additive_attn.backends.triton.prepare")
     limit = constant(cpp, "kDifferenceMaxFeatures", "difference_max_features", "features_few")
     assert limit == prepare.DIFFERENCE_MAX_FEATURES
-    assert (
-        constant(cpp, "kFeaturesPerSum", "features_per_sum", "features_summed")
-        == prepare.FEATURES_PER_SUM
-    )
 
 
 def test_philox(cpp):

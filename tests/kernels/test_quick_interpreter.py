@@ -152,3 +152,19 @@ def test_choices_casts_and_dims(compare):
                     tl.where(condition, x, y), tl.where(condition, y, z)
 
     assert compare(body, torch.zeros(4)) > 500
+
+
+@triton.jit
+def sort_kernel(x, out, DESCENDING: tl.constexpr):
+    i = 8 * tl.arange(0, 4)[:, None] + tl.arange(0, 8)[None, :]
+    tl.store(out + i, tl.sort(tl.load(x + i), descending=DESCENDING))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+@pytest.mark.parametrize("descending", [True, False])
+def test_sort(descending, dtype):
+    x = torch.randint(-9, 9, (4, 8)).to(dtype)
+    out = torch.empty_like(x)
+    with paths._interpreted():
+        sort_kernel[(1,)](x, out, descending)
+    assert torch.equal(out, x.sort(descending=descending).values)

@@ -14,7 +14,6 @@ from additive_attn.backends.triton.launch import bits, processors, target
 from additive_attn.backends.triton.plan import Piece, key_range, workspace_pieces
 from additive_attn.backends.triton.prepare import (
     DIFFERENCE_MAX_FEATURES,
-    FEATURES_PER_SUM,
     Prepared,
     batch_strides,
     prepare,
@@ -169,7 +168,6 @@ class Problem:
     def form(self) -> dict[str, object]:
         return {
             "DIFFERENCE": self.hidden <= DIFFERENCE_MAX_FEATURES,
-            "FEATURES_PER_SUM": FEATURES_PER_SUM,
             "TARGET": target(),
         }
 

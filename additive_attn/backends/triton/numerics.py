@@ -13,6 +13,19 @@ def number(bits):
 
 
 @triton.jit
+def weight_exponent(largest):
+    """The exponent of the largest |w|, so far as its reciprocal is a normal number."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
+    return tl.where(largest == 0.0, 0, tl.maximum(tl.minimum(exponent, 125), -125))
+
+
+@triton.jit
+def power(exponent):
+    """2^exponent, in float32."""
+    return ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def reciprocal(x, TARGET: tl.constexpr):
     """1 / x in float32 to 1 ulp, for 2^-126 < x < 2^126. A division would scale x first."""
     if TARGET == "cuda":
@@ -135,3 +148,12 @@ def split4(x, R: tl.constexpr, T: tl.constexpr):
 def tile4(x, R: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
     """The four slices [R, TM, TN] of [R, TM, TN, 4]."""
     return _slices(tl.reshape(x, [R, TM, TN, 2, 2]))
+
+
+@triton.jit
+def opposite_limit(square, hidden):
+    """Below what squared distance from -k a query with this square is opposite to a key: so small
+    that of ordinary rows and keys, which have only ``hidden`` ways to differ, hardly any are."""
+    share = tl.where(hidden >= 16, 0.04, tl.where(hidden >= 8, 0.01, 0.0025))
+    share = tl.where(hidden >= 4, share, tl.where(hidden >= 2, 1e-5, 0.0))
+    return share * tl.minimum(2.0 * square, 1.0)

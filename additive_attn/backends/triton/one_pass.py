@@ -102,8 +102,7 @@ def attend_kernel(
     inner, entries, rows, keys, hidden, padded, values, left, right, splits, keys_per_split,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, BD: tl.constexpr,
     MEMORY: tl.constexpr, STORED: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
-    DIFFERENCE: tl.constexpr, FEATURES_PER_SUM: tl.constexpr, PRECISION: tl.constexpr,
-    TARGET: tl.constexpr,
+    DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Some rows of an entry and a range of its keys. Without ``tops`` the range is all keys, and
     ``out`` and ``lse`` are final; else ``out`` is [split][entry][row], for ``merge_kernel``, or
@@ -125,7 +124,7 @@ def attend_kernel(
     end = tl.minimum(begin + keys_per_split, keys)
     at_weight = o * weight_outer + m * weight_inner
     weight = prepared.weight + at_weight * padded
-    centre = prepared.centre + at_weight * (padded // FEATURES_PER_SUM)
+    quad_weight = prepared.quad_weight + at_weight * padded
     score_scale = prepared.score_scale + 2 * at_weight
     at_query = o * query_exp_outer + m * query_exp_inner
     at_key = o * key_exp_outer + m * key_exp_inner
@@ -173,10 +172,10 @@ def attend_kernel(
             if computed:
                 score, attended, _any = pair_scores(
                     query, key, query_row, query_h, key_row, key_h, query_rows, key_rows,
-                    at_query, at_key, weight, centre, score_scale,
+                    at_query, at_key, weight, quad_weight, score_scale,
                     low, high, mask, mask_row, mask_column, block_tiles, row0, key0, rows, keys,
                     hidden, padded,
-                    RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET, ACC,
+                    RM, TM, RN, TN, DIFFERENCE, TARGET, ACC,
                 )  # fmt: skip
                 if STORED:
                     store_tile(scores, stored(score, attended), n, row0, key0, rows, keys)

@@ -14,8 +14,9 @@ All t of a tile are small where all |q|, |k| <= 1. Of an opposite pair, q near -
 that matters, they are small too, but q and k are not. A ``sketch`` of rows and keys tells such
 pairs without a look at the features (``opposite.py``).
 
-Exponentials are kept in ``quads`` of features, [HP / 4][LP][4], for passes over pairs: there
-neighbouring threads read neighbouring rows, 16 bytes each. Passes over features read rows.
+Exponentials are kept in ``quads`` of features for passes over pairs (``quad_layout.py``): there
+neighbouring threads read neighbouring rows, 16 bytes each. Passes over features read rows. More
+than DIFFERENCE_MAX_FEATURES stand in the quads in an order of their own (``matches.py``).
 """
 
 from __future__ import annotations
@@ -30,19 +31,26 @@ from torch import Tensor
 
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.batch import BatchShape, aligned, batch_entry, entry_offset
-from additive_attn.backends.triton.launch import bits, kernel, launch
-from additive_attn.backends.triton.numerics import exp_with_error, number
+from additive_attn.backends.triton.launch import bits, kernel, launch, target
+from additive_attn.backends.triton.matches import quad_order, store_matches, store_quad_weight
+from additive_attn.backends.triton.numerics import (
+    exp_with_error,
+    number,
+    opposite_limit,
+    power,
+    weight_exponent,
+)
+from additive_attn.backends.triton.quad_layout import SPARE, fill_spare, signed, store_quads
 from additive_attn.backends.triton.tiles import power_of_two
 
 SAFE = tl.constexpr(10.0)  # (e^{2 SAFE} + e^{2 SAFE})^4 < 2^120
-DIFFERENCE_MAX_FEATURES = 64  # up to so many the plain layer rounds so little that w (b - a) helps
-FEATURES_PER_SUM = 32  # partial sums are centred after so many features, which keeps them small
+DIFFERENCE_MAX_FEATURES = 64  # more take the matched form
+BLOCK_OF_FEATURES = 32  # more are padded to whole blocks
 STEP = tl.constexpr(4)  # the gradient's loops take so many rows at a time, and begin anywhere
 SKETCH = tl.constexpr(32)  # numbers of a sketch
 GROUP = tl.constexpr(8)  # rows that share flags; lengths are padded to whole groups
 SMALL = tl.constexpr(1)  # in the flags of a group: one of its rows has no |x| > 1
 WILD = tl.constexpr(256)  # the same: not within SAFE; so far apart that flags may be added up
-SPARE = tl.constexpr(128)  # rows that a tile may reach beyond the last of all quads
 TICKETS = tl.constexpr(1024)
 
 
@@ -50,30 +58,30 @@ class PreparedWeight(NamedTuple):
     """``weight`` (outer, inner, HP): w divided by a power of two, so that abs(w) < 2, and padded
     with zeros, in the computing dtype. ``score_scale`` (outer, inner, 2): two factors whose
     product is that power of two times the scale of the scores, NaN where a weight is not finite.
-    One after the other they overflow only where the score does. ``centre`` (outer, inner,
-    HP / 32): half the sums of 32 weights each. ``tickets`` (TICKETS,): zeros, for the programs of
-    one kernel of the call (``merging.is_last``)."""
+    One after the other they overflow only where the score does. ``quad_weight`` (outer, inner,
+    HP): abs(w) in the order of the quads of the matched form. ``tickets`` (TICKETS,): zeros, for
+    the programs of one kernel of the call (``merging.is_last``)."""
 
     weight: Tensor
     score_scale: Tensor
-    centre: Tensor
+    quad_weight: Tensor
     tickets: Tensor
 
 
 class PreparedRows(NamedTuple):
     """Of queries (e^{-2q}) or keys (e^{2k}): ``exponential`` (outer, inner, LP, HP), 1 in rows
     that are not within SAFE and in the rows beyond the last, so that loops need no bounds;
-    ``quads``, the same as (outer inner, HP / 4, LP, 4) and SPARE rows more, flat; ``weighted``,
-    quads of w e^{-2q} (queries only); ``size`` (outer, inner, LP) = max |x|, Inf for NaN;
-    ``correction`` (outer, inner, LP); ``flags`` (outer, inner, LP / GROUP), of keys beside
-    ``quads``; ``sketch`` (outer, inner, LP, 32), in float16: sums of w x / |w| over every 32nd
-    feature, with random signs; ``distance`` (outer, inner, LP): the square of a key's sketch, and
-    what twice its product with a query's and this square must stay below for a pair to be
-    opposite. What no pass will read has no elements."""
+    ``quads``, the same in their layout, with c and g of two matches (queries) or p of four (keys)
+    for the matched form, and SPARE rows more, flat; ``size`` (outer, inner, LP) = max |x|, Inf for
+    NaN; ``correction`` (outer, inner, LP, 2), of the difference form and of the matched form, with
+    -d; ``flags`` (outer, inner, LP / GROUP), of keys beside ``quads``; ``sketch`` (outer, inner,
+    LP, 32), in float16: sums of w x / |w| over every 32nd feature, with random signs; ``distance``
+    (outer, inner, LP): the square of a key's sketch, and what twice its product with a query's and
+    this square must stay below for a pair to be opposite. What no pass will read has no
+    elements."""
 
     exponential: Tensor
     quads: Tensor
-    weighted: Tensor
     size: Tensor
     correction: Tensor
     flags: Tensor
@@ -97,32 +105,20 @@ def padded_length(length):
 
 @triton.jit
 def _weight_exponent(weight, stride_h, hidden, padded, BLOCK: tl.constexpr):
-    """``_exponent`` the largest finite |w|."""
+    """``weight_exponent`` of the largest finite |w|."""
     most = tl.zeros([BLOCK], tl.float32)
     for h0 in range(0, padded, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         w = tl.load(weight + h.to(tl.int64) * stride_h, mask=h < hidden, other=0.0)
         w = tl.abs(w.to(tl.float32))
         most = tl.maximum(most, tl.where(w < float("inf"), w, 0.0))
-    return _exponent(tl.max(most, 0))
-
-
-@triton.jit
-def _exponent(largest):
-    """The exponent of the largest |w|, so far as its reciprocal is a normal number."""
-    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
-    return tl.where(largest == 0.0, 0, tl.maximum(tl.minimum(exponent, 125), -125))
-
-
-@triton.jit
-def _power(exponent):
-    return ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+    return weight_exponent(tl.max(most, 0))
 
 
 @triton.jit
 def _prepare_weight(
     weight, stride_h, prepared, n, hidden, padded, scale_bits, scale_exponent,
-    BLOCK: tl.constexpr, FEATURES_PER_SUM: tl.constexpr,
+    BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, MATCHED: tl.constexpr,
 ):  # fmt: skip
     h = tl.arange(0, BLOCK)
     w = tl.load(weight + h.to(tl.int64) * stride_h, mask=h < hidden, other=0.0)
@@ -131,29 +127,21 @@ def _prepare_weight(
     second = 1.0
     if w.dtype != tl.float64:
         exponent = _weight_exponent(weight, stride_h, hidden, padded, BLOCK)
-        w = w.to(tl.float32) * _power(-exponent)
+        w = w.to(tl.float32) * power(-exponent)
         both = tl.maximum(tl.minimum(exponent + scale_exponent, 250), -250)
         half = both >> 1
-        first = _power(half) * first.to(tl.float32)
-        second = _power(both - half)
-        sums = tl.sum(tl.reshape(w, [BLOCK // FEATURES_PER_SUM, FEATURES_PER_SUM]), 1)
-        block = tl.arange(0, BLOCK // FEATURES_PER_SUM)
-        blocks = padded // FEATURES_PER_SUM
-        tl.store(prepared.centre + n * blocks + block, sums * 0.5, mask=block < blocks)
+        first = power(half) * first.to(tl.float32)
+        second = power(both - half)
+        if MATCHED:
+            store_quad_weight(
+                weight, stride_h, prepared.quad_weight + n * padded, hidden, padded,
+                power(-exponent), ROW_BLOCK,
+            )  # fmt: skip
     ticket = tl.arange(0, TICKETS)
     tl.store(prepared.tickets + ticket, ticket * 0, mask=ticket < tl.where(n == 0, TICKETS, 0))
     tl.store(prepared.score_scale + 2 * n, tl.where(finite != 0, first, float("nan")))
     tl.store(prepared.score_scale + 2 * n + 1, second)
     tl.store(prepared.weight + n * padded + h, w, mask=h < padded)
-
-
-@triton.jit
-def _opposite_limit(square, hidden):
-    """Below what squared distance from -k a query with this square is opposite to a key: so small
-    that of ordinary rows and keys, which have only ``hidden`` ways to differ, hardly any are."""
-    share = tl.where(hidden >= 16, 0.04, tl.where(hidden >= 8, 0.01, 0.0025))
-    share = tl.where(hidden >= 4, share, tl.where(hidden >= 2, 1e-5, 0.0))
-    return share * tl.minimum(2.0 * square, 1.0)
 
 
 @triton.jit
@@ -178,19 +166,16 @@ def _row_sums(v, w, f, largest, sums, squares):
 
 @triton.jit
 def _store_exponentials(
-    v, w, f, rows, at, quads, length_padded, padded,
+    v, w, h0, h, rows, at, tile, n, length_padded, padded,
     SIGN: tl.constexpr, EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """Stores the exponentials of features f; what their roundings add to the correction."""
+    """Stores the exponentials of features h0 + h; what their roundings add to the correction."""
     e, error = exp_with_error(v * (2.0 * SIGN))
-    stored = f < padded
+    f = h0 + h
     if EXPONENTIAL:
-        tl.store(rows.exponential + at * padded + f, e, mask=stored)
+        tl.store(rows.exponential + at * padded + f, e, mask=f < padded)
     if QUADS:
-        to = quads + (f // 4).to(tl.int64) * (4 * length_padded) + f % 4
-        tl.store(rows.quads + to, e, mask=stored)
-        if SIGN < 0:
-            tl.store(rows.weighted + to, w * e, mask=stored)
+        store_quads(rows.quads, signed(e, SIGN), h0, tile, n, length_padded, padded, SIGN, False)
     return w * (error / e)
 
 
@@ -198,7 +183,7 @@ def _store_exponentials(
 def _prepare_rows(
     x, stride_row, stride_h, weight, weight_h, rows, n, tile, length, length_padded, hidden,
     padded, SIGN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-    EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """A group of rows, [GROUP, BLOCK / 4, 4] at a time: threads read and write four features of
     neighbouring rows, in every layout. WHOLE: BLOCK features are all. Sums stay apart per thread
@@ -213,10 +198,13 @@ def _prepare_rows(
     squares = tl.zeros([GROUP, FOURS, 4], tl.float32)
     if WHOLE:
         v, w = _load_rows(source, stride_h, weight, weight_h, h, inside, hidden)
-        w *= _power(-_exponent(tl.max(tl.where(tl.abs(w) < float("inf"), tl.abs(w), 0.0))))
+        factor = power(
+            -weight_exponent(tl.max(tl.where(tl.abs(w) < float("inf"), tl.abs(w), 0.0)))
+        )
+        w *= factor
         largest, sums, squares = _row_sums(v, w, h, largest, sums, squares)
     else:
-        factor = _power(-_weight_exponent(weight, weight_h, hidden, padded, BLOCK))
+        factor = power(-_weight_exponent(weight, weight_h, hidden, padded, BLOCK))
         for h0 in range(0, padded, BLOCK):
             v, w = _load_rows(source, stride_h, weight, weight_h, h0 + h, inside, hidden)
             largest, sums, squares = _row_sums(v, w * factor, h0 + h, largest, sums, squares)
@@ -233,32 +221,39 @@ def _prepare_rows(
     tl.store(rows.sketch + SKETCH * at[:, None, None] + lane, of_row)
     square = tl.sum(tl.sum(of_row.to(tl.float32) * of_row.to(tl.float32), 2), 1)
     if SIGN < 0:
-        square = _opposite_limit(square, hidden) - square
+        square = opposite_limit(square, hidden) - square
     tl.store(rows.distance + at, square)
 
     safe = ((row < length) & (most <= SAFE))[:, None, None]
-    quads = (n * length_padded * padded + 4 * row)[:, None, None]
     to_rows = at[:, None, None]
+    matched = tl.zeros([GROUP, FOURS, 2], tl.float32)
     if WHOLE:
         total = _store_exponentials(
-            tl.where(safe, v, 0.0), w, h, rows, to_rows, quads, length_padded, padded,
-            SIGN, EXPONENTIAL, QUADS,
+            tl.where(safe, v, 0.0), w, 0, h, rows, to_rows, tile, n, length_padded, padded,
+            SIGN, EXPONENTIAL, QUADS and not MATCHED,
         )  # fmt: skip
     else:
         total = tl.zeros([GROUP, FOURS, 4], tl.float32)
         for h0 in range(0, padded, BLOCK):
             v, w = _load_rows(source, stride_h, weight, weight_h, h0 + h, safe, hidden)
             total += _store_exponentials(
-                v, w * factor, h0 + h, rows, to_rows, quads, length_padded, padded,
-                SIGN, EXPONENTIAL, QUADS,
+                v, w * factor, h0, h, rows, to_rows, tile, n, length_padded, padded,
+                SIGN, EXPONENTIAL, QUADS and not MATCHED,
             )  # fmt: skip
-    tl.store(rows.correction + at, tl.sum(tl.sum(total, 2), 1) * (0.5 * SIGN))
-
-
-@triton.jit
-def _fill_spare(quads, end):
-    """1 in the rows beyond the last of all quads."""
-    tl.store(quads + end + tl.arange(0, 4 * SPARE), tl.full([4 * SPARE], 1.0, tl.float32))
+    if MATCHED:
+        total = tl.zeros([GROUP, FOURS, 4], tl.float32)
+        for h0 in range(0, BLOCK if WHOLE else padded, BLOCK):
+            f = quad_order(weight, weight_h, h0, hidden, BLOCK)
+            f = tl.reshape(f, [1, FOURS, 4])
+            v, w = _load_rows(source, stride_h, weight, weight_h, f, safe, hidden)
+            sums, more = store_matches(
+                v, w * factor, h0, tile, rows, n, length_padded, padded, SIGN,
+                TARGET,
+            )  # fmt: skip
+            total += sums
+            matched += more
+    tl.store(rows.correction + 2 * at, tl.sum(tl.sum(total, 2), 1) * (0.5 * SIGN))
+    tl.store(rows.correction + 2 * at + 1, tl.sum(tl.sum(matched, 2), 1))
 
 
 @kernel
@@ -267,8 +262,9 @@ def prepare_kernel(
     key_outer, key_inner, key_row, key_h, weight_outer, weight_inner, weight_h,
     prepared, query_rows, key_rows, row_programs, row_count, rows, key_programs, key_count, keys,
     inner, hidden, padded, scale_bits, scale_exponent,
-    BLOCK: tl.constexpr, WEIGHT_BLOCK: tl.constexpr, FEATURES_PER_SUM: tl.constexpr,
-    WHOLE: tl.constexpr, EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, WEIGHT_BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, ALIGNED: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """Programs of queries, of keys and of weights, in this order; of weights alone without
     ``query_rows``. ``row_count``, ``key_count`` and ``inner`` are their inner batch dims."""
@@ -277,7 +273,7 @@ def prepare_kernel(
         n, o, m = batch_entry(program - row_programs - key_programs, inner)
         _prepare_weight(
             weight + o * weight_outer + m * weight_inner, weight_h, prepared, n, hidden, padded,
-            scale_bits, scale_exponent, WEIGHT_BLOCK, FEATURES_PER_SUM,
+            scale_bits, scale_exponent, WEIGHT_BLOCK, BLOCK, MATCHED,
         )  # fmt: skip
     elif query_rows is not None:
         padded = tl.multiple_of(padded, 4)
@@ -286,33 +282,30 @@ def prepare_kernel(
             keys_padded = padded_length(keys)
             n, o, m = batch_entry(program // (keys_padded // GROUP), key_count)
             if QUADS and program == 0:
-                end = key_programs.to(tl.int64) * GROUP * padded
-                _fill_spare(key_rows.quads, end)
+                fill_spare(key_rows.quads, key_programs, padded, GROUP, 1, MATCHED)
             _prepare_rows(
                 key + entry_offset(o, key_outer, m, key_inner, ALIGNED), key_row, key_h,
                 weight + entry_offset(o, weight_outer, m, weight_inner, ALIGNED), weight_h,
                 key_rows, n,
                 program % (keys_padded // GROUP), keys, keys_padded, hidden, padded, 1, BLOCK,
-                WHOLE, EXPONENTIAL, QUADS,
+                WHOLE, EXPONENTIAL, QUADS, MATCHED, TARGET,
             )  # fmt: skip
         else:
             rows_padded = padded_length(rows)
             n, o, m = batch_entry(program // (rows_padded // GROUP), row_count)
             if QUADS and program == 0:
-                end = row_programs.to(tl.int64) * GROUP * padded
-                _fill_spare(query_rows.quads, end)
-                _fill_spare(query_rows.weighted, end)
+                fill_spare(query_rows.quads, row_programs, padded, GROUP, -1, MATCHED)
             _prepare_rows(
                 query + entry_offset(o, query_outer, m, query_inner, ALIGNED), query_row, query_h,
                 weight + entry_offset(o, weight_outer, m, weight_inner, ALIGNED), weight_h,
                 query_rows, n,
                 program % (rows_padded // GROUP), rows, rows_padded, hidden, padded, -1, BLOCK,
-                WHOLE, EXPONENTIAL, QUADS,
+                WHOLE, EXPONENTIAL, QUADS, MATCHED, TARGET,
             )  # fmt: skip
 
 
 def _empty_rows(
-    view: Tensor, padded: int, exponential: bool, quads: bool, queries: bool
+    view: Tensor, padded: int, exponential: bool, quads: bool, matched: bool, queries: bool
 ) -> PreparedRows:
     outer, inner, length = view.shape[:3]
     length_padded = (length + STEP.value + GROUP.value - 2) // GROUP.value * GROUP.value
@@ -321,14 +314,15 @@ def _empty_rows(
         return torch.empty(shape, dtype=dtype, device=view.device)
 
     of_rows = outer, inner, length_padded
-    size = outer * inner * length_padded * padded + 4 * SPARE.value if quads else 0
+
+    numbers = padded // 2 * ((4 if queries else 3) if matched else 2)
+    spare = (8 if queries and matched else 4) * SPARE.value
     groups = 0 if queries or not quads else length_padded // GROUP.value
     return PreparedRows(
         exponential=empty(*of_rows, padded if exponential else 0),
-        quads=empty(size),
-        weighted=empty(size if queries else 0),
+        quads=empty(outer * inner * length_padded * numbers + spare if quads else 0),
         size=empty(*of_rows),
-        correction=empty(*of_rows),
+        correction=empty(*of_rows, 2),
         flags=empty(outer, inner, groups, dtype=torch.int32),
         distance=empty(*of_rows),
         sketch=empty(*of_rows, SKETCH.value, dtype=torch.float16),
@@ -349,16 +343,18 @@ def prepare(
     layouts of the exponentials will be read."""
     w = batch.narrow(weight, 1)
     outer, inner, hidden = w.shape
-    multiple = 4 if hidden <= DIFFERENCE_MAX_FEATURES else FEATURES_PER_SUM
+    many = hidden > DIFFERENCE_MAX_FEATURES
+    multiple = BLOCK_OF_FEATURES if many else 4
     padded = -(-max(hidden, 1) // multiple) * multiple
     wide = weight.dtype == torch.float64
+    matched = quads and many and not wide
     scaled = torch.empty(
         outer, inner, padded, dtype=torch.float64 if wide else torch.float32, device=weight.device
     )
     of_weight = PreparedWeight(
         scaled,
         scaled.new_empty(outer, inner, 2),
-        scaled.new_empty(outer, inner, padded // FEATURES_PER_SUM),
+        scaled.new_empty(outer, inner, padded if matched else 0),
         scaled.new_empty(TICKETS.value, dtype=torch.int32),
     )
     views: list[Tensor] = []
@@ -368,7 +364,7 @@ def prepare(
         # What is prepared depends on the weight, which may have more heads than x.
         x = x.expand(max(x.shape[0], outer), max(x.shape[1], inner), *x.shape[2:])
         views.append(x)
-        rows.append(None if wide else _empty_rows(x, padded, exponential, quads, queries))
+        rows.append(None if wide else _empty_rows(x, padded, exponential, quads, matched, queries))
     prepared = Prepared(of_weight, rows[0], rows[1])
     programs = [0 if x is None else x.size.numel() // GROUP.value for x in rows]
     mantissa, exponent = (scale, 0) if wide else math.frexp(scale)
@@ -381,7 +377,7 @@ def prepare(
         inner, hidden, padded, bits(mantissa), exponent,
         **tiles.prepare_tile(padded),
         ALIGNED=aligned(*(s for x in (*views, w) for s in x.stride()[:2])),
-        WEIGHT_BLOCK=max(FEATURES_PER_SUM, power_of_two(padded)),
-        FEATURES_PER_SUM=FEATURES_PER_SUM, EXPONENTIAL=exponential, QUADS=quads,
+        WEIGHT_BLOCK=power_of_two(padded), EXPONENTIAL=exponential, QUADS=quads, MATCHED=matched,
+        TARGET=target(),
     )  # fmt: skip
     return prepared

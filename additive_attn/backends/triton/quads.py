@@ -1,7 +1,13 @@
 """Sums of fractions over quads of features: the inner loop of every pass over pairs.
 
 With as many registers as it takes few threads run at a time, and a load from another cache takes
-longer than the arithmetic of a quad: so a quad is loaded while the one before is computed."""
+longer than the arithmetic of a quad: so a quad is loaded while the one before is computed. Two
+quads at a time take turns in two sets of registers, so that nothing is moved.
+
+Two neighbouring rows are twins: their features alternate in memory and in registers, since some
+GPUs compute both with one instruction. Tiles in here are [RN, RM, TM, TN], and the odd features of
+rows have a minus: where the factors of a denominator are a sum and a difference, compilers pair
+twins, and do not take one factor of the one and the other of the other."""
 
 from __future__ import annotations
 
@@ -12,98 +18,164 @@ from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal,
 
 
 @triton.jit
-def _pairs(x, y):
-    """x + y of rows [RM, TM, TN] and keys [RN, TM, TN]: [RM, RN, TM, TN]."""
-    return x[:, None, :, :] + y[None, :, :, :]
+def _sum(a, b):
+    """b + a of rows [RM, TM, TN] and keys [RN, TM, TN]."""
+    return b[:, None, :, :] + a[None, :, :, :]
 
 
 @triton.jit
-def _load4(quads, u, step):
-    """Quad u of features, [R, TM, TN, 4].
+def _difference(a, b):
+    """b - a of them."""
+    return b[:, None, :, :] - a[None, :, :, :]
+
+
+@triton.jit
+def _load4(quads):
+    """Four numbers of each thread.
 
     Every thread loads what it multiplies, so that the loop needs no shared memory and no barrier.
     The loads' layout follows the contiguity of their addresses. That of the last dim is true, that
     of the others is an order, last dim first, since Triton 3.6 would have threads lie along R. The
     hint counts only where it meets the load."""
+    return tl.load(tl.multiple_of(tl.max_contiguous(quads, [1, 2, 4, 8]), [1, 1, 1, 16]))
+
+
+@triton.jit
+def _load_keys(quads, u, step):
+    """Quad u of features, [RN, TM, TN, 4]."""
+    return _load4(quads + tl.cast(u, tl.int64) * step)
+
+
+@triton.jit
+def _load_rows(quads, u, step):
+    """Quad u of features of twins, two halves [RM / 2, TM, TN, 4]."""
     at = quads + tl.cast(u, tl.int64) * step
-    return tl.load(tl.multiple_of(tl.max_contiguous(at, [1, 2, 4, 8]), [1, 1, 1, 16]))
+    return _load4(at), _load4(at + 4)
 
 
 @triton.jit
-def _loaded(a_rows, z_rows, b_rows, u, a_step, b_step, DIFFERENCE: tl.constexpr):
-    """Quad u of a, z and b. The difference form makes its own z."""
-    a4 = _load4(a_rows, u, a_step)
-    if DIFFERENCE:
-        z4 = a4
-    else:
-        z4 = _load4(z_rows, u, a_step)
-    return a4, z4, _load4(b_rows, u, b_step)
+def _load_matched(rows, u, step):
+    """Quad u of a and of c and g of twins."""
+    at = rows + tl.cast(u, tl.int64) * step
+    return (_load4(at), _load4(at + 4)), (_load4(at + 8), _load4(at + 12))
 
 
 @triton.jit
-def _add_quad(
-    acc, a4, z4, b4, w_at,
+def _two_features(half, RM: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
+    """Of half a quad of twins, [RM, TM, TN] each."""
+    half = tl.permute(tl.reshape(half, [RM // 2, TM, TN, 2, 2]), (0, 4, 1, 2, 3))
+    return tl.split(tl.reshape(half, [RM, TM, TN, 2]))
+
+
+@triton.jit
+def _rows4(halves, RM: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
+    """The four slices [RM, TM, TN] of a quad of twins."""
+    x0, x1 = _two_features(halves[0], RM, TM, TN)
+    x2, x3 = _two_features(halves[1], RM, TM, TN)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _join(z01, y01, z23, y23):
+    """z01/y01 + z23/y23 as one fraction (math.md, eq. 4)."""
+    return z01 * y23 + z23 * y01, y01 * y23
+
+
+@triton.jit
+def _add_differences(
+    acc, a4, b4, w_at,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
-    DIFFERENCE: tl.constexpr, EXACT: tl.constexpr, TARGET: tl.constexpr,
+    EXACT: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum z/y over a quad of features (math.md, eq. 4), whose weights are at w_at."""
-    a0, a1, a2, a3 = tile4(a4, RM, TM, TN)
+    """acc + sum w (b - a) / (b + a) over a quad of features, whose weights are at w_at."""
+    a0, a1, a2, a3 = _rows4(a4, RM, TM, TN)
     b0, b1, b2, b3 = tile4(b4, RN, TM, TN)
-    y0 = _pairs(a0, b0)
-    y1 = _pairs(a1, b1)
-    y2 = _pairs(a2, b2)
-    y3 = _pairs(a3, b3)
-    if DIFFERENCE:
-        z0 = _pairs(-a0, b0) * tl.load(w_at)
-        z1 = _pairs(-a1, b1) * tl.load(w_at + 1)
-        z2 = _pairs(-a2, b2) * tl.load(w_at + 2)
-        z3 = _pairs(-a3, b3) * tl.load(w_at + 3)
-    else:
-        z0, z1, z2, z3 = tile4(z4, RM, TM, TN)
-        z0 = z0[:, None, :, :]
-        z1 = z1[:, None, :, :]
-        z2 = z2[:, None, :, :]
-        z3 = z3[:, None, :, :]
-    z01 = z0 * y1 + z1 * y0
-    z23 = z2 * y3 + z3 * y2
-    y01 = y0 * y1
-    y23 = y2 * y3
+    z01, y01 = _join(
+        _difference(a0, b0) * tl.load(w_at), _sum(a0, b0),
+        _sum(a1, b1) * tl.load(w_at + 1), _difference(a1, b1),
+    )  # fmt: skip
+    z23, y23 = _join(
+        _difference(a2, b2) * tl.load(w_at + 2), _sum(a2, b2),
+        _sum(a3, b3) * tl.load(w_at + 3), _difference(a3, b3),
+    )  # fmt: skip
+    z, y = _join(z01, y01, z23, y23)
     if EXACT:
-        acc += (z01 * y23 + z23 * y01) * exact_reciprocal(y01 * y23, TARGET)
+        acc += z * exact_reciprocal(y, TARGET)
     else:
-        acc += (z01 * y23 + z23 * y01) * reciprocal(y01 * y23, TARGET)
+        acc += z * reciprocal(y, TARGET)
     return acc
 
 
 @triton.jit
-def joined(
-    a_rows, z_rows, b_rows, weight, centre, blocks, quads, a_step, b_step,
+def difference_sums(
+    a_rows, b_rows, weight, quads, a_step, b_step,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
-    DIFFERENCE: tl.constexpr, EXACT: tl.constexpr, TARGET: tl.constexpr,
+    EXACT: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Sum z/y over so many blocks of so many quads, less the centre of each block, if given.
+    """Sum w (b - a) / (b + a) over so many quads (math.md, eq. 6), [RM, RN, TM, TN]."""
+    total = tl.zeros([RN, RM, TM, TN], tl.float32)
+    last = quads - 1
+    a4 = _load_rows(a_rows, 0, a_step)
+    b4 = _load_keys(b_rows, 0, b_step)
+    for u in range(0, last, 2):
+        a5 = _load_rows(a_rows, u + 1, a_step)
+        b5 = _load_keys(b_rows, u + 1, b_step)
+        w_at = weight + 4 * u
+        total = _add_differences(total, a4, b4, w_at, RM, TM, RN, TN, EXACT, TARGET)
+        after = tl.minimum(u + 2, last)
+        a4 = _load_rows(a_rows, after, a_step)
+        b4 = _load_keys(b_rows, after, b_step)
+        total = _add_differences(total, a5, b5, w_at + 4, RM, TM, RN, TN, EXACT, TARGET)
+    if quads % 2 != 0:
+        total = _add_differences(total, a4, b4, weight + 4 * last, RM, TM, RN, TN, EXACT, TARGET)
+    return tl.permute(total, (1, 0, 2, 3))
 
-    While a quad is computed the next is loaded. Two quads at a time take turns in two sets of
-    registers, so that nothing is moved."""
-    total = tl.zeros([RM, RN, TM, TN], tl.float32)
-    last = blocks * quads - 1
-    a4, z4, b4 = _loaded(a_rows, z_rows, b_rows, 0, a_step, b_step, DIFFERENCE)
-    for block in range(0, blocks):
-        middle = 0.0
-        if centre is not None:
-            middle = tl.load(centre + block)
-        for u in range(block * quads, block * quads + quads - 1, 2):
-            a5, z5, b5 = _loaded(a_rows, z_rows, b_rows, u + 1, a_step, b_step, DIFFERENCE)
-            w_at = weight + 4 * u
-            total = _add_quad(total, a4, z4, b4, w_at, RM, TM, RN, TN, DIFFERENCE, EXACT, TARGET)
-            after = tl.minimum(u + 2, last)
-            a4, z4, b4 = _loaded(a_rows, z_rows, b_rows, after, a_step, b_step, DIFFERENCE)
-            total = _add_quad(
-                total, a5, z5, b5, w_at + 4, RM, TM, RN, TN, DIFFERENCE, EXACT, TARGET
-            )
-        if centre is not None:
-            total -= middle
-    if quads % 2 != 0:  # of a single block
-        w_at = weight + 4 * last
-        total = _add_quad(total, a4, z4, b4, w_at, RM, TM, RN, TN, DIFFERENCE, EXACT, TARGET)
-    return total
+
+@triton.jit
+def _numerator(b, p, c, g):
+    """Of a match (math.md, eq. 29)."""
+    return _difference(c, p) + b[:, None, :, :] * g[None, :, :, :]
+
+
+@triton.jit
+def _add_matches(
+    acc, a4, c4, b4, p01, p23,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """acc + the fractions of the two matches of a quad, of features 0 and 1, and of 3 and 2."""
+    a0, a1, a2, a3 = _rows4(a4, RM, TM, TN)
+    b0, b1, b2, b3 = tile4(b4, RN, TM, TN)
+    c01, g01, c23, g23 = _rows4(c4, RM, TM, TN)
+    z, y = _join(
+        _numerator(b0, p01, c01, g01), _sum(a0, b0) * _difference(a1, b1),
+        _numerator(b3, p23, c23, g23), _sum(a2, b2) * _difference(a3, b3),
+    )  # fmt: skip
+    return acc + z * reciprocal(y, TARGET)
+
+
+@triton.jit
+def matched_sums(
+    a_rows, b_rows, quads, a_step, b_step,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """The fractions of the matches of so many quads, an even number (math.md, eq. 29), [RM, RN,
+    TM, TN].
+
+    What is loaded of p at a time serves this quad and the next, which is the first of another
+    two: so no more than that has to stay in registers. The last quad's is beside the first's."""
+    total = tl.zeros([RN, RM, TM, TN], tl.float32)
+    last = quads // 2 - 1
+    a4, c4 = _load_matched(a_rows, 0, a_step)
+    b4 = _load_keys(b_rows, 0, b_step)
+    _p0, _p1, p2, p3 = tile4(_load_keys(b_rows, quads, b_step), RN, TM, TN)
+    for v in range(0, last + 1):
+        a5, c5 = _load_matched(a_rows, 2 * v + 1, a_step)
+        b5 = _load_keys(b_rows, 2 * v + 1, b_step)
+        after = tl.where(v < last, v + 1, 0)
+        p4 = _load_keys(b_rows, quads + after, b_step)
+        total = _add_matches(total, a4, c4, b4, p2, p3, RM, TM, RN, TN, TARGET)
+        a4, c4 = _load_matched(a_rows, 2 * after, a_step)
+        b4 = _load_keys(b_rows, 2 * after, b_step)
+        p0, p1, p2, p3 = tile4(p4, RN, TM, TN)
+        total = _add_matches(total, a5, c5, b5, p0, p1, RM, TM, RN, TN, TARGET)
+    return tl.permute(total, (1, 0, 2, 3))

@@ -139,7 +139,7 @@ def row_pass_kernel(
     splits, keys_per_split,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, BD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, DIFFERENCE: tl.constexpr,
-    FEATURES_PER_SUM: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
+    PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """BM rows of an entry: P o D to ``scores`` [entry][row][key], G to ``gradient`` as
     ``row_gradient_kernel`` writes it, and ``flags`` as ``score_kernel`` does. Without ``gradient``
@@ -183,11 +183,11 @@ def row_pass_kernel(
                 query_row, query_h, key_row, key_h, query_rows, key_rows,
                 o * query_exp_outer + m * query_exp_inner, o * key_exp_outer + m * key_exp_inner,
                 prepared.weight + at_weight * padded,
-                prepared.centre + at_weight * (padded // FEATURES_PER_SUM),
+                prepared.quad_weight + at_weight * padded,
                 prepared.score_scale + 2 * at_weight,
                 low, high, mask, mask_row, mask_column, block_tiles,
                 row0, key0, rows, keys, hidden, padded,
-                RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET, ACC,
+                RM, TM, RN, TN, DIFFERENCE, TARGET, ACC,
             )  # fmt: skip
             kept = stored(score, attended)
             store_tile(scores, kept, 0, row0, key0, rows, score_padded)

@@ -1,15 +1,16 @@
 """The scores of a tile of queries and keys: the inner loop of every pass (math.md, eq. 1).
 
-A tile takes one of three forms (math.md, eq. 3 to 7, which say why each is needed):
+A tile takes one of three forms (math.md, section 2.2, which says why each is needed):
 
-    factored    z = w a         y = a + b    sum (w - 2 z/y)    3.75 instructions a tanh
-    difference  z = w (b - a)   y = a + b    sum z/y            few features; all |q|, |k| <= 1
-    direct      tanh(q + k)                  float64; rows or keys beyond SAFE, NaN, Inf;
-                                             opposite pairs
+    matched     z = p - c + b_0 g    y = (b_0 + a_0) (b_1 + a_1)    sum (z/y - d) of matches
+    difference  z = w (b - a)        y = b + a                      few features; all |q|, |k| <= 1
+    direct      tanh(q + k)                                         float64; rows or keys beyond
+                                                                    SAFE, NaN, Inf; opposite pairs
 
 with a = e^{-2q} and b = e^{2k} (``prepare.py``). The fractions of four features are joined, so
-that they share one reciprocal. One small product of sketches tells whether a tile holds an
-opposite pair. If so its pairs are computed in both forms, and each takes its own.
+that they share one reciprocal: 3.75 instructions a tanh in the matched form. One small product of
+sketches tells whether a tile holds an opposite pair. If so its pairs are computed in both forms,
+and each takes its own.
 
 A thread keeps RM rows by RN keys in registers: tiles are [RM, RN, TM, TN], since Triton gives the
 last dims to the threads.
@@ -43,47 +44,53 @@ from additive_attn.backends.triton.opposite import (
 )
 from additive_attn.backends.triton.plan import Piece
 from additive_attn.backends.triton.prepare import GROUP, SAFE, WILD, padded_length
-from additive_attn.backends.triton.quads import joined
+from additive_attn.backends.triton.quad_layout import quad_numbers
+from additive_attn.backends.triton.quads import difference_sums, matched_sums
 
 
 @triton.jit
 def _indirect(
-    query_rows, key_rows, weight, centre, at_query, at_key, row0, key0, rows, keys, padded, small,
+    query_rows, key_rows, weight, quad_weight, at_query, at_key, row0, key0, i, j, rows, keys,
+    padded, small,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
-    DIFFERENCE: tl.constexpr, FEATURES_PER_SUM: tl.constexpr, TARGET: tl.constexpr,
+    DIFFERENCE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """The energies of a tile in the difference form, or in the factored form -1/2 of them, [RM,
-    RN, TM, TN]. Of rows and keys beyond the last they are finite: what is read in their place are
-    other rows."""
+    """The energies of a tile in the matched or the difference form, [RM, RN, TM, TN]. Of rows and
+    keys beyond the last they may be anything: what is read in their place is another's."""
     padded = tl.multiple_of(padded, 4)
-    a_step = 4 * padded_length(rows).to(tl.int64)
+    OF_ROW: tl.constexpr = 4 if DIFFERENCE else 8  # numbers of a quad
+    a_step = OF_ROW * padded_length(rows).to(tl.int64)
     b_step = 4 * padded_length(keys).to(tl.int64)
     f = tl.arange(0, 4)
     none = tl.zeros([1, TM, TN, 1], tl.int32)
-    ri = tile_rows(0, RM, TM)  # [RM, TM]
+    ri = tile_rows(0, RM // 2, TM)  # [RM / 2, TM], of twins
     rj = tile_keys(0, RN, TN)  # [RN, TN]
-    of_rows = 4 * ri[:, :, None, None] + none + f[None, None, None, :]
+    of_rows = 2 * OF_ROW * ri[:, :, None, None] + none + f[None, None, None, :]
     of_keys = 4 * rj[:, None, :, None] + none + f[None, None, None, :]
-    a_rows = query_rows.quads + (at_query * padded + 4 * row0) + of_rows
-    z_rows = query_rows.weighted + (at_query * padded + 4 * row0) + of_rows
-    b_rows = key_rows.quads + (at_key * padded + 4 * key0) + of_keys
+    at_row = at_query * quad_numbers(padded, -1, not DIFFERENCE) + OF_ROW * row0
+    a_rows = query_rows.quads + at_row + of_rows
+    at_first = at_key * quad_numbers(padded, 1, not DIFFERENCE) + 4 * key0
+    b_rows = key_rows.quads + at_first + of_keys
     quads = padded // 4
-    if small:
-        total = joined(
-            a_rows, z_rows, b_rows, weight, None, 1, quads, a_step, b_step,
-            RM, TM, RN, TN, True, True, TARGET,
-        )  # fmt: skip
-    elif DIFFERENCE:
-        total = joined(
-            a_rows, z_rows, b_rows, weight, None, 1, quads, a_step, b_step,
-            RM, TM, RN, TN, True, False, TARGET,
-        )  # fmt: skip
+    if DIFFERENCE:
+        if small:
+            total = difference_sums(
+                a_rows, b_rows, weight, quads, a_step, b_step, RM, TM, RN, TN, True, TARGET
+            )
+        else:
+            total = difference_sums(
+                a_rows, b_rows, weight, quads, a_step, b_step, RM, TM, RN, TN, False, TARGET
+            )
+    elif small:
+        total = difference_sums(
+            a_rows, b_rows, quad_weight, quads, a_step, b_step, RM, TM, RN, TN, True, TARGET
+        )
     else:
-        STEPS: tl.constexpr = FEATURES_PER_SUM // 4
-        total = joined(
-            a_rows, z_rows, b_rows, weight, centre, quads // STEPS, STEPS, a_step, b_step,
-            RM, TM, RN, TN, False, False, TARGET,
+        total = matched_sums(
+            a_rows, b_rows, quads, a_step, b_step, RM, TM, RN, TN, TARGET,
         )  # fmt: skip
+        of_row = tl.load(query_rows.correction + 2 * i + 1)
+        total += of_row + tl.load(key_rows.correction + 2 * j + 1)
     return total
 
 
@@ -131,11 +138,10 @@ def _all_small(query_rows, key_rows, i, j, attended):
 @triton.jit
 def pair_scores(
     query, key, query_row, query_h, key_row, key_h, query_rows, key_rows, at_query, at_key,
-    weight, centre, score_scale, low, high, mask, mask_row, mask_column, block_tiles,
+    weight, quad_weight, score_scale, low, high, mask, mask_row, mask_column, block_tiles,
     row0, key0, rows, keys, hidden, padded,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
-    DIFFERENCE: tl.constexpr, FEATURES_PER_SUM: tl.constexpr, TARGET: tl.constexpr,
-    ACC: tl.constexpr,
+    DIFFERENCE: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Of a tile, [RM, RN, TM, TN]: scale * score + mask; which pairs are attended; and whether one
     of them is opposite. Row = tm RM + rm, key = rn TN + tn. ``low`` and ``high``, [RM, 1, TM, 1],
@@ -148,7 +154,6 @@ def pair_scores(
     ri = tl.minimum(ri, rows - 1)
     rj = tl.minimum(rj, keys - 1)
     any_opposite = 0
-    factor = 1.0
     if query_rows is None:
         bias, attended = attended_pairs(low, high, mask, mask_row, mask_column, block_tiles, i, j)
         total = _direct(
@@ -169,20 +174,16 @@ def pair_scores(
             )
             small = _all_small(query_rows, key_rows, qi, kj, attended)
         total = _indirect(
-            query_rows, key_rows, weight, centre, at_query, at_key, row0, key0, rows, keys,
-            padded, small, RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET,
+            query_rows, key_rows, weight, quad_weight, at_query, at_key, row0, key0, qi, kj, rows,
+            keys, padded, small, RM, TM, RN, TN, DIFFERENCE, TARGET,
         )  # fmt: skip
-        if not DIFFERENCE:
-            factor = tl.where(small, 1.0, -2.0)
         bias, attended = attended_pairs(low, high, mask, mask_row, mask_column, block_tiles, i, j)
         if special:
-            total *= factor
-            if not DIFFERENCE:
-                factor = tl.where(small, 1.0, 1.0)
             size = tl.maximum(tl.load(query_rows.size + qi), tl.load(key_rows.size + kj))
             # What the roundings of the exponentials leave out (math.md, eq. 8).
-            rounding = tl.load(query_rows.correction + qi) + tl.load(key_rows.correction + kj)
-            total += tl.where(size <= 1.0, rounding, 0.0)
+            of_row = tl.load(query_rows.correction + 2 * qi)
+            rounding = of_row + tl.load(key_rows.correction + 2 * kj)
+            total += tl.where((size <= 1.0) & (DIFFERENCE | small), rounding, 0.0)
             opposite = opposite_pairs(query_rows, key_rows, qi, kj)
             any_opposite = tl.max((attended & opposite).to(tl.int32))
             direct = attended & (opposite | (size > SAFE))
@@ -192,7 +193,7 @@ def pair_scores(
                     tl.zeros([RM, RN, TM, TN], ACC), TARGET,
                 )  # fmt: skip
                 total = tl.where(direct, exact, total)
-    score = total * (factor * tl.load(score_scale)) * tl.load(score_scale + 1)
+    score = total * tl.load(score_scale) * tl.load(score_scale + 1)
     if mask is not None:
         score += bias
     return score, attended, any_opposite
@@ -243,7 +244,7 @@ def score_kernel(
     scores, flags, inner, entry_begin, rows, row_begin, row_count, keys, key_begin, score_padded,
     hidden, padded, left, right,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
-    DIFFERENCE: tl.constexpr, FEATURES_PER_SUM: tl.constexpr, TARGET: tl.constexpr,
+    DIFFERENCE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """scores [entry][row][key] of rows from row_begin and keys from key_begin, tile by tile:
     scale * score + mask as ``masks.stored`` keeps them. ``query_rows``, ``key_rows`` and
@@ -279,11 +280,11 @@ def score_kernel(
             query + o * query_outer + m * query_inner, key + o * key_outer + m * key_inner,
             query_row, query_h, key_row, key_h, query_rows, key_rows, at_query, at_key,
             prepared.weight + at_weight * padded,
-            prepared.centre + at_weight * (padded // FEATURES_PER_SUM),
+            prepared.quad_weight + at_weight * padded,
             prepared.score_scale + 2 * at_weight,
             low, high, mask, mask_row, mask_column, block_tiles,
             row0, key0, rows, keys, hidden, padded,
-            RM, TM, RN, TN, DIFFERENCE, FEATURES_PER_SUM, TARGET, ACC,
+            RM, TM, RN, TN, DIFFERENCE, TARGET, ACC,
         )  # fmt: skip
         kept = stored(score, attended)
         store_tile(scores, kept, entry, r0, c0, row_count, score_padded)

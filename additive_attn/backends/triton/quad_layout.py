@@ -1,0 +1,59 @@
+"""Quads of features in memory, as passes over pairs read them (``quads.py``): [HP / 4][LP][4] of
+keys, and [HP / 4][LP / 2][4][2] of queries, where the features of two rows, twins, alternate. For
+the matched form quads of c and g stand beside those of queries, [HP / 4][LP / 2][2][4][2], and
+those of p behind those of keys, [HP / 4 + HP / 8][LP][4]: so each thread needs one address."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SPARE = tl.constexpr(128)  # rows that a tile may reach beyond the last of all quads
+
+
+@triton.jit
+def quad_numbers(padded, SIGN: tl.constexpr, MATCHED: tl.constexpr):
+    """Of a row, in all its quads."""
+    return padded // 2 * ((3 if SIGN > 0 else 4) if MATCHED else 2)
+
+
+@triton.jit
+def signed(x, SIGN: tl.constexpr):
+    """Quads [..., ..., 4], the odd features of queries with a minus."""
+    return x if SIGN > 0 else tl.where(tl.arange(0, 4)[None, None, :] % 2 != 0, -x, x)
+
+
+@triton.jit
+def _store(to, x, step, inside, SIGN: tl.constexpr, MATCHED: tl.constexpr):
+    """[rows, quads, 4], the quads ``step`` apart."""
+    if SIGN < 0:
+        x = tl.permute(tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1], 4]), (0, 2, 3, 1))
+        x = tl.reshape(x, [x.shape[0], x.shape[1], 8])
+    WIDTH: tl.constexpr = x.shape[2]
+    APART: tl.constexpr = 2 * WIDTH if MATCHED and SIGN < 0 else WIDTH
+    quad = tl.arange(0, x.shape[1])[None, :, None].to(tl.int64)
+    at = APART * tl.arange(0, x.shape[0])[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
+    tl.store(to + quad * step + at, x, mask=quad < inside)
+
+
+@triton.jit
+def store_quads(
+    to, x, h0, tile, n, length_padded, padded, SIGN: tl.constexpr, MATCHED: tl.constexpr
+):  # fmt: skip
+    """Features of a group of rows, [GROUP, BLOCK / 4, 4], from h0."""
+    OF_ROW: tl.constexpr = 8 if MATCHED and SIGN < 0 else 4
+    to += n * quad_numbers(padded, SIGN, MATCHED) * length_padded
+    to += OF_ROW * (tl.cast(h0 // 4, tl.int64) * length_padded + x.shape[0] * tile)
+    _store(to, x, OF_ROW * length_padded, (padded - h0) // 4, SIGN, MATCHED)
+
+
+@triton.jit
+def fill_spare(
+    quads, programs, padded, GROUP: tl.constexpr, SIGN: tl.constexpr, MATCHED: tl.constexpr
+):  # fmt: skip
+    """1 in the rows beyond the last of all quads, of so many groups."""
+    quads += programs.to(tl.int64) * GROUP * quad_numbers(padded, SIGN, MATCHED)
+    ones = tl.full([SPARE, 1, 4], 1.0, tl.float32)
+    _store(quads, signed(ones, SIGN), 0, 1, SIGN, MATCHED)
+    if MATCHED and SIGN < 0:
+        _store(quads + 8, ones, 0, 1, SIGN, MATCHED)
