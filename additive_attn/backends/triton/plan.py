@@ -21,8 +21,8 @@ def workspace_pieces(
     features: int = 0,
 ) -> list[Piece]:  # fmt: skip
     """Pieces whose scores, padded to whole blocks, fit the workspace, and whose sums of so many
-    features per key, but for those of one tile of rows, fit twice as much. A single row always
-    does."""
+    features per key, but for those of one tile of rows, fit twice as much. Two rows always do: the
+    quads of queries hold rows by twos (``quad_layout.py``), so that no piece begins between."""
     budget = tiles.WORKSPACE_ELEMENTS
     key_block = tiles.score_tile(rows, wide).keys
 
@@ -34,8 +34,8 @@ def workspace_pieces(
         return max(scores, further_tiles * some_keys * features // 2)
 
     some_rows = rows
-    while some_rows > 1 and size(some_rows) > budget:
-        some_rows = -(-some_rows // 2)
+    while some_rows > 2 and size(some_rows) > budget:
+        some_rows = -(-some_rows // 4) * 2
     if some_rows < rows and some_rows > 64:
         some_rows = some_rows // 64 * 64
     some_entries = 1
