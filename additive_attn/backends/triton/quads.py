@@ -164,18 +164,17 @@ def matched_sums(
     What is loaded of p at a time serves this quad and the next, which is the first of another
     two: so no more than that has to stay in registers. The last quad's is beside the first's."""
     total = tl.zeros([RN, RM, TM, TN], tl.float32)
-    last = quads // 2 - 1
     a4, c4 = _load_matched(a_rows, 0, a_step)
     b4 = _load_keys(b_rows, 0, b_step)
     _p0, _p1, p2, p3 = tile4(_load_keys(b_rows, quads, b_step), RN, TM, TN)
-    for v in range(0, last + 1):
-        a5, c5 = _load_matched(a_rows, 2 * v + 1, a_step)
-        b5 = _load_keys(b_rows, 2 * v + 1, b_step)
-        after = tl.where(v < last, v + 1, 0)
-        p4 = _load_keys(b_rows, quads + after, b_step)
+    for u in range(0, quads, 2):
+        a5, c5 = _load_matched(a_rows, u + 1, a_step)
+        b5 = _load_keys(b_rows, u + 1, b_step)
+        after = tl.where(u + 2 < quads, u + 2, 0)
+        p4 = _load_keys(b_rows, quads + after // 2, b_step)
         total = _add_matches(total, a4, c4, b4, p2, p3, RM, TM, RN, TN, TARGET)
-        a4, c4 = _load_matched(a_rows, 2 * after, a_step)
-        b4 = _load_keys(b_rows, 2 * after, b_step)
+        a4, c4 = _load_matched(a_rows, after, a_step)
+        b4 = _load_keys(b_rows, after, b_step)
         p0, p1, p2, p3 = tile4(p4, RN, TM, TN)
         total = _add_matches(total, a5, c5, b5, p0, p1, RM, TM, RN, TN, TARGET)
     return tl.permute(total, (1, 0, 2, 3))
