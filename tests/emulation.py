@@ -37,6 +37,8 @@ OPTIONS = ("PTX_NOISE", "PTX_BACKWARDS", "PTX_CONTRACT", "PTX_PLANS")
 TICKET = re.compile(
     r"(@!?%\w+\s+)?atom\.global\.gpu\.acq_rel\.add\.u32\s+(%\w+),\s*\[([^\]]*)\],\s*(%\w+);"
 )
+# Which the emulator knows of 32 bits alone: as a product and an addition.
+WIDE = re.compile(r"(@!?%\w+\s+)?mad\.wide\.([us]16)\s+(%\w+),\s*([^;]*),\s*([^,;]+);")
 ORDERED = "same value written by two programs"  # which is harmless
 
 # Whose addresses kernels may be given in place of tensors, as by launch plans; and memory that is
@@ -95,8 +97,10 @@ def program_class(emulate: Any) -> type:
                 r"\1st.global.b32 [\3], %ticket1;",
                 ptx,
             )
-            if self.tickets:
-                ptx = ptx.replace(".reg ", ".reg .b32 %ticket<2>;\n\t.reg ", 1)
+            ptx, wide = WIDE.subn(r"\1mul.wide.\2 %wide1, \4; \1add.u32 \3, %wide1, \5;", ptx)
+            for name, number in (("ticket", self.tickets), ("wide", wide)):
+                if number:
+                    ptx = ptx.replace(".reg ", f".reg .b32 %{name}<2>;\n\t.reg ", 1)
             super().__init__(ptx, *more, **options)
 
         def _problem(self, found: Any, names: Any) -> Any:
