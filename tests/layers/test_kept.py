@@ -3,6 +3,8 @@ when it runs, however that came to be written to."""
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from decoders import LK, B, D, H, K, build
@@ -205,14 +207,17 @@ def test_parameters_that_are_written_to_around_counting(mode, how, kind, options
     assert not torch.allclose(before[1], expected[1], rtol=1e-2, atol=1e-4)
 
 
-@KINDS
-@pytest.mark.parametrize("rows", ["one", "several", "beams"])
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(
+    "kind,rows,narrow",
+    [
+        *product(["content", "heads"], ["one", "several", "beams"], [False, True]),
+        # Take one query; a narrow memory becomes wide with the term.
+        *product(["tacotron", "pointer"], ["one", "beams"], [False]),
+    ],
+)
 @pytest.mark.parametrize("to", [F64, torch.float16, torch.bfloat16, "meta"], ids=str)
 def test_a_layer_that_is_converted_after_it_projected(kind, rows, narrow, to):
     """Its sentence names both, and says what to call."""
-    if kind in ("tacotron", "pointer") and (rows == "several" or narrow):
-        pytest.skip("takes one query; a narrow memory becomes wide with the term")
     layer = made(kind, dtype=torch.float32)
     dtype = torch.bfloat16 if narrow else None
     memory = layer.project(torch.randn(B, LK, K), torch.randn(B, LK, 7), dtype=dtype)
