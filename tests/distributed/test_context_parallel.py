@@ -290,7 +290,7 @@ def check_memory(mesh, folder):
     assert grown < 18 * shard, f"{grown / shard:.1f} shards"
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.sweep), 4])
 def test_context_parallel(world, tmp_path):
     processes.run(__name__, world, tmp_path)
 

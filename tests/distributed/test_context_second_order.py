@@ -195,6 +195,6 @@ def check_two_layers(mesh, folder):
             torch.testing.assert_close(ours, right, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.sweep), 3])
 def test_second_order(world, tmp_path):
     processes.run(__name__, world, tmp_path)

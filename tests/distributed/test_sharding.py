@@ -242,6 +242,6 @@ def check_errors_of_heads(mesh, folder):
             parallelize_module(model, mesh, {"0": HeadParallel()})
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.sweep), 4])
 def test_sharded_calls_equal_one_process(world, tmp_path):
     processes.run(__name__, world, tmp_path)

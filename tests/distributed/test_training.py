@@ -276,6 +276,6 @@ def check_checkpoint(mesh, folder):
         compare({n: whole(x.detach()) for n, x in fresh.named_parameters()}, expected)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.sweep)])
 def test_training(world, tmp_path):
     processes.run(__name__, world, tmp_path)
