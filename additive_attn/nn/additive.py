@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from additive_attn.nn.decoding import ProjectedMemory, step
-from additive_attn.nn.linear import bare_parameters, energy_of
+from additive_attn.nn.linear import bare_parameters, energy_of, renew_parameters
 from additive_attn.nn.projection import ProjectingAttention
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.attend import masked_attention
@@ -62,9 +62,9 @@ class AdditiveAttention(ProjectingAttention):
     ``query_layer`` and ``key_layer`` are called. Of ``energy_layer``, a Linear, the weight is
     read; under hooks, or replaced by another affine module (an adapter, a quantised or sharded
     Linear), it is called once per call, with the ``hidden_dim + 1`` rows of an identity matrix and
-    zero. A module that is not affine, or drops out, raises ValueError: another module than a
-    Linear is checked at the first call after each change of its parameters. Backward hooks raise
-    it too. Under FSDP2, ``fully_shard(layer)`` needs
+    zero. A module that is not affine, or drops out, raises ValueError: what is called is checked
+    at the first call, and at the first one after each change of its parameters or hooks. Backward
+    hooks raise it too. Under FSDP2, ``fully_shard(layer)`` needs
     ``register_fsdp_forward_method(layer, "project")`` and ``(layer, "step")``.
 
     Raises:
@@ -214,6 +214,8 @@ class AdditiveAttention(ProjectingAttention):
             if not is_symbolic(memory):
                 refuse_memory(self._caller("step"), memory)
             return symbolic_call(self, "step", query, memory, need_weights)
+        if self._forward_pre_hooks:
+            renew_parameters(self)
         return step(self, query, memory, need_weights)
 
     def _sources(self, query: Tensor, key: Tensor) -> Sources | None:

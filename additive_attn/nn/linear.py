@@ -11,15 +11,19 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from additive_attn.ops.checks import has_values
 from additive_attn.ops.layer_checks import check_energy, refuse_backward_hooks, refuse_energy
+from additive_attn.ops.writes import Watched, parameter_state, version
 
 _linear_forward = nn.Linear.forward
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
-# State in which a module was last found to be affine.
-_affine: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
+# State in which a module was last found to be affine, and its parameters of then.
+_affine: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Watched]] = WeakKeyDictionary()
 
 
 def _bare(layer: nn.Module, forward: Any = _linear_forward) -> bool:
@@ -86,7 +90,7 @@ def _called(layer: nn.Module, features: int, like: Tensor) -> Tensor:
     outputs = layer(rows)
     check_energy(layer, getattr(outputs, "shape", ()), (features + 1, 1))
     weight, bias = (outputs[:-1] - outputs[-1:]).transpose(0, 1), outputs[-1]
-    if has_values(like) and _affine.get(layer) != (state := _state(layer)):
+    if has_values(like) and not _is_known(layer):
         # By luck, few rows may lose nothing to dropout.
         if any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in layer.modules()):
             refuse_energy(layer)
@@ -99,15 +103,35 @@ def _called(layer: nn.Module, features: int, like: Tensor) -> Tensor:
             allowed = 0.02 * ((rows * weight).abs().sum(-1, keepdim=True) + bias.abs())
             if ((layer(rows) - expected).abs() > allowed).any():
                 refuse_energy(layer)
-        _affine[layer] = state
+        _affine[layer] = _state(layer), Watched(_plain_parameters(layer))
     return weight
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Whether it was found to be affine, and has not changed since."""
+    state, parameters = _affine.get(layer, ((), None))
+    return parameters is not None and state == _state(layer) and parameters.unchanged()
 
 
 def _state(layer: nn.Module) -> tuple[int, ...]:
     """Changes with what may end that a module is affine: an adapter that starts at zero starts as
-    one, whatever it holds."""
-    state = (layer.training, len(layer._forward_hooks), len(layer._forward_pre_hooks))
-    if type(layer) is nn.Linear:
-        return state
-    versions = sum(p._version for p in layer.parameters() if not p.is_inference())
-    return (*state, versions, *map(id, layer.modules()))
+    one, and a hook that clamps does nothing to small numbers."""
+    state = [*nn_module._global_forward_hooks, *nn_module._global_forward_pre_hooks]
+    for module in layer.modules():
+        forward = type(module).forward, module.__dict__.get("forward")
+        state += [id(module), *map(id, forward), module.training]
+        state += [*module._forward_hooks, *module._forward_pre_hooks]
+    versions = sum(version(p) for p in layer.parameters())
+    return (*state, versions, *parameter_state(_plain_parameters(layer)))
+
+
+def _plain_parameters(layer: nn.Module) -> tuple[Tensor, ...]:
+    return tuple(p for p in layer.parameters() if type(p) is nn.Parameter)
+
+
+def renew_parameters(layer: nn.Module) -> None:
+    """Pruning and the older norms of torch make parameters anew in a pre-hook of ``forward``; so
+    they do here, before another method."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm)):
+            hook(layer, ())

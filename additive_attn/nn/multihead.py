@@ -19,7 +19,7 @@ from additive_attn.nn.heads import (
     padded,
     split_blocks,
 )
-from additive_attn.nn.linear import projected
+from additive_attn.nn.linear import projected, renew_parameters
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
 from additive_attn.ops.checks import (
     Integers,
@@ -291,6 +291,8 @@ class MultiheadAdditiveAttention(nn.Module):
                 refuse_types(key=key, value=value)
             return symbolic_call(self, "project", key, value, lengths, key_padding_mask, dtype)
         check_memory(self, key, value)
+        if self._forward_pre_hooks:
+            renew_parameters(self)
         return project_heads(self, key, value, lengths, key_padding_mask, dtype)
 
     def step(
@@ -327,6 +329,8 @@ class MultiheadAdditiveAttention(nn.Module):
             return symbolic_call(self, "step", query, memory, need_weights, average_attn_weights)
         if not isinstance(query, Tensor):
             refuse_types(query=query)
+        if self._forward_pre_hooks:
+            renew_parameters(self)
         if memory._prepared() is None:
             check_replaced(memory)
         check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights)

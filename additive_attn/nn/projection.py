@@ -203,8 +203,9 @@ class ProjectingAttention(nn.Module):
         query = bare_parameters(modules["query_layer"]) or (None, None)
         if not self.normalize:
             return (*energy, *query)
-        parameters: Any = self._parameters
-        return (*energy, *query, parameters["energy_gain"], parameters["energy_offset"])
+        own = self._parameters.get("energy_gain"), self._parameters.get("energy_offset")
+        plain = all(type(x) is nn.Parameter for x in own)
+        return (*energy, *query, *own) if plain else None
 
 
 def _shared(batch: torch.Size, masking: Any) -> torch.Size:

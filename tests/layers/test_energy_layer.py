@@ -285,6 +285,111 @@ def test_a_submodule_put_in_later_is_checked():
         layer(x, x)
 
 
+def hooked(m, function):
+    handle = m.energy_layer.register_forward_hook(lambda module, args, out: function(out))
+    return handle.remove
+
+
+def pre_hooked(m, function):
+    handle = m.energy_layer.register_forward_pre_hook(lambda module, args: (function(args[0]),))
+    return handle.remove
+
+
+def patched(m, function):
+    forward = nn.Linear.forward
+    m.energy_layer.forward = lambda x: function(forward(m.energy_layer, x))
+    return lambda: None
+
+
+def hooked_inside(m, function):
+    if type(m.energy_layer) is nn.Linear:
+        m.energy_layer = nn.Sequential(m.energy_layer)
+    return m.energy_layer[0].register_forward_hook(lambda module, args, out: function(out)).remove
+
+
+def of_another_class(m, function):
+    class Other(nn.Linear):
+        def forward(self, x):
+            return function(super().forward(x))
+
+    m.energy_layer.__class__ = Other
+    return lambda: None
+
+
+def hooked_everywhere(m, function):
+    def hook(module, args, out):
+        return function(out) if module is m.energy_layer else out
+
+    return nn.modules.module.register_module_forward_hook(hook).remove
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hooked, pre_hooked, patched, hooked_inside, of_another_class, hooked_everywhere],
+)
+def test_what_takes_the_place_of_a_checked_hook_is_checked(change):
+    layer, x = AdditiveAttention(D, H), torch.randn(2, 5, D)
+    remove = change(layer, lambda x: 0.5 * x)
+    layer(x, x)
+    remove()
+    remove = change(layer, lambda x: torch.tanh(3 * x))
+    try:
+        with pytest.raises(ValueError, match="no affine function"):
+            layer(x, x)
+    finally:
+        remove()
+
+
+@pytest.mark.parametrize("way", ["optimizer", "fused optimizer", ".data", "another parameter"])
+def test_a_hook_that_training_makes_another_function_is_refused(way):
+    layer, x = AdditiveAttention(D, H), torch.randn(2, 5, D)
+    linear = layer.energy_layer
+    linear.register_forward_hook(lambda module, args, out: out.clamp(-9, 9))
+    layer(x, x)[0].sum().backward()
+    if way.endswith("optimizer"):
+        linear.weight.grad = torch.full_like(linear.weight, -100.0)
+        fused = way.startswith("fused") and DEVICE == "cpu"
+        torch.optim.SGD(linear.parameters(), 1.0, fused=fused).step()
+    elif way == ".data":
+        linear.weight.data.add_(100)
+    else:
+        linear.weight = nn.Parameter(linear.weight.detach() + 100)
+    with pytest.raises(ValueError, match="no affine function"):
+        layer(x, x)
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        lambda m, name: parametrize.register_parametrization(m, name, Negated()),
+        lambda m, name: prune.l1_unstructured(m, name, 0.5),
+        lambda m, name: prune.custom_from_mask(m, name, torch.zeros_like(getattr(m, name))),
+    ],
+    ids=["parametrization", "prune", "all pruned"],
+)
+@pytest.mark.parametrize("name", ["energy_gain", "energy_offset"])
+def test_tools_on_the_parameters_of_normalize(name, tool):
+    torch.manual_seed(0)
+    layer, x = AdditiveAttention(D, H, normalize=True).double(), torch.randn(2, 5, D).double()
+    tool(layer, name)
+    state = {n: p if n.endswith("mask") else torch.randn_like(p)
+             for n, p in layer.state_dict().items()}  # fmt: skip
+    layer.load_state_dict(state)
+    memory = layer.project(x)
+    steps = [layer.step(x[:, i], memory)[1] for i in range(5)]
+    parameters = list(layer.parameters())
+    grads = torch.autograd.grad(torch.stack(steps, 1).square().sum(), parameters)
+    weights = layer(x, x)[1]
+    v = layer.energy_layer.weight.squeeze(0)
+    energy = torch.tanh(
+        layer.query_layer(x)[:, :, None] + layer.energy_offset + layer.key_layer(x)[:, None]
+    )
+    expected = (energy @ (layer.energy_gain * v / v.norm())).softmax(-1)
+    torch.testing.assert_close(torch.stack(steps, 1), expected)
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.square().sum(), parameters))
+
+
 @pytest.mark.parametrize(
     "module,shape",
     [(nn.Linear(H, 2), r"\(2, 8\)"), (nn.Linear(4, 1), r"\(1, 4\)"), (nn.Identity(), r"\(9, 8\)")],

@@ -10,6 +10,7 @@ from heads import F64, HEADS, E, N, S, made, padded, plain_heads
 from oracle import DEVICE
 from torch import fx, nn
 from torch.func import functional_call, jacrev, vmap
+from torch.nn.utils import prune
 
 from additive_attn import MultiheadAdditiveAttention
 
@@ -290,6 +291,35 @@ def test_tools_that_change_its_parameters():
     assert memory.prepared is not None
     layer.out_proj = nn.Sequential(layer.out_proj, nn.Tanh())
     torch.testing.assert_close(layer(x, x, x)[0], expected[0].tanh())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("tool", ["weight_norm", "spectral_norm", "l1_unstructured", "twice"])
+@pytest.mark.parametrize("name", ["energy_weight", "in_proj_weight", "in_proj_bias", "bias_v"])
+def test_what_pre_hooks_make_of_parameters_is_new_in_steps_too(tool, name):
+    torch.manual_seed(0)
+    layer, x = made(add_bias_kv=True).eval(), torch.randn(N, S, E, dtype=F64)
+    if "norm" in tool:
+        if not name.endswith("_weight"):
+            return
+        getattr(nn.utils, tool)(layer, name)
+    else:
+        for _ in range(1 + (tool == "twice")):
+            prune.l1_unstructured(layer, name, 0.3)
+    state = {n: p if n.endswith("mask") else torch.randn_like(p)
+             for n, p in layer.state_dict().items()}  # fmt: skip
+    layer.load_state_dict(state)
+    parameters = list(layer.parameters())
+    for _ in range(2):
+        memory = layer.project(x)
+        steps = torch.stack([layer.step(x[:, i], memory)[0] for i in range(S)], 1)
+        ours = torch.autograd.grad(steps.square().sum(), parameters)
+        out = layer(x, x, x)[0]
+        torch.testing.assert_close(out, plain_heads(layer, x, x, x)[0])
+        torch.testing.assert_close(steps, out)
+        expected = torch.autograd.grad(out.square().sum(), parameters)
+        torch.testing.assert_close(ours, expected)
+        torch.optim.SGD(parameters, 0.1).step()
 
 
 def test_quantised():
