@@ -30,34 +30,33 @@ def _difference(a, b):
 
 
 @triton.jit
-def _load4(quads):
-    """Four numbers of each thread.
+def _load4(quads, u, step, BEYOND: tl.constexpr):
+    """Four numbers of quad u of each thread, so many beyond the first.
 
     Every thread loads what it multiplies, so that the loop needs no shared memory and no barrier.
     The loads' layout follows the contiguity of their addresses. That of the last dim is true, that
     of the others is an order, last dim first, since Triton 3.6 would have threads lie along R. The
-    hint counts only where it meets the load."""
-    return tl.load(tl.multiple_of(tl.max_contiguous(quads, [1, 2, 4, 8]), [1, 1, 1, 16]))
+    hint counts only where it meets the load, and is lost on a function's parameter."""
+    at = quads + (tl.cast(u, tl.int64) * step + BEYOND)
+    return tl.load(tl.multiple_of(tl.max_contiguous(at, [1, 2, 4, 8]), [1, 1, 1, 16]))
 
 
 @triton.jit
 def _load_keys(quads, u, step):
     """Quad u of features, [RN, TM, TN, 4]."""
-    return _load4(quads + tl.cast(u, tl.int64) * step)
+    return _load4(quads, u, step, 0)
 
 
 @triton.jit
 def _load_rows(quads, u, step):
     """Quad u of features of twins, two halves [RM / 2, TM, TN, 4]."""
-    at = quads + tl.cast(u, tl.int64) * step
-    return _load4(at), _load4(at + 4)
+    return _load4(quads, u, step, 0), _load4(quads, u, step, 4)
 
 
 @triton.jit
 def _load_matched(rows, u, step):
     """Quad u of a and of c and g of twins."""
-    at = rows + tl.cast(u, tl.int64) * step
-    return (_load4(at), _load4(at + 4)), (_load4(at + 8), _load4(at + 12))
+    return _load_rows(rows, u, step), (_load4(rows, u, step, 8), _load4(rows, u, step, 12))
 
 
 @triton.jit
