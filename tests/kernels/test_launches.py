@@ -18,6 +18,7 @@ import additive_attn
 from additive_attn.backends import triton as operators
 from additive_attn.backends.triton import compiled, tiles
 from additive_attn.backends.triton.launch import kernel, launch
+from additive_attn.backends.triton.parameters import Matrix, Row
 from additive_attn.spec.call import Call
 from tools import mock_driver
 
@@ -185,6 +186,37 @@ def test_a_kernel_found_again_is_the_one_that_triton_takes(
     assert launched("usual").kernel != usual.kernel
     monkeypatch.setattr(driver, "device", 0)
     assert launched("usual").kernel == usual.kernel
+
+
+class Bundle(NamedTuple):
+    x: Matrix
+    weight: Row | None
+
+
+@kernel
+def bundle_kernel(bundle: Bundle, out, N: tl.constexpr):
+    tl.store(out, tl.load(bundle.x.data + bundle.x.outer + bundle.x.column))
+    if bundle.weight is not None:
+        tl.store(out + N, tl.load(bundle.weight.data + bundle.weight.inner))
+
+
+def test_a_kernel_takes_tuples_apart(driver: mock_driver.MockDriver) -> None:
+    """With numbers that vary it is not compiled anew: Triton would, for numbers in tuples."""
+
+    def launched(outer: int, column: int, weight: Any, inner: int) -> mock_driver.Launched:
+        before = driver.launched
+        launch(bundle_kernel, 1, DATA, DATA, outer, 2, 3, column, weight, 0, inner, 1, DATA, N=1)
+        (launched,) = driver.since(before)
+        return launched
+
+    usual = launched(1, 3, DATA, 5)
+    assert usual.name == "bundle_kernel"
+    address = DATA.data_ptr()
+    assert usual.parameters == (address, 1, 2, 3, 3, address, 0, 5, address)
+    for outer, inner in ((0, 0), (16, 1), (7, 48), (32, 32)):
+        assert launched(outer, 3, DATA, inner).kernel == usual.kernel
+    others = launched(1, 1, DATA, 5), launched(1, 16, DATA, 5), launched(1, 3, None, 5)
+    assert len({x.kernel for x in (usual, *others)}) == 4
 
 
 def test_a_debugging_kernel_is_another(

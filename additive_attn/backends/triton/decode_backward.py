@@ -12,19 +12,22 @@ from torch import Tensor
 
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
-from additive_attn.backends.triton.batch import entry_offset
 from additive_attn.backends.triton.decode_forward import (
+    Single,
     block_attended,
     block_factors,
+    block_rows,
     block_scores,
     decode_inputs,
     decode_options,
     entry_interval,
+    features,
     key_splits,
     program_entry,
 )
 from additive_attn.backends.triton.launch import kernel, launch
 from additive_attn.backends.triton.numerics import number, tanh
+from additive_attn.backends.triton.parameters import Dropout, Matrix, Row, Scalar, at_entry
 from additive_attn.backends.triton.tiles import power_of_two
 from additive_attn.spec.call import Needs, Upstream
 
@@ -32,28 +35,17 @@ MASKED = tl.constexpr(-1.0)  # stands for the weight of a masked key
 
 
 @triton.jit
-def upstream_values(
-    value, value_row, value_column, grad_out, go_column, j, attended, d, values,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def value_terms(
+    value, grad_out, o, m, j, attended, d, values, ACC: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Features d of the values of keys j, [BLOCK, VALUES], and of dO."""
-    inside = d < values
-    d = d.to(tl.int64)
-    v = tl.load(
-        value + j[:, None].to(tl.int64) * value_row + d[None, :] * value_column,
-        mask=attended[:, None] & inside[None, :], other=0.0,
-    )  # fmt: skip
-    return v, tl.load(grad_out + d * go_column, mask=inside, other=0.0).to(ACC)
+    v = block_rows(value, o, m, j, attended, d, values, ALIGNED)
+    return v, features(grad_out, o, m, d, values, ACC)
 
 
 @kernel
 def probability_kernel(
-    query, key, value, weight, query_outer, query_inner, query_h,
-    key_outer, key_inner, key_row, key_h, value_outer, value_inner, value_row, value_column,
-    weight_outer, weight_inner, weight_h, mask, mask_outer, mask_inner, mask_column,
-    lengths, length_outer, length_inner, seed, seed_outer, seed_inner, threshold, keep_bits,
-    weights, lse, grad_out, go_outer, go_inner, go_column,
-    grad_weights, gw_outer, gw_inner, gw_column,
+    single: Single, weights, lse, grad_out: Row | None, grad_weights: Row | None,
     probabilities, products, totals, deltas, kept,
     inner, entries, keys, hidden, values, left, right, scale_bits, splits, keys_per_split,
     BLOCK: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, VALUES: tl.constexpr,
@@ -63,20 +55,8 @@ def probability_kernel(
     from ``weights``, or where they are None from the scores again. P o D to ``kept``, if given."""
     ACC: tl.constexpr = lse.dtype.element_ty
     n, split, _tile, o, m, begin, last = program_entry(1, splits, inner, keys, keys_per_split)
-    low, high = entry_interval(lengths, length_outer, length_inner, o, m, keys, left, right)
+    low, high = entry_interval(single.lengths, o, m, keys, left, right)
     end = tl.minimum(last, tl.max(high, 0))
-    query += o * query_outer + m * query_inner
-    key += entry_offset(o, key_outer, m, key_inner, ALIGNED)
-    value += entry_offset(o, value_outer, m, value_inner, ALIGNED)
-    weight += o * weight_outer + m * weight_inner
-    if mask is not None:
-        mask += o * mask_outer + m * mask_inner
-    if seed is not None:
-        seed += o * seed_outer + m * seed_inner
-    if grad_out is not None:
-        grad_out += o * go_outer + m * go_inner
-    if grad_weights is not None:
-        grad_weights += o * gw_outer + m * gw_inner
     probabilities += n * keys
     products += n * keys
     if weights is not None:
@@ -92,39 +72,38 @@ def probability_kernel(
     delta = tl.zeros([BLOCK], ACC)
     for k0 in range(begin, end, BLOCK):
         j = k0 + tl.arange(0, BLOCK)
-        bias, attended = block_attended(mask, mask_column, j, low, high)
+        bias, attended = block_attended(single.mask, o, m, j, low, high)
         g = tl.zeros([BLOCK], ACC)
         if grad_out is not None:
             # They are on their way before the scores are waited for.
-            v, upstream = upstream_values(
-                value, value_row, value_column, grad_out, go_column, j, attended, d, values, ACC
+            v, upstream = value_terms(
+                single.value, grad_out, o, m, j, attended, d, values, ACC, ALIGNED
             )
         if weights is not None:
             p = tl.load(weights + j, mask=attended, other=0.0).to(ACC)
         else:
             score = block_scores(
-                query, key, weight, query_h, key_row, key_h, weight_h, mask, bias, attended,
-                None, 0, 0, None, 0, 0, 0, j, hidden, scale, ACC, FEATURES, WHOLE, TARGET,
+                single, None, 0, o, m, bias, attended, j, hidden, scale,
+                ACC, FEATURES, WHOLE, ALIGNED, TARGET,
             )  # fmt: skip
             p = tl.where(attended, tl.exp(score - base), 0.0)
         if kept is not None:
-            factors = block_factors(seed, n, k0, threshold, keep_bits, ACC, BLOCK)
+            factors = block_factors(single.dropout, n, o, m, k0, ACC, BLOCK)
             tl.store(kept + j, p * factors, mask=j < last)
         if grad_out is not None:
             terms = v.to(ACC) * upstream[None, :]
             for d0 in range(VALUES, values, VALUES):
-                v, upstream = upstream_values(
-                    value, value_row, value_column, grad_out, go_column, j, attended, d0 + d,
-                    values, ACC,
-                )  # fmt: skip
+                v, upstream = value_terms(
+                    single.value, grad_out, o, m, j, attended, d0 + d, values, ACC, ALIGNED
+                )
                 terms += v.to(ACC) * upstream[None, :]
             g = tl.sum(terms, 1)
-            if seed is not None:
-                g *= block_factors(seed, n, k0, threshold, keep_bits, ACC, BLOCK)
+            if single.dropout is not None:
+                g *= block_factors(single.dropout, n, o, m, k0, ACC, BLOCK)
             # A row of NaN in the upstream gradient stays with the attended keys.
             g = tl.where(attended, g, 0.0)
         if grad_weights is not None:
-            place = grad_weights + j.to(tl.int64) * gw_column
+            place = at_entry(grad_weights, o, m) + j.to(tl.int64) * grad_weights.column
             g += tl.load(place, mask=attended, other=0.0).to(ACC)
         total += p
         delta += p * g
@@ -142,10 +121,7 @@ def probability_kernel(
 
 
 @triton.jit
-def row_sums(
-    totals, deltas, grad_lse, gl_outer, gl_inner, n, o, m, splits,
-    ACC: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
+def row_sums(totals, deltas, grad_lse, n, o, m, splits, ACC: tl.constexpr, SPLITS: tl.constexpr):
     """1 / the sum of P, 1 without ``totals``, and delta - dlse of an entry."""
     s = n * splits + tl.arange(0, SPLITS)
     inside = tl.arange(0, SPLITS) < splits
@@ -158,7 +134,7 @@ def row_sums(
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
         delta *= inverse
     if grad_lse is not None:
-        delta -= tl.load(grad_lse + o * gl_outer + m * gl_inner).to(ACC)
+        delta -= tl.load(at_entry(grad_lse, o, m)).to(ACC)
     return inverse, delta
 
 
@@ -181,11 +157,8 @@ def block_gradient(probabilities, products, j, last, inverse, delta):
 
 @kernel
 def gradient_kernel(
-    query, key, weight, query_outer, query_inner, query_h, key_outer, key_inner, key_row, key_h,
-    weight_outer, weight_inner, weight_h,
-    seed, seed_outer, seed_inner, threshold, keep_bits,
-    grad_out, go_outer, go_inner, go_column, grad_lse, gl_outer, gl_inner,
-    probabilities, products, totals, deltas,
+    query: Row, key: Matrix, weight: Row, dropout: Dropout | None,
+    grad_out: Row | None, grad_lse: Scalar | None, probabilities, products, totals, deltas,
     gradient, grad_query, grad_key, grad_value, grad_weight,
     inner, entries, keys, hidden, values, scale_bits, splits, keys_per_split,
     BLOCK: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, VALUES: tl.constexpr,
@@ -199,29 +172,22 @@ def gradient_kernel(
     probabilities += n * keys
     if products is not None:
         products += n * keys
-    inverse, delta = row_sums(
-        totals, deltas, grad_lse, gl_outer, gl_inner, n, o, m, splits, ACC, SPLITS
-    )
+    inverse, delta = row_sums(totals, deltas, grad_lse, n, o, m, splits, ACC, SPLITS)
     if gradient is not None:
         for k0 in range(begin, last, BLOCK):
             j = k0 + tl.arange(0, BLOCK)
             _p, g, _any = block_gradient(probabilities, products, j, last, inverse, delta)
             tl.store(gradient + n * keys + j, g, mask=j < last)
     if grad_value is not None:
-        grad_out += o * go_outer + m * go_inner
-        if seed is not None:
-            seed += o * seed_outer + m * seed_inner
         for k0 in range(begin, last, BLOCK):
             j = k0 + tl.arange(0, BLOCK)
             p, _g, attended = block_gradient(probabilities, products, j, last, inverse, delta)
-            if seed is not None:
-                p *= block_factors(seed, n, k0, threshold, keep_bits, ACC, BLOCK)
+            if dropout is not None:
+                p *= block_factors(dropout, n, o, m, k0, ACC, BLOCK)
             for d0 in range(0, values, VALUES):
                 d = d0 + tl.arange(0, VALUES)
                 inside = d < values
-                upstream = tl.load(
-                    grad_out + d.to(tl.int64) * go_column, mask=inside, other=0.0
-                ).to(ACC)  # fmt: skip
+                upstream = features(grad_out, o, m, d, values, ACC)
                 share = tl.where(attended[:, None], p[:, None] * upstream[None, :], 0.0)
                 tl.store(  # [BLOCK, VALUES]
                     grad_value + (n * keys + j[:, None]) * values + d[None, :],
@@ -229,25 +195,18 @@ def gradient_kernel(
                     mask=(j < last)[:, None] & inside[None, :],
                 )
     if grad_key is not None or grad_query is not None or grad_weight is not None:
-        query += o * query_outer + m * query_inner
-        key += entry_offset(o, key_outer, m, key_inner, ALIGNED)
-        weight += o * weight_outer + m * weight_inner
         scale = number(scale_bits).to(ACC)
         for h0 in range(0, FEATURES if WHOLE else hidden, FEATURES):
             h = h0 + tl.arange(0, FEATURES)
             inside = h < hidden
-            h = h.to(tl.int64)
-            q = tl.load(query + h * query_h, mask=inside, other=0.0).to(ACC)
-            w = tl.load(weight + h * weight_h, mask=inside, other=0.0).to(ACC)
+            q = features(query, o, m, h, hidden, ACC)
+            w = features(weight, o, m, h, hidden, ACC)
             sum_q = tl.zeros([FEATURES], ACC)
             sum_w = tl.zeros([FEATURES], ACC)
             for k0 in range(begin, last, BLOCK):
                 j = k0 + tl.arange(0, BLOCK)
                 _p, g, attended = block_gradient(probabilities, products, j, last, inverse, delta)
-                k = tl.load(  # [BLOCK, FEATURES]
-                    key + j[:, None].to(tl.int64) * key_row + h[None, :] * key_h,
-                    mask=attended[:, None] & inside[None, :], other=0.0,
-                ).to(ACC)  # fmt: skip
+                k = block_rows(key, o, m, j, attended, h, hidden, ALIGNED).to(ACC)
                 g = (g * scale)[:, None]  # [BLOCK, 1]
                 counts = g != 0.0
                 t = tanh(q[None, :] + k, TARGET)
@@ -366,7 +325,7 @@ def decode_gradients(
     query = p.query_strides
     launch(
         gradient_kernel, p.entries * splits, like,
-        p.query, p.key, p.weight, query[0], query[1], query[3], *p.key_strides,
+        p.query, query[0], query[1], query[3], p.key, *p.key_strides, p.weight,
         *p.weight_strides, *p.dropout_arguments(), *upstream_arguments(p, upstream.out, 2),
         *upstream_arguments(p, upstream.lse, 1), *rows, gradient,
         of_query if needs.query else None, grad_key if needs.key else None,

@@ -9,7 +9,7 @@ weighted sum of the values over its keys, and a second kernel merges them (math.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,13 +18,40 @@ from torch import Tensor
 
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
-from additive_attn.backends.triton.batch import aligned, batch_entry, entry_offset
+from additive_attn.backends.triton.batch import aligned, batch_entry
 from additive_attn.backends.triton.dropout import keep_factors
 from additive_attn.backends.triton.launch import kernel, launch, registers, target
 from additive_attn.backends.triton.masks import interval, masked_bias, stored
 from additive_attn.backends.triton.merging import merge, softmax_inverse, softmax_lse
 from additive_attn.backends.triton.numerics import number, tanh
+from additive_attn.backends.triton.parameters import (
+    Dropout,
+    Matrix,
+    OfKeys,
+    Row,
+    Scalar,
+    at_entry,
+)
 from additive_attn.backends.triton.plan import decode_splits
+
+
+class Single(NamedTuple):
+    """One query per entry, and what is attended to."""
+
+    query: Row
+    key: Matrix
+    value: Matrix
+    weight: Row
+    mask: Row | None
+    lengths: Scalar | None
+    dropout: Dropout | None
+
+
+class Location(NamedTuple):
+    """A location term: its ``features`` are (outer, inner, filters, keys)."""
+
+    features: OfKeys
+    weight: Matrix
 
 
 @triton.jit
@@ -41,116 +68,113 @@ def program_entry(tile_count, splits, inner, keys, keys_per_split):
 
 
 @triton.jit
-def entry_interval(lengths, outer, inner, o, m, keys, left, right):
+def entry_interval(lengths, o, m, keys, left, right):
     """``interval`` of the one row of entry (o, m)."""
-    if lengths is not None:
-        lengths += o * outer + m * inner
-    return interval(lengths, 0, tl.zeros([1], tl.int32), 1, keys, left, right)
+    place = None if lengths is None else at_entry(lengths, o, m)
+    return interval(place, 0, tl.zeros([1], tl.int32), 1, keys, left, right)
 
 
 @triton.jit
-def block_attended(mask, mask_column, j, low, high):
+def block_attended(mask, o, m, j, low, high):
     """The mask's bias of the keys j of an entry, 0 without one, and which are attended."""
     attended = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])  # [1, BLOCK]
     bias = 0.0
     if mask is not None:
         zero = tl.zeros([1], tl.int32)
         bias, attended = masked_bias(
-            mask, 0, mask_column, None, zero[:, None], j[None, :], attended
+            at_entry(mask, o, m), 0, mask.column, None, zero[:, None], j[None, :], attended
         )
         bias = tl.reshape(bias, j.shape)
     return bias, tl.reshape(attended, j.shape)
 
 
 @triton.jit
-def location_term(
-    location, location_row, location_column, location_weight, lw_row, lw_h, filters,
-    j, attended, h, inside, ACC: tl.constexpr,
-):  # fmt: skip
+def features(x, o, m, h, hidden, ACC: tl.constexpr):
+    """Features h of the one row of an entry."""
+    place = at_entry(x, o, m) + h.to(tl.int64) * x.column
+    return tl.load(place, mask=h < hidden, other=0.0).to(ACC)
+
+
+@triton.jit
+def block_rows(x, o, m, j, attended, h, hidden, ALIGNED: tl.constexpr):
+    """Features h of the keys, or values, j of an entry: [BLOCK, FEATURES]."""
+    of_key = at_entry(x, o, m, ALIGNED) + j[:, None].to(tl.int64) * x.row
+    return tl.load(
+        of_key + h[None, :].to(tl.int64) * x.column,
+        mask=attended[:, None] & (h < hidden)[None, :], other=0.0,
+    )  # fmt: skip
+
+
+@triton.jit
+def location_term(location, filters, o, m, j, attended, h, hidden, ACC: tl.constexpr):
     """sum_f location_fj location_weight_fh of keys j and features h: [BLOCK, FEATURES]."""
-    location += j.to(tl.int64) * location_column
-    location_weight += h * lw_h
+    of_key = at_entry(location.features, o, m) + j.to(tl.int64) * location.features.column
+    of_feature = at_entry(location.weight, o, m) + h.to(tl.int64) * location.weight.column
     term = tl.zeros([j.shape[0], h.shape[0]], ACC)
     for _ in range(0, filters):
-        x = tl.load(location, mask=attended, other=0.0).to(ACC)
-        w = tl.load(location_weight, mask=inside, other=0.0).to(ACC)
+        x = tl.load(of_key, mask=attended, other=0.0).to(ACC)
+        w = tl.load(of_feature, mask=h < hidden, other=0.0).to(ACC)
         term += x[:, None] * w[None, :]
-        location += location_row
-        location_weight += lw_row
+        of_key += location.features.row
+        of_feature += location.weight.row
     return term
 
 
 @triton.jit
 def energies(
-    query, key, weight, query_h, key_row, key_h, weight_h,
-    location, location_row, location_column, location_weight, lw_row, lw_h, filters,
-    j, attended, h, hidden, ACC: tl.constexpr, TARGET: tl.constexpr,
+    single, location, filters, o, m, j, attended, h, hidden,
+    ACC: tl.constexpr, ALIGNED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """w tanh(q + k) of keys j and features h: [BLOCK, FEATURES]."""
-    inside = h < hidden
-    h = h.to(tl.int64)
-    k = tl.load(
-        key + j[:, None].to(tl.int64) * key_row + h[None, :] * key_h,
-        mask=attended[:, None] & inside[None, :], other=0.0,
-    ).to(ACC)  # fmt: skip
-    q = tl.load(query + h * query_h, mask=inside, other=0.0).to(ACC)
-    w = tl.load(weight + h * weight_h, mask=inside, other=0.0).to(ACC)
+    k = block_rows(single.key, o, m, j, attended, h, hidden, ALIGNED).to(ACC)
+    q = features(single.query, o, m, h, hidden, ACC)
+    w = features(single.weight, o, m, h, hidden, ACC)
     if location is not None:
-        k += location_term(
-            location, location_row, location_column, location_weight, lw_row, lw_h, filters,
-            j, attended, h, inside, ACC,
-        )  # fmt: skip
+        k += location_term(location, filters, o, m, j, attended, h, hidden, ACC)
     # An infinite weight makes every score NaN, as a softmax of infinite scores is.
     return w[None, :] * tanh(q[None, :] + k, TARGET) + (w * 0.0)[None, :]
 
 
 @triton.jit
 def block_scores(
-    query, key, weight, query_h, key_row, key_h, weight_h, mask, bias, attended,
-    location, location_row, location_column, location_weight, lw_row, lw_h, filters,
-    j, hidden, scale,
-    ACC: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, TARGET: tl.constexpr,
+    single, location, filters, o, m, bias, attended, j, hidden, scale,
+    ACC: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the keys j of an entry, as ``masks.stored`` keeps them. Pointers are the entry's.
-    WHOLE: FEATURES are all."""
+    """Scores of the keys j of an entry, as ``masks.stored`` keeps them. WHOLE: FEATURES are
+    all."""
     h = tl.arange(0, FEATURES)
     if WHOLE:
         terms = energies(
-            query, key, weight, query_h, key_row, key_h, weight_h,
-            location, location_row, location_column, location_weight, lw_row, lw_h, filters,
-            j, attended, h, hidden, ACC, TARGET,
-        )  # fmt: skip
+            single, location, filters, o, m, j, attended, h, hidden, ACC, ALIGNED, TARGET
+        )
     else:
         terms = tl.zeros([j.shape[0], FEATURES], ACC)
         for h0 in range(0, hidden, FEATURES):
             terms += energies(
-                query, key, weight, query_h, key_row, key_h, weight_h,
-                location, location_row, location_column, location_weight, lw_row, lw_h, filters,
-                j, attended, h0 + h, hidden, ACC, TARGET,
+                single, location, filters, o, m, j, attended, h0 + h, hidden,
+                ACC, ALIGNED, TARGET,
             )  # fmt: skip
     score = tl.sum(terms, 1) * scale
-    if mask is not None:
-        if mask.dtype.element_ty != tl.uint8:
+    if single.mask is not None:
+        if single.mask.data.dtype.element_ty != tl.uint8:
             score += bias.to(ACC)
     return stored(score, attended)
 
 
 @triton.jit
-def block_factors(seed, n, k0, threshold, keep_bits, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def block_factors(dropout, n, o, m, k0, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """The dropout factors of keys from k0 on."""
     row = tl.zeros([1], tl.int32)
-    factor = keep_factors(tl.load(seed), n, row, k0, threshold, number(keep_bits), 1, BLOCK)
+    seed = tl.load(at_entry(dropout.seed, o, m))
+    keep_scale = number(dropout.keep_bits)
+    factor = keep_factors(seed, n, row, k0, dropout.threshold, keep_scale, 1, BLOCK)
     return tl.reshape(factor, [BLOCK]).to(ACC)
 
 
 @kernel
 def forward_kernel(
-    query, key, value, weight, query_outer, query_inner, query_h,
-    key_outer, key_inner, key_row, key_h, value_outer, value_inner, value_row, value_column,
-    weight_outer, weight_inner, weight_h, mask, mask_outer, mask_inner, mask_column,
-    lengths, length_outer, length_inner, seed, seed_outer, seed_inner, threshold, keep_bits,
-    location, location_outer, location_inner, location_row, location_column,
-    location_weight, lw_outer, lw_inner, lw_row, lw_h, filters,
+    single: Single, location: Location | None, filters,
     out, weights, lse, scores, tops, totals,
     inner, entries, keys, hidden, values, left, right, scale_bits, splits, keys_per_split,
     BLOCK: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, VALUES: tl.constexpr,
@@ -164,20 +188,9 @@ def forward_kernel(
     n, split, tile, o, m, begin, last = program_entry(
         value_tiles, splits, inner, keys, keys_per_split
     )
-    low, high = entry_interval(lengths, length_outer, length_inner, o, m, keys, left, right)
+    low, high = entry_interval(single.lengths, o, m, keys, left, right)
     end = tl.minimum(last, tl.max(high, 0))
     d = tile * VALUES + tl.arange(0, VALUES)
-    query += o * query_outer + m * query_inner
-    key += entry_offset(o, key_outer, m, key_inner, ALIGNED)
-    value += entry_offset(o, value_outer, m, value_inner, ALIGNED)
-    weight += o * weight_outer + m * weight_inner
-    if mask is not None:
-        mask += o * mask_outer + m * mask_inner
-    if seed is not None:
-        seed += o * seed_outer + m * seed_inner
-    if location is not None:
-        location += o * location_outer + m * location_inner
-        location_weight += o * lw_outer + m * lw_inner
     if scores is not None:
         scores += n * keys
     # Only tile 0 stores results that every tile computes.
@@ -188,16 +201,12 @@ def forward_kernel(
     acc = tl.zeros([VALUES], ACC)
     for k0 in range(begin, end, BLOCK):
         j = k0 + tl.arange(0, BLOCK)
-        bias, attended = block_attended(mask, mask_column, j, low, high)
+        bias, attended = block_attended(single.mask, o, m, j, low, high)
         # Both are on their way before either is waited for.
-        v = tl.load(  # [BLOCK, VALUES]
-            value + j[:, None].to(tl.int64) * value_row + d[None, :].to(tl.int64) * value_column,
-            mask=attended[:, None] & (d < values)[None, :], other=0.0,
-        )  # fmt: skip
+        v = block_rows(single.value, o, m, j, attended, d, values, ALIGNED)
         score = block_scores(
-            query, key, weight, query_h, key_row, key_h, weight_h, mask, bias, attended,
-            location, location_row, location_column, location_weight, lw_row, lw_h, filters,
-            j, hidden, scale, ACC, FEATURES, WHOLE, TARGET,
+            single, location, filters, o, m, bias, attended, j, hidden, scale,
+            ACC, FEATURES, WHOLE, ALIGNED, TARGET,
         )  # fmt: skip
         if scores is not None:
             tl.store(scores + j, score, mask=j < keys * stores)
@@ -207,8 +216,8 @@ def forward_kernel(
         shrink = tl.exp(before - shift)
         p = tl.where(attended, tl.exp(score - shift), 0.0)
         total = total * shrink + tl.sum(p, 0)
-        if seed is not None:
-            p *= block_factors(seed, n, k0, threshold, keep_bits, ACC, BLOCK)
+        if single.dropout is not None:
+            p *= block_factors(single.dropout, n, o, m, k0, ACC, BLOCK)
         acc = acc * shrink + tl.sum(p[:, None] * v.to(ACC), 0)
 
     lane = tl.arange(0, 1)
@@ -240,15 +249,14 @@ def forward_kernel(
 
 
 def decode_inputs(p: Problem) -> tuple[object, ...]:
-    """Parameters ``query`` to ``keep_bits`` of the kernels that compute scores."""
-    query = p.query_strides
+    """``Single``."""
     mask, *mask_strides, _ = p.mask_arguments()
-    lengths, *length_strides = p.length_arguments()
+    query_strides = p.query_strides
     return (
-        p.query, p.key, p.value, p.weight, query[0], query[1], query[3],
-        *p.key_strides, *p.value_strides, *p.weight_strides,
+        p.query, query_strides[0], query_strides[1], query_strides[3], p.key, *p.key_strides,
+        p.value, *p.value_strides, p.weight, *p.weight_strides,
         mask, mask_strides[0], mask_strides[1], mask_strides[3],
-        lengths, length_strides[0], length_strides[1], *p.dropout_arguments(),
+        *p.length_arguments()[:3], *p.dropout_arguments(),
     )  # fmt: skip
 
 

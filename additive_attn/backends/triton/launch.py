@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,25 +13,30 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from additive_attn.backends.triton import compiled
+from additive_attn.backends.triton.parameters import flat
 
 # Sizes, offsets and numbers that differ from call to call: a kernel is compiled once for all.
-kernel = triton.jit(
-    do_not_specialize=(
-        "inner", "entries", "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin",
-        "key_count", "keys_per_split", "rows_per_split", "splits", "length", "length_padded",
-        "row_tiles", "key_tiles", "row_programs", "key_programs", "value_programs",
-        "weight_programs", "shares", "ranges", "flag_rows", "flag_keys",
-        "left", "right", "threshold", "keep_bits", "scale_bits", "scale_exponent",
-        *(
-            f"{name}_{dim}"
-            for name in ("query", "key", "value", "weight", "mask", "length", "seed", "query_exp",
-                         "key_exp", "gw", "gl", "go", "gs", "location", "lw", "x", "y", "stride")
-            for dim in ("outer", "inner")
-        ),
-        "mask_row", "length_row", "gw_row", "gl_row", "gs_row", "location_row", "x_channel",
-        "y_channel", "y_output", "outputs", "channels", "terms", "shift", "width",
-    )
+_VARYING = (
+    "inner", "entries", "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin",
+    "key_count", "keys_per_split", "rows_per_split", "splits", "length", "length_padded",
+    "row_tiles", "key_tiles", "row_programs", "key_programs", "value_programs",
+    "weight_programs", "shares", "ranges", "flag_rows", "flag_keys",
+    "left", "right", "threshold", "keep_bits", "scale_bits", "scale_exponent",
+    *(
+        f"{name}_{dim}"
+        for name in ("query", "key", "value", "weight", "mask", "length", "seed", "query_exp",
+                     "key_exp", "gw", "gl", "go", "gs", "location", "lw", "x", "y", "stride")
+        for dim in ("outer", "inner")
+    ),
+    "mask_row", "length_row", "gw_row", "gl_row", "gs_row", "location_row", "x_channel",
+    "y_channel", "y_output", "outputs", "channels", "terms", "shift", "width",
 )  # fmt: skip
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """A kernel, which may take tuples (``parameters.flat``)."""
+    function, varying = flat(function)
+    return triton.jit(function, do_not_specialize=(*_VARYING, *varying))
 
 
 # "tf32" where products of float32 may round to 10 bits. torch.get_float32_matmul_precision raises

@@ -26,7 +26,10 @@ from additive_attn.backends.triton.decode_backward import (
     upstream_arguments,
 )
 from additive_attn.backends.triton.decode_forward import (
+    Location,
+    block_rows,
     decode_forward,
+    features,
     key_splits,
     location_term,
     program_entry,
@@ -34,17 +37,15 @@ from additive_attn.backends.triton.decode_forward import (
 from additive_attn.backends.triton.forward import empty_rows, precision
 from additive_attn.backends.triton.launch import kernel, launch, registers, target
 from additive_attn.backends.triton.numerics import number, tanh
+from additive_attn.backends.triton.parameters import Matrix, Row, Scalar, at_entry
 from additive_attn.backends.triton.tiles import power_of_two
 from additive_attn.spec.call import Call, Needs, Upstream
 
 
 @kernel
 def location_kernel(
-    query, key, weight, query_outer, query_inner, query_h, key_outer, key_inner, key_row, key_h,
-    weight_outer, weight_inner, weight_h,
-    location, location_outer, location_inner, location_row, location_column,
-    location_weight, lw_outer, lw_inner, lw_row, lw_h, filters,
-    grad_lse, gl_outer, gl_inner, probabilities, products, totals, deltas,
+    query: Row, key: Matrix, weight: Row, location: Location, filters,
+    grad_lse: Scalar | None, probabilities, products, totals, deltas,
     gradient, grad_query, grad_key, grad_location, grad_location_weight, grad_weight,
     inner, entries, keys, hidden, scale_bits, splits, keys_per_split,
     BLOCK: tl.constexpr, FEATURES: tl.constexpr, FILTERS: tl.constexpr, SPLITS: tl.constexpr,
@@ -58,31 +59,23 @@ def location_kernel(
     n, split, tile, o, m, begin, last = program_entry(
         tile_count, splits, inner, keys, keys_per_split
     )
-    query += o * query_outer + m * query_inner
-    key += o * key_outer + m * key_inner
-    weight += o * weight_outer + m * weight_inner
-    location += o * location_outer + m * location_inner
-    location_weight += o * lw_outer + m * lw_inner
     if grad_key is not None:
         grad_key += n * keys * hidden
     probabilities += n * keys
     products += n * keys
     grad_location += (tile.to(tl.int64) * entries + n) * filters * keys
     grad_location_weight += (split * entries + n) * filters * hidden
-    inverse, delta = row_sums(
-        totals, deltas, grad_lse, gl_outer, gl_inner, n, o, m, splits, ACC, SPLITS
-    )
+    inverse, delta = row_sums(totals, deltas, grad_lse, n, o, m, splits, ACC, SPLITS)
     scale = number(scale_bits).to(ACC)
     h = tile * FEATURES + tl.arange(0, FEATURES)
     f = tl.arange(0, FILTERS).to(tl.int64)
     inside = h < hidden
     both = (f < filters)[:, None] & inside[None, :]  # [FILTERS, FEATURES]
+    q = features(query, o, m, h, hidden, ACC)
+    w = features(weight, o, m, h, hidden, ACC)
     h = h.to(tl.int64)
-    q = tl.load(query + h * query_h, mask=inside, other=0.0).to(ACC)
-    w = tl.load(weight + h * weight_h, mask=inside, other=0.0).to(ACC)
-    weights = tl.load(
-        location_weight + f[:, None] * lw_row + h[None, :] * lw_h, mask=both, other=0.0
-    ).to(ACC)
+    weights = at_entry(location.weight, o, m) + f[:, None] * location.weight.row
+    weights = tl.load(weights + h[None, :] * location.weight.column, mask=both, other=0.0).to(ACC)
     sum_q = tl.zeros([FEATURES], ACC)
     sum_w = tl.zeros([FEATURES], ACC)
     sum_weights = tl.zeros([FILTERS, FEATURES], ACC)
@@ -92,14 +85,8 @@ def location_kernel(
         tl.store(gradient + n * keys + j, g, mask=j < tl.where(tile == 0, last, 0))
         g *= scale
         counts = g != 0.0
-        k = tl.load(  # [BLOCK, FEATURES]
-            key + j[:, None].to(tl.int64) * key_row + h[None, :] * key_h,
-            mask=counts[:, None] & inside[None, :], other=0.0,
-        ).to(ACC)  # fmt: skip
-        k += location_term(
-            location, location_row, location_column, location_weight, lw_row, lw_h, filters,
-            j, counts, h, inside, ACC,
-        )  # fmt: skip
+        k = block_rows(key, o, m, j, counts, h, hidden, False).to(ACC)
+        k += location_term(location, filters, o, m, j, counts, h, hidden, ACC)
         t = tanh(q[None, :] + k, TARGET)
         slope = tl.where(counts[:, None], g[:, None] * (1.0 - t * t), 0.0)
         sum_q += tl.sum(slope, 0)
@@ -112,8 +99,9 @@ def location_kernel(
             # A gradient may lie in several threads.
             tl.debug_barrier()
             tl.store(to, total, mask=stored)
+        of_key = at_entry(location.features, o, m) + f[None, :] * location.features.row
         x = tl.load(  # [BLOCK, FILTERS]
-            location + j[:, None].to(tl.int64) * location_column + f[None, :] * location_row,
+            of_key + j[:, None].to(tl.int64) * location.features.column,
             mask=counts[:, None] & (f < filters)[None, :], other=0.0,
         ).to(ACC)  # fmt: skip
         sum_weights = tl.dot(
@@ -196,7 +184,7 @@ def _location_gradients(
     query = p.query_strides
     launch(
         location_kernel, n * splits * tile_count, gradient,
-        p.query, p.key, p.weight, query[0], query[1], query[3], *p.key_strides,
+        p.query, query[0], query[1], query[3], p.key, *p.key_strides, p.weight,
         *p.weight_strides, *p.location_arguments(), *upstream_arguments(p, upstream.lse, 1),
         *rows, gradient, of_query, own, of_location, of_location_weight, of_weight,
         p.batch.inner, n, p.keys, p.hidden, p.scale_bits, splits, keys_per_split,
