@@ -44,7 +44,9 @@ class Random {
   int64_t below(int64_t n) { return int64_t(word() % std::uint64_t(n)); }
   bool chance(double p) { return uniform(0, 1) < p; }
   template <class T>
-  T pick(const std::vector<T>& from) { return from[size_t(below(int64_t(from.size())))]; }
+  T pick(const std::vector<T>& from) {
+    return from[size_t(below(int64_t(from.size())))];
+  }
 
  private:
   std::uint64_t state_;
@@ -56,22 +58,22 @@ enum class Poison { none, masked_keys, masked_values, a_key, infinite_key };
 struct Case {
   std::string family;
   int64_t batch, queries, keys, hidden, values;
-  double reach = 2;                                // |query| and |key| stay below
-  bool mixed = false;                              // each row and key has its own magnitude, from 0.1 to reach
+  double reach = 2;    // |query| and |key| stay below
+  bool mixed = false;  // each row and key has its own magnitude, from 0.1 to reach
   double weight_reach = 1, scale = 1;
   MaskType mask = MaskType::none;
-  double masked = 0.3;                             // share of masked entries
+  double masked = 0.3;                                          // share of masked entries
   bool one_entry = false, one_row = false, one_column = false;  // what the mask broadcasts
-  bool turned = false;                             // the mask lies column by column
+  bool turned = false;                                          // the mask lies column by column
   Lengths lengths = Lengths::none;
   int64_t left = -1, right = -1;
   double dropout = 0;
   bool weights = false;
   bool grad_out = true, grad_weights = false, grad_lse = false;
   bool query = true, key = true, value = true, weight = true, bias = true;  // which gradients
-  bool shared = false;                             // key, value and weight serve the whole batch
-  bool padded = false;                             // rows lie further apart than they are wide
-  bool repeated = false;                           // all rows of query, value and grad_out are one row (stride 0)
+  bool shared = false;    // key, value and weight serve the whole batch
+  bool padded = false;    // rows lie further apart than they are wide
+  bool repeated = false;  // all rows of query, value and grad_out are one row (stride 0)
   Poison poison = Poison::none;
 };
 
@@ -95,7 +97,9 @@ struct Tensor {
 };
 
 template <class T>
-std::vector<T> garbage(int64_t n) { return std::vector<T>(size_t(n), T(12345.678)); }
+std::vector<T> garbage(int64_t n) {
+  return std::vector<T>(size_t(n), T(12345.678));
+}
 
 // The value of a random mask entry and its encoding.
 struct Entry {
@@ -122,8 +126,11 @@ struct MaskData {
     batch = c.one_entry ? std::min<int64_t>(c.batch, 1) : c.batch;
     rows = c.one_row ? 1 : c.queries;
     columns = c.one_column ? 1 : c.keys;
-    const std::map<MaskType, int64_t> sizes = {{MaskType::boolean, 1}, {MaskType::float16, 2}, {MaskType::bfloat16, 2},
-                                               {MaskType::float32, 4}, {MaskType::float64, 8}};
+    const std::map<MaskType, int64_t> sizes = {{MaskType::boolean, 1},
+                                               {MaskType::float16, 2},
+                                               {MaskType::bfloat16, 2},
+                                               {MaskType::float32, 4},
+                                               {MaskType::float64, 8}};
     const int64_t size = sizes.at(c.mask), count = batch * rows * columns;
     if (count > 0) memory.reset(new unsigned char[size_t(count * size)]);
     const int64_t row = c.turned ? 1 : columns, column = c.turned ? rows : 1;
@@ -136,17 +143,30 @@ struct MaskData {
         const bool nothing = random.chance(0.1);
         for (int64_t j = 0; j < columns; ++j) {
           const int64_t at = n * rows * columns + i * row + j * column;
-          const Entry e = nothing || random.chance(c.masked) ? forbidden : entries[c.mask == MaskType::boolean ? 0 : random.below(6)];
+          const Entry e = nothing || random.chance(c.masked)
+                              ? forbidden
+                              : entries[c.mask == MaskType::boolean ? 0 : random.below(6)];
           value[size_t(at)] = e.value;
           unsigned char* to = memory.get() + at * size;
           const float single = float(e.value);
           switch (c.mask) {
-            case MaskType::none: break;
-            case MaskType::boolean: *to = e.value == 0; break;
-            case MaskType::float16: std::memcpy(to, &e.half, 2); break;
-            case MaskType::bfloat16: std::memcpy(to, &e.bfloat, 2); break;
-            case MaskType::float32: std::memcpy(to, &single, 4); break;
-            case MaskType::float64: std::memcpy(to, &e.value, 8); break;
+            case MaskType::none:
+              break;
+            case MaskType::boolean:
+              *to = e.value == 0;
+              break;
+            case MaskType::float16:
+              std::memcpy(to, &e.half, 2);
+              break;
+            case MaskType::bfloat16:
+              std::memcpy(to, &e.bfloat, 2);
+              break;
+            case MaskType::float32:
+              std::memcpy(to, &single, 4);
+              break;
+            case MaskType::float64:
+              std::memcpy(to, &e.value, 8);
+              break;
           }
         }
       }
@@ -154,7 +174,8 @@ struct MaskData {
       offset.push_back(batch == 1 ? 0 : n * rows * columns);
       for (int64_t i = 0; i < c.queries; ++i)
         for (int64_t j = 0; j < c.keys; ++j)
-          bias[size_t((n * c.queries + i) * c.keys + j)] += value[size_t(offset.back() + i * mask.row + j * mask.column)];
+          bias[size_t((n * c.queries + i) * c.keys + j)] +=
+              value[size_t(offset.back() + i * mask.row + j * mask.column)];
     }
     gradient_offset = offset;
     mask.offset = offset.data();
@@ -329,7 +350,7 @@ Expected reference(const Case& c, const Inputs<T>& in, const Results<T>& sizes) 
     r.weight.resize(s.weight.size()), r.bias.resize(s.bias.size());
   };
   like(e.value, sizes), like(e.bound, sizes);
-  const auto add = [&](std::vector<double> Results<double>::*which, int64_t at, double value, double bound) {
+  const auto add = [&](std::vector<double> Results<double>::* which, int64_t at, double value, double bound) {
     if ((e.value.*which).empty()) return;
     (e.value.*which)[size_t(at)] += value;
     (e.bound.*which)[size_t(at)] += bound;
@@ -337,7 +358,8 @@ Expected reference(const Case& c, const Inputs<T>& in, const Results<T>& sizes) 
   using R = Results<double>;
   const double eps = std::numeric_limits<T>::epsilon();
   const T keep_scale = c.dropout < 1 ? T(1 / (1 - c.dropout)) : T(0);
-  std::vector<double> t(size_t(c.keys * c.hidden)), s(size_t(c.keys)), keep(size_t(c.keys)), dp(size_t(c.keys)), dp_bound(size_t(c.keys));
+  std::vector<double> t(size_t(c.keys * c.hidden)), s(size_t(c.keys)), keep(size_t(c.keys)), dp(size_t(c.keys)),
+      dp_bound(size_t(c.keys));
   for (int64_t n = 0; n < c.batch; ++n) {
     const T* w = in.weight.at(n, 0);
     double weight_sum = 0;
@@ -373,8 +395,9 @@ Expected reference(const Case& c, const Inputs<T>& in, const Results<T>& sizes) 
       for (int64_t j = 0; j < c.keys; ++j) {
         if (s[size_t(j)] == -inf) continue;
         const double p = s[size_t(j)] = std::exp(s[size_t(j)] - lse);
-        const auto word = c.dropout > 0 ? philox_word(std::uint64_t(in.seed[size_t(in.seed_offset[size_t(n)])]), std::uint64_t(n),
-                                                      std::uint64_t(i), std::uint64_t(j)) : 0;
+        const auto word = c.dropout > 0 ? philox_word(std::uint64_t(in.seed[size_t(in.seed_offset[size_t(n)])]),
+                                                      std::uint64_t(n), std::uint64_t(i), std::uint64_t(j))
+                                        : 0;
         keep[size_t(j)] = c.dropout > 0 ? (word < in.drop_below ? 0.0 : double(keep_scale)) : 1.0;
         add(&R::weights, row * c.keys + j, p, p * unit);
         double g = 0, g_bound = 0;
@@ -382,7 +405,8 @@ Expected reference(const Case& c, const Inputs<T>& in, const Results<T>& sizes) 
         for (int64_t d = 0; d < c.values; ++d) {
           const double x = v[d], up = c.grad_out ? double(in.grad_out.at(n, i)[d]) : 0;
           add(&R::out, row * c.values + d, p * keep[size_t(j)] * x, p * keep[size_t(j)] * std::fabs(x) * unit);
-          add(&R::value, (n * c.keys + j) * c.values + d, p * keep[size_t(j)] * up, p * keep[size_t(j)] * std::fabs(up) * unit);
+          add(&R::value, (n * c.keys + j) * c.values + d, p * keep[size_t(j)] * up,
+              p * keep[size_t(j)] * std::fabs(up) * unit);
           g += up * x;
           g_bound += std::fabs(up * x);
         }
@@ -406,7 +430,8 @@ Expected reference(const Case& c, const Inputs<T>& in, const Results<T>& sizes) 
         const double g = p * (dp[size_t(j)] - delta), bound = p * (dp_bound[size_t(j)] + delta_bound) * unit;
         const MaskData& m = in.mask;
         if (!e.value.bias.empty())
-          add(&R::bias, m.gradient_offset[size_t(n)] + (m.rows == 1 ? 0 : i * m.columns) + (m.columns == 1 ? 0 : j), g, bound);
+          add(&R::bias, m.gradient_offset[size_t(n)] + (m.rows == 1 ? 0 : i * m.columns) + (m.columns == 1 ? 0 : j), g,
+              bound);
         for (int64_t h = 0; h < c.hidden; ++h) {
           const double x = t[size_t(j * c.hidden + h)], slope = c.scale * double(w[h]) * (1 - x * x);
           const double slope_bound = c.scale * std::fabs(double(w[h])) * bound;
@@ -440,9 +465,10 @@ bool close(const Case& c, const char* what, const std::vector<T>& got, const std
       tally.worst = std::max(tally.worst, error / limit);
       continue;
     }
-    std::printf("  FAILED %s, %s, batch %ld queries %ld keys %ld hidden %ld values %ld: %s[%zu] is %.9g, not %.9g +- %.2g\n",
-                c.family.c_str(), sizeof(T) == 4 ? "float" : "double", long(c.batch), long(c.queries), long(c.keys),
-                long(c.hidden), long(c.values), what, k, x, y, limit);
+    std::printf(
+        "  FAILED %s, %s, batch %ld queries %ld keys %ld hidden %ld values %ld: %s[%zu] is %.9g, not %.9g +- %.2g\n",
+        c.family.c_str(), sizeof(T) == 4 ? "float" : "double", long(c.batch), long(c.queries), long(c.keys),
+        long(c.hidden), long(c.values), what, k, x, y, limit);
     return false;
   }
   return true;
@@ -451,14 +477,15 @@ bool close(const Case& c, const char* what, const std::vector<T>& got, const std
 template <class T>
 bool same_bits(const Case& c, const char* why, const Results<T>& a, const Results<T>& b) {
   bool same = true;
-  Results<T>().each([&](const char* what, std::vector<T> Results<T>::*which) {
+  Results<T>().each([&](const char* what, std::vector<T> Results<T>::* which) {
     const std::vector<T>&x = a.*which, &y = b.*which;
     if (!same || x.empty() || std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0) return;
     size_t k = 0;
     while (std::memcmp(&x[k], &y[k], sizeof(T)) == 0) ++k;
-    std::printf("  FAILED %s, %s, batch %ld queries %ld keys %ld hidden %ld values %ld: %s: %s[%zu] is %.9g, not %.9g\n",
-                c.family.c_str(), sizeof(T) == 4 ? "float" : "double", long(c.batch), long(c.queries), long(c.keys),
-                long(c.hidden), long(c.values), why, what, k, double(y[k]), double(x[k]));
+    std::printf(
+        "  FAILED %s, %s, batch %ld queries %ld keys %ld hidden %ld values %ld: %s: %s[%zu] is %.9g, not %.9g\n",
+        c.family.c_str(), sizeof(T) == 4 ? "float" : "double", long(c.batch), long(c.queries), long(c.keys),
+        long(c.hidden), long(c.values), why, what, k, double(y[k]), double(x[k]));
     same = false;
   });
   return same;
@@ -467,7 +494,8 @@ bool same_bits(const Case& c, const char* why, const Results<T>& a, const Result
 // NaN or Inf into keys or values. Returns false if the case offers no place for it.
 template <class T>
 bool poison(const Case& c, Inputs<T>& in) {
-  const T bad[] = {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity(), -std::numeric_limits<T>::infinity()};
+  const T bad[] = {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity(),
+                   -std::numeric_limits<T>::infinity()};
   bool done = false;
   for (int64_t n = 0; n < c.batch; ++n)
     for (int64_t j = 0; j < c.keys; ++j) {
@@ -499,9 +527,9 @@ bool check(const Case& c, std::uint64_t seed, Tally& tally) {
     got = poisoned;
   }
   Expected expected = reference(c, in, got);
-  expected.value.each([&](const char* what, std::vector<double> Results<double>::*which) {
+  expected.value.each([&](const char* what, std::vector<double> Results<double>::* which) {
     const std::map<std::string, std::vector<T>*> results = {
-        {"out", &got.out}, {"lse", &got.lse}, {"weights", &got.weights}, {"grad_query", &got.query},
+        {"out", &got.out},      {"lse", &got.lse},          {"weights", &got.weights},    {"grad_query", &got.query},
         {"grad_key", &got.key}, {"grad_value", &got.value}, {"grad_weight", &got.weight}, {"grad_mask", &got.bias}};
     good = close(c, what, *results.at(what), expected.value.*which, expected.bound.*which, tally) && good;
   });
@@ -524,7 +552,8 @@ std::vector<Case> table() {
     add("keys", {2, 3, keys, 6, 7});
     add("keys", {1, 5, keys, 3, 9}, [](Case& c) { c.weights = c.grad_weights = true; });
   }
-  for (const int64_t hidden : {0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 131, 257}) {
+  for (const int64_t hidden :
+       {0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 131, 257}) {
     add("features", {1, 1, 9, hidden, 4});
     add("features", {1, 4, 17, hidden, 4});
     add("features", {2, 3, 6, hidden, 2}, [](Case& c) { c.padded = true; });
@@ -537,8 +566,14 @@ std::vector<Case> table() {
     add("queries", {1, queries, 19, 5, 3});
     add("queries", {2, queries, 6, 4, 5}, [](Case& c) { c.right = 0; });
   }
-  for (const auto& shape : std::vector<std::vector<int64_t>>{{0, 3, 4, 5, 6}, {2, 0, 4, 5, 6}, {2, 3, 0, 5, 6}, {2, 3, 4, 0, 6},
-                                                             {2, 3, 4, 5, 0}, {0, 0, 0, 0, 0}, {1, 3, 4, 0, 0}, {1, 1, 1, 1, 1}})
+  for (const auto& shape : std::vector<std::vector<int64_t>>{{0, 3, 4, 5, 6},
+                                                             {2, 0, 4, 5, 6},
+                                                             {2, 3, 0, 5, 6},
+                                                             {2, 3, 4, 0, 6},
+                                                             {2, 3, 4, 5, 0},
+                                                             {0, 0, 0, 0, 0},
+                                                             {1, 3, 4, 0, 0},
+                                                             {1, 1, 1, 1, 1}})
     for (const bool weights : {false, true})
       add("empty", shape, [&](Case& c) { c.weights = c.grad_weights = c.grad_lse = weights; });
 
@@ -548,18 +583,22 @@ std::vector<Case> table() {
         if (mixed && reach < 0.5) continue;
         add("ranges", {2, queries, 150, 13, 5}, [&](Case& c) { c.reach = reach, c.mixed = mixed; });
         add("ranges", {1, queries, 70, 37, 4}, [&](Case& c) {
-          c.reach = reach, c.mixed = mixed, c.mask = MaskType::boolean, c.lengths = Lengths::per_row, c.weights = c.grad_weights = true;
+          c.reach = reach, c.mixed = mixed, c.mask = MaskType::boolean, c.lengths = Lengths::per_row,
+          c.weights = c.grad_weights = true;
         });
       }
   for (const double reach : {0.0, 1e-30, 1e-3, 30.0, 1e4})
     for (const int64_t queries : {1, 5})
-      add("weight sizes", {2, queries, 40, 11, 4}, [&](Case& c) { c.weight_reach = reach, c.scale = reach > 100 ? 1e-3 : 1.7; });
+      add("weight sizes", {2, queries, 40, 11, 4},
+          [&](Case& c) { c.weight_reach = reach, c.scale = reach > 100 ? 1e-3 : 1.7; });
 
-  for (const MaskType type : {MaskType::boolean, MaskType::float16, MaskType::bfloat16, MaskType::float32, MaskType::float64})
+  for (const MaskType type :
+       {MaskType::boolean, MaskType::float16, MaskType::bfloat16, MaskType::float32, MaskType::float64})
     for (int how = 0; how < 16; ++how)
       add("masks", {how & 1 ? 2 : 3, how % 3 ? 7 : 1, how % 5 ? 41 : 131, 6, 5}, [&](Case& c) {
         c.mask = type, c.one_entry = how & 1, c.one_row = how & 2, c.one_column = how & 4, c.turned = how & 8;
-        c.masked = how % 2 ? 0.3 : 0.95, c.weights = how % 3 == 0, c.grad_weights = how % 4 == 0, c.grad_lse = how % 5 == 0;
+        c.masked = how % 2 ? 0.3 : 0.95, c.weights = how % 3 == 0, c.grad_weights = how % 4 == 0,
+        c.grad_lse = how % 5 == 0;
         c.bias = how != 9;
       });
   for (const Lengths lengths : {Lengths::per_entry, Lengths::per_row})
@@ -575,7 +614,8 @@ std::vector<Case> table() {
   for (const double dropout : {0.1, 0.5, 0.97, 1.0})
     for (const int64_t queries : {1, 3, 20})
       add("dropout", {3, queries, 77, 6, 5}, [&](Case& c) {
-        c.dropout = dropout, c.grad_weights = c.weights = queries != 3, c.grad_lse = queries == 1, c.shared = queries == 20;
+        c.dropout = dropout, c.grad_weights = c.weights = queries != 3, c.grad_lse = queries == 1,
+        c.shared = queries == 20;
         c.lengths = queries == 3 ? Lengths::per_entry : Lengths::none, c.right = queries == 20 ? 5 : -1;
       });
   for (int upstream = 0; upstream < 8; ++upstream)
@@ -587,15 +627,18 @@ std::vector<Case> table() {
       });
   for (const int64_t queries : {1, 2, 9})
     for (int how = 0; how < 8; ++how)
-      add("strides", {3, queries, 35, 10, 11}, [&](Case& c) { c.shared = how & 1, c.padded = how & 2, c.repeated = how & 4; });
+      add("strides", {3, queries, 35, 10, 11},
+          [&](Case& c) { c.shared = how & 1, c.padded = how & 2, c.repeated = how & 4; });
 
   // From 4096 keys on, keys are split when there are few rows; from 2^21 weights on, backward takes the rows in pieces.
   for (const int64_t keys : {4095, 4096, 4097, 6200, 9001})
     add("split keys", {1, 1, keys, 4, 5}, [](Case& c) { c.weights = c.grad_weights = c.grad_lse = true; });
   add("split keys", {2, 3, 5000, 3, 2}, [](Case& c) { c.lengths = Lengths::per_row, c.dropout = 0.3; });
-  add("split keys", {1, 2, 20011, 5, 3}, [](Case& c) { c.mask = MaskType::boolean, c.one_row = true, c.weights = true; });
+  add("split keys", {1, 2, 20011, 5, 3},
+      [](Case& c) { c.mask = MaskType::boolean, c.one_row = true, c.weights = true; });
   add("split keys", {1, 1, 33000, 2, 1}, [](Case& c) { c.mask = MaskType::float16, c.masked = 0.999; });
-  add("split keys", {1, 3, 17000, 4, 5}, [](Case& c) { c.lengths = Lengths::per_entry, c.mixed = true, c.reach = 100; });
+  add("split keys", {1, 3, 17000, 4, 5},
+      [](Case& c) { c.lengths = Lengths::per_entry, c.mixed = true, c.reach = 100; });
   add("workspace pieces", {1, 17, 131073, 1, 1}, [](Case& c) { c.left = 7000, c.right = 60000; });
   add("workspace pieces", {3, 9, 110000, 1, 1}, [](Case& c) { c.right = 900, c.value = false; });
 
@@ -606,27 +649,34 @@ std::vector<Case> table() {
           c.poison = poison, c.weights = how & 1, c.grad_weights = how & 1;
           if (how < 2) c.lengths = Lengths::per_entry;
           if (how == 2 || how == 3) c.mask = MaskType::boolean, c.one_row = c.one_entry = true, c.shared = true;
-          if (how > 3) c.mask = MaskType::float32, c.one_row = true, c.dropout = how == 5 ? 0.4 : 0, c.mixed = true, c.reach = 30;
+          if (how > 3)
+            c.mask = MaskType::float32, c.one_row = true, c.dropout = how == 5 ? 0.4 : 0, c.mixed = true, c.reach = 30;
         });
 
   Random random(2015);
   const std::vector<int64_t> small = {1, 2, 3, 4, 5, 8}, rows = {1, 1, 2, 3, 4, 7, 16, 17, 33, 130},
-                             keys = {1, 5, 8, 15, 31, 33, 64, 65, 100, 129, 200}, features = {1, 3, 4, 6, 8, 16, 17, 24, 32, 33, 40};
+                             keys = {1, 5, 8, 15, 31, 33, 64, 65, 100, 129, 200},
+                             features = {1, 3, 4, 6, 8, 16, 17, 24, 32, 33, 40};
   for (int k = 0; k < 120; ++k)
-    add("random", {random.pick(small), random.pick(rows), random.pick(keys), random.pick(features), random.pick(features)}, [&](Case& c) {
-      if (c.queries > 100) c.batch = 1;
-      c.reach = random.pick<double>({0.5, 3, 12, 150}), c.mixed = random.chance(0.5), c.scale = random.pick<double>({1, 0.3});
-      c.mask = random.pick<MaskType>({MaskType::none, MaskType::boolean, MaskType::float16, MaskType::bfloat16, MaskType::float32,
-                                      MaskType::float64});
-      c.masked = random.pick<double>({0.1, 0.6, 0.97});
-      c.one_entry = random.chance(0.3), c.one_row = random.chance(0.3), c.one_column = random.chance(0.1), c.turned = random.chance(0.3);
-      c.lengths = random.pick<Lengths>({Lengths::none, Lengths::per_entry, Lengths::per_row});
-      c.left = random.pick<int64_t>({-1, -1, 0, 9, 50}), c.right = random.pick<int64_t>({-1, -1, 0, 6, 40});
-      c.dropout = random.pick<double>({0, 0, 0.25}), c.weights = random.chance(0.4);
-      c.grad_out = random.chance(0.8), c.grad_weights = random.chance(0.4), c.grad_lse = random.chance(0.4);
-      c.query = random.chance(0.8), c.key = random.chance(0.8), c.value = random.chance(0.8), c.weight = random.chance(0.8);
-      c.shared = random.chance(0.3), c.padded = random.chance(0.4), c.repeated = random.chance(0.2);
-    });
+    add("random",
+        {random.pick(small), random.pick(rows), random.pick(keys), random.pick(features), random.pick(features)},
+        [&](Case& c) {
+          if (c.queries > 100) c.batch = 1;
+          c.reach = random.pick<double>({0.5, 3, 12, 150}), c.mixed = random.chance(0.5),
+          c.scale = random.pick<double>({1, 0.3});
+          c.mask = random.pick<MaskType>({MaskType::none, MaskType::boolean, MaskType::float16, MaskType::bfloat16,
+                                          MaskType::float32, MaskType::float64});
+          c.masked = random.pick<double>({0.1, 0.6, 0.97});
+          c.one_entry = random.chance(0.3), c.one_row = random.chance(0.3), c.one_column = random.chance(0.1),
+          c.turned = random.chance(0.3);
+          c.lengths = random.pick<Lengths>({Lengths::none, Lengths::per_entry, Lengths::per_row});
+          c.left = random.pick<int64_t>({-1, -1, 0, 9, 50}), c.right = random.pick<int64_t>({-1, -1, 0, 6, 40});
+          c.dropout = random.pick<double>({0, 0, 0.25}), c.weights = random.chance(0.4);
+          c.grad_out = random.chance(0.8), c.grad_weights = random.chance(0.4), c.grad_lse = random.chance(0.4);
+          c.query = random.chance(0.8), c.key = random.chance(0.8), c.value = random.chance(0.8),
+          c.weight = random.chance(0.8);
+          c.shared = random.chance(0.3), c.padded = random.chance(0.4), c.repeated = random.chance(0.2);
+        });
   return cases;
 }
 
@@ -650,8 +700,8 @@ int main(int argc, char** argv) {
     }
     if (tally.passed + tally.failed == 0) continue;
     ran = true;
-    std::printf("%s: %d passed, %d failed, largest error %.2f of the bound\n", cases[begin].family.c_str(), tally.passed,
-                tally.failed, tally.worst);
+    std::printf("%s: %d passed, %d failed, largest error %.2f of the bound\n", cases[begin].family.c_str(),
+                tally.passed, tally.failed, tally.worst);
     all.passed += tally.passed;
     all.failed += tally.failed;
   }
