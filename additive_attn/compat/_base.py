@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from additive_attn.nn.linear import bare_parameters, energy_of
+from additive_attn.ops.checks import is_readable
 from additive_attn.ops.compat_checks import check_keys
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.location import location_features
@@ -266,7 +267,7 @@ def masks(
             return None, None
         attended = padding.logical_not()
     check_keys(attended, key)
-    if attended.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(attended):
         lengths = attended.sum(-1, keepdim=True)
         if torch.equal(attended, torch.arange(attended.shape[-1], device="cpu") < lengths):
             return lengths, None

@@ -244,9 +244,11 @@ def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether no trace or transform is under way, in which tensors may hold no values."""
+    """Whether no trace or transform is under way, in which tensors may hold no values, or others
+    than those that the program will be run with."""
     return (
         not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and not tensor.is_meta

@@ -120,7 +120,7 @@ registrations.define(
 def _keep_mask(
     seed: Tensor, batch: Sequence[int], rows: int, keys: int, dropout_p: float
 ) -> Tensor:
-    if seed.is_cpu and has_values(seed) and not torch.jit.is_tracing():
+    if seed.is_cpu and has_values(seed):
         seeds = seed.expand(list(batch)).reshape(-1)
         kept: Tensor = torch.ops.additive_attn.keep_entries(seeds, rows, keys, dropout_p)
         return kept.reshape(*batch, rows, keys)

@@ -15,6 +15,7 @@ from additive_attn import (
     LocationSensitiveAttention,
     MultiheadAdditiveAttention,
 )
+from additive_attn.compat import espnet, tacotron2
 
 D = 8
 LAYERS = {
@@ -166,3 +167,55 @@ def test_memories_and_states_load_without_code():
     query = torch.randn(6, D)
     torch.testing.assert_close(layer.step(query, *loaded)[:2],
                                layer.step(query, memory, loaded[1])[:2])  # fmt: skip
+
+
+class Reads(nn.Module):
+    """Calls that look at the values of ``given`` where they run."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        make = {"padding": lambda: tacotron2.Attention(D, D, D, 3, 3),
+                "reorder": LAYERS["content"], "hint": LAYERS["heads"]}  # fmt: skip
+        self.kind, self.layer = kind, make[kind]()
+
+    def forward(self, x, given):
+        if self.kind == "padding":
+            key, last = self.layer.memory_layer(x), x.new_zeros(2, 2, 5)
+            return self.layer(x[:, 0], x, key, last, given)[1]
+        if self.kind == "reorder":
+            return self.layer.step(x[:, 0], self.layer.project(x).reorder(given))[1]
+        return self.layer(x, x, x, attn_mask=given, is_causal=True)[1]
+
+
+LATER = torch.ones(5, 5, dtype=torch.bool).triu(1)
+PADDING = torch.arange(5) >= torch.tensor([[5], [3]])
+
+
+@pytest.mark.parametrize(
+    "kind,given,other",
+    [
+        ("padding", PADDING, PADDING.flip(1)),
+        ("reorder", torch.tensor([0, 1]), torch.tensor([1, 0])),
+        ("hint", LATER, LATER.mT.contiguous()),
+    ],
+)
+def test_a_trace_computes_with_other_values_than_it_was_made_with(kind, given, other):
+    model, x = Reads(kind), torch.randn(2, 5, D)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (x, given))
+    for each in (given, other):
+        torch.testing.assert_close(traced(x, each), model(x, each))
+
+
+def test_other_code_bases_layers_trace_into_graphs_of_aten():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    layer = espnet.AttLoc(D, D, D, 2, 3)
+
+    def steps(x):
+        layer.reset()
+        return layer(x, [5, 3], x[:, 0], None)[0]
+
+    x = torch.randn(2, 5, D)
+    torch.testing.assert_close(make_fx(steps)(x)(x), steps(x))
