@@ -29,7 +29,7 @@ from additive_attn.ops.layer_checks import (
     explain_projection,
     refuse_ranks,
 )
-from additive_attn.ops.memory import NARROW_MEMORY, Lent, lend
+from additive_attn.ops.memory import NARROW_MEMORY, Lent, computed_whole, lend
 from additive_attn.ops.memory_checks import explain_memory
 from additive_attn.ops.writes import Watched, parameter_state
 
@@ -276,7 +276,10 @@ def lent_of(layer: Any, memory: ProjectedMemory) -> Lent:
 
 def prepare(layer: Any, memory: _Memory) -> Prepared | None:
     """Lends a memory with the layer's parameters, so that the gradients of all steps are made at
-    once; None where tools have made other modules of them, which every step must call."""
+    once; None where tools have made other modules of them, which every step must call, and where
+    plain PyTorch computes small steps."""
+    if computed_whole(memory.key):
+        return None
     parameters = layer._lent_parameters()
     if parameters is None or hasattr(
         type(layer), "unshard"

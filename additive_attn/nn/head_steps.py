@@ -23,7 +23,7 @@ from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.head_checks import check_masks
 from additive_attn.ops.layer_checks import check_memory_dtype, check_narrowed
 from additive_attn.ops.masking import attended_keys
-from additive_attn.ops.memory import NARROW_MEMORY, lend
+from additive_attn.ops.memory import NARROW_MEMORY, computed_whole, lend
 from additive_attn.ops.writes import Watched, parameter_state
 
 # Queries per sequence up to which a step of prepared keys is faster than an ordinary call, with
@@ -72,7 +72,9 @@ def project_heads(
 
 def prepare_heads(layer: Any, memory: ProjectedMemory) -> Prepared | None:
     """Lends a memory with the parameters of all heads; None where tools have made others of them,
-    which every step must use."""
+    which every step must use, and where plain PyTorch computes small steps."""
+    if computed_whole(memory.key):
+        return None
     parameters = layer._lent_parameters()
     if parameters is None or hasattr(
         type(layer), "unshard"

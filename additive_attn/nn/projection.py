@@ -133,7 +133,9 @@ class ProjectingAttention(nn.Module):
         if rank == 3 and not self.batch_first:
             k, v = k.transpose(0, 1), v.transpose(0, 1)
         try:
-            batch = torch.broadcast_shapes(k.shape[:-2], v.shape[:-2])
+            batch = k.shape[:-2]
+            if batch != v.shape[:-2]:
+                batch = torch.broadcast_shapes(batch, v.shape[:-2])
             if k.shape[-2] != v.shape[-2]:
                 raise ValueError
             if lengths is not None:

@@ -169,8 +169,11 @@ def _ordinary(
     projected = _projected(query, lent.source, several)
     rows = projected if several else projected.unsqueeze(-2)
     inputs, lengths = _inputs(lent.source, rows, location, location_weight), lent.lengths
-    if lengths is not None and lengths.dim() > 2:
-        lengths = lengths.flatten(1)  # (B, 1, 1): of beams or heads
+    if lengths is not None:
+        if lengths.dim() > 2:
+            lengths = lengths.flatten(1)  # (B, 1, 1): of beams or heads
+        elif lengths.dim() == 0 and rows.dim() > 2:
+            lengths = lengths.reshape(1)  # of the beams of one sequence
     out, weights, lse = masked_attention(
         inputs, lent.attn_mask, lengths, False, None, dropout_p, lent.scale, True,
         lent.source.score_bias, need_lse=True, compute=compute,

@@ -6,7 +6,8 @@ and one pass over all records makes them at the end (math.md, eq. 16).
 
 The engine runs the node of what is shared after all steps, once, even where none of them passed a
 gradient to it. It finds the records under the number of the running backward pass. Memory is
-O(T B (Lk + H + Dv)).
+O(T B (Lk + H + Dv)). Where plain PyTorch computes a small step, it is an ordinary call, which
+keeps its energies: making them again would cost more than the record saves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable, forward_ad
 
-from additive_attn.ops import dispatch  # noqa: F401  registers the operators
+from additive_attn.ops import dispatch
 from additive_attn.ops.autocast import autocast, autocast_dtype
 from additive_attn.ops.second_order import SingleLevelFunction, reduced
 from additive_attn.ops.writes import version
@@ -32,6 +33,8 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _pass_number = torch._C._current_graph_task_id
 # Keys and values may be narrower than the queries.
 NARROW_MEMORY = {(x, torch.float32) for x in (torch.bfloat16, torch.float16)}
+# Elements of a step's energies up to which plain PyTorch keeps them for backward, of every step.
+WHOLE_ELEMENTS = 2**18
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
 
@@ -90,8 +93,8 @@ def lend(
             ``(H,)``: their gradients come once for all steps too. With ``heads`` as the last
             leading dim of keys also ``(heads * H, query_dim)`` and ``(heads * H,)``.
         score_bias: takes part only to receive a zero gradient.
-        deferred: whether gradients are deferred, where that applies. If not, every step is an
-            ordinary call.
+        deferred: whether gradients are deferred, where that applies. If not, and where plain
+            PyTorch computes small steps, every step is an ordinary call.
     """
     lent = Lent()
     lent.source = Shared(key, value, weight, query_weight, query_bias, score_bias)
@@ -101,7 +104,8 @@ def lend(
     kinds = shared.key.dtype, shared.weight.dtype
     fits = kinds[0] == kinds[1] or kinds in NARROW_MEMORY
     if not (
-        deferred and fits and eager(shared[:2], shared.key) and eager(shared[2:5], shared.weight)
+        deferred and fits and not computed_whole(shared.key)
+        and eager(shared[:2], shared.key) and eager(shared[2:5], shared.weight)
         and shared.key.device == shared.weight.device
         and (attn_mask is None or not attn_mask.requires_grad)
     ):  # fmt: skip
@@ -112,6 +116,17 @@ def lend(
     with torch.no_grad():
         lent.prepared = _operators.prepare_keys(shared.key.detach(), shared.weight.detach())
     return lent
+
+
+def computed_whole(key: Tensor) -> bool:
+    """Whether plain PyTorch computes a step as a whole, and keeps its energies for backward: then
+    its record would cost more than the gradients that it defers. Not of 16 bits, to which the
+    gradients of each step would be rounded."""
+    return (
+        key.numel() <= WHOLE_ELEMENTS
+        and key.dtype.itemsize > 2
+        and dispatch.on_plain_path(key.device)
+    )
 
 
 def _autocasted(shared: Shared) -> Shared:

@@ -26,7 +26,14 @@ from torch import nn
 from torch.nn.functional import conv1d
 
 from additive_attn import LocationSensitiveAttention
+from additive_attn.ops import memory as engine
 from additive_attn.ops.location import location_features
+
+
+@pytest.fixture(autouse=True)
+def steps_leave_records(monkeypatch):
+    """On plain PyTorch too, where small steps are ordinary calls (test_whole_steps.py)."""
+    monkeypatch.setattr(engine, "WHOLE_ELEMENTS", -1)
 
 
 def _flat(step):
