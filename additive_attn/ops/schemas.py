@@ -255,8 +255,11 @@ def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
 @register_flop_formula(torch.ops.additive_attn.backward)
 def _backward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
     query, key, value = shapes[3:6]
+    *needs, need_value, need_weight, need_mask = shapes[-5:]
     batch = torch.broadcast_shapes(query[:-2], key[:-2], value[:-2])
-    return 4 * math.prod(batch) * query[-2] * key[-2] * (query[-1] + value[-1])
+    of_energies = query[-1] * (any(needs) + need_weight)
+    of_values = value[-1] * (any((*needs, need_weight, need_mask)) + need_value)
+    return 2 * math.prod(batch) * query[-2] * key[-2] * (of_energies + of_values)
 
 
 @register_flop_formula(torch.ops.additive_attn.scores)
@@ -265,5 +268,6 @@ def _scores_flops(query: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
 
 
 @register_flop_formula(torch.ops.additive_attn.scores_backward)
-def _scores_backward_flops(grad: Any, query: Any, *_: Any, **__: Any) -> int:
-    return 4 * math.prod(grad) * query[-1]
+def _scores_backward_flops(grad: Any, query: Any, *shapes: Any, **_: Any) -> int:
+    *needs, need_weight, _mask = shapes[-4:]
+    return 2 * math.prod(grad) * query[-1] * (any(needs) + need_weight)

@@ -6,6 +6,7 @@ Each way is judged against the plain formula taken the same way.
 from __future__ import annotations
 
 import io
+import itertools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from oracle import generator
 from torch import nn
 from torch.func import functional_call, functionalize, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from additive_attn import (
     AdditiveAttention,
@@ -20,6 +22,7 @@ from additive_attn import (
     additive_attention,
     additive_scores,
 )
+from additive_attn.ops import dispatch
 from additive_attn.spec.call import Call
 
 G = generator(0)
@@ -235,3 +238,21 @@ def test_functional_call(backend):
             derivative = torch.compile(derivative, backend=backend)
         results.append(derivative(parameters))
     assert_all_close(*results)
+
+
+@pytest.mark.skipif(dispatch.cpu_is_plain, reason="plain PyTorch computes small calls itself")
+@pytest.mark.parametrize("needed", itertools.product([False, True], repeat=4), ids=str)
+def test_flops_are_those_of_the_gradients_that_are_needed(needed):
+    def attend(query, key, value, weight):
+        energy = torch.tanh(query[:, :, None, :] + key[:, None, :, :])
+        return torch.softmax((energy @ weight[:, None]).squeeze(-1), dim=-1) @ value
+
+    def flops(function):
+        inputs = [x.clone().requires_grad_(y) for x, y in zip(INPUTS, needed, strict=True)]
+        with FlopCounterMode(display=False) as counter:
+            out = function(*inputs)
+            if any(needed):
+                out.backward(COTANGENT)
+        return counter.get_total_flops()
+
+    assert flops(additive_attention) == flops(attend)
