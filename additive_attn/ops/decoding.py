@@ -172,7 +172,7 @@ def _ordinary(
     if lengths is not None:
         if lengths.dim() > 2:
             lengths = lengths.flatten(1)  # (B, 1, 1): of beams or heads
-        elif lengths.dim() == 0 and rows.dim() > 2:
+        elif lengths.dim() == 0 and rows.dim() > 2 and lent.source.key.dim() == 2:
             lengths = lengths.reshape(1)  # of the beams of one sequence
     out, weights, lse = masked_attention(
         inputs, lent.attn_mask, lengths, False, None, dropout_p, lent.scale, True,
