@@ -60,13 +60,16 @@ def checked_batch(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> torch.Size |
     except RuntimeError:  # a nested tensor may call itself strided, and has no shape
         refuse_layouts(**named(inputs))
     batch = q[:-2]
-    # Fast path: the usual batch, along which nothing but a weight (1, H) is broadcast.
+    # Fast path: the usual batch, along which nothing but a weight (1, H) is broadcast, or none.
     if not (
-        len(q) == len(k) == len(v) == 3
-        and q[0] == k[0] == v[0]
-        and k[1] == v[1]
-        and q[2] == k[2]
-        and (w[0] == q[2] if len(w) == 1 else w == (1, q[2]))
+        (
+            len(q) == len(k) == len(v) == 3
+            and q[0] == k[0] == v[0]
+            and k[1] == v[1]
+            and q[2] == k[2]
+            and (w[0] == q[2] if len(w) == 1 else w == (1, q[2]))
+        )
+        or (len(q) == len(k) == len(v) == 2 and k[0] == v[0] and q[1:] == k[1:] == w)
     ):
         batch = _broadcast_batch(q, k, v, w)
     dtype = query.dtype

@@ -59,13 +59,14 @@ def attend(
     attended = factors = None
     if not (attn_mask is lengths is starts is table is None) or left >= 0 or right >= 0:
         attended = _attended(call)
-    elif not need_lse and query.dim() == 3 and query.itemsize > 2:
+    elif not need_lse and 2 <= query.dim() <= 3 and query.itemsize > 2:
         # The usual call; a small one would pay for every question below.
         result = _scored(query, key, weight, None, None, differentiable, score_bias)
         weights = torch.softmax(result if scale == 1.0 else result * scale, -1)
-        if weights.shape[0] == value.shape[0] and value.dim() == 3:
-            kept = weights if seed is None else weights * _factors(call, weights.shape[:1])
-            return torch.bmm(kept, value), weights, None
+        batch = weights.shape[:-2]
+        if batch == value.shape[:-2]:
+            kept = weights if seed is None else weights * _factors(call, batch)
+            return torch.bmm(kept, value) if batch else kept.mm(value), weights, None
     if seed is not None:
         batch = query.shape[:-2]
         if not batch == key.shape[:-2] == value.shape[:-2]:
@@ -128,12 +129,14 @@ def _scored(
         return result
     if rows == 1 and shield is None and weight.numel() == query.shape[-1]:
         energy = (query + key).tanh_()
-        if few and energy.dim() == 3:  # bmm costs least, above all in backward
-            vectors = weight.expand(energy.shape[0], 1, -1)
+        if few and 2 <= energy.dim() <= 3:  # bmm and mm cost least, above all in backward
+            batched = energy.dim() == 3
+            vectors = weight.expand(energy.shape[0], 1, -1) if batched else weight.view(1, -1)
             if score_bias is None or not differentiable:
-                return torch.bmm(vectors, energy.mT)
+                return torch.bmm(vectors, energy.mT) if batched else vectors.mm(energy.t())
             zeros = score_bias.to(vectors.dtype).unsqueeze(-1)
-            return torch.baddbmm(zeros, vectors, energy.mT, beta=0)
+            add = torch.baddbmm if batched else torch.addmm
+            return add(zeros, vectors, energy.mT, beta=0)
         if not differentiable:
             return (energy @ weight.flatten()).unsqueeze(-2)
     if differentiable and score_bias is not None:
