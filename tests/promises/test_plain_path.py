@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -47,6 +48,35 @@ MASKS = {
 def test_accuracy(queries, mask, dtype):
     cases = [make((2,), queries, 40, 24, 5, dtype=dtype, seed=seed) for seed in range(3)]
     check_against_plain(cases, scale=0.7, **MASKS[mask])
+
+
+LEADING = [(), (3,), (2, 3)]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("shapes", itertools.product(LEADING, repeat=3), ids=str)
+def test_leading_dims_broadcast_with_and_without_lse(shapes, dropout_p):
+    """What is asked for makes no difference to the rest."""
+    sizes = {"query": (1, 4), "key": (5, 4), "value": (5, 6)}
+    inputs = {
+        name: torch.randn(*leading, *size)
+        for (name, size), leading in zip(sizes.items(), shapes, strict=True)
+    }
+    inputs["weight"] = torch.randn(4)
+    batch = torch.broadcast_shapes(*shapes)
+    upstream = {"out": torch.randn(*batch, 1, 6), "weights": torch.randn(*batch, 1, 5)}
+
+    def called(need_lse):
+        def call(x):
+            torch.manual_seed(5)
+            options = dict(dropout_p=dropout_p, need_weights=True, need_lse=need_lse)
+            out, weights = additive_attention(*x.values(), **options)[:2]
+            return dict(out=out, weights=weights)
+
+        return gradients(call, inputs, upstream)
+
+    for ours, expected in zip(called(False), called(True), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_sums_over_many_pairs():

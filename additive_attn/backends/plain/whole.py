@@ -64,7 +64,7 @@ def attend(
         result = _scored(query, key, weight, None, None, differentiable, score_bias)
         weights = torch.softmax(result if scale == 1.0 else result * scale, -1)
         batch = weights.shape[:-2]
-        if batch == value.shape[:-2]:
+        if batch == value.shape[:-2] and len(batch) <= 1:
             kept = weights if seed is None else weights * _factors(call, batch)
             return torch.bmm(kept, value) if batch else kept.mm(value), weights, None
     if seed is not None:
