@@ -16,15 +16,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from additive_attn import AdditiveAttention, PlainAdditiveAttention
-from additive_attn.ops import memory as engine
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.memory import lend
 
-
-@pytest.fixture(autouse=True)
-def steps_leave_records(monkeypatch):
-    """On plain PyTorch too, where small steps are ordinary calls (test_whole_steps.py)."""
-    monkeypatch.setattr(engine, "WHOLE_ELEMENTS", -1)
+pytestmark = pytest.mark.usefixtures("steps_leave_records")
 
 
 B, LK, D, H, DV, T = 3, 7, 5, 8, 4, 4

@@ -26,14 +26,9 @@ from torch import nn
 from torch.nn.functional import conv1d
 
 from additive_attn import LocationSensitiveAttention
-from additive_attn.ops import memory as engine
 from additive_attn.ops.location import location_features
 
-
-@pytest.fixture(autouse=True)
-def steps_leave_records(monkeypatch):
-    """On plain PyTorch too, where small steps are ordinary calls (test_whole_steps.py)."""
-    monkeypatch.setattr(engine, "WHOLE_ELEMENTS", -1)
+pytestmark = pytest.mark.usefixtures("steps_leave_records")
 
 
 def _flat(step):

@@ -18,17 +18,17 @@ from additive_attn.backends.triton.parameters import flat
 # Sizes, offsets and numbers that differ from call to call: a kernel is compiled once for all.
 _VARYING = (
     "inner", "entries", "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin",
-    "key_count", "keys_per_split", "rows_per_split", "splits", "length", "length_padded",
+    "key_count", "keys_per_split", "splits", "length", "length_padded",
     "row_tiles", "key_tiles", "row_programs", "key_programs", "value_programs",
-    "weight_programs", "shares", "ranges", "flag_rows", "flag_keys",
+    "weight_programs", "shares", "ranges",
     "left", "right", "threshold", "keep_bits", "scale_bits", "scale_exponent",
     *(
         f"{name}_{dim}"
         for name in ("query", "key", "value", "weight", "mask", "length", "seed", "query_exp",
-                     "key_exp", "gw", "gl", "go", "gs", "location", "lw", "x", "y", "stride")
+                     "key_exp", "gw", "gl", "go", "gs", "x", "y")
         for dim in ("outer", "inner")
     ),
-    "mask_row", "length_row", "gw_row", "gl_row", "gs_row", "location_row", "x_channel",
+    "mask_row", "length_row", "gw_row", "gl_row", "gs_row", "x_channel",
     "y_channel", "y_output", "outputs", "channels", "terms", "shift", "width",
 )  # fmt: skip
 
