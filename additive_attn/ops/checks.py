@@ -71,7 +71,11 @@ def checked_batch(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> torch.Size |
         )
         or (len(q) == len(k) == len(v) == 2 and k[0] == v[0] and q[1:] == k[1:] == w)
     ):
-        batch = _broadcast_batch(q, k, v, w)
+        try:
+            batch = _broadcast_batch(q, k, v, w)
+        except ValueError:
+            refuse_ids(**named(inputs))
+            raise
     dtype = query.dtype
     if not (dtype == key.dtype == value.dtype == weight.dtype and dtype in DTYPES):
         refuse_dtypes(**named(inputs))
@@ -366,9 +370,16 @@ def refuse_flags(**flags: Any) -> NoReturn:
 
 def refuse_dtypes(**tensors: Tensor) -> NoReturn:
     found = ", ".join(f"{name} is {tensor.dtype}" for name, tensor in tensors.items())
-    ids = any(tensor.dtype in INTEGERS for tensor in tensors.values())
+    hint = "Convert them with .to(dtype), or call under torch.autocast."
+    if any(tensor.dtype in INTEGERS for tensor in tensors.values()):
+        hint = "Embed token ids with nn.Embedding first."
     raise TypeError(
         "Additive attention needs tensors of one dtype among float64, "
-        f"float32, bfloat16 and float16, but {found}. Convert them with .to(dtype), or call "
-        f"under torch.autocast.{' Embed token ids with nn.Embedding first.' if ids else ''}"
-    )
+        f"float32, bfloat16 and float16, but {found}. {hint}"
+    ) from None
+
+
+def refuse_ids(**tensors: Tensor) -> None:
+    """Raises where token ids were passed, whose shapes are not what is wrong."""
+    if any(tensor.dtype in INTEGERS for tensor in tensors.values()):
+        refuse_dtypes(**tensors)

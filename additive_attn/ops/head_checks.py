@@ -13,6 +13,7 @@ from additive_attn.ops.checks import (
     INTEGERS,
     is_dense,
     is_readable,
+    refuse_ids,
     refuse_layouts,
     require_one_device,
 )
@@ -36,6 +37,7 @@ def check_heads(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
     q, k, v = query.shape, key.shape, value.shape
     rank = len(q)
     if not (2 <= rank <= 3 and len(k) == rank and len(v) == rank):
+        refuse_ids(query=query, key=key, value=value)
         raise ValueError(
             f"{_got(query, key, value)}, but all three must have 3 dims, "
             f"{_order(layer)}, or all three 2, (L, E), unbatched."
@@ -63,6 +65,7 @@ def _check_features(layer: Any, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         features = getattr(layer, wanted[name])
         if tensor.shape[-1] != features:
+            refuse_ids(**{name: tensor})
             raise ValueError(
                 f"{name} has {tensor.shape[-1]} features, but this layer was made for "
                 f"{wanted[name]}={features}."

@@ -21,6 +21,7 @@ from additive_attn.ops.checks import (
     is_readable,
     refuse_dtypes,
     refuse_flags,
+    refuse_ids,
     refuse_layouts,
     refuse_types,
     require,
@@ -75,6 +76,7 @@ _RANKS = {
 
 def refuse_ranks(caller: str, **tensors: Tensor) -> NoReturn:
     """``caller`` is a layer, or its method: "AdditiveAttention.step"."""
+    refuse_ids(**tensors)
     raise ValueError(f"{got(caller, tensors)}, but {_RANKS[caller.partition('.')[2]]}")
 
 
@@ -253,6 +255,7 @@ def explain_projection(layer: nn.Module, name: str, tensor: Tensor, features: in
     # Asked only now: autocast, and layers that users put in, take more than their own dtype.
     if not is_dense(tensor):
         refuse_layouts(**{name: tensor})
+    refuse_ids(**{name: tensor})
     if tensor.shape[-1] != features:
         raise ValueError(
             f"{name} has {tensor.shape[-1]} features, but this layer was made for "
@@ -271,14 +274,10 @@ def explain_projection(layer: nn.Module, name: str, tensor: Tensor, features: in
                 "of them with .to(device)."
             ) from None
         if parameter.dtype != tensor.dtype:
-            hint = (
-                "Embed token ids with nn.Embedding first"
-                if tensor.dtype in INTEGERS
-                else "Convert one of them with .to(dtype), or call under torch.autocast"
-            )
             raise TypeError(
                 f"{name} is {tensor.dtype}, but the parameters of this layer are "
-                f"{parameter.dtype}. {hint}."
+                f"{parameter.dtype}. Convert one of them with .to(dtype), or call under "
+                "torch.autocast."
             ) from None
 
 

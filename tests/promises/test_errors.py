@@ -64,6 +64,7 @@ CASES = {
     "half value": (dict(value=t(2, 5, 6, dtype=F16)), TypeError, r"value is torch.float16"),
     "half weight": (dict(weight=t(8, dtype=F16)), TypeError, r"weight is torch.float16"),
     "token ids": (dict(query=t(2, 3, 8).long()), TypeError, r"int64.*nn\.Embedding"),
+    "token ids 2-D": (dict(query=t(2, 3).long()), TypeError, r"int64.*nn\.Embedding"),
     "mask per sequence": (dict(attn_mask=t(2, 5)), ValueError, r"\(2, 5\).*unsqueeze\(1\)"),
     "not a tensor": (dict(key=[[1.0]]), TypeError, r"key is a list"),
     "None": (dict(key=None), TypeError, r"key is a NoneType"),
@@ -292,6 +293,14 @@ def layer_cases():
             r"\(4, 3, 8\).*each key",
         ),
         "token ids": (lambda: layer(x.long(), x), TypeError, "query is torch.int64.*nn.Embedding"),
+        "token ids 2-D": (lambda: layer(t(2, 3).long(), x), TypeError, "int64.*nn.Embedding"),
+        "token ids alone": (lambda: layer(*[t(2, 3).long()] * 2), TypeError, "nn.Embedding"),
+        "token ids to project": (
+            lambda: layer.project(t(2, 3).long()), TypeError, "key is torch.int64.*nn.Embedding",
+        ),
+        "token ids to a step": (
+            lambda: layer.step(t(2, 1).long(), memory), TypeError, "int64.*nn.Embedding",
+        ),
         "packed": (
             lambda: layer(x, nn.utils.rnn.pack_sequence([t(3, 8)])), TypeError,
             "key is a PackedSequence.*pad_packed_sequence",
