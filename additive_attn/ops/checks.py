@@ -152,8 +152,13 @@ def check_mask(
     attn_mask: Tensor, query: Tensor, batch: torch.Size, scores: tuple[int, int]
 ) -> None:
     if not isinstance(attn_mask, Tensor):
-        kind = type(attn_mask).__name__
-        raise TypeError(f"attn_mask is a {kind}, but must be a tensor, a BlockMask or None.")
+        hint = "Convert it with torch.as_tensor."
+        if callable(attn_mask):
+            hint = "Make a BlockMask of a mask_mod with create_block_mask."
+        raise TypeError(
+            f"attn_mask is a {type(attn_mask).__name__}, but must be a tensor, a BlockMask or "
+            f"None. {hint}"
+        )
     if not is_dense(attn_mask):
         refuse_layouts(attn_mask=attn_mask)
     dtype = attn_mask.dtype
@@ -169,8 +174,13 @@ def check_mask(
     full = (*batch, *scores)
     shape = attn_mask.shape
     if not broadcasts(shape, full):
-        hint = " One mask per sequence needs a dim of queries: .unsqueeze(1)."
-        hint = hint if shape == (*batch[:1], scores[1]) else ""
+        hint = ""
+        if shape == (*batch[:1], scores[1]):
+            hint = " One mask per sequence needs a dim of queries: .unsqueeze(1)."
+        elif len(batch) > 1 and shape == (batch.numel(), *scores):
+            hint = f" Split its dim 0 with .unflatten(0, {tuple(batch)})."
+        elif shape[-2:] == scores[::-1] != scores:
+            hint = " Transpose it with .mT."
         raise ValueError(
             f"attn_mask has shape {tuple(shape)}, but must broadcast to (..., Lq, Lk) = {full}: "
             f"each dim, counted from the last, must be equal or 1.{hint}"
@@ -196,9 +206,10 @@ def as_integers(
         if given.numel() == 0:
             given = given.long()
     if given.dtype not in INTEGERS:
-        raise TypeError(
-            f"{name} has dtype {given.dtype}, but must hold integers. Convert it with .long()."
-        )
+        hint = "Convert it with .long()."
+        if given.dtype == torch.bool:  # which .long() would make lengths of 0 and 1
+            hint = "Pass a mask of padding as key_padding_mask, where True = ignore."
+        raise TypeError(f"{name} has dtype {given.dtype}, but must hold integers. {hint}")
     if listed and num_keys is not None:
         check_range(name, given, num_keys)
     return given.to(device) if listed else given
@@ -336,15 +347,20 @@ _TYPE_HINTS = {
     "('additive_attention') in the module that uses it, or make AdditiveAttention a layer of the "
     "traced model.",
     "NoneType": "Pass a tensor.",
-    "ProjectedMemory": "A ProjectedMemory is for step.",
+    "ProjectedMemory": "A memory is for step(query, memory).",
+    "tuple": "Pass one tensor: of an LSTM's (h, c) that is h, of (outputs, state) the outputs.",
 }
 
 
 def refuse_types(**given: Any) -> NoReturn:
     wrong = {name: each for name, each in given.items() if not isinstance(each, Tensor)}
+    if "value" in wrong and wrong["value"] is given.get("key"):
+        del wrong["value"]  # which was not passed
     found = ", ".join(f"{name} is a {type(each).__name__}" for name, each in wrong.items())
     hints = {
-        _TYPE_HINTS.get(type(each).__name__, "Convert it with torch.as_tensor.")
+        "Pass its weight."
+        if isinstance(each, torch.nn.Module)
+        else _TYPE_HINTS.get(type(each).__name__, "Convert it with torch.as_tensor.")
         for each in wrong.values()
     }
     raise TypeError(f"Additive attention needs tensors, but {found}. {' '.join(sorted(hints))}")

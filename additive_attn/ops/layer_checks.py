@@ -66,7 +66,8 @@ def check_factory(device: Any, dtype: Any) -> None:
 
 _RANKS = {
     "": "all three must have 3 dims (batched) or all three 2 (unbatched). For "
-    "one query (B, D) per sequence, use project and step.",
+    "one query (B, D) per sequence, use project and step; for more leading dims, such as heads, "
+    "additive_attention.",
     "project": "both must have 3 dims (batched) or both 2 (unbatched).",
     "step": "needs one query per sequence: (B, query_dim) for a memory of keys "
     "(B, Lk, hidden_dim) and values (B, Lk, Dv), or (query_dim,) for keys (Lk, hidden_dim) and "
@@ -301,9 +302,10 @@ def explain_shapes(caller: str, batch_first: bool, lengths: Any, **tensors: Tens
                 f"{found}, but the batch (dim {at}, batch_first={batch_first}) must be the same, "
                 f"or 1. {hint if len(other) <= 1 else 'Stack or expand them.'}"
             ) from None
-        if isinstance(lengths, Tensor) and {*lengths.shape[:1]} == other - batch:
+        counts = () if lengths is None else torch.as_tensor(lengths).shape
+        if {*counts[:1]} == other - batch != set():
             raise ValueError(
-                f"{found} and lengths {tuple(lengths.shape)}, one per sequence, but the batch "
+                f"{found} and lengths {tuple(counts)}, one per sequence, but the batch "
                 f"(dim {at}, batch_first={batch_first}) has another size. {hint}"
             ) from None
     length = 0 if len(shapes["key"]) == 3 and not batch_first else -2
