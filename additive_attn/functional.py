@@ -123,7 +123,8 @@ def additive_attention_step(
     or pooling.
 
     Args:
-        query: ``(B, H)`` for keys ``(B, Lk, H)``; ``(..., H)`` in general. None counts as zeros.
+        query: ``(B, H)`` for keys ``(B, Lk, H)``, not ``(B, 1, H)``; ``(..., H)`` in general. None
+            counts as zeros.
         key, value, weight: as in :func:`additive_attention`; leading dims broadcast, those of
             query included. A weight of heads ``(heads, H)`` goes with a query ``(B, heads, H)``.
         attn_mask: broadcastable to ``(..., Lk)``, that is ``(B, Lk)``.

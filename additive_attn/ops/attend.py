@@ -20,7 +20,6 @@ from additive_attn.ops.checks import (
     checked_probability,
     checked_scale,
     checked_window,
-    explained_rows,
     is_dense,
     named,
     refuse_flags,
@@ -178,6 +177,8 @@ def masked_step(
         if query.dim() == 0:
             refuse_rank("query", query.shape, "(..., H)")
         rows = query.unsqueeze(-2)
+        if isinstance(key, Tensor) and query.dim() == key.dim():
+            _refuse_row(query, key)
     if isinstance(mask, Tensor) and mask.dim() > 0:
         mask = mask.unsqueeze(-2)
     try:
@@ -187,10 +188,33 @@ def masked_step(
         )  # fmt: skip
     except ValueError as error:
         made = {"query": (query, rows), "attn_mask": (attn_mask, mask)}
-        raise ValueError(f"{error} {explained_rows(made)}") from None
+        raise ValueError(f"{error} {_explained_rows(made)}") from None
     # What is not needed may be anything.
     weights = weights.squeeze(-2) if need_weights else weights
     return out.squeeze(-2), weights, lse.squeeze(-1) if need_lse else lse
+
+
+def _refuse_row(query: Tensor, key: Tensor) -> None:
+    """Raises where a dim of queries, of size 1, would be broadcast along the batch of keys."""
+    if not (is_dense(query) and is_dense(key)):
+        return
+    q, k = tuple(query.shape), tuple(key.shape)
+    if q[:-1] == (*k[:-2], 1) and k[-3:-2] > (1,):
+        raise ValueError(
+            f"query has shape {q} beside keys {k}, so its dim of 1 would count as a leading dim, "
+            "and each query attend to the keys of all sequences. Pass query.squeeze(-2), or call "
+            "additive_attention."
+        )
+
+
+def _explained_rows(made: dict[str, tuple[Any, Any]]) -> str:
+    """For the end of a sentence that names shapes which the user has not passed."""
+    found = [
+        f"{name} {tuple(given.shape)} as {tuple(rows.shape)}"
+        for name, (given, rows) in made.items()
+        if isinstance(given, Tensor) and given is not rows
+    ]
+    return f"(One query per sequence is one row of queries: {', '.join(found)}.)" if found else ""
 
 
 def _autocasted(inputs: _Inputs, attn_mask: Tensor | None) -> tuple[_Inputs, Tensor | None]:

@@ -138,16 +138,6 @@ def refuse_rank(name: str, shape: torch.Size, needed: str) -> NoReturn:
     raise ValueError(f"{name} has shape {tuple(shape)}, but needs at least {dims}: {needed}.")
 
 
-def explained_rows(made: dict[str, tuple[Any, Any]]) -> str:
-    """For the end of a sentence that names shapes which the user has not passed."""
-    found = [
-        f"{name} {tuple(given.shape)} as {tuple(rows.shape)}"
-        for name, (given, rows) in made.items()
-        if isinstance(given, Tensor) and given is not rows
-    ]
-    return f"(One query per sequence is one row of queries: {', '.join(found)}.)" if found else ""
-
-
 def check_mask(
     attn_mask: Tensor, query: Tensor, batch: torch.Size, scores: tuple[int, int]
 ) -> None:

@@ -187,6 +187,7 @@ STEPS = {
     "query 0-D": (dict(query=t()), ValueError, r"query has shape \(\).*one dim: \(\.\.\., H\)"),
     "batches": (dict(query=t(3, 8)), ValueError, r"query \(3, 8\) as \(3, 1, 8\)"),
     "rows": (dict(query=t(2, 4, 8)), ValueError, r"query \(2, 4, 8\) as \(2, 4, 1, 8\)"),
+    "one row": (dict(query=t(2, 1, 8)), ValueError, r"query has shape \(2, 1, 8\).*squeeze"),
     "mask": (dict(attn_mask=t(2, 4)), ValueError, r"attn_mask \(2, 4\) as \(2, 1, 4\)"),
     "lengths": (dict(lengths=[1, 2, 3]), ValueError, r"lengths has shape \(3,\)"),
     "list": (dict(query=[1.0]), TypeError, r"query is a list"),
