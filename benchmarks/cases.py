@@ -125,7 +125,7 @@ def parse(text: str) -> list[tuple[str, Case]]:
 
 def name_of(shape: tuple[int, ...], options: str) -> str:
     """What a shape is, for rows that do not say."""
-    known = {(case.shape, case.options): case.what for case in SPEED + SCALING + MASKS}
+    known = {(case.shape, case.options): case.what for case in SPEED + SCALING + MASKS + GPU}
     return known.get((shape, options), "")  # type: ignore[arg-type]
 
 
