@@ -22,7 +22,7 @@ from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.location import location_features
 from additive_attn.ops.memory import Lent, Shared, eager, lend
 from additive_attn.ops.products import LentWeight
-from additive_attn.ops.writes import Watched, version
+from additive_attn.ops.writes import Watched, count_writes, version
 
 _hooks_of_saving = torch._C._autograd._top_saved_tensors_default_hooks
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -82,12 +82,7 @@ class Leases:
     ) -> Lease:
         """The lease of these tensors, unchanged since it was built, or a new one."""
         floats = [x for x in (*sources, *parameters) if x is not None and x.is_floating_point()]
-        # Inference tensors do not tell whether they have been written to.
-        if (
-            not eager(floats, floats[0])
-            or saving() is not None
-            or any(x.is_inference() for x in sources)
-        ):
+        if not eager(floats, floats[0]) or saving() is not None or not count_writes(sources):
             return build()
         state = tuple(map(_state, (*sources, *parameters)))
         entry = self._entry

@@ -37,6 +37,7 @@ class ContentBasedAttention(nn.Module):
     def reset(self) -> None:
         """Forgets the sequence."""
         self.enc_len = self.precomputed_enc_h = self.mask = None
+        self._padding = None, None
 
     @explained(enc_states="(B, Lk, enc_dim)", enc_len="integers (B,)", dec_states="(B, dec_dim)")
     def forward(

@@ -31,7 +31,7 @@ from additive_attn.ops.layer_checks import (
 )
 from additive_attn.ops.memory import NARROW_MEMORY, Lent, computed_whole, lend
 from additive_attn.ops.memory_checks import explain_memory
-from additive_attn.ops.writes import Watched, parameter_state
+from additive_attn.ops.writes import Watched, count_writes, parameter_state
 
 _is_compiling = torch.compiler.is_compiling
 # Of one memory in a step: beyond, an ordinary call is as fast.
@@ -297,7 +297,7 @@ def prepare(layer: Any, memory: _Memory) -> Prepared | None:
             return None
     if computing is not None or layer.normalize:
         copied += [x for x in parameters if x is not None]
-    if any(x.is_inference() for x in copied):
+    if not count_writes(copied):
         return None  # they do not tell whether they have been written to
     watched = [energy] if computing is not None or layer.normalize else []
     if layer.normalize:

@@ -24,7 +24,7 @@ from additive_attn.ops.head_checks import check_masks
 from additive_attn.ops.layer_checks import check_memory_dtype, check_narrowed
 from additive_attn.ops.masking import attended_keys
 from additive_attn.ops.memory import NARROW_MEMORY, computed_whole, lend
-from additive_attn.ops.writes import Watched, parameter_state
+from additive_attn.ops.writes import Watched, count_writes, parameter_state
 
 # Queries per sequence up to which a step of prepared keys is faster than an ordinary call, with
 # heads of this many features and more, and with smaller ones.
@@ -90,7 +90,7 @@ def prepare_heads(layer: Any, memory: ProjectedMemory) -> Prepared | None:
         weight = bias = None  # each query is projected under autocast
         copied.append(layer.energy_weight)
         watched = Watched([layer.energy_weight])
-    if any(x.is_inference() for x in copied):
+    if not count_writes(copied):
         return None  # they do not tell whether they have been written to
     if key.dim() == 3:
         lengths = None if lengths is None else lengths.unsqueeze(1)

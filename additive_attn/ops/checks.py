@@ -21,6 +21,11 @@ INTEGERS = (
 )  # fmt: skip
 Integers = Tensor | Sequence[int]
 _LISTED = (Sequence, Integral, torch.SymInt)
+# Whether it is of a transform of torch.func, and has no memory, also when the transform is over.
+is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
+_is_compiling, _tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def warn_user(message: str) -> None:
@@ -255,11 +260,12 @@ def has_values(tensor: Tensor) -> bool:
     """Whether no trace or transform is under way, in which tensors may hold no values, or others
     than those that the program will be run with."""
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
+        not _is_compiling()
+        and _tracing_state() is None
+        and not _functorch_active()
+        and _dispatch_modes() == 0
         and not tensor.is_meta
+        and not is_wrapper(tensor)
         # A subclass that dispatches by itself, as those of tracing do, may hold no values.
         and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     )

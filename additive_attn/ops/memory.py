@@ -23,6 +23,7 @@ from torch.autograd import Variable, forward_ad
 
 from additive_attn.ops import dispatch
 from additive_attn.ops.autocast import autocast, autocast_dtype
+from additive_attn.ops.checks import is_wrapper
 from additive_attn.ops.second_order import SingleLevelFunction, reduced
 from additive_attn.ops.writes import version
 
@@ -107,6 +108,7 @@ def lend(
         deferred and fits and not computed_whole(shared.key)
         and eager(shared[:2], shared.key) and eager(shared[2:5], shared.weight)
         and shared.key.device == shared.weight.device
+        and not any(is_wrapper(x) for x in (*shared, lengths, attn_mask) if x is not None)
         and (attn_mask is None or not attn_mask.requires_grad)
     ):  # fmt: skip
         return lent

@@ -7,8 +7,18 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from additive_attn.ops.checks import is_wrapper
+
 # Of each tensor: whole vectors of the usual sizes, and of a matrix what an optimizer changes too.
 _BYTES = 1024
+
+
+def count_writes(tensors: Iterable[Tensor]) -> bool:
+    """Inference tensors do not, and what a transform has left behind has no memory to look at."""
+    for x in tensors:  # a generator would cost as much as two tensors
+        if x.is_inference() or is_wrapper(x):
+            return False
+    return True
 
 
 def version(tensor: Tensor) -> int:
@@ -36,13 +46,13 @@ class Watched:
         views = [
             (ctypes.c_char * min(x.nbytes, _BYTES)).from_address(x.data_ptr())
             for x in tensors
-            if x is not None and x.is_cpu and x.is_contiguous()
+            if x is not None and x.is_cpu and x.is_contiguous() and x.data_ptr()
         ]
         self._bytes = [(view, view.raw) for view in views]
 
     def unchanged(self) -> bool:
         """To be asked only while the tensors live, and ``data_ptr`` is what it was."""
-        for view, seen in self._bytes:  # a generator would cost as much as two tensors
+        for view, seen in self._bytes:
             if view.raw != seen:
                 return False
         return True
