@@ -348,10 +348,18 @@ def check_energy(layer: nn.Module, shape: Sequence[int], wanted: tuple[int, int]
 
 
 def refuse_energy(layer: nn.Module) -> NoReturn:
+    hint = (
+        "It may drop out at random in training (set that probability to 0) or hold another "
+        "nonlinearity (use PlainAdditiveAttention)."
+    )
+    if any(hasattr(module, "fake_quant_enabled") for module in layer.modules()):
+        hint = (
+            "Quantisation-aware training rounds and clamps it: set energy_layer.qconfig = None "
+            "before prepare_qat, which leaves this layer alone as a float Linear."
+        )
     raise ValueError(
         f"energy_layer is a {type(layer).__name__} whose output is no affine function of its "
-        "input, so it cannot be fused. It may drop out at random in training (set that "
-        "probability to 0) or hold another nonlinearity (use PlainAdditiveAttention)."
+        f"input, so it cannot be fused. {hint}"
     )
 
 

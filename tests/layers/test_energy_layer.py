@@ -402,6 +402,24 @@ def test_other_shapes_are_refused(module, shape):
         layer(x, x)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_quantisation_aware_training():
+    """The scores would be rounded after they are summed; of the other layers, projections are."""
+    from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+
+    layer, plain = pair(TOOLS["nothing"])
+    x = torch.randn(2, 5, D)
+    for each in (layer.float(), plain.float()):
+        each.qconfig = get_default_qat_qconfig("fbgemm")
+    with pytest.raises(ValueError, match=r"Quantisation-aware .* energy_layer.qconfig = None"):
+        prepare_qat(layer)(x, x)
+    for each in (layer, plain):
+        each.energy_layer.qconfig = None
+    ours, theirs = prepare_qat(layer), prepare_qat(plain)
+    for _ in range(3):  # which move what is observed
+        torch.testing.assert_close(ours(x, x), theirs(x, x, x))
+
+
 @pytest.mark.parametrize(
     "kind", ["register_full_backward_hook", "register_full_backward_pre_hook"]
 )
