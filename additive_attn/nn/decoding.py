@@ -29,7 +29,7 @@ from additive_attn.ops.layer_checks import (
     explain_projection,
     refuse_ranks,
 )
-from additive_attn.ops.memory import NARROW_MEMORY, Lent, computed_whole, lend
+from additive_attn.ops.memory import Lent, computed_whole, lend, widened
 from additive_attn.ops.memory_checks import explain_memory
 from additive_attn.ops.writes import Watched, count_writes, parameter_state
 
@@ -349,8 +349,7 @@ def step(
     q = layer._project("query", query)
     if not several:
         q = q.unflatten(0, (-1, beams)) if flat else q.unsqueeze(-2)
-    if key.dtype != q.dtype and (key.dtype, q.dtype) in NARROW_MEMORY:
-        key, value = key.to(q.dtype), value.to(q.dtype)
+    key, value = widened(key, q.dtype), widened(value, q.dtype)
     try:
         masking = attn_mask, lengths, False, None
         # Looked at under dropout alone, for a graph is then made for these numbers.

@@ -23,7 +23,7 @@ from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.head_checks import check_masks
 from additive_attn.ops.layer_checks import check_memory_dtype, check_narrowed
 from additive_attn.ops.masking import attended_keys
-from additive_attn.ops.memory import NARROW_MEMORY, computed_whole, lend
+from additive_attn.ops.memory import computed_whole, lend, widened
 from additive_attn.ops.writes import Watched, count_writes, parameter_state
 
 # Queries per sequence up to which a step of prepared keys is faster than an ordinary call, with
@@ -157,8 +157,7 @@ def _rows(
         q = q.unflatten(0, (-1, memory._beams())) if batched else q.unsqueeze(0)
     if not batched:
         q, key, value = q.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-    if key.dtype != q.dtype and (key.dtype, q.dtype) in NARROW_MEMORY:
-        key, value = key.to(q.dtype), value.to(q.dtype)
+    key, value = widened(key, q.dtype), widened(value, q.dtype)
     out, weights = attend_heads(
         q, key, value, layer.energy_weight,
         None if mask is None else mask.reshape(math.prod(mask.shape[:-1]), 1, 1, mask.shape[-1]),

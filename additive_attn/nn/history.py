@@ -27,7 +27,7 @@ from additive_attn.ops.layer_checks import (
 )
 from additive_attn.ops.location import location_features
 from additive_attn.ops.masking import attended_keys
-from additive_attn.ops.memory import Lent, lend
+from additive_attn.ops.memory import Lent, lend, widened
 from additive_attn.ops.memory_checks import explain_memory
 from additive_attn.spec.call import lse_dtype
 
@@ -201,8 +201,9 @@ class HistoryAttention(ProjectingAttention):
         if bare is not None and bare[1] is None:
             filters = None if filters is None else filters.to(dtype)
             return lent, location.to(dtype), bare[0].t().to(dtype), filters
-        key = lent.source.key + layer(location.to(lent.source.weight.dtype).mT)
-        source = lent.source._replace(key=key, value=lent.source.value.to(key.dtype))
+        dtype = lent.source.weight.dtype
+        key, value = widened(lent.source.key, dtype), widened(lent.source.value, dtype)
+        source = lent.source._replace(key=key + layer(location.to(dtype).mT), value=value)
         lent = lend(
             **source._asdict(), lengths=lent.lengths, attn_mask=lent.attn_mask, scale=self.scale,
             deferred=False,

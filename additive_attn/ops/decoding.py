@@ -21,6 +21,7 @@ from additive_attn.ops.memory import (
     is_batch,
     running_pass,
     summed,
+    widened,
 )
 from additive_attn.ops.second_order import SingleLevelFunction, reduced
 from additive_attn.ops.writes import version
@@ -207,9 +208,7 @@ def attend_apart(
 def _inputs(
     shared: Shared, query: Tensor, location: Tensor | None, location_weight: Tensor | None
 ) -> Inputs:
-    key, value = shared.key, shared.value
-    if key.dtype != query.dtype and key.dtype.itemsize == 2:
-        key, value = key.to(query.dtype), value.to(query.dtype)
+    key, value = widened(shared.key, query.dtype), widened(shared.value, query.dtype)
     if location is not None and location_weight is not None:
         key = key + location.mT @ location_weight
     return Inputs(query, key, value, shared.weight)

@@ -120,6 +120,13 @@ def lend(
     return lent
 
 
+def widened(memory: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values in the dtype of the queries, where they may be narrower; else as they are, to
+    be refused."""
+    same = memory.dtype == dtype or (memory.dtype, dtype) not in NARROW_MEMORY
+    return memory if same else memory.to(dtype)
+
+
 def computed_whole(key: Tensor) -> bool:
     """Whether plain PyTorch computes a step as a whole, and keeps its energies for backward: then
     its record would cost more than the gradients that it defers. Not of 16 bits, to which the

@@ -208,17 +208,19 @@ def test_parameters_that_are_written_to_around_counting(mode, how, kind, options
 
 
 @pytest.mark.parametrize(
-    "kind,rows,narrow",
+    "kind,rows,hooked",
     [
-        *product(["content", "heads"], ["one", "several", "beams"], [False, True]),
-        # Take one query; a narrow memory becomes wide with the term.
-        *product(["tacotron", "pointer"], ["one", "beams"], [False]),
+        *product(["content", "heads"], ["one", "several", "beams"], [False]),
+        *product(["tacotron", "pointer"], ["one", "beams"], [False, True]),
     ],
 )
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("to", [F64, torch.float16, torch.bfloat16, "meta"], ids=str)
-def test_a_layer_that_is_converted_after_it_projected(kind, rows, narrow, to):
+def test_a_layer_that_is_converted_after_it_projected(kind, rows, hooked, narrow, to):
     """Its sentence names both, and says what to call."""
     layer = made(kind, dtype=torch.float32)
+    if hooked:  # the term is added to the keys
+        layer.get_submodule(layer._term_layer).register_forward_hook(lambda m, given, out: out)
     dtype = torch.bfloat16 if narrow else None
     memory = layer.project(torch.randn(B, LK, K), torch.randn(B, LK, 7), dtype=dtype)
     memory = memory.expand(2 if rows == "beams" else 1)
