@@ -55,7 +55,8 @@ def dictionary_path() -> Path:
 def read_dictionary(path: str | None = None) -> Dictionary:
     """Words of the letters a-z with their distinct pronunciations, stress marks removed."""
     words: Dictionary = {}
-    for line in Path(path or dictionary_path()).read_text(encoding="utf-8").splitlines():
+    path = path or str(dictionary_path())
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         entry = re.match(r"([a-z]+)(?:\(\d+\))? ([^#]+)", line)
         if not entry:
             continue
@@ -63,6 +64,13 @@ def read_dictionary(path: str | None = None) -> Dictionary:
         known = words.setdefault(entry[1], [])
         if phones not in known:
             known.append(phones)
+    found = {phone for known in words.values() for each in known for phone in each}
+    parts = "train", "validation", "test"
+    if not (found <= {*PHONES} and all(select(words, part) for part in parts)):
+        raise SystemExit(
+            f"{path} is no dictionary of this format: a line is a word of the letters a to z and "
+            f"its phones, some of {' '.join(PHONES)}, and every part of the split has words."
+        )
     return words
 
 

@@ -81,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--label-smoothing", type=number(float, 0, 1), default=0.1)
     parser.add_argument(
         "--time-limit",
-        type=number(float, 0),
+        type=number(float, 1e-3),
         default=math.inf,
         metavar="MINUTES",
         help="the learning rate falls in step, so that a run cut short still ends well",

@@ -29,6 +29,9 @@ except ImportError:  # plain lines without it
         return rows
 
 
+COLUMNS = ["tokens", "seed", "epoch", "loss", "accuracy", "files"]
+
+
 @torch.no_grad()
 def accuracy(model: Classifier, documents: Sequence[Document], size: int, length: int) -> float:
     model.eval()
@@ -67,8 +70,15 @@ def train(documents: Documents, options: argparse.Namespace) -> None:
               f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
         if options.csv:
             numbers = [round(sum(losses) / len(losses), 4), round(right, 4), len(documents.test)]
+            row = [options.tokens, options.seed, epoch + 1, *numbers]
+            new = not options.csv.exists()
             with options.csv.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerow([options.tokens, options.seed, epoch + 1, *numbers])
+                csv.writer(file).writerows([COLUMNS, row] if new else [row])
+
+
+def is_table(path: Path) -> bool:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return next(csv.reader(file), None) == COLUMNS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -80,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path, help="add tokens, seed, epoch, loss, accuracy, files")
+    parser.add_argument("--csv", type=Path, help=f"add {', '.join(COLUMNS)}")
     parser.add_argument("--demo", action="store_true", help="four classes, three epochs")
     options = parser.parse_args()
     if min(options.tokens, options.epochs, options.batch_size) < 1:
@@ -89,6 +99,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--lr is {options.lr}, but must be a finite number of 0 or more")
     if options.csv and (options.csv.is_dir() or not options.csv.parent.is_dir()):
         parser.error(f"--csv: no file can be made at {options.csv}")
+    if options.csv and options.csv.exists() and not is_table(options.csv):
+        parser.error(f"--csv: {options.csv} is no table of this script")
     if options.demo:
         options.epochs = min(options.epochs, 3)
     return options

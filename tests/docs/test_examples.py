@@ -22,6 +22,8 @@ WRONG = {
     "no model": ("pronounce.py --model none.pt cat", "There is no model at none.pt. To train one"),
     "other file": ("pronounce.py --model README.md cat", "README.md is no model of train.py"),
     "dictionary": ("compare.py --dictionary none.txt", "there is no file none.txt"),
+    "other text": ("train.py --dictionary README.md", "README.md is no dictionary of this format"),
+    "no time": ("train.py --time-limit 0", "argument --time-limit: 0 is not between 0.001"),
     "device": ("train.py --device cudda", "there is no device cudda"),
     "no folder": ("pronounce.py --plot README.md/x.png cat", "no file can be made at README.md/x"),
     "save": ("train.py --save examples", "argument --save: no file can be made at examples"),
@@ -56,6 +58,7 @@ def test_bad_input_is_answered_in_a_sentence(scripts, monkeypatch, capsys, line,
 MORE = {
     "lr": ("long_documents", "train.py --lr nan", "--lr is nan"),
     "csv": ("long_documents", "train.py --csv none/x.csv", "no file can be made at none/x.csv"),
+    "other table": ("long_documents", "train.py --csv README.md", "README.md is no table of"),
     "no folder": ("long_keys", "pool.py --file none/bag", "--file: there is no folder none"),
     "a file of the user": ("long_keys", "pool.py --file README.md", "README.md is no bag of this"),
 }
