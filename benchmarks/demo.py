@@ -5,6 +5,7 @@ python -m benchmarks.demo          about a minute
 
 from __future__ import annotations
 
+import argparse
 import time
 from dataclasses import replace
 from typing import Any
@@ -113,6 +114,11 @@ def show_speed() -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     start = time.perf_counter()
     torch.manual_seed(0)
     heading("Configuration")

@@ -8,6 +8,7 @@ A table stands between two comments, of which the first names the command that p
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -55,5 +56,10 @@ def renewed(page: Path) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m tools.doc_tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     for page in PAGES:
         page.write_text(renewed(page), encoding="utf-8")

@@ -6,8 +6,8 @@ python -m tools.feature_table benchmarks/results/features.csv
 
 from __future__ import annotations
 
+import argparse
 import csv
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -40,9 +40,12 @@ REASONS: dict[Hole, str] = {
 
 def read(file: str) -> Cells:
     cells: Cells = defaultdict(lambda: defaultdict(set))
-    with open(file, encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            cells[row["feature"]][row["path"], row["dtype"]].add(row["direction"])
+    try:
+        with open(file, encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines):
+                cells[row["feature"]][row["path"], row["dtype"]].add(row["direction"])
+    except (OSError, UnicodeDecodeError, KeyError) as error:
+        raise SystemExit(f"{file} does not hold rows of make features: {error!r}") from None
     return cells
 
 
@@ -57,7 +60,13 @@ def holes(cells: Cells) -> Iterator[Hole]:
 
 
 def main() -> None:
-    cells = read(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.feature_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", help="csv file that make features writes")
+    cells = read(parser.parse_args().file)
     missing = set(holes(cells))
     print(f"| of | feature | {' | '.join(PATHS.values())} |\n|---|---|{'---|' * len(PATHS)}")
     for feature in sorted(cells, key=lambda x: (x.rpartition(": ")[0], x.lower())):

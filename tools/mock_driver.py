@@ -4,6 +4,7 @@ tensors lie on the CPU, and results stay unwritten."""
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import ctypes
@@ -300,6 +301,7 @@ def _figures(driver: MockDriver, B: int, Lq: int, Lk: int, H: int, Dv: int) -> s
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m tools.mock_driver", description=__doc__).parse_args()
     torch.set_num_threads(1)
     print("B Lq Lk H Dv launches ordinary planned empty ratio")
     for shape in ((1, 1, 10, 32, 20), (64, 1, 400, 512, 512), (1, 8, 10, 32, 20)):

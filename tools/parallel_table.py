@@ -8,6 +8,7 @@ benchmarks/results; the constants below are assumptions, each with its name.
 
 from __future__ import annotations
 
+import argparse
 import csv
 from pathlib import Path
 from typing import NamedTuple
@@ -90,6 +91,11 @@ def cpu() -> Machine:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m tools.parallel_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     print("| device | devices | keys and values each | sent forward | sent backward | computing | "
           "sending | together |")  # fmt: skip
     print("|---|---:|---:|---:|---:|---:|---:|---:|")

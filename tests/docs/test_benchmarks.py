@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -233,3 +234,24 @@ def test_wrong_arguments_of_cases_too(monkeypatch, capsys, arguments, sentence):
         heads.main()
     assert stopped.value.code != 0
     assert sentence in f"{stopped.value.code}{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
+    "module,arguments,status",
+    [
+        ("benchmarks.demo", ["--help"], 0),
+        ("tools.doc_tables", ["--help"], 0),
+        ("tools.doc_tables", ["README.md"], 2),
+        ("tools.parallel_table", ["--device"], 2),
+        ("tools.feature_table", [], 2),
+        ("tools.feature_table", ["README.md"], "README.md does not hold rows of make features"),
+    ],
+)
+def test_commands_read_their_arguments(module, arguments, status, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(module, run_name="__main__")
+    assert str(stopped.value.code).startswith(str(status))
+    assert not capsys.readouterr().out or "--help" in arguments
