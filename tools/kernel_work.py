@@ -24,7 +24,7 @@ class Work:
 
 
 # What they do grows with the rows or the keys, not with the pairs.
-PER_ROW = {"prepare_kernel", "merge_kernel", "gradient_sum_kernel"}
+PER_ROW = {"prepare_kernel", "merge_kernel"}
 
 
 def _scores(a: SimpleNamespace, *around: float) -> Through:

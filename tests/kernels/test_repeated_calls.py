@@ -69,7 +69,7 @@ def test_the_public_function_takes_the_plan(
 
 
 def test_gradients_take_the_plan(driver: MockDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six launches, forward and backward, and no call of Python's plan or of the operators."""
+    """Five launches, forward and backward, and no call of Python's plan or of the operators."""
     call = [x.requires_grad_() for x in inputs(5, 20)[:4]]
 
     def names() -> list[str]:
@@ -80,7 +80,7 @@ def test_gradients_take_the_plan(driver: MockDriver, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(plans, "enabled", False)
         expected = names()
-    assert len(expected) == 6
+    assert len(expected) == 5
     for _ in range(4):
         assert names() == expected
     for name in ("_key", "_plans"):

@@ -9,7 +9,7 @@ from oracle import check_against_plain, fused, generator, make
 from paths import DEVICE
 
 from additive_attn import additive_attention
-from additive_attn.backends.triton import arguments, one_pass, tiles
+from additive_attn.backends.triton import arguments, feature_pass, one_pass, tiles
 
 pytestmark = pytest.mark.triton
 
@@ -38,9 +38,22 @@ def test_rows_in_parts(monkeypatch):
     check_against_plain([make((4,), 3, 150, 8, 6)], upstream_of=upstream, attn_mask=mask)
 
 
-def test_the_gradient_of_the_weight_from_ranges_of_keys(monkeypatch):
-    monkeypatch.setattr(tiles, "SUMMED_KEYS", 110)
-    check_against_plain([make((2,), 70, 70, 6, 5)])
+@pytest.mark.parametrize("small", [True, False])
+def test_sums_over_tiles_of_rows_and_ranges_of_keys(small, monkeypatch):
+    """Added up by the last program of each, or by kernels of their own."""
+    plans = []
+
+    def planned(*sizes):
+        plans.append(kept(*sizes))
+        return plans[-1]
+
+    kept = feature_pass.feature_plan
+    monkeypatch.setattr(feature_pass, "feature_plan", planned)
+    if not small:
+        monkeypatch.setattr(feature_pass, "ticket_count", lambda *sizes: 2**20)
+    check_against_plain([make((2,), 70, 300, 6, 5)])
+    assert plans
+    assert all(plan.row_tiles > 1 and plan.ranges > 1 for plan in plans)
 
 
 @pytest.mark.parametrize("queries", [1, 3])

@@ -19,7 +19,7 @@ STEP = {"forward_kernel", "merge_kernel", "probability_kernel"}
 CONTENT = STEP | {
     "gradient_kernel", "split_sum_kernel",
     # Once for all steps.
-    "prepare_kernel", "opposite_kernel", "given_kernel", "feature_kernel", "gradient_sum_kernel",
+    "prepare_kernel", "opposite_kernel", "given_kernel", "feature_kernel",
 }  # fmt: skip
 CASES = {
     "content": CONTENT,

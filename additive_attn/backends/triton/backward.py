@@ -16,12 +16,18 @@ from torch import Tensor
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.decode_backward import Rows, decode_gradients, decode_rows
-from additive_attn.backends.triton.feature_gradients import feature_kernel
-from additive_attn.backends.triton.gradient_sums import FeatureSums, gradient_sums
+from additive_attn.backends.triton.feature_pass import (
+    FeaturePlan,
+    FeatureSums,
+    Finish,
+    feature_pass,
+    feature_plan,
+    small_plan,
+)
 from additive_attn.backends.triton.key_sums import key_sum_kernel
-from additive_attn.backends.triton.launch import launch, registers, target
+from additive_attn.backends.triton.launch import launch
 from additive_attn.backends.triton.opposite import Flags, opposite_tiles
-from additive_attn.backends.triton.plan import Piece, pass_splits
+from additive_attn.backends.triton.plan import Piece
 from additive_attn.backends.triton.row_gradient import given_kernel, row_gradients
 from additive_attn.backends.triton.row_pass import row_pass
 from additive_attn.backends.triton.score_tiles import flagged_scores
@@ -37,18 +43,16 @@ class Gradients(NamedTuple):
     weight: Tensor | None
     mask: Tensor | None
     added: bool  # whether several pieces add to the same keys, to zeros
-    small: bool  # whether one kernel makes them of the sums of one piece (``gradient_sums``)
+    small: FeaturePlan | None  # of one piece, where a single kernel makes them all of G
 
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _is_small(p: Problem, pieces: list[Piece]) -> bool:
-    """Of one piece with few pairs, where launches cost more than what they run."""
+def _small(p: Problem, pieces: list[Piece]) -> FeaturePlan | None:
     if p.wide or p.hidden == 0 or len(pieces) != 1 or p.key_range(pieces[0]) != (0, p.keys):
-        return False
-    tile = tiles.gradient_tile(p.rows, p.padded)
-    return tiles.is_small(p.entries, p.rows, p.keys, -(-p.rows // (tile["RX"] * tile["TX"])))
+        return None
+    return small_plan(p)
 
 
 def _gradients(p: Problem, needs: Needs, pieces: list[Piece], upstream: Upstream) -> Gradients:
@@ -64,13 +68,13 @@ def _gradients(p: Problem, needs: Needs, pieces: list[Piece], upstream: Upstream
         make = torch.zeros if filled else torch.empty
         return make(shape, dtype=dtype, device=p.device)
 
-    n, dtype, accumulator, small = p.entries, p.dtype, p.accumulator, _is_small(p, pieces)
+    n, dtype, accumulator, small = p.entries, p.dtype, p.accumulator, _small(p, pieces)
     dtype_of_sums = accumulator if added else dtype
     return Gradients(
         query=result(needs.query, no_keys, dtype, n, p.rows, p.hidden),
         key=result(needs.key, added, dtype_of_sums, n, p.keys, p.hidden),
         value=result(
-            needs.value, added or upstream.out is None, dtype if small else accumulator,
+            needs.value, added or upstream.out is None, accumulator if small is None else dtype,
             n, p.keys, p.values,
         ),
         weight=result(needs.weight, added, accumulator, n, p.hidden),
@@ -117,7 +121,7 @@ def backward(*arguments: Any) -> Results:
         return _decode_results(p, rows, needs, gradient, upstream)
     pieces = _pieces(p)
     sums = _gradients(p, needs, pieces, upstream)
-    if sums.small:
+    if sums.small is not None:
         _add_small(p, pieces[0], lse, upstream, sums)
     elif pieces:
         grad_out = None if upstream.out is None else _entries(upstream.out, p, 2)
@@ -257,66 +261,49 @@ def _add_from_scores(
         _add_mask(p, of_rows[:, :rows, :count], entry, row, key, sums.mask)
     if p.hidden == 0:
         return
-    if sums.query is not None or sums.key is not None or sums.weight is not None:
-        _add_features(p, piece, gradient, flags, sums, of_value)
-    elif sums.small and of_value is not None:
-        gradient_sums(p, FeatureSums(), of_value, *sums[:4])
+    if sums.small is not None:
+        scores, grad_out = of_value or (None, None)
+        finish = Finish(sums.key, sums.weight, sums.value, scores, grad_out)
+        need_weight = sums.weight is not None
+        feature_pass(
+            p, sums.small, piece, gradient, flags, sums.query, sums.key is not None or need_weight,
+            need_weight, finish=finish,
+        )  # fmt: skip
+    elif sums.query is not None or sums.key is not None or sums.weight is not None:
+        _add_features(p, piece, gradient, flags, sums)
 
 
 def _add_features(
-    p: Problem, piece: Piece, gradient: Tensor, flags: Flags | None, sums: Gradients,
-    of_value: tuple[Tensor, Tensor] | None,
-) -> None:  # fmt: skip
-    """Adds the gradients of query, key and weight, and in a small call that of the value."""
+    p: Problem, piece: Piece, gradient: Tensor, flags: Flags | None, sums: Gradients
+) -> None:
+    """Adds the gradients of query, key and weight."""
     entry, entries, row, rows = piece
     key, end = p.key_range(piece)
-    count = end - key
-    of_entries = slice(entry, entry + entries)
-    key_padded, row_padded = 4 * gradient.shape[1], gradient.shape[2]
-    tile, block = tiles.gradient_tile(rows, p.padded, p.wide), tiles.gradient_block(count)
-    row_tiles = -(-rows // (tile["RX"] * tile["TX"]))
-    programs = entries * row_tiles * -(-p.padded // (2 * tile["TW"] * tile["TF"]))
-    most = 255 if p.wide else tiles.GRADIENT_REGISTERS
-    resident = tiles.resident(32 * tile["num_warps"], most) * p.processors
-    ranges, per_range = pass_splits(programs, count, block, resident)
+    plan = feature_plan(p, entries, rows, end - key)
+    query = None
+    if sums.query is not None:
+        query = sums.query[entry : entry + entries, row : row + rows]
     # What roundings of the keys' exponentials leave out of dw comes from the sums of dk.
     corrected = sums.weight is not None and not p.wide
-    summed = sums.key is not None or corrected
-    query = key_sums = weight_sums = of_query = None
-    if sums.query is not None:
-        query = of_query = sums.query[of_entries, row : row + rows]
-        if ranges > 1:
-            query = gradient.new_empty(ranges, entries, rows, p.hidden)
-    if summed:
-        key_sums = gradient.new_empty(row_tiles, entries, -(-count // 4) * 4, p.padded)
-    if sums.weight is not None:
-        blocks = -(-count // tiles.key_sum_tile(count, row_tiles, p.padded)["BLOCK"])
-        shares = ranges * row_tiles + corrected * blocks * (not sums.small)
-        weight_sums = gradient.new_empty(shares, entries, p.hidden)
-    launch(
-        feature_kernel, programs * ranges, gradient,
-        *p.inputs(), *p.prepared_rows_arguments(), p.weight, *p.weight_strides, gradient,
-        None if flags is None else flags.tiles, query, key_sums, weight_sums,
-        p.batch.inner, entries, entry, p.rows, row, rows, row_padded, p.keys, key, count,
-        key_padded, p.hidden, p.left, p.right, p.scale_bits, ranges, per_range,
-        **tile, BLOCK=block, padded=p.padded, FLAG_ROWS=1 if flags is None else flags.rows,
-        FLAG_KEYS=1 if flags is None else flags.keys, TARGET=target(), **registers(most),
+    blocks = 0
+    if corrected:
+        count = end - key
+        blocks = -(-count // tiles.key_sum_tile(count, plan.row_tiles, p.padded)["BLOCK"])
+    parts = feature_pass(
+        p, plan, piece, gradient, flags, query, sums.key is not None or corrected,
+        sums.weight is not None, blocks,
     )  # fmt: skip
-    parts = FeatureSums(
-        row_tiles, ranges, query if ranges > 1 else None, key_sums, weight_sums
-    )  # fmt: skip
-    if sums.small:
-        gradient_sums(p, parts, of_value, *sums[:4])
-        return
-    if parts.query is not None and of_query is not None:
-        _total(parts.query, of_query)
-    _add_key_sums(p, piece, parts, sums)
+    if parts.query is not None and query is not None and plan.ranges > 1:
+        _total(parts.query, query)
+    _add_key_sums(p, piece, plan, parts, sums)
 
 
-def _add_key_sums(p: Problem, piece: Piece, parts: FeatureSums, sums: Gradients) -> None:
+def _add_key_sums(
+    p: Problem, piece: Piece, plan: FeaturePlan, parts: FeatureSums, sums: Gradients
+) -> None:
     """Adds the gradients of key and weight."""
     entry, entries = piece[:2]
-    row_tiles, ranges, _, key_sums, weight_sums = parts
+    row_tiles, ranges, key_sums, weight_sums = plan.row_tiles, plan.ranges, parts.key, parts.weight
     key, end = p.key_range(piece)
     count = end - key
     of_entries = slice(entry, entry + entries)

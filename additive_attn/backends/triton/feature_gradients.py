@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from additive_attn.backends.triton.batch import batch_entry
+from additive_attn.backends.triton.gradient_sums import task
 from additive_attn.backends.triton.halves import (
     added,
     direct_pairs,
@@ -30,7 +31,6 @@ from additive_attn.backends.triton.halves import (
     weighted,
     where,
 )
-from additive_attn.backends.triton.launch import kernel
 from additive_attn.backends.triton.numerics import number, tile4
 from additive_attn.backends.triton.prepare import SAFE
 
@@ -273,9 +273,10 @@ def _finish(
         _store_sum(weight_sums, (dwa * scale, dwb * scale), stored & (f < hidden))
 
 
-@kernel
-def feature_kernel(
-    query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
+@triton.jit
+def feature_tile(
+    program, query, key, query_outer, query_inner, query_row, query_h,
+    key_outer, key_inner, key_row, key_h,
     query_rows, key_rows, query_exp_outer, query_exp_inner, key_exp_outer, key_exp_inner,
     weight, weight_outer, weight_inner, weight_h, gradient, flags,
     grad_query, key_sums, weight_sums, inner, entries, entry_begin, rows, row_begin, row_count,
@@ -284,9 +285,9 @@ def feature_kernel(
     RX: tl.constexpr, TX: tl.constexpr, TW: tl.constexpr, TF: tl.constexpr, BLOCK: tl.constexpr,
     padded: tl.constexpr, FLAG_ROWS: tl.constexpr, FLAG_KEYS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows and 2 TW TF features, a range of keys: dq to [split][entry][row]; summed over
-    the rows, what ``key_sum_kernel`` weighs to dk to ``key_sums`` [row tile][entry][key], padded,
-    and dw to ``weight_sums`` [split][row tile][entry]. ``flags``: see ``opposite.Flags``."""
+    """A tile of rows and 2 TW TF features, a range of keys, whose end is returned: dq to
+    [split][entry][row]; summed over the rows, what ``key_sums`` weighs to dk [row tile][entry]
+    [key], padded, and dw to ``weight_sums`` [split][row tile][entry]. ``flags``: ``Flags``."""
     ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
     TILE: tl.constexpr = 2 * TW * TF
@@ -295,11 +296,9 @@ def feature_kernel(
     DK: tl.constexpr = key_sums is not None
     DW: tl.constexpr = weight_sums is not None
     tile_count = tl.cdiv(row_count, BX)
-    tile, program = tl.program_id(0) % tile_count, tl.program_id(0) // tile_count
-    h0 = program % tl.cdiv(padded, TILE) * TILE
-    program = program // tl.cdiv(padded, TILE)
-    split = program % splits
-    n, o, m = batch_entry(entry_begin + program // splits, inner)
+    tile, part, split, n = task(program, tile_count, tl.cdiv(padded, TILE), splits)
+    h0 = part * TILE
+    n, o, m = batch_entry(entry_begin + n, inner)
     entry = n - entry_begin
     zeros = tl.zeros([TW, TX, TF], ACC)
     h = h0 + 2 * TF * tl.arange(0, TW)[:, None, None] + 2 * tl.arange(0, TF)[None, None, :]
@@ -394,3 +393,4 @@ def feature_kernel(
         weight_sums, h, f, stored, r0, row_begin, tl.maximum(rows, -end), row_count, hidden,
         tl.maximum(hidden, -end), scale_bits, RX, WIDE, TARGET,
     )  # fmt: skip
+    return end

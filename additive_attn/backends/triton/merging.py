@@ -21,11 +21,17 @@ from additive_attn.backends.triton.tiles import power_of_two
 
 
 @triton.jit
-def is_last(ticket, count):
-    """Whether this is the last of ``count`` programs to come here. ``ticket`` was 0."""
-    # What all threads have stored, before one of them says so.
-    tl.debug_barrier()
+def draw(ticket, count):
+    """Whether this is the last of ``count`` programs to come here. ``ticket`` was 0. Before it, a
+    barrier: what all threads have stored, before one of them says so."""
     return tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == count - 1
+
+
+@triton.jit
+def is_last(ticket, count):
+    """``draw`` with that barrier."""
+    tl.debug_barrier()
+    return draw(ticket, count)
 
 
 @triton.jit

@@ -51,7 +51,7 @@ SKETCH = tl.constexpr(32)  # numbers of a sketch
 GROUP = tl.constexpr(8)  # rows that share flags; lengths are padded to whole groups
 SMALL = tl.constexpr(1)  # in the flags of a group: one of its rows has no |x| > 1
 WILD = tl.constexpr(256)  # the same: not within SAFE; so far apart that flags may be added up
-TICKETS = tl.constexpr(1024)
+TICKETS = tl.constexpr(4096)
 
 
 class PreparedWeight(NamedTuple):

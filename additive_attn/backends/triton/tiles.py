@@ -14,7 +14,7 @@ WORKSPACE_ELEMENTS = 2**24  # scores that are kept at a time: 64 MB in float32
 # Up to so many pairs a backward is few launches: with more the host takes longer than the device.
 SMALL_PAIRS = 2**22
 
-SUMMED_KEYS = 8192  # sums of keys that one program of dw reads
+SUMMED_KEYS = 2**14  # tiles of rows times keys: with more, programs of their own add up dk
 
 LONG = 24  # shorter rows or columns have tiles of their own, which are not tuned
 
@@ -85,8 +85,8 @@ def attend_columns(values: int, wide: bool, tile: Tile, size: int) -> int:
 
 
 def is_small(entries: int, rows: int, keys: int, row_tiles: int) -> bool:
-    """Whether one kernel makes the gradients from all sums, and two make dw of many keys."""
-    return entries * rows * keys <= SMALL_PAIRS and row_tiles * keys <= 2 * SUMMED_KEYS
+    """Whether the pass over features adds up all sums."""
+    return entries * rows * keys <= SMALL_PAIRS and row_tiles * keys <= SUMMED_KEYS
 
 
 def row_pass_tile(
@@ -164,8 +164,14 @@ def key_sum_tile(keys: int, row_tiles: int, padded: int) -> dict[str, int]:
     return {"BLOCK": 16, "FEATURES": FEATURES, "TILES": TILES, "num_warps": 4}
 
 
+def summed_tiles(tile: dict[str, int], row_tiles: int) -> int:
+    """The same in the pass over features: so many tiles of rows are loaded at a time, 32 numbers
+    per thread."""
+    return 1 if row_tiles == 1 else 32 // tile["TF"]
+
+
 def value_tile(values: int) -> dict[str, int]:
-    """dV of KEYS keys, beside ``key_sum_tile``: ROWS rows at a time."""
+    """dV of KEYS keys, beside the pass over features: ROWS rows at a time."""
     return {"KEYS": 32, "VALUES": 16 if values <= 16 else 32, "ROWS": 32}
 
 
