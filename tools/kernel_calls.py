@@ -92,17 +92,13 @@ def step_call(
     return Call(inputs, run)
 
 
-def scores_call(
-    batch: int, queries: int, keys: int, hidden: int, *, mask: torch.dtype | None = None,
-    lengths: bool = False,
-) -> Call:  # fmt: skip
+def scores_call(queries: int, mask: torch.dtype) -> Call:
     """Scores and all their gradients."""
 
     def inputs() -> tuple[Any, ...]:
         return (
-            torch.zeros(batch, queries, hidden), torch.zeros(batch, keys, hidden),
-            torch.zeros(hidden), None if mask is None else zeros(mask, batch, queries, keys),
-            zeros(torch.int64, batch, queries) if lengths else None,
+            torch.zeros(2, queries, 128), torch.zeros(2, 300, 128), torch.zeros(128),
+            zeros(mask, 2, queries, 300), zeros(torch.int64, 2, queries),
             None, None, None, -1, -1, 1.0,
         )  # fmt: skip
 

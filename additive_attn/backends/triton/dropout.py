@@ -18,14 +18,6 @@ def keep_factors(seed, entry, i, key0, threshold, keep_scale, BM: tl.constexpr, 
 
 
 @triton.jit
-def keep_factor(seed, entry, i, j, threshold, keep_scale):
-    """``keep_factors`` of rows i and the one key j."""
-    w0, w1, w2, w3 = _words(seed, entry, j // 4 + tl.zeros(i.shape, tl.int32), i)
-    word = tl.where(j % 4 < 2, tl.where(j % 4 == 0, w0, w1), tl.where(j % 4 == 2, w2, w3))
-    return tl.where(word.to(tl.uint64) < threshold, 0.0, keep_scale)
-
-
-@triton.jit
 def _words(seed, entry, c0, c1):
     c2 = (entry & 0xFFFFFFFF).to(tl.uint32) + tl.zeros(c0.shape, tl.uint32)
     c3 = (entry >> 32).to(tl.uint32) + tl.zeros(c0.shape, tl.uint32)

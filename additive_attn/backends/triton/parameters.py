@@ -50,15 +50,6 @@ class Row(NamedTuple):
     column: int
 
 
-class Column(NamedTuple):
-    """A tensor (outer, inner, rows)."""
-
-    data: Any
-    outer: Varying
-    inner: Varying
-    row: Varying
-
-
 class Scalar(NamedTuple):
     """A tensor (outer, inner)."""
 
