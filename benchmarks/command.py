@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import rows
+from benchmarks.arguments import parser_of
 from benchmarks.rows import Row
 from benchmarks.run import require_kernel
 
@@ -23,11 +24,7 @@ def parser(
     name: str, description: str | None, cases: Collection[str], *, samples: bool = False
 ) -> argparse.ArgumentParser:
     """Options of ``benchmarks.NAME``; with ``samples`` also how many are taken."""
-    made = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = parser_of(f"benchmarks.{name}", description)
     made.add_argument("--case", nargs="+", choices=list(cases), default=list(cases))
     made.add_argument("--threads", type=int, default=2)
     if samples:

@@ -5,7 +5,6 @@ python -m benchmarks.demo          about a minute
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 import additive_attn
 from additive_attn import AdditiveAttention, PlainAdditiveAttention, additive_attention
 from benchmarks import run, table
+from benchmarks.arguments import parser_of
 from benchmarks.cases import SPEED, square
 from benchmarks.providers import PROVIDERS
 
@@ -114,11 +114,7 @@ def show_speed() -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        prog="python -m benchmarks.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    parser_of("benchmarks.demo", __doc__).parse_args()
     start = time.perf_counter()
     torch.manual_seed(0)
     heading("Configuration")

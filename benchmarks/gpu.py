@@ -14,7 +14,6 @@ host: microseconds until a call returns, and until the GPU has finished, several
 
 from __future__ import annotations
 
-import argparse
 import csv
 import importlib.metadata
 import time
@@ -28,6 +27,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from benchmarks import measure, rows, score_loop, table
+from benchmarks.arguments import parser_of
 from benchmarks.cases import Case, make_inputs, parse
 from benchmarks.providers import PROVIDERS
 from benchmarks.rows import Row
@@ -201,11 +201,7 @@ def tables(found: list[dict[str, str]]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.gpu", __doc__)
     parser.add_argument("--question", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs")

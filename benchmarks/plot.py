@@ -6,7 +6,6 @@ python -m benchmarks.plot FILE.csv --figure scaling   docs/figures/scaling.png, 
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from pathlib import Path
@@ -18,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator
 
+from benchmarks.arguments import parser_of
 from benchmarks.cases import square
 from benchmarks.rows import (
     COMPILED,
@@ -117,11 +117,7 @@ def draw_scaling(measurements: list[Measurement], path: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.plot", __doc__)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--figure", metavar="NAME", help="write docs/figures/NAME.png")
     args = parser.parse_args()

@@ -28,6 +28,7 @@ from torch._dynamo.exc import TorchDynamoException
 from additive_attn.ops import dispatch
 from additive_attn.ops.library import how_to_build
 from benchmarks import measure, rows, table
+from benchmarks.arguments import parser_of
 from benchmarks.cases import FIRST_PAGE, SUITES, Case, make_inputs, parse
 from benchmarks.providers import PROVIDERS, Provider, Runner
 from benchmarks.rows import Row
@@ -146,11 +147,7 @@ def require_kernel(device: torch.device, path: str | None) -> bool:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.run", __doc__)
     suites = f"of {', '.join([FIRST_PAGE, *SUITES])}, or BxLqxLkxHxDv, with commas"
     parser.add_argument("--suite", "--shapes", default=FIRST_PAGE, help=suites)
     parser.add_argument("--quick", dest="suite", action="store_const", const="quick")

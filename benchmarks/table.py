@@ -9,11 +9,11 @@ python -m benchmarks.table FILE.csv --slower          where plain PyTorch or tor
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.arguments import parser_of
 from benchmarks.rows import DOT_PRODUCT, PLAIN, Measurement, chosen_files, measured_on, read
 
 MODES = {"forward": "forward", "full": "forward + backward"}
@@ -142,11 +142,7 @@ def show(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.table", __doc__)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--suites", help="only these, separated by commas")
     parser.add_argument("--dtype", help="only this one")

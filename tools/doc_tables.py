@@ -8,7 +8,6 @@ A table stands between two comments, of which the first names the command that p
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
@@ -17,6 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import heads, second_order, sparse, table
+from benchmarks.arguments import parser_of
 from benchmarks.decoders import table as decoders
 from tools import feature_table, parallel_table
 
@@ -56,10 +56,6 @@ def renewed(page: Path) -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(
-        prog="python -m tools.doc_tables",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    parser_of("tools.doc_tables", __doc__).parse_args()
     for page in PAGES:
         page.write_text(renewed(page), encoding="utf-8")

@@ -6,10 +6,11 @@ python -m tools.feature_table benchmarks/results/features.csv
 
 from __future__ import annotations
 
-import argparse
 import csv
 from collections import defaultdict
 from collections.abc import Iterator
+
+from benchmarks.arguments import parser_of
 
 PATHS = {
     "avx512": "AVX-512", "avx2": "AVX2", "baseline": "baseline", "plain": "plain PyTorch",
@@ -60,11 +61,7 @@ def holes(cells: Cells) -> Iterator[Hole]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.feature_table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("tools.feature_table", __doc__)
     parser.add_argument("file", help="csv file that make features writes")
     cells = read(parser.parse_args().file)
     missing = set(holes(cells))

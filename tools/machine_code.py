@@ -9,7 +9,6 @@ and of the chosen targets, are replaced, those of others stay.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import functools
 import importlib.metadata
@@ -29,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks.arguments import parser_of
 from tools.control_flow import Graph, number
 from tools.kernel_calls import Call, call, step_call
 from tools.kernel_work import PER_ROW, WORK, Work
@@ -287,11 +287,7 @@ def _row(kernel: Kernel, shape: tuple[int, ...], target: str) -> dict[str, objec
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.machine_code",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("tools.machine_code", __doc__)
     parser.add_argument("--target", nargs="+", choices=[*NVIDIA, *AMD], default=[*NVIDIA, *AMD])
     parser.add_argument("--output", type=Path, default=RESULTS / "machine-code.csv")
     args = parser.parse_args()

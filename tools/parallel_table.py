@@ -8,10 +8,11 @@ benchmarks/results; the constants below are assumptions, each with its name.
 
 from __future__ import annotations
 
-import argparse
 import csv
 from pathlib import Path
 from typing import NamedTuple
+
+from benchmarks.arguments import parser_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -91,11 +92,7 @@ def cpu() -> Machine:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        prog="python -m tools.parallel_table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    parser_of("tools.parallel_table", __doc__).parse_args()
     print("| device | devices | keys and values each | sent forward | sent backward | computing | "
           "sending | together |")  # fmt: skip
     print("|---|---:|---:|---:|---:|---:|---:|---:|")

@@ -14,7 +14,6 @@ same; its times say nothing.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import csv
 import math
@@ -29,6 +28,7 @@ import torch
 
 from additive_attn.backends.triton import plans, tiles, tuned
 from benchmarks import measure
+from benchmarks.arguments import parser_of
 from benchmarks.cases import Case, make_inputs, parse
 from benchmarks.providers import PROVIDERS, Runner
 from benchmarks.rows import RESULTS, machine
@@ -152,11 +152,7 @@ def take(path: Path, to: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("tools.tune", __doc__)
     parser.add_argument("--shapes", default=SHAPES, help="suites or BxLqxLkxHxDv, by commas")
     parser.add_argument("--modes", default="forward,full", help="forward, full or both")
     parser.add_argument("--device", default="cuda")

@@ -5,7 +5,6 @@ python -m benchmarks.decoders.plot FILE.csv [--output FIGURE.png]
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.arguments import parser_of
 from benchmarks.decoders.table import newest, read
 from benchmarks.rows import Row, machine_line
 
@@ -79,11 +79,7 @@ def draw(rows: list[Row], path: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decoders.plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.decoders.plot", __doc__)
     parser.add_argument("file", nargs="?", type=Path, help="the newest run by default")
     parser.add_argument("--output", type=Path, default=FIGURE)
     args = parser.parse_args()

@@ -8,13 +8,13 @@ python -m benchmarks.decoders.table FILE.csv --split
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import parser_of
 from benchmarks.decoders.cases import CASES, COMPILED, Case
 from benchmarks.decoders.split import GROUPS
 from benchmarks.rows import LOCAL, Row, machine_line
@@ -161,11 +161,7 @@ def newest() -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decoders.table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.decoders.table", __doc__)
     parser.add_argument("file", nargs="?", type=Path, help="the newest run by default")
     groups = sorted({case.group for case in CASES.values()})
     parser.add_argument("--group", nargs="+", choices=groups, default=groups)
