@@ -104,6 +104,7 @@ class MultiheadAdditiveAttention(nn.Module):
 
     # nn.TransformerEncoderLayer asks for it before it computes dot products by itself.
     _qkv_same_embed_dim = False
+    polarity_checked = False
     scale = 1.0
     in_proj_weight: nn.Parameter | None
     q_proj_weight: nn.Parameter | None

@@ -18,7 +18,7 @@ from additive_attn.ops.checks import (
     require_one_device,
 )
 from additive_attn.ops.layer_checks import check_memory as check_fields
-from additive_attn.ops.layer_checks import explain_projection
+from additive_attn.ops.layer_checks import explain_projection, warn_of_polarity
 from additive_attn.spec.call import lse_dtype
 
 _NAME = "MultiheadAdditiveAttention"
@@ -178,6 +178,10 @@ def check_masks(
                 f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, but must be "
                 f"{'(N, S)' if batched else '(S,), unbatched,'} = {wanted}."
             )
+    # Once per layer, for it reads the masks.
+    if not (torch.compiler.is_compiling() or layer.polarity_checked):
+        warn_of_polarity(attn_mask, key_padding_mask, ignores=True)
+        layer.polarity_checked = True
 
 
 def check_blocks(layer: Any) -> None:

@@ -316,8 +316,12 @@ def explain_shapes(caller: str, batch_first: bool, lengths: Any, **tensors: Tens
         ) from None
 
 
-def warn_of_polarity(attn_mask: Any, key_padding_mask: Any) -> None:
-    """Warns of bool masks that make sense only if they are inverted."""
+def warn_of_polarity(attn_mask: Any, key_padding_mask: Any, ignores: bool = False) -> None:
+    """Warns of bool masks that make sense only if they are inverted. ``ignores`` says what True
+    means in attn_mask: do not attend."""
+    polarity = "attend, unlike in nn.MultiheadAttention"
+    if ignores and getattr(attn_mask, "dtype", None) == torch.bool:
+        attn_mask, polarity = ~attn_mask, "do not attend, as in nn.MultiheadAttention"
     if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool and attn_mask.dim() == 2:
         rows, keys = attn_mask.shape
         if 1 < rows == keys and is_readable(attn_mask):
@@ -325,8 +329,8 @@ def warn_of_polarity(attn_mask: Any, key_padding_mask: Any) -> None:
             if later and torch.equal(attn_mask, torch.ones_like(attn_mask).triu(1)):
                 warn_user(
                     "attn_mask lets queries attend to later keys only, and the last query to "
-                    "none. Here True = attend, unlike in nn.MultiheadAttention: invert it with "
-                    "~attn_mask, or pass is_causal=True.",
+                    f"none. Here True = {polarity}: invert it with ~attn_mask"
+                    f"{'' if ignores else ', or pass is_causal=True'}.",
                 )
     padding = key_padding_mask
     if isinstance(padding, Tensor) and padding.dtype == torch.bool and padding.dim() == 2:

@@ -16,6 +16,7 @@ from torch import nn
 from additive_attn import (
     AdditiveAttention,
     LocationSensitiveAttention,
+    MultiheadAdditiveAttention,
     additive_attention,
     additive_attention_step,
     additive_scores,
@@ -437,6 +438,29 @@ def test_masks_of_the_other_polarity_warn_once(options, sentence):
             with pytest.warns(UserWarning, match=sentence) as caught, around():
                 AdditiveAttention(8, 4).project(x, **options)
             assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "options,sentence",
+    [
+        (dict(attn_mask=~later(5)), "later keys only.*do not attend, as in.*~attn_mask\\.$"),
+        (
+            dict(key_padding_mask=torch.arange(5) < torch.tensor([5, 3])[:, None]),
+            "first key of every sequence.*~key_padding_mask",
+        ),
+    ],
+    ids=["causal", "padding"],
+)
+def test_masks_of_the_other_polarity_warn_once_with_heads(options, sentence):
+    layer, x = MultiheadAdditiveAttention(8, 2, batch_first=True), t(2, 5, 8)
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        layer(x, x, x, **options)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x, x, x, **options)
+        usual = MultiheadAdditiveAttention(8, 2, batch_first=True)
+        usual(x, x, x, **{name: ~mask for name, mask in options.items()})
 
 
 @pytest.mark.parametrize(
