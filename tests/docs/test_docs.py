@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import re
 from pathlib import Path
@@ -70,6 +71,19 @@ def test_links_within_the_project(page):
         assert goal.exists(), f"{page.name} links to {target}, which is missing"
         if anchor:
             assert anchor in anchors(goal), f"{page.name} links to {target}, which is no heading"
+
+
+def test_architecture_names_what_is_there():
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    folders = ("additive_attn", "csrc", "tests", "tools", "benchmarks")
+    found = itertools.chain.from_iterable((ROOT / name).rglob("*") for name in folders)
+    files = [path for path in found if path.suffix in {".py", ".h", ".cpp", ".inc"}]
+    named = set(re.findall(r"\w+\.(?:py|h|cpp|inc)\b", text))
+    assert named <= {path.name for path in files}
+    whole = ("ops", "backends/triton", "spec", "distributed")
+    for folder in (*(ROOT / "additive_attn" / name for name in whole), ROOT / "csrc"):
+        there = {path.name for path in files if path.is_relative_to(folder)}
+        assert there - {"__init__.py"} <= named, folder
 
 
 def test_cited_equations_exist():
