@@ -47,6 +47,7 @@ def explained(**wanted: str) -> Callable[[Any], Any]:
                 ordered = _in_order(texts, getattr(self, "batch_first", False) is True)
                 _refuse(caller, _parameter(self), ordered, given, type(error))
                 _refuse_sizes(caller, self.__dict__.get("_sizes", {}), ordered, given, error)
+                _refuse_sequence(caller, self, names[0], given.get(names[0]), error)
                 raise
             if making:
                 given.update(zip(names, arguments, strict=False))
@@ -107,6 +108,18 @@ def _refuse_sizes(
                         raise kind(
                             f"{caller} got {name} of shape {shape}, but needs {text}{is_so}."
                         ) from None
+
+
+def _refuse_sequence(caller: str, layer: Any, name: str, x: Any, error: Any) -> None:
+    """Raises where a layer still holds what it made of other sequences."""
+    mask = getattr(layer, "mask", None)
+    if hasattr(layer, "reset") and isinstance(mask, Tensor) and isinstance(x, Tensor):
+        if mask.shape != x.shape[:2]:
+            kind = type(error) if type(error) is RuntimeError else ValueError
+            raise kind(
+                f"{caller} got {name} of shape {tuple(x.shape)}, but holds sequences of (B, Lk) = "
+                f"{tuple(mask.shape)}. Call reset() before others."
+            ) from None
 
 
 def _letters(text: str, rank: int) -> list[str]:

@@ -105,6 +105,25 @@ def test_calls(name):
     assert failed > 10
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in CALLS if hasattr(CALLS[name][0](), "reset")])
+def test_other_sequences_without_reset(name):
+    make, good = CALLS[name]
+    layer, other = make(), dict(good)
+    layer(**good)
+    for n, x in good.items():
+        if isinstance(x, torch.Tensor):
+            other[n] = torch.cat([x, x[:1]])
+        elif n == "enc_hs_len":
+            other[n] = [*x, 4]
+        elif isinstance(x, list):
+            other[n] = [torch.cat([each, each[:1]]) for each in x]
+    text = refused(functools.partial(layer, **other), good)
+    assert re.search(r"\(3, 5, 6\), but holds .*\(2, 5\)\. Call reset", text), text
+    layer.reset()
+    layer(**other)
+
+
 @pytest.mark.parametrize("argument,bad", [
     ("mask", IGNORED[:, 1:]), ("mask", IGNORED[:, :1]), ("mask", IGNORED.repeat(2, 1)),
     ("enc_hs_len", [LK + 1, 3]), ("enc_hs_len", [-1, 3]), ("enc_hs_len", [3]*3),
