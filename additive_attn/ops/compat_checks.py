@@ -112,11 +112,10 @@ def _refuse_sizes(
 
 def _refuse_sequence(caller: str, layer: Any, name: str, x: Any, error: Any) -> None:
     """Raises where a layer still holds what it made of other sequences."""
-    mask = getattr(layer, "mask", None)
-    if hasattr(layer, "reset") and isinstance(mask, Tensor) and isinstance(x, Tensor):
-        if mask.shape != x.shape[:2]:
-            kind = type(error) if type(error) is RuntimeError else ValueError
-            raise kind(
+    mask = getattr(layer, "mask", None) if hasattr(layer, "reset") else None
+    if isinstance(mask, Tensor) and isinstance(x, Tensor) and mask.shape != x.shape[:2]:
+        if type(error) in (RuntimeError, ValueError):
+            raise type(error)(
                 f"{caller} got {name} of shape {tuple(x.shape)}, but holds sequences of (B, Lk) = "
                 f"{tuple(mask.shape)}. Call reset() before others."
             ) from None
