@@ -13,7 +13,7 @@ from additive_attn.nn.decoding import ProjectedMemory, flat_beams, lent_of
 from additive_attn.nn.linear import bare_parameters
 from additive_attn.nn.projection import ProjectingAttention
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
-from additive_attn.ops.checks import is_dense, refuse_layouts, refuse_types
+from additive_attn.ops.checks import DTYPES, is_dense, refuse_layouts, refuse_types
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.layer_checks import (
     check_beams,
@@ -223,7 +223,7 @@ class HistoryAttention(ProjectingAttention):
                 type(x) is Tensor
                 and is_dense(x)
                 and x.shape == wanted
-                and x.is_floating_point()
+                and x.dtype in DTYPES
                 and lse_dtype(x.dtype) == lse_dtype(key.dtype)
                 and x.device == key.device
             ):

@@ -24,8 +24,6 @@ _LISTED = (Sequence, Integral, torch.SymInt)
 # Whether it is of a transform of torch.func, and has no memory, also when the transform is over.
 is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
 _is_compiling, _tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
-_functorch_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def warn_user(message: str) -> None:
@@ -147,7 +145,7 @@ def check_mask(
     attn_mask: Tensor, query: Tensor, batch: torch.Size, scores: tuple[int, int]
 ) -> None:
     if not isinstance(attn_mask, Tensor):
-        hint = "Convert it with torch.as_tensor."
+        hint = conversion(attn_mask)
         if callable(attn_mask):
             hint = "Make a BlockMask of a mask_mod with create_block_mask."
         raise TypeError(
@@ -192,7 +190,8 @@ def as_integers(
         try:
             if not isinstance(given, _LISTED) and not hasattr(given, "__array__"):
                 raise TypeError
-            given = torch.tensor(given, device="cpu")
+            # It takes not all strides of arrays, and forgets the mask that some have.
+            given = torch.tensor(getattr(given, "tolist", lambda: given)(), device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"{name} is {given!r:.60}, a {type(given).__name__}, but must be integers: a "
@@ -262,8 +261,8 @@ def has_values(tensor: Tensor) -> bool:
     return (
         not _is_compiling()
         and _tracing_state() is None
-        and not _functorch_active()
-        and _dispatch_modes() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
         and not tensor.is_meta
         and not is_wrapper(tensor)
         # A subclass that dispatches by itself, as those of tracing do, may hold no values.
@@ -344,8 +343,16 @@ _TYPE_HINTS = {
     "traced model.",
     "NoneType": "Pass a tensor.",
     "ProjectedMemory": "A memory is for step(query, memory).",
+    "MaskedArray": "torch.as_tensor would forget its mask: fill it in first, with .filled.",
     "tuple": "Pass one tensor: of an LSTM's (h, c) that is h, of (outputs, state) the outputs.",
 }
+
+
+def conversion(given: Any) -> str:
+    """What makes a tensor of it, as a sentence."""
+    module = isinstance(given, torch.nn.Module)
+    usual = "Pass its weight." if module else "Convert it with torch.as_tensor."
+    return _TYPE_HINTS.get(type(given).__name__, usual)
 
 
 def refuse_types(**given: Any) -> NoReturn:
@@ -353,13 +360,8 @@ def refuse_types(**given: Any) -> NoReturn:
     if "value" in wrong and wrong["value"] is given.get("key"):
         del wrong["value"]  # which was not passed
     found = ", ".join(f"{name} is a {type(each).__name__}" for name, each in wrong.items())
-    hints = {
-        "Pass its weight."
-        if isinstance(each, torch.nn.Module)
-        else _TYPE_HINTS.get(type(each).__name__, "Convert it with torch.as_tensor.")
-        for each in wrong.values()
-    }
-    raise TypeError(f"Additive attention needs tensors, but {found}. {' '.join(sorted(hints))}")
+    hints = " ".join(sorted({conversion(each) for each in wrong.values()}))
+    raise TypeError(f"Additive attention needs tensors, but {found}. {hints}")
 
 
 def refuse_layouts(**tensors: Tensor) -> NoReturn:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from additive_attn.ops.autocast import autocast_dtype
 from additive_attn.ops.checks import (
     INTEGERS,
+    conversion,
     is_dense,
     is_readable,
     refuse_ids,
@@ -142,9 +143,10 @@ def check_masks(
         if mask is not None and not (
             isinstance(mask, Tensor) and (mask.dtype == torch.bool or mask.is_floating_point())
         ):
-            found = getattr(mask, "dtype", type(mask).__name__)
-            hint = "Convert a 0/1 mask with .bool()."
-            if found == "BlockMask":
+            found, hint = f"a {type(mask).__name__}", conversion(mask)
+            if isinstance(mask, Tensor):
+                found, hint = str(mask.dtype), "Convert a 0/1 mask with .bool()."
+            elif type(mask).__name__ == "BlockMask":
                 hint = "A BlockMask is an attn_mask, and goes with and_masks into another one."
             raise TypeError(
                 f"{name} is {found}, but must be None, a bool tensor (True = do not attend) or a "

@@ -156,7 +156,7 @@ def check_state(
             )
         if not is_dense(x):
             refuse_layouts(**{name: x})
-        if not x.is_floating_point() or lse_dtype(x.dtype) != lse_dtype(key.dtype):
+        if x.dtype not in DTYPES or lse_dtype(x.dtype) != lse_dtype(key.dtype):
             raise TypeError(
                 f"{caller} got a {name} of {x.dtype} with keys of {key.dtype}, but weights are "
                 f"float, of {lse_dtype(key.dtype)} here, or 16 bits. Convert them with "
@@ -209,7 +209,7 @@ def check_coverage(weights: Any, coverage: Any) -> None:
     for name, x in (("weights", weights), ("coverage", coverage)):
         if not is_dense(x):
             refuse_layouts(**{name: x})
-        if not x.is_floating_point() or lse_dtype(x.dtype) != lse_dtype(weights.dtype):
+        if x.dtype not in DTYPES or lse_dtype(x.dtype) != lse_dtype(weights.dtype):
             raise TypeError(
                 f"{name} has dtype {x.dtype} beside weights of {weights.dtype}, but attention "
                 "weights, and their sum, are float, of one dtype, or of float32 beside 16 bits. "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from additive_attn.ops.checks import (
     broadcasts,
+    conversion,
     is_dense,
     refuse_layouts,
     require_one_device,
@@ -22,12 +23,12 @@ def with_padding(
 ) -> Tensor:
     """``attn_mask`` narrowed to the keys that are not padding."""
     if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-        found, hint = f"a {type(key_padding_mask).__name__}", "it with torch.as_tensor"
+        found, hint = f"a {type(key_padding_mask).__name__}", conversion(key_padding_mask)
         if isinstance(key_padding_mask, Tensor):
-            found, hint = str(key_padding_mask.dtype), "a 0/1 mask with .bool()"
+            found, hint = str(key_padding_mask.dtype), "Convert a 0/1 mask with .bool()."
         raise TypeError(
-            f"key_padding_mask is {found}, but must be a bool tensor (True = ignore). Convert "
-            f"{hint}; pass scores to be added as attn_mask."
+            f"key_padding_mask is {found}, but must be a bool tensor (True = ignore). {hint} "
+            "Scores to be added are an attn_mask."
         )
     if not is_dense(key_padding_mask):
         refuse_layouts(key_padding_mask=key_padding_mask)

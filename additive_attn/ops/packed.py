@@ -61,7 +61,7 @@ def checked_sequences(name: str, cu_seq: Any, total: int, longest: int, like: Te
     """Where each sequence begins, and where the last one ends."""
     most, name = f"max_{name}", f"cu_seq_{name}"
     if not isinstance(cu_seq, Tensor) or cu_seq.dtype not in (torch.int32, torch.int64):
-        found = getattr(cu_seq, "dtype", type(cu_seq).__name__)
+        found = cu_seq.dtype if isinstance(cu_seq, Tensor) else f"a {type(cu_seq).__name__}"
         raise TypeError(
             f"{name} is {found}, but must be a tensor of int32 or int64: 0, then the end of each "
             "sequence. Make it of lengths with F.pad(lengths.cumsum(0), (1, 0))."

@@ -79,7 +79,7 @@ BAD = {
         {"attn_mask": torch.zeros(5, 4, 7, dtype=torch.bool)},
     ),
     "padding's type": (
-        TypeError, "key_padding_mask is list", (X, Y, Y), {"key_padding_mask": [[True] * 7] * 3}
+        TypeError, "key_padding_mask is a list", (X, Y, Y), {"key_padding_mask": [[True] * 7] * 3}
     ),
     "padding's dtype": (
         TypeError, "key_padding_mask is torch.float16.*True = do not attend", (X, Y, Y),

@@ -100,12 +100,22 @@ def test_starts_combine_with_masks():
     assert_equal(ours, all_of(additive_attention, tensors, attn_mask=full, is_causal=True))
 
 
-@pytest.mark.parametrize("kind", [list, tuple, "numpy", "numbers in a list"])
+@pytest.mark.parametrize(
+    "kind",
+    [list, tuple, "int32", "backwards", "of other bytes", "nothing masked", "numbers in a list"],
+)
 @pytest.mark.parametrize("name", ["lengths", "starts"])
 def test_lists_of_integers(name, kind):
     tensors, numbers = inputs_of((3,)), [5, 0, LK]
-    if kind == "numpy":
-        given = pytest.importorskip("numpy").array(numbers, "int32")
+    numpy = pytest.importorskip("numpy")
+    arrays = {
+        "int32": numpy.array(numbers, "int32"),
+        "backwards": numpy.array(numbers[::-1])[::-1],
+        "of other bytes": numpy.array(numbers, ">i8"),
+        "nothing masked": numpy.ma.masked_array(numbers),
+    }
+    if kind in arrays:
+        given = arrays[kind]
     elif kind == "numbers in a list":
         given = [torch.tensor(n, device="cpu") for n in numbers]
     else:

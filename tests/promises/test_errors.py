@@ -20,6 +20,7 @@ from additive_attn import (
     additive_attention,
     additive_attention_step,
     additive_scores,
+    coverage_loss,
     merge_attention,
     varlen_additive_attention,
 )
@@ -570,6 +571,33 @@ def test_numbers_of_other_types():
     assert out.shape == (5, 4)
     with pytest.raises(TypeError, match=r"key_padding_mask is a ndarray.*torch.as_tensor"):
         call(key_padding_mask=numpy.zeros((2, 5), bool))
+
+
+def test_arrays_with_masked_entries():
+    """A tensor made of one forgets which they are."""
+    numpy = pytest.importorskip("numpy")
+    array = numpy.ma.masked_array([5, 3], mask=[False, True])
+    with pytest.raises(TypeError, match=r"lengths is masked_array(.|\n)*must be integers"):
+        call(lengths=array)
+    heads = MultiheadAdditiveAttention(8, 2)
+    for refused in (
+        lambda: call(query=array), lambda: call(attn_mask=array),
+        lambda: call(key_padding_mask=array),
+        lambda: heads(t(3, 2, 8), t(5, 2, 8), t(5, 2, 8), key_padding_mask=array),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=r"is a MaskedArray.*forget its mask"):
+            refused()
+
+
+def test_floats_of_eight_bits():
+    layer = LocationSensitiveAttention(8, 8, 4)
+    memory = layer.project(t(2, 5, 8))
+    state = layer.initial_state(memory)
+    narrow = state._replace(previous=state.previous.to(torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match=r"state.previous of torch.float8_e4m3fn"):
+        layer.step(t(2, 8), memory, narrow)
+    with pytest.raises(TypeError, match=r"coverage has dtype torch.float8_e4m3fn"):
+        coverage_loss(state.previous, narrow.previous)
 
 
 def test_padding_may_be_beyond_sixteen_bits():
