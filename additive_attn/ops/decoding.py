@@ -107,7 +107,7 @@ def _each(function: Any, location: Tensor, *others: Any) -> Any:
     if location.dim() == 3:
         return function(location, *others)
     batch = location.shape[:-2]
-    made: Tensor = function(location.reshape(-1, *location.shape[-2:]), *others)
+    made: Tensor = function(location.flatten(0, -3), *others)
     return made.view(*batch, *made.shape[1:])
 
 
@@ -310,8 +310,8 @@ class _Step(SingleLevelFunction):
             grad_location = reduced(grad_location, features)
             if filters is not None:
                 grad_location, grad_filters = _operators.location_features_backward(
-                    grad_location.reshape(-1, *features.shape[-2:]),
-                    location.reshape(-1, *location.shape[-2:]), filters, needs[4], needs[12],
+                    grad_location.flatten(0, -3), location.flatten(0, -3), filters, needs[4],
+                    needs[12],
                 )  # fmt: skip
         return (
             None, None, None,

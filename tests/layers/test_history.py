@@ -224,6 +224,22 @@ def test_truncated_backpropagation(kind):
     assert_close(*found)
 
 
+@EVERY
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("keys,batch", [(0, 3), (5, 0), (0, 0)])
+def test_without_keys_or_sequences(kind, beams, keys, batch):
+    """Where there is nothing to attend to, all results and gradients are zeros."""
+    layer, value = build(kind), torch.randn(batch, keys, 7, requires_grad=True)
+    memory = layer.project(torch.randn(batch, keys, K), value).expand(beams)
+    query, state = torch.randn(beams * batch, D, requires_grad=True), layer.initial_state(memory)
+    for _ in range(2):
+        context, weights, state = layer.step(query, memory, state)
+    assert context.shape == (beams * batch, 7) and weights.shape == (beams * batch, keys)
+    (context.sum() + weights.square().sum()).backward()
+    for x in (context, value.grad, query.grad, *(x.grad for x in layer.parameters())):
+        assert x is None or not x.any()
+
+
 @SOME
 def test_copies(kind):
     decoder, tensors = Decoder(build(kind)), inputs()
