@@ -15,6 +15,8 @@ Blocks of rows and keys are described without the whole.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -106,23 +108,21 @@ def interval_mask(
     """The same for the intervals alone."""
     if lengths is None and starts is None and left < 0 and right < 0:
         return None
-    key = torch.arange(*keys, device=device)
-    row = torch.arange(*rows, device=device)[:, None]
-    allowed = torch.ones((), dtype=torch.bool, device=device)
-    # Differences of positions: row + right would overflow for a huge right.
-    if left >= 0:
-        allowed = row - key <= left
-    if right >= 0:
-        allowed = allowed & (key - row <= right)
+    key, parts = torch.arange(*keys, device=device), []
     if lengths is not None:
-        allowed = allowed & (key < _of_rows(lengths, rows)[..., None])
+        parts.append(key < _of_rows(lengths, rows).unsqueeze(-1))
     if starts is not None:
-        allowed = allowed & (key >= _of_rows(starts, rows)[..., None])
-    return allowed
+        parts.append(key >= _of_rows(starts, rows).unsqueeze(-1))
+    if left >= 0 or right >= 0:
+        # Differences of positions: row + right would overflow for a huge right.
+        after = key - torch.arange(*rows, device=device).unsqueeze(-1)
+        parts += [after >= -left] if left >= 0 else []
+        parts += [after <= right] if right >= 0 else []
+    return functools.reduce(torch.logical_and, parts)
 
 
 def _of_rows(numbers: Tensor, rows: tuple[int, int]) -> Tensor:
-    numbers = torch.atleast_1d(numbers)
+    numbers = numbers if numbers.dim() else numbers.unsqueeze(0)
     return numbers if numbers.shape[-1] == 1 else numbers[..., slice(*rows)]
 
 
