@@ -45,14 +45,14 @@ def in_one_node(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> bo
     """Whether a call is recorded, is small, and runs on the CPU's kernel, with plain tensors and
     where nothing else expects to see its parts."""
     return (
-        _grad_enabled()
+        not dispatch.cpu_is_plain
+        and _grad_enabled()
         and alone()
         and not _autocasts()
         and type(query) in PLAIN_TYPES
         and type(key) in PLAIN_TYPES
         and type(value) in PLAIN_TYPES
         and query.is_cpu
-        and not dispatch.cpu_is_plain
         and query.numel() < _ELEMENTS
         and key.numel() < _ELEMENTS
         and not getattr(attn_mask, "requires_grad", False)

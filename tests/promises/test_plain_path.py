@@ -178,6 +178,14 @@ def test_the_bias_of_the_energies_gets_zeros():
     assert_same(bias.abs(), torch.zeros_like(bias))
 
 
+def test_a_bias_of_heads_beside_a_shared_weight_gets_zeros():
+    query, key, value, weight = make((2, 3), 1, 5, 8, 6).values()
+    bias = torch.randn(3, requires_grad=True)
+    key = key.transpose(-1, -2).contiguous().transpose(-1, -2)  # any layout
+    out = additive_attention(query, key, value, weight.requires_grad_(), bias=bias)
+    assert_same(torch.autograd.grad(out.sum(), bias)[0], torch.zeros(3))
+
+
 def test_results_may_be_written_to():
     """Also those of a call whose values alone have the whole batch."""
     query, key, value, weight = make((1,), 3, 5, 8, 6).values()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from additive_attn.spec.call import Call, Inputs, lse_dtype
+from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import drawn_factors
 from additive_attn.spec.formula import (
     add_bias,
@@ -30,6 +30,7 @@ from additive_attn.spec.masks import allowed_pairs
 ELEMENTS = 2**22
 # Pairs up to which autograd's own derivative of the scores serves, which sums them in one float.
 _SHORT_SUM = 128
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def prefers_formula(call: Call) -> bool:
@@ -53,27 +54,16 @@ def attend(
 ) -> tuple[Tensor, Tensor, Any]:
     """Out, weights, and lse if needed, differentiable by autograd to any order. ``score_bias``
     gets a gradient of zeros."""
-    (query, key, value, weight, attn_mask, lengths, starts, table, _, left, right, seed,
-     _, scale) = call  # fmt: skip
+    (query, key, value, weight, attn_mask), seed, scale = call[:5], call.seed, call.scale
     differentiable = torch.is_grad_enabled() and _differentiable(query, key, weight, score_bias)
-    attended = factors = None
-    if not (attn_mask is lengths is starts is table is None) or left >= 0 or right >= 0:
-        attended = _attended(call)
-    elif not need_lse and 2 <= query.dim() <= 3 and query.itemsize > 2:
-        # The usual call; a small one would pay for every question below.
-        result = _scored(query, key, weight, None, None, differentiable, score_bias)
-        weights = torch.softmax(result if scale == 1.0 else result * scale, -1)
-        batch = weights.shape[:-2]
-        if batch == value.shape[:-2] and len(batch) <= 1:
-            kept = weights if seed is None else weights * _factors(call, batch)
-            return torch.bmm(kept, value) if batch else kept.mm(value), weights, None
+    attended, factors = _attended(call), None
     if seed is not None:
         batch = query.shape[:-2]
         if not batch == key.shape[:-2] == value.shape[:-2]:
             batch = call.batch()
         factors = _factors(call, batch)
     out, weights, lse = formula(
-        call.inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias
+        call[:4], attn_mask, attended, factors, scale, need_lse, differentiable, score_bias
     )
     batch = out.shape[:-2]
     if weights.shape[:-2] != batch:
@@ -110,10 +100,10 @@ def score(call: Call) -> Tensor:
 
 def _attended(call: Call) -> Tensor | None:
     attn_mask, lengths, starts, table, _, left, right = call[4:11]
-    if attn_mask is lengths is starts is table is None and left < 0 and right < 0:
-        return None
-    rows, keys = (0, call.query.shape[-2]), (0, call.key.shape[-2])
-    allowed = allowed_pairs(call.masking, rows, keys, call.query.device)
+    allowed = None
+    if not (lengths is starts is table is None) or left >= 0 or right >= 0:
+        rows, keys = (0, call.query.shape[-2]), (0, call.key.shape[-2])
+        allowed = allowed_pairs(call.masking, rows, keys, call.query.device)
     return attended_pairs(attn_mask, allowed)
 
 
@@ -122,30 +112,34 @@ def _scored(
     differentiable: bool, score_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``w . tanh(q + k)``, of 0 where ``shield`` masks a pair."""
-    rows = query.shape[-2]
-    few = attended is None and query.numel() * key.shape[-2] <= _SHORT_SUM * query.shape[-1]
+    hidden, rows, keys = query.shape[-1], query.shape[-2], key.shape[-2]
+    few = attended is None and query.numel() * keys <= _SHORT_SUM * hidden
     if differentiable and not few:
         result: Tensor = _Scores.apply(query, key, weight, shield, score_bias)[0]
         return result
-    if rows == 1 and shield is None and weight.numel() == query.shape[-1]:
-        energy = (query + key).tanh_()
-        if few and 2 <= energy.dim() <= 3:  # bmm and mm cost least, above all in backward
-            batched = energy.dim() == 3
-            vectors = weight.expand(energy.shape[0], 1, -1) if batched else weight.view(1, -1)
-            if score_bias is None or not differentiable:
-                return torch.bmm(vectors, energy.mT) if batched else vectors.mm(energy.t())
-            zeros = score_bias.to(vectors.dtype).unsqueeze(-1)
-            add = torch.baddbmm if batched else torch.addmm
-            return add(zeros, vectors, energy.mT, beta=0)
-        if not differentiable:
+    one = rows == 1 and shield is None
+    energy = (query + key).tanh_() if one else energies(query, key, shield)
+    bias = score_bias if differentiable else None
+    if weight.numel() == hidden and weight.dim() <= 2:
+        if bias is not None and bias.numel() == 1:
+            # As an nn.Linear computes it, which no other product is as fast as in backward.
+            bias = bias.to(weight.dtype)
+            matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
+            if energy.dim() == 2:
+                return torch.addmm(bias, matrix, energy.t(), beta=0)
+            score = torch.addmm(bias, energy.flatten(0, -2), matrix.t(), beta=0)
+            return score.view(*energy.shape[: one - 3], rows, keys)
+        if bias is None and one:
+            if few and energy.dim() == 3:  # bmm costs least, above all in backward
+                return torch.bmm(weight.expand(energy.shape[0], 1, -1), energy.mT)
             return (energy @ weight.flatten()).unsqueeze(-2)
-    if differentiable and score_bias is not None:
-        weight = torch.add(weight, score_bias.to(weight.dtype), alpha=0)
-    return scores(energies(query, key, shield), weight)
+    if bias is not None:
+        weight = torch.add(weight, bias.to(weight.dtype), alpha=0)
+    return scores(energy.unsqueeze(-3) if one else energy, weight)
 
 
 def formula(
-    inputs: Inputs,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     attn_mask: Tensor | None,
     attended: Tensor | None,
     factors: Tensor | None,
@@ -179,9 +173,12 @@ def formula(
     kept = weights if factors is None else weights * factors
     out = product(kept, value) if shield is None else weighted_sum(kept, value, shield)
     if attended is not None and shield is None:
-        total = score.sum() + out.sum()
-        if unmasked is not None and (unmasked is not weights or out.numel() == 0):
-            total = total + unmasked.sum()  # NaN where a row is empty
+        with _below_autograd():
+            total = out.sum()
+            if score.requires_grad:
+                total += score.sum()  # of masked pairs too, whose energies backward reads
+            if unmasked is not None and (unmasked is not weights or out.numel() == 0):
+                total += unmasked.sum()  # NaN where a row is empty
         if not is_finite(total):
             return formula(
                 inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias,
