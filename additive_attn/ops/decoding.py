@@ -102,12 +102,18 @@ def _records(lent: Lent, given: tuple[Tensor | None, ...]) -> bool:
     )
 
 
+def _entries(location: Tensor) -> Tensor:
+    """``(..., C, Lk)`` as ``(N, C, Lk)``, also without keys, of which no number of entries would
+    follow."""
+    return location.unsqueeze(0) if location.dim() == 2 else location.flatten(0, -3)
+
+
 def _each(function: Any, location: Tensor, *others: Any) -> Any:
     """``function`` of location inputs with any leading dims."""
     if location.dim() == 3:
         return function(location, *others)
     batch = location.shape[:-2]
-    made: Tensor = function(location.flatten(0, -3), *others)
+    made: Tensor = function(_entries(location), *others)
     return made.view(*batch, *made.shape[1:])
 
 
@@ -310,8 +316,7 @@ class _Step(SingleLevelFunction):
             grad_location = reduced(grad_location, features)
             if filters is not None:
                 grad_location, grad_filters = _operators.location_features_backward(
-                    grad_location.flatten(0, -3), location.flatten(0, -3), filters, needs[4],
-                    needs[12],
+                    _entries(grad_location), _entries(location), filters, needs[4], needs[12],
                 )  # fmt: skip
         return (
             None, None, None,

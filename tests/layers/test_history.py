@@ -240,6 +240,23 @@ def test_without_keys_or_sequences(kind, beams, keys, batch):
         assert x is None or not x.any()
 
 
+@EVERY
+def test_one_sequence_without_a_batch_dim(kind):
+    layer, key, value = build(kind), torch.randn(5, K), torch.randn(5, 7)
+    results = []
+    for index in (slice(None), None):  # unbatched, and as a batch of one
+        query = torch.randn(D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        memory = layer.project(key[index], value[index])
+        state = layer.initial_state(memory)
+        for _ in range(2):
+            context, weights, state = layer.step(query[index], memory, state)
+        wanted = (query, *layer.parameters())
+        total = context.sum() + weights.square().sum()
+        grads = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
+        results.append([context.view(7), weights.view(5), *grads])
+    torch.testing.assert_close(*results)
+
+
 @SOME
 def test_copies(kind):
     decoder, tensors = Decoder(build(kind)), inputs()
