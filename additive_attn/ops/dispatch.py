@@ -168,6 +168,7 @@ def below_autograd(operator: Any, *arguments: Any) -> Any:
 
 # What may raise comes before what is registered, so that a failed import can be repeated.
 library_path, cpu_reason = _choose_cpu()
+_forced("ADDITIVE_ATTN_GPU", _GPU_PATHS)  # a wrong name is told where there is no GPU, too
 cpu_is_plain = library_path is None and os.environ.get("ADDITIVE_ATTN_CPU") != "triton"
 _warn_of_plain_path()
 for _name, _operator in PLAIN.items():

@@ -114,6 +114,13 @@ def test_asking_for_a_library_that_is_missing(copied):
     )
 
 
+@pytest.mark.parametrize("variable", ["ADDITIVE_ATTN_CPU", "ADDITIVE_ATTN_GPU"])
+def test_a_path_that_does_not_exist_is_refused_at_once(variable):
+    result = python(f"import os\nos.environ[{variable!r}] = 'tritn'\n" + TRY)
+    assert result.returncode != 0
+    assert f"ImportError: {variable} is 'tritn', which names no path." in result.stderr
+
+
 def test_an_empty_variable_is_unset():
     result = succeeded(python(TRY + "print(dispatch.cpu_path())", cpu=""))
     assert result.stdout == succeeded(python(TRY + "print(dispatch.cpu_path())")).stdout
