@@ -54,9 +54,20 @@ def attend(
 ) -> tuple[Tensor, Tensor, Any]:
     """Out, weights, and lse if needed, differentiable by autograd to any order. ``score_bias``
     gets a gradient of zeros."""
-    (query, key, value, weight, attn_mask), seed, scale = call[:5], call.seed, call.scale
+    (query, key, value, weight, attn_mask, lengths, starts, table, _, left, right, seed,
+     _, scale) = call  # fmt: skip
     differentiable = torch.is_grad_enabled() and _differentiable(query, key, weight, score_bias)
-    attended, factors = _attended(call), None
+    attended = factors = None
+    if not (attn_mask is lengths is starts is table is None) or left >= 0 or right >= 0:
+        attended = _attended(call)
+    elif not need_lse and 2 <= query.dim() <= 3 and query.itemsize > 2:
+        # The usual call; a small one would pay for every question below.
+        result = _scored(query, key, weight, None, None, differentiable, score_bias)
+        weights = torch.softmax(result if scale == 1.0 else result * scale, -1)
+        batch = weights.shape[:-2]
+        if batch == value.shape[:-2] and len(batch) <= 1:
+            kept = weights if seed is None else weights * _factors(call, batch)
+            return torch.bmm(kept, value) if batch else kept.mm(value), weights, None
     if seed is not None:
         batch = query.shape[:-2]
         if not batch == key.shape[:-2] == value.shape[:-2]:
