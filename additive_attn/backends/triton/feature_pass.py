@@ -188,7 +188,7 @@ def feature_pass(
         of_query, key_sums, weight_sums, totals, *value,
         p.batch.inner, entries, entry, p.rows, row, rows, gradient.shape[2], p.keys, key, count,
         4 * gradient.shape[1], p.hidden, p.left, p.right, p.scale_bits, ranges, plan.per_range,
-        value_programs, 0 if value[0] is None else value[0].shape[-1], p.values,
+        value_programs, *((0, 0) if value[0] is None else (value[0].shape[-1], p.values)),
         **tile, BLOCK=plan.block, padded=p.padded, FLAG_ROWS=1 if flags is None else flags.rows,
         FLAG_KEYS=1 if flags is None else flags.keys,
         TILES=tiles.summed_tiles(tile, row_tiles) if finish else 0, **block,
