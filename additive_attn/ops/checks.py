@@ -188,11 +188,10 @@ def as_integers(
     listed = not isinstance(given, Tensor)
     if not isinstance(given, Tensor):
         try:
-            if not isinstance(given, _LISTED) and not hasattr(given, "__array__"):
-                raise TypeError
-            # It takes not all strides of arrays, and forgets the mask that some have.
-            given = torch.tensor(getattr(given, "tolist", lambda: given)(), device="cpu")
-        except (TypeError, ValueError, RuntimeError):
+            # Of arrays torch takes not all strides, and forgets the mask that some have.
+            numbers = given if isinstance(given, _LISTED) else given.tolist()
+            given = torch.tensor(numbers, device="cpu")
+        except (AttributeError, TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"{name} is {given!r:.60}, a {type(given).__name__}, but must be integers: a "
                 "tensor, or a list or NumPy array of them. Convert it with torch.tensor."

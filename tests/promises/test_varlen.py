@@ -167,7 +167,7 @@ def test_compiled_with_any_lengths():
 QUERY = torch.randn(6, 4)
 BAD = {
     "floats": (dict(cu_seq_q=torch.tensor([0.0, 6.0])), TypeError, "cu_seq_q is torch.float32"),
-    "a list": (dict(cu_seq_k=[0, 6]), TypeError, "cu_seq_k is list"),
+    "a list": (dict(cu_seq_k=[0, 6]), TypeError, "cu_seq_k is a list"),
     "falling": (dict(cu_seq_q=torch.tensor([0, 4, 3, 6])), ValueError, "never fall"),
     "beyond": (dict(cu_seq_k=torch.tensor([0, 2, 4, 7])), ValueError, "within the 6 rows"),
     "no 0": (dict(cu_seq_q=torch.tensor([1, 2, 4, 6])), ValueError, "begin with 0"),
