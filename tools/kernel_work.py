@@ -73,7 +73,7 @@ def feature_kernel(a: SimpleNamespace) -> Work:
 
 
 def key_sum_kernel(a: SimpleNamespace) -> Work:
-    return Work((Through({"LDG": 1, "FADD": 1}, (a.row_tiles,)),))
+    return Work((Through({"LDG": 1, "FADD": 1}, (-(-a.row_tiles // a.TILES),)),))
 
 
 WORK: dict[str, Callable[[SimpleNamespace], Work]] = {
