@@ -229,18 +229,39 @@ def _store_zeros(to, stored, begin, end, padded: tl.constexpr):
 
 
 @triton.jit
-def _forms(G, size_i, size_j, flag, stride, count, FLAGS: tl.constexpr):
+def _either(x, y):
+    return x | y
+
+
+@triton.jit
+def _largest(G_place, size_i, sizes_j, k0, last_key):
+    """The largest |q|, |k| of pairs whose G is not 0; 0 where there are none."""
+    G = tl.load(G_place)
+    j = k0 + tl.reshape(tl.arange(0, 4 * G.shape[0]), [G.shape[0], 1, 4])
+    size_j = tl.load(sizes_j + tl.minimum(j, last_key))
+    some = tl.maximum(tl.maximum(size_i[:, :, None], size_j), 1e-30)
+    return tl.max(tl.where(G != 0.0, some, 0.0))
+
+
+@triton.jit
+def _forms(G, G_place, size_i, sizes_j, k0, last_key, flag, stride, count, FLAGS: tl.constexpr):
     """Of a block of G, [BLOCK / 4, BX, 4]: whether a pair takes the direct form, whether one may
     be opposite (by FLAGS flags), whether no |q|, |k| is above 1, and whether there is nothing to
-    do. A row or key decides something only where its G is not 0."""
-    some = tl.maximum(tl.maximum(size_i, size_j), 1e-30)
-    largest = tl.max(tl.where(G != 0.0, some, 0.0))
+    do. A row or key decides something only where its G is not 0: which keys these are takes long
+    to find out, and matters only where the largest key could."""
+    j = k0 + tl.arange(0, 4 * G.shape[0])
+    of_keys = tl.max(tl.load(sizes_j + tl.minimum(j, last_key)))
+    bits = tl.reduce(G.to(tl.int32, bitcast=True), 2, _either) & 0x7FFFFFFF
+    largest = tl.max(tl.where(bits != 0, tl.maximum(size_i, 1e-30), 0.0))
+    skipped = largest == 0.0
+    if (of_keys > SAFE) | ((of_keys > 1.0) & (largest <= 1.0)):
+        largest = _largest(G_place, size_i, sizes_j, k0, last_key)
     if FLAGS == 1:
         opposite = tl.load(flag) != 0
     else:
         t = tl.minimum(tl.arange(0, FLAGS), count - 1)
         opposite = tl.max(tl.load(flag + t * stride)) != 0
-    return largest > SAFE, opposite, largest <= 1.0, largest == 0.0
+    return largest > SAFE, opposite, largest <= 1.0, skipped
 
 
 @triton.jit
@@ -333,9 +354,9 @@ def feature_tile(
         ea, eb = rows_of(e[0], TW, TX, TF, RX), rows_of(e[1], TW, TX, TF, RX)
         for x in tl.static_range(RX):
             Q = Q + ((ea[x], eb[x]),)
-        row = tl.arange(0, BX)[None, :, None]
+        row = tl.arange(0, BX)[None, :]
         size_i = tl.load(sizes_i + tl.minimum(row_begin + row0 + row, rows - 1))
-        at_rows = 4 * row + tl.arange(0, 4)[None, None, :]
+        at_rows = 4 * row[:, :, None] + tl.arange(0, 4)[None, None, :]
         FLAGS: tl.constexpr = max(BX // FLAG_ROWS, 1)
         tl.static_assert(FLAGS * FLAG_ROWS % BX == 0 and FLAG_KEYS % BLOCK == 0)
         flag_stride = tl.cdiv(key_count, FLAG_KEYS)
@@ -356,12 +377,12 @@ def feature_tile(
         else:
             # Not the addresses of the loops, which would take registers through them.
             again = tl.multiple_of(tl.maximum(row_padded, -k0), 16)
-            j = k0 + 4 * tl.arange(0, BLOCK // 4)[:, None, None] + tl.arange(0, 4)[None, None, :]
-            G = tl.load(gradient + (j // 4).to(tl.int64) * (4 * again) + at_rows)
-            size_j = tl.load(sizes_j + tl.minimum(j, last_key))
+            fours = (k0 // 4 + tl.arange(0, BLOCK // 4)).to(tl.int64)[:, None, None]
+            G_place = gradient + fours * (4 * again) + at_rows
+            G = tl.load(G_place)
             direct, opposite, small, skipped = _forms(
-                G, size_i, size_j, flags + k0 // FLAG_KEYS, flag_stride, flag_count - flag_row,
-                FLAGS,
+                G, G_place, size_i, sizes_j, k0, last_key, flags + k0 // FLAG_KEYS, flag_stride,
+                flag_count - flag_row, FLAGS,
             )  # fmt: skip
             total = tl.sum(G) / TX + zeros
             if skipped:
