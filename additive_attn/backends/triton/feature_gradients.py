@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from additive_attn.backends.triton.batch import batch_entry
+from additive_attn.backends.triton.block_forms import forms_of_block
 from additive_attn.backends.triton.gradient_sums import task
 from additive_attn.backends.triton.halves import (
     added,
@@ -229,42 +230,6 @@ def _store_zeros(to, stored, begin, end, padded: tl.constexpr):
 
 
 @triton.jit
-def _either(x, y):
-    return x | y
-
-
-@triton.jit
-def _largest(G_place, size_i, sizes_j, k0, last_key):
-    """The largest |q|, |k| of pairs whose G is not 0; 0 where there are none."""
-    G = tl.load(G_place)
-    j = k0 + tl.reshape(tl.arange(0, 4 * G.shape[0]), [G.shape[0], 1, 4])
-    size_j = tl.load(sizes_j + tl.minimum(j, last_key))
-    some = tl.maximum(tl.maximum(size_i[:, :, None], size_j), 1e-30)
-    return tl.max(tl.where(G != 0.0, some, 0.0))
-
-
-@triton.jit
-def _forms(G, G_place, size_i, sizes_j, k0, last_key, flag, stride, count, FLAGS: tl.constexpr):
-    """Of a block of G, [BLOCK / 4, BX, 4]: whether a pair takes the direct form, whether one may
-    be opposite (by FLAGS flags), whether no |q|, |k| is above 1, and whether there is nothing to
-    do. A row or key decides something only where its G is not 0: which keys these are takes long
-    to find out, and matters only where the largest key could."""
-    j = k0 + tl.arange(0, 4 * G.shape[0])
-    of_keys = tl.max(tl.load(sizes_j + tl.minimum(j, last_key)))
-    bits = tl.reduce(G.to(tl.int32, bitcast=True), 2, _either) & 0x7FFFFFFF
-    largest = tl.max(tl.where(bits != 0, tl.maximum(size_i, 1e-30), 0.0))
-    skipped = largest == 0.0
-    if (of_keys > SAFE) | ((of_keys > 1.0) & (largest <= 1.0)):
-        largest = _largest(G_place, size_i, sizes_j, k0, last_key)
-    if FLAGS == 1:
-        opposite = tl.load(flag) != 0
-    else:
-        t = tl.minimum(tl.arange(0, FLAGS), count - 1)
-        opposite = tl.max(tl.load(flag + t * stride)) != 0
-    return largest > SAFE, opposite, largest <= 1.0, skipped
-
-
-@triton.jit
 def _finish(
     dqa, dqb, dwa, dwb, q_rows, query_row, query_h, sizes_i, weight, weight_h, grad_query,
     weight_sums, h, f, stored, r0, row_begin, rows, row_count, stride, hidden, scale_bits,
@@ -380,7 +345,7 @@ def feature_tile(
             fours = (k0 // 4 + tl.arange(0, BLOCK // 4)).to(tl.int64)[:, None, None]
             G_place = gradient + fours * (4 * again) + at_rows
             G = tl.load(G_place)
-            direct, opposite, small, skipped = _forms(
+            direct, opposite, small, skipped = forms_of_block(
                 G, G_place, size_i, sizes_j, k0, last_key, flags + k0 // FLAG_KEYS, flag_stride,
                 flag_count - flag_row, FLAGS,
             )  # fmt: skip
