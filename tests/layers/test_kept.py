@@ -69,6 +69,7 @@ def test_what_the_memory_holds_may_be_written_to(kind, mode, beams, order, field
 
 
 @KINDS
+@pytest.mark.usefixtures("steps_leave_records")
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("field", ["key", "value", "lengths", "attn_mask"])
 def test_what_a_step_has_read_may_not_be_written_to_before_backward(kind, beams, field):

@@ -279,6 +279,7 @@ def test_export_trace_and_symbolic_trace():
     refused(TypeError, "Trace a model that holds it", lambda: fx.symbolic_trace(model.inner))
 
 
+@pytest.mark.usefixtures("steps_leave_records")
 def test_tools_that_change_its_parameters():
     layer, x = made(), torch.randn(N, S, E, dtype=F64)
     memory = layer.project(x)

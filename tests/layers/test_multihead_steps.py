@@ -11,6 +11,7 @@ from heads import F64, STEPS, E, N, S, made, padded, plain_heads
 from additive_attn import ProjectedMemory
 
 
+@pytest.mark.usefixtures("steps_leave_records")
 @pytest.mark.parametrize("masking", ["none", "lengths", "padding", "both", "float padding"])
 @pytest.mark.parametrize(
     "options", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 5, "vdim": 5},
@@ -75,6 +76,7 @@ def test_steps_of_several_queries_beams_and_unbatched_memories():
     assert layer.step(query[1, 0], alone, need_weights=False)[1] is None
 
 
+@pytest.mark.usefixtures("steps_leave_records")
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"bias": False}], ids=str)
 def test_gradients_of_single_several_and_beams_are_made_at_once(options, heads, passes):

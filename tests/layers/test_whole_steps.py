@@ -67,6 +67,30 @@ def test_steps_with_and_without_records(kind, batch, mask, beams, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("field", ["key", "value", "lengths", "attn_mask"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_writes_before_backward_raise_or_change_nothing(kind, field, beams, monkeypatch):
+    monkeypatch.setattr(dispatch, "cpu_is_plain", True)
+    layer = made(kind)
+    padding = torch.arange(LK) >= torch.tensor([LK, 5, 1])[:, None]
+    masking = {"key_padding_mask": padding} if field == "attn_mask" else {"lengths": [LK, 4, 2]}
+    memory = layer.project(torch.randn(B, LK, K, dtype=torch.float64), **masking).expand(beams)
+    query = torch.randn(B * beams, 6 if kind == "heads" else D, dtype=torch.float64)
+    more = (layer.initial_state(memory),) if hasattr(layer, "initial_state") else ()
+    total = layer.step(query.requires_grad_(), memory, *more)[0].square().sum()
+    leaves = [query, *layer.parameters()]
+    expected = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+    with torch.no_grad():
+        getattr(memory, field).zero_()
+    try:
+        found = torch.autograd.grad(total, leaves, allow_unused=True)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert all(x is y or torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("elements,whole_step", [(B * LK * 6, True), (B * LK * 6 - 1, False)])
 def test_large_memories_leave_records(elements, whole_step, monkeypatch):
     """A step whose energies are many does not keep them."""
