@@ -134,11 +134,12 @@ def _scored(
     if weight.numel() == hidden and weight.dim() <= 2:
         if bias is not None and bias.numel() == 1:
             # As an nn.Linear computes it, which no other product is as fast as in backward.
-            bias = bias.to(weight.dtype)
-            matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
+            bias = bias if bias.dtype == weight.dtype else bias.to(weight.dtype)
             if energy.dim() == 2:
+                matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
                 return torch.addmm(bias, matrix, energy.t(), beta=0)
-            score = torch.addmm(bias, energy.flatten(0, -2), matrix.t(), beta=0)
+            column = weight.t() if weight.dim() == 2 else weight.unsqueeze(1)
+            score = torch.addmm(bias, energy.flatten(0, -2), column, beta=0)
             return score.view(*energy.shape[: one - 3], rows, keys)
         if bias is None and one:
             if few and energy.dim() == 3:  # bmm costs least, above all in backward
