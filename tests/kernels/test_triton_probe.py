@@ -40,7 +40,7 @@ def without_the_last_range(splits, per_split):
         ("decode_forward", "decode_inputs", None, "out .* 1 queries and 40 keys"),
         # What ranges of keys leave, of which few keys have one.
         ("one_pass", "pass_splits", without_the_last_range, "out .* 5 queries and 600"),
-        ("backward", "pass_splits", without_the_last_range, "grad .* 5 queries and 600"),
+        ("feature_pass", "pass_splits", without_the_last_range, "grad .* 5 queries and 600"),
         ("decode_forward", "decode_splits", without_the_last_range, "out .* 1 queries and 600"),
         ("decode_backward", "key_splits", without_the_last_range, "grad .* 1 queries and 600"),
     ],
