@@ -156,6 +156,7 @@ def compiled_calls(target: str, function: Callable[[], None]) -> list[Kernel]:
             for name, x in named.items()
         }
         numbers["num_warps"] = built.metadata.num_warps
+        numbers["arch"] = built.metadata.target.arch
         found = launched.setdefault(id(built), (kernel, built, []))
         found[2].append(Launch(grid[0], SimpleNamespace(**numbers)))
         return built

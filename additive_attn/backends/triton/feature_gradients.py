@@ -6,7 +6,7 @@ With Q = e^{2q}, K = e^{2k} and s = 1 / (1 + Q K): t = 1 - 2 s and 1 - t^2 = 4 (
 three gradients share. A program takes a tile of rows and of features, and a range of keys. Its dq
 and dw stay in registers. Its share of dk is summed over its rows, in a thread and then across
 lanes, and stored: ``key_sum_kernel`` adds up the tiles. Nothing is atomic, every sum has an order,
-and results repeat bit for bit. In the loops no thread waits for another: each loads what it needs.
+and results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton.language as tl
 
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.block_forms import forms_of_block
+from additive_attn.backends.triton.feature_loop import APART, quick_loop, store_sum
 from additive_attn.backends.triton.gradient_sums import task
 from additive_attn.backends.triton.halves import (
     added,
@@ -32,118 +33,8 @@ from additive_attn.backends.triton.halves import (
     weighted,
     where,
 )
-from additive_attn.backends.triton.numerics import number, tile4
+from additive_attn.backends.triton.numerics import number
 from additive_attn.backends.triton.prepare import SAFE
-
-APART = tl.constexpr(2)  # of four keys, so many take a reciprocal for each feature
-
-
-@triton.jit
-def _store_sum(to, p, stored):
-    """The sums of both features over the rows of a tile: ``stored`` by the first lane of each. A
-    tensor without the dim of the rows would first be converted to another layout, through shared
-    memory."""
-    x = tl.join(tl.sum(p[0], 1, keep_dims=True), tl.sum(p[1], 1, keep_dims=True))
-    tl.store(to, tl.broadcast_to(x, stored.shape), mask=stored)
-
-
-@triton.jit
-def _four_keys(place, four, h, padded: tl.constexpr, TILE: tl.constexpr):
-    """The prepared rows of four keys, a tuple of [TW, TX, TF, 2]."""
-    at = place + tl.cast(4 * four, tl.int64) * padded
-    return (
-        prepared(at, h, padded, TILE),
-        prepared(at + padded, h, padded, TILE),
-        prepared(at + 2 * padded, h, padded, TILE),
-        prepared(at + 3 * padded, h, padded, TILE),
-    )
-
-
-@triton.jit
-def _loop(
-    Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
-    RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr,
-    DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
-    """Keys [begin, end), all pairs in range: returns dq, stores the tile's dk, and returns the
-    sums of G t where ``SMALL``, of G s otherwise."""
-    TW: tl.constexpr = h.shape[0]
-    TX: tl.constexpr = h.shape[1]
-    TF: tl.constexpr = h.shape[2]
-    zeros = tl.zeros([TW, TX, TF], tl.float32)
-    dwa = zeros
-    dwb = zeros
-    dqa, dqb = repeated(zeros, RX), repeated(zeros, RX)
-    # Four keys are loaded a turn before they are used. Between the stores of dk, each of their
-    # loads would be waited for.
-    last = tl.cdiv(end, 4) - 1
-    K_next = _four_keys(K_place, begin // 4, h, padded, TILE)
-    for four in range(begin // 4, last + 1):
-        c = 4 * four  # which the compiler knows to be a multiple of four
-        g_four = (g_place + tl.cast(c, tl.int64) * row_padded)[:, :, :, None] + tl.arange(0, 4)
-        loaded = ()
-        for x in tl.static_range(RX):
-            loaded = loaded + (tl.load(g_four + 4 * x),)
-        K_four = K_next
-        K_next = _four_keys(K_place, tl.minimum(four + 1, last), h, padded, TILE)
-        gs = ()
-        for x in tl.static_range(RX):
-            gs = gs + (tile4(loaded[x], TW, TX, TF),)
-        xa = zeros
-        xb = zeros
-        for u in tl.static_range(4):
-            K = tl.split(K_four[u])
-            pa = zeros
-            pb = zeros
-            na = ()
-            nb = ()
-            for x in tl.static_range(RX):
-                g = gs[x][u]
-                s = fractions(Q[x], K, u < APART, TARGET)
-                v = slope(s)
-                if DQ:
-                    na = na + (dqa[x] + g * v[0],)
-                    nb = nb + (dqb[x] + g * v[1],)
-                if DK:
-                    pa += g * v[0]
-                    pb += g * v[1]
-                if DW:
-                    t = s
-                    if SMALL:
-                        t = energies(Q[x], K, s, TARGET)
-                    xa += g * t[0]
-                    xb += g * t[1]
-            if DQ:
-                dqa = na
-                dqb = nb
-            if DK:
-                to = dk_place + tl.cast(c, tl.int64) * padded
-                _store_sum(to + u * padded, (pa, pb), stored)
-        dwa += xa
-        dwb += xb
-    return dqa, dqb, dwa, dwb
-
-
-@triton.jit
-def _quick_loop(
-    Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded, total, small,
-    RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, DQ: tl.constexpr,
-    DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
-    """``_loop``, with the sums of G t; ``total`` are those of G."""
-    if small:
-        dqa, dqb, xa, xb = _loop(
-            Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
-            RX, padded, TILE, True, DQ, DK, DW, TARGET,
-        )  # fmt: skip
-    else:
-        dqa, dqb, xa, xb = _loop(
-            Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
-            RX, padded, TILE, False, DQ, DK, DW, TARGET,
-        )  # fmt: skip
-        xa = total - 2.0 * xa
-        xb = total - 2.0 * xb
-    return dqa, dqb, xa, xb
 
 
 @triton.jit
@@ -216,7 +107,7 @@ def _rare_loop(
                 pa = tl.where(direct, pa + slopes[0], pa + g * v[0])
                 pb = tl.where(direct, pb + slopes[1], pb + g * v[1])
         if DK:
-            _store_sum(dk_place + tl.cast(c, tl.int64) * padded, (pa, pb), stored)
+            store_sum(dk_place + tl.cast(c, tl.int64) * padded, (pa, pb), stored)
     return dqa, dqb, dwa, dwb
 
 
@@ -256,7 +147,7 @@ def _finish(
         tl.store(to, weighted(ya, w[0][:, :, :, None], scale), mask=inside & (h4 < hidden))
         tl.store(to + 1, weighted(yb, w[1][:, :, :, None], scale), mask=inside & (h4 + 1 < hidden))
     if weight_sums is not None:
-        _store_sum(weight_sums, (dwa * scale, dwb * scale), stored & (f < hidden))
+        store_sum(weight_sums, (dwa * scale, dwb * scale), stored & (f < hidden))
 
 
 @triton.jit
@@ -299,7 +190,7 @@ def feature_tile(
     stored = (tl.arange(0, TX)[None, :, None, None] == 0) & (f < padded)
     dk_place, K_place, sizes_i, sizes_j = None, None, None, None
     if DK:
-        dk_place = key_sums + (tile * entries + entry) * (tl.cdiv(key_count, 4) * 4) * padded + f
+        dk_place = key_sums + (tile * entries + entry) * (tl.cdiv(key_count, 8) * 8) * padded + f
     first = tl.maximum(row_begin + row0 - left, key_begin) - key_begin
     last = tl.minimum(row_begin + row0 + BX + right, key_begin + key_count) - key_begin
     begin = split * keys_per_split
@@ -360,7 +251,7 @@ def feature_tile(
                     k0, end, row_padded, opposite, RX, padded, TILE, False, DK, TARGET,
                 )  # fmt: skip
             else:
-                qa, qb, xa, xb = _quick_loop(
+                qa, qb, xa, xb = quick_loop(
                     Q, K_place, g_place, dk_place, h, stored, k0, end, row_padded,
                     total, small, RX, padded, TILE, DQ or DW, DK, DW, TARGET,
                 )  # fmt: skip

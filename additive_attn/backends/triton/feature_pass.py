@@ -165,7 +165,7 @@ def feature_pass(
     if query is not None and ranges > 1:
         of_query = gradient.new_empty(ranges, entries, rows, p.hidden)
     if need_key:
-        key_sums = gradient.new_empty(row_tiles, entries, -(-count // 4) * 4, p.padded)
+        key_sums = gradient.new_empty(row_tiles, entries, -(-count // 8) * 8, p.padded)
     if need_weight:
         weight_sums = gradient.new_empty(ranges * row_tiles + shares, entries, p.hidden)
     programs = entries * row_tiles * plan.feature_tiles * ranges

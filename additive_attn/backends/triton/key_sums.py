@@ -23,7 +23,7 @@ def key_block(
     ACC: tl.constexpr = key_sums.dtype.element_ty
     c = block * BLOCK + tl.arange(0, BLOCK)
     inside = (c < key_count)[:, None] & (f < hidden)[None, :]
-    stored = tl.cdiv(key_count, 4) * 4
+    stored = tl.cdiv(key_count, 8) * 8
     place = (entry * stored + c)[:, None] * padded + f[None, :]
     # [TILES, BLOCK, FEATURES]: so many are loaded before one is added.
     tile = tl.arange(0, TILES)[:, None, None]

@@ -1,0 +1,186 @@
+# ruff: noqa: RUF005 (Triton has no starred expressions)
+# mypy: disable-error-code="assignment, var-annotated"
+"""The loop of the pass over features where all pairs are in range. No thread waits for another in
+it: each loads what it needs."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
+
+from additive_attn.backends.triton.halves import (
+    energies,
+    fractions,
+    prepared,
+    repeated,
+    slope,
+)
+from additive_attn.backends.triton.numerics import tile4
+
+APART = tl.constexpr(2)  # of four keys, so many take a reciprocal for each feature
+
+
+@triton.jit
+def store_sum(to, p, stored):
+    """The sums of both features over the rows of a tile: ``stored`` by the first lane of each. A
+    tensor without the dim of the rows would first be converted to another layout, through shared
+    memory."""
+    x = tl.join(tl.sum(p[0], 1, keep_dims=True), tl.sum(p[1], 1, keep_dims=True))
+    tl.store(to, tl.broadcast_to(x, stored.shape), mask=stored)
+
+
+@triton.jit
+def _four_keys(place, four, h, padded: tl.constexpr, TILE: tl.constexpr):
+    """The prepared rows of four keys, a tuple of [TW, TX, TF, 2]."""
+    at = place + tl.cast(4 * four, tl.int64) * padded
+    return (
+        prepared(at, h, padded, TILE),
+        prepared(at + padded, h, padded, TILE),
+        prepared(at + 2 * padded, h, padded, TILE),
+        prepared(at + 3 * padded, h, padded, TILE),
+    )
+
+
+@triton.jit
+def _plus(sums, g, x):
+    return sums[0] + g * x[0], sums[1] + g * x[1]
+
+
+@triton.jit
+def _add_pairs(
+    Q, K, g, dq, dk, dw, ONE_EACH: tl.constexpr, SMALL: tl.constexpr,
+    DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """The sums of a row, of a key and of dw with the share of this row and key."""
+    s = fractions(Q, K, ONE_EACH, TARGET)
+    v = slope(s)
+    if DQ:
+        dq = _plus(dq, g, v)
+    if DK:
+        dk = _plus(dk, g, v)
+    if DW:
+        t = s
+        if SMALL:
+            t = energies(Q, K, s, TARGET)
+        dw = _plus(dw, g, t)
+    return dq, dk, dw
+
+
+@triton.jit
+def _add_by_keys(
+    Q, K_four, g, to, stored, dq, dw, padded: tl.constexpr, SMALL: tl.constexpr,
+    DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """Stores dk of four keys and returns dq and dw with their share, one key after the other."""
+    zeros = tl.zeros_like(dw[0])
+    for u in tl.static_range(4):
+        K = tl.split(K_four[u])
+        dk = zeros, zeros
+        sums = ()
+        for x in tl.static_range(len(Q)):
+            of_row, dk, dw = _add_pairs(
+                Q[x], K, g[x][u], dq[x], dk, dw, u < APART, SMALL, DQ, DK, DW, TARGET
+            )
+            sums = sums + (of_row,)
+        dq = sums
+        if DK:
+            store_sum(to + u * padded, dk, stored)
+    return dq, dw
+
+
+@triton.jit
+def _add_by_rows(
+    Q, K_four, g, to, stored, dq, dw, padded: tl.constexpr, SMALL: tl.constexpr,
+    DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """The same, one row after the other."""
+    zeros = tl.zeros_like(dw[0])
+    dk = repeated((zeros, zeros), 4)
+    sums = ()
+    for x in tl.static_range(len(Q)):
+        of_row = dq[x]
+        of_keys = ()
+        for u in tl.static_range(4):
+            of_row, of_key, dw = _add_pairs(
+                Q[x], tl.split(K_four[u]), g[x][u], of_row, dk[u], dw, u < APART, SMALL,
+                DQ, DK, DW, TARGET,
+            )  # fmt: skip
+            of_keys = of_keys + (of_key,)
+        sums = sums + (of_row,)
+        dk = of_keys
+    if DK:
+        for u in tl.static_range(4):
+            store_sum(to + u * padded, dk[u], stored)
+    return sums, dw
+
+
+@triton.jit
+def _loop(
+    Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
+    RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr,
+    DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """Keys [begin, end), all pairs in range: returns dq, stores the tile's dk, and returns the
+    sums of G t where ``SMALL``, of G s otherwise."""
+    TW: tl.constexpr = h.shape[0]
+    TX: tl.constexpr = h.shape[1]
+    TF: tl.constexpr = h.shape[2]
+    zeros = tl.zeros([TW, TX, TF], tl.float32)
+    dq, dw = repeated((zeros, zeros), RX), (zeros, zeros)
+    # Four keys are loaded while the four before are computed with: between the stores of dk, each
+    # of their loads would be waited for. Two fours in a turn need not be moved between registers.
+    # What spills fewest numbers depends on the assembler.
+    BLACKWELL: tl.constexpr = cuda_capability_geq(10)
+    FOURS: tl.constexpr = 1 if SMALL or BLACKWELL else 2
+    last = tl.cdiv(end, 4) - 1
+    K_next = _four_keys(K_place, begin // 4, h, padded, TILE)
+    for turn in range(begin // (4 * FOURS), tl.cdiv(end, 4 * FOURS)):
+        share = zeros, zeros
+        for n in tl.static_range(FOURS):
+            four = FOURS * turn + n
+            c = 4 * four  # which the compiler knows to be a multiple of four
+            g_four = (g_place + tl.cast(c, tl.int64) * row_padded)[:, :, :, None] + tl.arange(0, 4)
+            g = ()
+            for x in tl.static_range(RX):
+                g = g + (tile4(tl.load(g_four + 4 * x), TW, TX, TF),)
+            K_four = K_next
+            K_next = _four_keys(K_place, tl.minimum(four + 1, last), h, padded, TILE)
+            to = dk_place
+            if DK:
+                to += tl.cast(c, tl.int64) * padded
+            if SMALL and not BLACKWELL:
+                dq, share = _add_by_rows(
+                    Q, K_four, g, to, stored, dq, share, padded, SMALL, DQ, DK, DW, TARGET
+                )
+            else:
+                dq, share = _add_by_keys(
+                    Q, K_four, g, to, stored, dq, share, padded, SMALL, DQ, DK, DW, TARGET
+                )
+        dw = dw[0] + share[0], dw[1] + share[1]
+    dqa, dqb = (), ()
+    for x in tl.static_range(RX):
+        dqa, dqb = dqa + (dq[x][0],), dqb + (dq[x][1],)
+    return dqa, dqb, dw[0], dw[1]
+
+
+@triton.jit
+def quick_loop(
+    Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded, total, small,
+    RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, DQ: tl.constexpr,
+    DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """``_loop``, with the sums of G t; ``total`` are those of G."""
+    if small:
+        dqa, dqb, xa, xb = _loop(
+            Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
+            RX, padded, TILE, True, DQ, DK, DW, TARGET,
+        )  # fmt: skip
+    else:
+        dqa, dqb, xa, xb = _loop(
+            Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
+            RX, padded, TILE, False, DQ, DK, DW, TARGET,
+        )  # fmt: skip
+        xa = total - 2.0 * xa
+        xb = total - 2.0 * xb
+    return dqa, dqb, xa, xb
