@@ -114,12 +114,12 @@ def attending(
 @triton.jit
 def stored(score, attended):
     """Scores as kernels keep them: see the head of this file. NaN stays NaN."""
+    finite = score != float("-inf")
     if score.dtype == tl.float64:
-        low = tl.where(score == float("-inf"), LOWEST64, NEXT64)
-        score = tl.where(score < NEXT64, low, score)
+        score = tl.where(finite, tl.where(score < NEXT64, NEXT64, score), LOWEST64)
     else:
-        low = tl.where(score == float("-inf"), LOWEST32, NEXT32)
-        score = tl.where(score < NEXT32, low, score)
+        score = tl.maximum(score, NEXT32, propagate_nan=tl.PropagateNan.ALL)
+        score = tl.where(finite, score, LOWEST32)
     return tl.where(attended, score, float("-inf"))
 
 

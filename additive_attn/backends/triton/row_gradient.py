@@ -11,18 +11,18 @@ from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.dropout import keep_factors
-from additive_attn.backends.triton.launch import kernel, launch
+from additive_attn.backends.triton.launch import kernel, launch, target
 from additive_attn.backends.triton.masks import attended_pairs, interval
-from additive_attn.backends.triton.numerics import number
+from additive_attn.backends.triton.numerics import exp, number
 from additive_attn.backends.triton.plan import Piece, splits
 from additive_attn.spec.call import Upstream
 
 
 @triton.jit
 def row_pairs(
-    scores, products, base, i, inside, j, key_count, score_padded, product_row,
+    scores, products, base, i, inside, j, score_padded, product_row,
     grad_weights, gw_column, seed, n, threshold, keep_bits, key_begin, key0,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """P before it is divided by its sum, dP, the dropout factors, and which are attended, of keys
     key0 + j: [ROWS, BLOCK / 4, 4]."""
@@ -30,8 +30,8 @@ def row_pairs(
     c = key0 + j
     x = tl.load(scores + c, mask=inside & (c < score_padded), other=float("-inf"))
     g = tl.load(products + c, mask=inside & (c < product_row), other=0.0)
-    attended = (x != float("-inf")) & (c < key_count)
-    p = tl.where(attended, tl.exp(x - base), 0.0)
+    attended = x != float("-inf")  # as stored, beyond the last key too
+    p = tl.where(attended, exp(x - base, TARGET), 0.0)
     factor = tl.full([1, 1, 1], 1.0, ACC)
     if seed is not None:
         factor = keep_factors(
@@ -76,7 +76,7 @@ def row_gradient_kernel(
     inner, entry_begin, rows, row_begin, row_count, row_padded, key_begin, key_count, key_padded,
     score_padded, product_row, splits, keys_per_split,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, PHASE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """``gradient`` becomes G in fours of keys, [key_padded / 4][row_padded][4], zeros up to its
     padded size, and ``scores`` P o D. ``products`` is dO V^T. P is divided by its sum, which takes
@@ -109,8 +109,9 @@ def row_gradient_kernel(
     end = tl.minimum(begin + keys_per_split, key_padded)
     if WHOLE:
         p, g, factor, attended = row_pairs(
-            scores, products, base, i, inside, j, key_count, score_padded, product_row,
+            scores, products, base, i, inside, j, score_padded, product_row,
             grad_weights, gw_column, seed, n, threshold, keep_bits, key_begin, 0, ACC, BLOCK,
+            TARGET,
         )  # fmt: skip
         total = row_sum(p)
         delta = row_sum(p * g)
@@ -119,9 +120,9 @@ def row_gradient_kernel(
         deltas = tl.zeros([ROWS, BLOCK // 4, 4], ACC)
         for key0 in range(begin, tl.minimum(end, key_count), BLOCK):
             p, g, factor, attended = row_pairs(
-                scores, products, base, i, inside, j, key_count, score_padded, product_row,
+                scores, products, base, i, inside, j, score_padded, product_row,
                 grad_weights, gw_column, seed, n, threshold, keep_bits, key_begin, key0,
-                ACC, BLOCK,
+                ACC, BLOCK, TARGET,
             )  # fmt: skip
             totals += p
             deltas += p * g
@@ -153,9 +154,9 @@ def row_gradient_kernel(
         else:
             for key0 in range(begin, end, BLOCK):
                 p, g, factor, attended = row_pairs(
-                    scores, products, base, i, inside, j, key_count, score_padded, product_row,
+                    scores, products, base, i, inside, j, score_padded, product_row,
                     grad_weights, gw_column, seed, n, threshold, keep_bits, key_begin, key0,
-                    ACC, BLOCK,
+                    ACC, BLOCK, TARGET,
                 )  # fmt: skip
                 store_row_pairs(
                     scores, gradient, p, g, factor, attended, inverse, delta, inside, j, key0,
@@ -219,5 +220,5 @@ def row_gradients(
             *p.batched(upstream.lse, 1), *p.dropout_arguments(),
             p.batch.inner, piece.entry, p.rows, piece.row, piece.rows, row_padded,
             key, end - key, key_padded, scores.shape[-1], products.shape[-1], ranges, per_range,
-            **tile, PHASE=phase, SPLITS=tiles.power_of_two(ranges),
+            **tile, PHASE=phase, SPLITS=tiles.power_of_two(ranges), TARGET=target(),
         )  # fmt: skip

@@ -79,7 +79,7 @@ def _store_products(
 def _store_rows(
     scores, products, gradient, lse, grad_weights, gw_row, gw_column, grad_lse, gl_row, seed, n,
     threshold, keep_bits, row0, rows, row_padded, keys, key_padded, score_padded,
-    BM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """G and P o D of BM rows, as ``row_gradient_kernel`` has them."""
     ACC: tl.constexpr = scores.dtype.element_ty
@@ -100,8 +100,9 @@ def _store_rows(
         deltas = tl.zeros([ROWS, BLOCK // 4, 4], ACC)
         for key0 in range(0, keys, BLOCK):
             p, g, factor, attended = row_pairs(
-                x, dp, base, i, inside, j, keys, score_padded, score_padded,
+                x, dp, base, i, inside, j, score_padded, score_padded,
                 given, gw_column, seed, n, threshold, keep_bits, 0, key0, ACC, BLOCK,
+                TARGET,
             )  # fmt: skip
             totals += p
             deltas += p * g
@@ -113,8 +114,9 @@ def _store_rows(
             delta -= share[:, None, None]
         for key0 in range(0, key_padded, BLOCK):
             p, g, factor, attended = row_pairs(
-                x, dp, base, i, inside, j, keys, score_padded, score_padded,
+                x, dp, base, i, inside, j, score_padded, score_padded,
                 given, gw_column, seed, n, threshold, keep_bits, 0, key0, ACC, BLOCK,
+                TARGET,
             )  # fmt: skip
             store_row_pairs(
                 x, to, p, g, factor, attended, inverse, delta, inside, j, key0,
@@ -208,7 +210,7 @@ def row_pass_kernel(
         _store_rows(
             scores, products, gradient + n * row_padded * key_padded, lse + n * rows,
             grad_weights, gw_row, gw_column, grad_lse, gl_row, seed, n, threshold, keep_bits,
-            row0, rows, row_padded, keys, key_padded, score_padded, BM, ROWS, BLOCK,
+            row0, rows, row_padded, keys, key_padded, score_padded, BM, ROWS, BLOCK, TARGET,
         )  # fmt: skip
 
 

@@ -49,6 +49,12 @@ from additive_attn.backends.triton.quads import difference_sums, matched_sums
 
 
 @triton.jit
+def _within(begin, i, count):
+    """begin + i, or the last of ``count`` beyond it."""
+    return begin + tl.minimum(i, count - 1)
+
+
+@triton.jit
 def _indirect(
     query_rows, key_rows, weight, quad_weight, at_query, at_key, row0, key0, i, j, rows, keys,
     padded, small,
@@ -89,8 +95,8 @@ def _indirect(
         total = matched_sums(
             a_rows, b_rows, quads, a_step, b_step, RM, TM, RN, TN, TARGET,
         )  # fmt: skip
-        of_row = tl.load(query_rows.correction + 2 * i + 1)
-        total += of_row + tl.load(key_rows.correction + 2 * j + 1)
+        of_row = tl.load(query_rows.correction + 2 * _within(at_query, i, rows) + 1)
+        total += of_row + tl.load(key_rows.correction + 2 * _within(at_key, j, keys) + 1)
     return total
 
 
@@ -150,19 +156,16 @@ def pair_scores(
     rj = tile_keys(key0, RN, TN)  # [RN, TN]
     i = ri[:, None, :, None]
     j = rj[None, :, None, :]
-    # Rows and keys beyond the last repeat the last.
-    ri = tl.minimum(ri, rows - 1)
-    rj = tl.minimum(rj, keys - 1)
     any_opposite = 0
     if query_rows is None:
         bias, attended = attended_pairs(low, high, mask, mask_row, mask_column, block_tiles, i, j)
         total = _direct(
-            query, key, query_row, query_h, key_row, key_h, weight, ri, rj, hidden,
-            tl.zeros([RM, RN, TM, TN], ACC), TARGET,
+            query, key, query_row, query_h, key_row, key_h, weight, _within(0, ri, rows),
+            _within(0, rj, keys), hidden, tl.zeros([RM, RN, TM, TN], ACC), TARGET,
         )  # fmt: skip
     else:
-        qi = at_query + ri[:, None, :, None]
-        kj = at_key + rj[None, :, None, :]
+        # Which pairs are attended, and where rows and keys lie, is found anew wherever it is asked
+        # for: most tiles ask once, and what is kept takes registers.
         special = _is_special(
             query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, RM * TM, RN * TN
         )
@@ -172,13 +175,17 @@ def pair_scores(
             _bias, attended = attended_pairs(
                 low, high, mask, mask_row, mask_column, block_tiles, i, j
             )
+            qi, kj = _within(at_query, i, rows), _within(at_key, j, keys)
             small = _all_small(query_rows, key_rows, qi, kj, attended)
         total = _indirect(
-            query_rows, key_rows, weight, quad_weight, at_query, at_key, row0, key0, qi, kj, rows,
+            query_rows, key_rows, weight, quad_weight, at_query, at_key, row0, key0, i, j, rows,
             keys, padded, small, RM, TM, RN, TN, DIFFERENCE, TARGET,
         )  # fmt: skip
-        bias, attended = attended_pairs(low, high, mask, mask_row, mask_column, block_tiles, i, j)
         if special:
+            _bias, attended = attended_pairs(
+                low, high, mask, mask_row, mask_column, block_tiles, i, j
+            )
+            qi, kj = _within(at_query, i, rows), _within(at_key, j, keys)
             size = tl.maximum(tl.load(query_rows.size + qi), tl.load(key_rows.size + kj))
             # What the roundings of the exponentials leave out (math.md, eq. 8).
             of_row = tl.load(query_rows.correction + 2 * qi)
@@ -189,10 +196,11 @@ def pair_scores(
             direct = attended & (opposite | (size > SAFE))
             if tl.max(direct.to(tl.int32)) != 0:
                 exact = _direct(
-                    query, key, query_row, query_h, key_row, key_h, weight, ri, rj, hidden,
-                    tl.zeros([RM, RN, TM, TN], ACC), TARGET,
+                    query, key, query_row, query_h, key_row, key_h, weight, _within(0, ri, rows),
+                    _within(0, rj, keys), hidden, tl.zeros([RM, RN, TM, TN], ACC), TARGET,
                 )  # fmt: skip
                 total = tl.where(direct, exact, total)
+        bias, attended = attended_pairs(low, high, mask, mask_row, mask_column, block_tiles, i, j)
     score = total * tl.load(score_scale) * tl.load(score_scale + 1)
     if mask is not None:
         score += bias
