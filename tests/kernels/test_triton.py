@@ -70,6 +70,13 @@ def test_all_magnitudes_in_one_call(hidden):
     check_against_plain(cases)
 
 
+@pytest.mark.parametrize("large", ["query", "key"])
+def test_one_row_or_key_alone_is_large(large):
+    case = make((), 9, 20, 10, 5)
+    case[large][3] *= 1000.0
+    check_against_plain([case])
+
+
 def masking(kind, queries, keys):
     g = generator(1)
     return {
