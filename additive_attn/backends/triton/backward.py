@@ -279,7 +279,8 @@ def _add_features(
     """Adds the gradients of query, key and weight."""
     entry, entries, row, rows = piece
     key, end = p.key_range(piece)
-    plan = feature_plan(p, entries, rows, end - key)
+    most = 255 if p.wide else tiles.GRADIENT_REGISTERS
+    plan = feature_plan(p, entries, rows, end - key, most)
     query = None
     if sums.query is not None:
         query = sums.query[entry : entry + entries, row : row + rows]

@@ -109,23 +109,23 @@ def feature_kernel(
                     key_exp_inner, weight, weight_outer, weight_inner, weight_h, grad_query,
                     key_sums, weight_sums, tl.maximum(program, -end), inner, entries, rows, keys,
                     hidden, padded, number(scale_bits).to(tl.float32), splits, keys_per_split,
-                    RX * TX, 2 * TW * TF, 16, TILES,
+                    RX * TX, 2 * TW * TF, 8 if TARGET == "hip" else 16, TILES,
                 )  # fmt: skip
 
 
 def small_plan(p: Problem) -> FeaturePlan | None:
     """Of one piece of all rows and keys, where launches cost more than what they run."""
-    plan = feature_plan(p, p.entries, p.rows, p.keys)
+    # Without the bound that lets more programs of large calls run at a time.
+    plan = feature_plan(p, p.entries, p.rows, p.keys, 255)
     tickets = ticket_count(p.entries * plan.feature_tiles, plan.row_tiles, plan.ranges)
     small = tiles.is_small(p.entries, p.rows, p.keys, plan.row_tiles)
     return plan if small and tickets <= TICKETS.value else None
 
 
-def feature_plan(p: Problem, entries: int, rows: int, keys: int) -> FeaturePlan:
+def feature_plan(p: Problem, entries: int, rows: int, keys: int, most: int) -> FeaturePlan:
     tile, block = tiles.gradient_tile(rows, p.padded, p.wide), tiles.gradient_block(keys)
     row_tiles = -(-rows // (tile["RX"] * tile["TX"]))
     feature_tiles = -(-p.padded // (2 * tile["TW"] * tile["TF"]))
-    most = 255 if p.wide else tiles.GRADIENT_REGISTERS
     resident = tiles.resident(32 * tile["num_warps"], most) * p.processors
     ranges = pass_splits(entries * row_tiles * feature_tiles, keys, block, resident)
     return FeaturePlan(tile, block, most, row_tiles, feature_tiles, *ranges)
