@@ -76,6 +76,7 @@ def test_writes_before_backward_raise_or_change_nothing(kind, field, beams, monk
     padding = torch.arange(LK) >= torch.tensor([LK, 5, 1])[:, None]
     masking = {"key_padding_mask": padding} if field == "attn_mask" else {"lengths": [LK, 4, 2]}
     memory = layer.project(torch.randn(B, LK, K, dtype=torch.float64), **masking).expand(beams)
+    assert memory.prepared is None
     query = torch.randn(B * beams, 6 if kind == "heads" else D, dtype=torch.float64)
     more = (layer.initial_state(memory),) if hasattr(layer, "initial_state") else ()
     total = layer.step(query.requires_grad_(), memory, *more)[0].square().sum()
