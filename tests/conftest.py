@@ -84,6 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Paths. Every test runs on the native one. ``core`` adds the other instruction sets and plain
 # PyTorch, ``interpreter`` adds Triton's interpreter; ``triton`` runs on Triton's kernels alone.
+# ``kernel`` adds the other instruction sets, and does not run on plain PyTorch.
 
 
 def paths_of(marks: set[str]) -> list[str]:
@@ -94,7 +95,9 @@ def paths_of(marks: set[str]) -> list[str]:
         extra = set(paths.INSTRUCTION_SETS)
     if "interpreter" in marks:
         extra.add("triton")
-    return [path for path in paths.available() if path == paths.native() or path in extra]
+    if "kernel" not in marks or paths.native() != "pytorch":
+        extra.add(paths.native())
+    return [path for path in paths.available() if path in extra]
 
 
 @pytest.hookimpl(trylast=True)

@@ -195,6 +195,36 @@ def test_opcheck_backward(case, needs):
     opcheck(backward, (*arguments, *needs))
 
 
+@pytest.mark.core
+@pytest.mark.interpreter
+@pytest.mark.parametrize("need_mask", [False, True])
+def test_a_mask_of_another_dtype_as_graphs_expect_it(need_mask):
+    """Also of a gradient that is not needed, which is empty."""
+    inputs, options = op_arguments(OP_CASES["float mask"] | {"dtype": torch.bfloat16})
+    out, _, lse = torch.ops.additive_attn.forward(*inputs.values(), *options, True)
+    query, key, _, weight = inputs.values()
+    scored = (query, key, weight, *options[:7], 0.5)
+    needs = (False, True, False, need_mask)
+    backward, *others = (getattr(torch.ops.additive_attn, name) for name in (
+        "backward", "scores_backward", "tangent", "scores_tangent"))  # fmt: skip
+    scores = torch.randn(2, 4, 6, dtype=torch.bfloat16)
+    calls = {
+        backward: (
+            out, None, None, *inputs.values(), *options, lse, *needs[:2], False, *needs[2:],
+        ),
+        others[0]: (scores, *scored, *needs),
+        others[1]: (
+            out, None, None, *inputs.values(), *options, lse, None, None, None, query, None, None,
+            None, None, True, False, False, *needs[:2], False, *needs[2:],
+        ),
+        others[2]: (scores, *scored, None, query, None, None, None, True, *needs),
+    }  # fmt: skip
+    for operator, arguments in calls.items():
+        graphs = operator(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments))
+        found = operator(*arguments)
+        assert [(x.dtype, x.shape) for x in found] == [(x.dtype, x.shape) for x in graphs]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     """Computes in the autocast dtype; parameters and their gradients stay float32."""

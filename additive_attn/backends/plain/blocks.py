@@ -84,8 +84,8 @@ class Gradients(NamedTuple):
 def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     upstream, call, lse, needs = backward_arguments(arguments)
     (query, key, value, weight), attn_mask = call.inputs, call.masking.attn_mask
-    if attn_mask is not None and not attn_mask.is_floating_point():
-        attn_mask = None  # has no gradient
+    if attn_mask is not None and not (needs.mask and attn_mask.is_floating_point()):
+        attn_mask = None  # needs or has no gradient
     batch, dtype = lse.shape[:-1], lse.dtype
 
     def zeros(need: bool, *shape: int) -> Tensor | None:
@@ -96,7 +96,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         key=zeros(needs.key, *batch, *key.shape[-2:]),
         value=zeros(needs.value, *batch, *value.shape[-2:]),
         weight=zeros(needs.weight, *batch, weight.shape[-1]),
-        mask=None if attn_mask is None else zeros(needs.mask, *attn_mask.shape),
+        mask=None if attn_mask is None else zeros(True, *attn_mask.shape),
     )
     for block in blocks_of(call, batch):
         _backward_block(block, call, batch, upstream, gradients)

@@ -39,8 +39,8 @@ def scores_backward(grad_scores: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
     """Equations 10 and 11; the gradient of a mask is that of the scores."""
     call, needs = call_of_scores(*arguments[:11]), arguments[11:]
     (query, key, _, weight), attn_mask = call.inputs, call.attn_mask
-    if attn_mask is not None and not attn_mask.is_floating_point():
-        attn_mask = None
+    if attn_mask is not None and not (needs[3] and attn_mask.is_floating_point()):
+        attn_mask = None  # needs or has no gradient
     batch, dtype = grad_scores.shape[:-2], lse_dtype(query.dtype)
 
     def zeros(need: bool, *shape: int) -> Tensor | None:
@@ -51,7 +51,7 @@ def scores_backward(grad_scores: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
         key=zeros(needs[1], *batch, *key.shape[-2:]),
         value=None,
         weight=zeros(needs[2], *batch, weight.shape[-1]),
-        mask=None if attn_mask is None else zeros(needs[3], *attn_mask.shape),
+        mask=None if attn_mask is None else zeros(True, *attn_mask.shape),
     )
     for block in blocks_of(call, batch):
         _backward_block(block, call, batch, grad_scores, gradients)

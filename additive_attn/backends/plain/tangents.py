@@ -122,8 +122,8 @@ def _zeros(
             zeros(need_lse, (*batch, rows), computed),
         )
     grad_mask = zeros(False, ())
-    if mask is not None and mask.is_floating_point():
-        grad_mask = zeros(needs.mask, tuple(mask.shape), dtype or mask.dtype)
+    if needs.mask and mask is not None and mask.is_floating_point():
+        grad_mask = zeros(True, tuple(mask.shape), dtype or mask.dtype)
     return (
         *outputs,
         zeros(needs.query, (*batch, rows, query.shape[-1]), dtype or query.dtype),

@@ -97,8 +97,9 @@ def _results(p: Problem, sums: Gradients) -> Results:
 
 
 def _mask_result(p: Problem, mask: Tensor | None) -> Tensor:
-    dtype = p.dtype if p.float_mask is None else p.float_mask.dtype
-    return torch.empty(0, dtype=dtype, device=p.device) if mask is None else mask.to(dtype)
+    if mask is None or p.float_mask is None:
+        return torch.empty(0, dtype=p.dtype, device=p.device)
+    return mask.to(p.float_mask.dtype)
 
 
 def _check_upstream(p: Problem, name: str, x: Tensor | None, *tail: int) -> None:
