@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from additive_attn.ops import dispatch
+from additive_attn.ops import memory as memory_of_steps
 
 if paths.DEVICE != "cpu":
     torch.set_default_device(paths.DEVICE)
@@ -250,3 +251,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(
             f"left out: {config.stash[SWEEPS]} expensive sweeps; make test-all runs them too"
         )
+
+
+@pytest.fixture
+def steps_leave_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On plain PyTorch too, where small steps are ordinary calls (test_whole_steps.py)."""
+    monkeypatch.setattr(memory_of_steps, "WHOLE_ELEMENTS", -1)

@@ -129,6 +129,7 @@ def test_steps_after_a_backward_pass_for_the_output_alone(frozen):
     torch.testing.assert_close(found[:2], found[2:])
 
 
+@pytest.mark.usefixtures("steps_leave_records")
 def test_upstream_nan_at_padding_ends_there():
     layer, given = make("AttMultiHeadAdd"), loops.inputs(dtype=torch.float32)
     memory = given["memory"].clone().requires_grad_()

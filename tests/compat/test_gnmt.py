@@ -74,6 +74,7 @@ def test_formula(normalize, batch_first):
     loops.check(layer, Plain(layer), decode)
 
 
+@pytest.mark.usefixtures("steps_leave_records")
 def test_keys_are_projected_once_in_decoding(monkeypatch):
     layer, given = make().double(), loops.inputs()
     calls = []

@@ -65,6 +65,7 @@ def test_formula(cls, mask):
     loops.check(layer, Plain(layer), lambda x, given: decode(x, given, MASKS[mask]))
 
 
+@pytest.mark.usefixtures("steps_leave_records")
 def test_the_memory_is_lent_once(monkeypatch):
     from additive_attn.compat import _base
 

@@ -10,11 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from oracle import ON_KERNEL
 
 from benchmarks import heads, rows, run, second_order, sparse, table
 from benchmarks.cases import SPEED, parse
 
 ROOT = Path(__file__).resolve().parents[2]
+OF_THE_KERNEL = pytest.mark.skipif(
+    not ON_KERNEL, reason="plain PyTorch is not measured under the kernel's name"
+)
 
 
 def example(provider="fused", **changes):
@@ -191,6 +195,7 @@ def tiny(tmp_path, monkeypatch, capsys):
     return run
 
 
+@OF_THE_KERNEL
 def test_heads_are_compared_before_they_are_timed(tiny, monkeypatch):
     shown = tiny(heads, "--rounds", "2", "--budget", "0.01")
     assert all(shown.count(f"{name} ") for name in heads.CASES) and "tiny: the layer" in shown
@@ -199,6 +204,7 @@ def test_heads_are_compared_before_they_are_timed(tiny, monkeypatch):
         list(heads.measure_case(heads.CASES["call"], 0.01, 2, quick=True))
 
 
+@OF_THE_KERNEL
 def test_second_order_is_compared_before_it_is_timed(tiny, monkeypatch):
     shown = tiny(second_order)
     assert all(f"{name} " in shown for name in second_order.CASES) and "tiny: forward" in shown

@@ -10,12 +10,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oracle import ON_KERNEL
 
 from benchmarks.decoders import __main__ as main
 from benchmarks.decoders import table
 from benchmarks.decoders.cases import CASES, COMPILED
 from benchmarks.decoders.problem import Problem, alternate, measured
 from benchmarks.decoders.split import GROUPS, split
+
+OF_THE_KERNEL = pytest.mark.skipif(
+    not ON_KERNEL, reason="plain PyTorch is not measured under the kernel's name"
+)
 
 
 def without_compiler(case):
@@ -96,6 +101,7 @@ def written(tmp_path_factory):
     return path, shown.getvalue()
 
 
+@OF_THE_KERNEL
 def test_a_run_writes_rows_and_shows_them(written):
     path, shown = written
     with path.open() as file:
@@ -106,6 +112,7 @@ def test_a_run_writes_rows_and_shows_them(written):
     assert "accumulation" in shown and "vs plain" in shown and "compared with" in shown
 
 
+@OF_THE_KERNEL
 def test_the_figure_is_drawn_from_the_rows(written, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is an optional dependency")
     from benchmarks.decoders import plot
@@ -135,6 +142,7 @@ def test_plain_pytorch_is_not_measured_under_the_name_of_the_kernel(monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
+@OF_THE_KERNEL
 def test_saving_a_case_keeps_the_rows_of_others(monkeypatch, tmp_path):
     """And the profile of a case of which times alone are measured."""
     times = {"name": "old", "cpu_ms": 1}

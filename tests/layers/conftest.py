@@ -19,9 +19,3 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(engine, "_shared_gradients", counted)
     return found
-
-
-@pytest.fixture
-def steps_leave_records(monkeypatch):
-    """On plain PyTorch too, where small steps are ordinary calls (test_whole_steps.py)."""
-    monkeypatch.setattr(engine, "WHOLE_ELEMENTS", -1)

@@ -322,6 +322,7 @@ def test_traced_and_exported(kind):
 
 
 @EVERY
+@pytest.mark.usefixtures("steps_leave_records")
 def test_memory_of_the_steps(kind):
     """Steps keep O(Lk + H + Dv) numbers per sequence: no (Lk, H), and no (F, Lk) of features."""
     layer = build(kind, hidden=64)

@@ -18,6 +18,7 @@ from additive_attn import (
     additive_attention,
     additive_attention_step,
 )
+from additive_attn.backends.plain import whole
 from additive_attn.ops import key_projection
 
 B, LQ, LK, H, D = 2, 3, 21, 8, 6  # keys of both sequences are more than a block of rows
@@ -60,6 +61,12 @@ def all_inside(inputs, **options):
 def plain_projected(inputs, **options):
     key = linear(inputs["value"], inputs["key_weight"])
     return plain_masked(dict(inputs, key=key), **options)
+
+
+@pytest.fixture
+def one_node(monkeypatch):
+    """Small calls too are one node of the graph on plain PyTorch."""
+    monkeypatch.setattr(whole, "ELEMENTS", -1)
 
 
 def shares(out):
@@ -116,6 +123,7 @@ def test_other_options(options):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere the addition costs little")
+@pytest.mark.usefixtures("one_node")
 def test_the_gradient_is_made_in_one():
     leaves = leaves_of()
     assert shares(inside(*leaves)) and not shares(before(*leaves))
@@ -268,6 +276,7 @@ def trained(layer, query, x):
     return [*outputs, *torch.autograd.grad(total, [query, x, *layer.parameters()])]
 
 
+@pytest.mark.usefixtures("one_node")
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_a_layer_whose_values_are_its_keys(batch_first):
     layer, plain = layers(batch_first=batch_first)
@@ -283,6 +292,7 @@ def test_a_layer_whose_values_are_its_keys(batch_first):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.usefixtures("one_node")
 def test_symbolic_trace():
     class Pooling(nn.Module):
         def forward(self, query, x, weight, key_weight):
