@@ -103,7 +103,8 @@ def feature_kernel(
                 RX, TX, TW, TF, BLOCK, padded, FLAG_ROWS, FLAG_KEYS, TARGET,
             )  # fmt: skip
             if TILES > 0:
-                # As in ``_finish``: what is computed anew takes no registers in the loops.
+                # As in ``_finish``: what is computed anew takes no registers in the loops. For AMD
+                # GPUs a larger block of keys would take memory of its own.
                 add_up(
                     totals, key, key_outer, key_inner, key_row, key_h, key_rows, key_exp_outer,
                     key_exp_inner, weight, weight_outer, weight_inner, weight_h, grad_query,
