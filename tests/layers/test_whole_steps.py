@@ -15,6 +15,12 @@ from additive_attn.ops import memory as engine
 KINDS = ["content", "heads", "tacotron", "pointer"]
 
 
+def on_plain_pytorch(monkeypatch):
+    """From now on, also where a kernel, or a GPU, would compute."""
+    monkeypatch.setattr(dispatch, "cpu_is_plain", True)
+    monkeypatch.setattr(dispatch, "on_plain_path", lambda device: True)
+
+
 def made(kind):
     torch.manual_seed(3)
     if kind == "content":
@@ -60,7 +66,7 @@ def test_steps_with_and_without_records(kind, batch, mask, beams, monkeypatch):
 
     calls, attend = [], whole.attend
     monkeypatch.setattr(whole, "attend", lambda *a: calls.append(1) or attend(*a))
-    monkeypatch.setattr(dispatch, "cpu_is_plain", True)
+    on_plain_pytorch(monkeypatch)
     memory, found = stepped(layer, key, query, options, beams)
     assert memory.prepared is None and len(calls) == 2
     for ours, theirs in zip(found, expected, strict=True):
@@ -71,7 +77,7 @@ def test_steps_with_and_without_records(kind, batch, mask, beams, monkeypatch):
 @pytest.mark.parametrize("field", ["key", "value", "lengths", "attn_mask"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_writes_before_backward_raise_or_change_nothing(kind, field, beams, monkeypatch):
-    monkeypatch.setattr(dispatch, "cpu_is_plain", True)
+    on_plain_pytorch(monkeypatch)
     layer = made(kind)
     padding = torch.arange(LK) >= torch.tensor([LK, 5, 1])[:, None]
     masking = {"key_padding_mask": padding} if field == "attn_mask" else {"lengths": [LK, 4, 2]}
@@ -96,14 +102,14 @@ def test_writes_before_backward_raise_or_change_nothing(kind, field, beams, monk
 def test_large_memories_leave_records(elements, whole_step, monkeypatch):
     """A step whose energies are many does not keep them."""
     monkeypatch.setattr(engine, "WHOLE_ELEMENTS", elements)
-    monkeypatch.setattr(dispatch, "cpu_is_plain", True)
+    on_plain_pytorch(monkeypatch)
     memory = made("content").project(torch.randn(B, LK, K, dtype=torch.float64))
     assert (memory.prepared is None) == whole_step
 
 
 def test_memories_of_16_bits_leave_records(monkeypatch):
     """Whose gradients are added up in float32."""
-    monkeypatch.setattr(dispatch, "cpu_is_plain", True)
+    on_plain_pytorch(monkeypatch)
     key = torch.randn(B, LK, K)
     assert made("content").float().project(key, dtype=torch.bfloat16).prepared
 
