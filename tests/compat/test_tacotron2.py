@@ -11,6 +11,7 @@ import loops
 import pytest
 import torch
 from loops import SIZES, Inputs
+from oracle import DEVICE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -204,7 +205,7 @@ def test_copies():
 def test_autocast_and_compiled():
     layer, given = make(tacotron2.Attention), loops.inputs(dtype=torch.float32)
     expected = decode(layer, given)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         for x, y in zip(decode(layer, given), expected, strict=True):
             torch.testing.assert_close(x.float(), y.float(), atol=0.1, rtol=0.1)
     compiled = torch.compile(layer, backend="aot_eager")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from oracle import error, generator
@@ -106,6 +108,15 @@ class Decoder(nn.Module):
             query = torch.tanh(self.cell(torch.cat([context, query], -1)))
             found += [context, weights]
         return *found, *state
+
+
+def eventually(condition):
+    """Whether it holds, or soon will: a GPU's thread of autograd lets go of a pass a little after
+    its end."""
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
 
 
 def inputs(dtype: torch.dtype = torch.float64, batch: int = B):

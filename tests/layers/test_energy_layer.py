@@ -14,6 +14,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from additive_attn import AdditiveAttention, PlainAdditiveAttention
 
 D, H = 6, 8
+of_the_cpu = pytest.mark.skipif(
+    DEVICE != "cpu", reason="values of other devices are not looked at"
+)
 
 
 class Doubled(nn.Linear):
@@ -340,7 +343,15 @@ def test_what_takes_the_place_of_a_checked_hook_is_checked(change):
         remove()
 
 
-@pytest.mark.parametrize("way", ["optimizer", "fused optimizer", ".data", "another parameter"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "optimizer",
+        "fused optimizer",
+        pytest.param(".data", marks=of_the_cpu),
+        "another parameter",
+    ],
+)
 def test_a_hook_that_training_makes_another_function_is_refused(way):
     layer, x = AdditiveAttention(D, H), torch.randn(2, 5, D)
     linear = layer.energy_layer

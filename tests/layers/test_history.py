@@ -24,7 +24,7 @@ from decoders import (
     inputs,
     results,
 )
-from oracle import DEVICE, error
+from oracle import DEVICE, error, generator
 from torch import fx, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
@@ -245,7 +245,7 @@ def test_one_sequence_without_a_batch_dim(kind):
     layer, key, value = build(kind), torch.randn(5, K), torch.randn(5, 7)
     results = []
     for index in (slice(None), None):  # unbatched, and as a batch of one
-        query = torch.randn(D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        query = torch.randn(D, generator=generator(0)).requires_grad_()
         memory = layer.project(key[index], value[index])
         state = layer.initial_state(memory)
         for _ in range(2):

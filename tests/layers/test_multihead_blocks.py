@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import DEVICE
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -19,7 +20,7 @@ def near(b, h, q, k):
 
 
 def made(batch=None, heads=None, rows=L):
-    return create_block_mask(near, batch, heads, rows, S, device="cpu", BLOCK_SIZE=8)
+    return create_block_mask(near, batch, heads, rows, S, device=DEVICE, BLOCK_SIZE=8)
 
 
 def dense(heads):

@@ -214,7 +214,7 @@ def test_sixteen_bits_and_autocast(dtype):
         out, weights = small(*[x.to(dtype)] * 3, mask)
         assert out.dtype == weights.dtype == dtype
         torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         for mask in (padded(), torch.zeros(N, S).masked_fill(padded(), -torch.inf)):
             out, _ = layer(x, x, x, mask)
             assert out.dtype == dtype

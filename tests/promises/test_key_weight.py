@@ -7,7 +7,15 @@ import threading
 
 import pytest
 import torch
-from oracle import DEVICE, OUTPUTS, assert_same, check_against_plain, make, plain_masked
+from oracle import (
+    DEVICE,
+    OUTPUTS,
+    assert_same,
+    check_against_plain,
+    generator,
+    make,
+    plain_masked,
+)
 from torch import nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -32,9 +40,9 @@ def of_any_size(monkeypatch):
 def inputs_of(batch=(B,), dtype=torch.float32, seed=0):
     """Query, the features that are keys and values, weight and the keys' projection."""
     inputs = make(batch, LQ, LK, H, D, dtype=dtype, seed=seed)
-    g = torch.Generator().manual_seed(seed)
     del inputs["key"]
-    return inputs | {"key_weight": torch.randn(H, D, generator=g).to(DEVICE, dtype)}
+    key_weight = torch.randn(H, D, generator=generator(seed))
+    return inputs | {"key_weight": key_weight.to(dtype)}
 
 
 def leaves_of(*shape, dtype=torch.float64):
@@ -231,9 +239,8 @@ def test_several_upstream_gradients_at_once():
     leaves, found = leaves_of(dtype=torch.float32), []
     for call in (inside, before):
         out = call(*leaves)
-        batch = torch.randn(4, *out.shape, generator=torch.Generator().manual_seed(0),
-                            dtype=out.dtype)  # fmt: skip
-        found.append(torch.autograd.grad(out, leaves, batch.to(DEVICE), is_grads_batched=True))
+        batch = torch.randn(4, *out.shape, generator=generator(0), dtype=out.dtype)
+        found.append(torch.autograd.grad(out, leaves, batch, is_grads_batched=True))
     torch.testing.assert_close(*found)
 
 

@@ -18,6 +18,7 @@ from layouts import (
     unaligned,
 )
 from oracle import (
+    DEVICE,
     INPUTS,
     OUTPUTS,
     assert_all_same,
@@ -349,6 +350,7 @@ assert torch.equal(
 """
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="computes on the CPU")
 def test_offsets_beyond_int32():
     result = fresh.python(BEYOND_INT32)
     if result.returncode == 77:

@@ -142,6 +142,7 @@ def test_repeatable(path):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU's kernel")
 @pytest.mark.kernel
 def test_errors(path):
     """The CPU's kernel checks what could harm the process."""

@@ -290,7 +290,7 @@ def test_autocast(dtype):
 # Transforms, each judged against the plain formula taken the same way.
 
 INPUTS = tuple(inputs_of((2,), 3, 5, 4).values())
-COTANGENT = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1), device="cpu")
+COTANGENT = torch.randn(2, 3, 5, generator=generator(1))
 
 
 def formula(query, key, weight):

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from oracle import (
+    DEVICE,
     INPUTS,
     OUTPUTS,
     PACKAGE_PARENT,
@@ -416,6 +417,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="measures the CPU")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to measure memory")
 @pytest.mark.parametrize(
     "what", ["jvp", pytest.param("jvp of jvp", marks=pytest.mark.sweep), "penalty"]

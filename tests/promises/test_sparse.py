@@ -232,6 +232,7 @@ for packed in (False, True):
 """
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="measures the CPU")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.skipif(not ON_KERNEL, reason="minutes on the fallback")
 def test_memory_follows_what_is_kept():

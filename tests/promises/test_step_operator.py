@@ -10,6 +10,7 @@ import pytest
 import torch
 from layouts import every_second_feature, offset, row_padded, surrounded, transposed, unaligned
 from oracle import (
+    DEVICE,
     INPUTS,
     OUTPUTS,
     assert_all_same,
@@ -28,6 +29,7 @@ from additive_attn.ops import dispatch  # noqa: F401  registers the operators
 from additive_attn.spec.dropout import keep_mask
 
 operators = torch.ops.additive_attn
+of_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU's kernel")
 DTYPES = [torch.float32, torch.float64]
 # (batch, Lk, H, Dv): both sides of vectors, groups, tiles of keys; splits; no keys; no values.
 SHAPES = [
@@ -382,6 +384,7 @@ def test_a_pair_does_not_depend_on_its_neighbours():
     assert_same(together, alone)
 
 
+@of_the_cpu
 @pytest.mark.kernel
 @pytest.mark.parametrize(
     ("change", "sentence"),
@@ -416,6 +419,7 @@ def test_what_would_crash_is_refused(change, sentence):
         operators.step_backward(**arguments)
 
 
+@of_the_cpu
 @pytest.mark.kernel
 def test_nothing_of_the_size_of_the_keys_is_written_per_step():
     inputs = inputs_of((4,), 4000, 256, 64)
@@ -428,9 +432,10 @@ def test_nothing_of_the_size_of_the_keys_is_written_per_step():
     assert 0 < allocated < inputs["key"].nbytes / 8
 
 
+@of_the_cpu
 @pytest.mark.kernel
 def test_keys_are_prepared_for_the_weight_of_their_head():
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     key, weight = torch.randn(2, 3, 5, 40, generator=g), torch.randn(3, 40, generator=g)
     together = operators.prepare_keys(key, weight)
     for b, head in [(0, 0), (1, 2)]:
