@@ -63,7 +63,7 @@ def is_causal_mask(
         return True
     if attn_mask.requires_grad or attn_mask.dim() != 2 or not is_readable(attn_mask):
         return False
-    later = torch.ones(attn_mask.shape, dtype=torch.bool).triu(1)
+    later = torch.ones_like(attn_mask, dtype=torch.bool).triu(1)
     if attn_mask.dtype != torch.bool:
         attn_mask = torch.where(later, attn_mask == -torch.inf, attn_mask != 0)
     return torch.equal(attn_mask, later)

@@ -226,6 +226,15 @@ def test_sixteen_bits_and_autocast(dtype):
     assert layer.in_proj_weight.grad.dtype == torch.float32
 
 
+def test_a_mask_that_is_read_beside_another_default_device():
+    layer, x = made(), torch.randn(N, S, E, dtype=F64)
+    later = torch.ones(S, S, dtype=torch.bool).triu(1)
+    expected = layer(x, x, x, attn_mask=later, is_causal=True)
+    with torch.device("meta"):
+        found = layer(x, x, x, attn_mask=later, is_causal=True)
+    torch.testing.assert_close(found, expected)
+
+
 def test_compile_with_dynamic_lengths():
     layer, lengths = made(dropout=0.1).eval(), [(2, 5, 6), (3, 7, 4)]
 
