@@ -64,6 +64,8 @@ def _rare_loop(
             _K, K_error = exponentials(k, size_j > SAFE)
         pa = zeros
         pb = zeros
+        xa = zeros
+        xb = zeros
         for x in range(RX):
             g = tl.load(g_place + tl.cast(c // 4, tl.int64) * (4 * row_padded) + (4 * x + c % 4))
             i = tl.minimum(i0 + x, last_row).to(tl.int64)
@@ -83,8 +85,8 @@ def _rare_loop(
                 )
                 terms = where(direct, terms, (g * t[0], g * t[1]))
                 v = slope(s)
-            dwa += terms[0]
-            dwb += terms[1]
+            xa += terms[0]
+            xb += terms[1]
             na = ()
             nb = ()
             for y in tl.static_range(RX):
@@ -106,6 +108,8 @@ def _rare_loop(
             else:
                 pa = tl.where(direct, pa + slopes[0], pa + g * v[0])
                 pb = tl.where(direct, pb + slopes[1], pb + g * v[1])
+        dwa += xa
+        dwb += xb
         if DK:
             store_sum(dk_place + tl.cast(c, tl.int64) * padded, (pa, pb), stored)
     return dqa, dqb, dwa, dwb
@@ -240,7 +244,7 @@ def feature_tile(
                 G, G_place, size_i, sizes_j, k0, last_key, flags + k0 // FLAG_KEYS, flag_stride,
                 flag_count - flag_row, FLAGS,
             )  # fmt: skip
-            total = tl.sum(G) / TX + zeros
+            total = tl.sum(tl.sum(G, 2)) / TX + zeros
             if skipped:
                 qa, qb, xa, xb = repeated(zeros, RX), repeated(zeros, RX), zeros, zeros
                 _store_zeros(dk_place, stored, k0, end, padded)

@@ -136,8 +136,8 @@ def _loop(
     last = tl.cdiv(end, 4) - 1
     K_next = _four_keys(K_place, begin // 4, h, padded, TILE)
     for turn in range(begin // (4 * FOURS), tl.cdiv(end, 4 * FOURS)):
-        share = zeros, zeros
         for n in tl.static_range(FOURS):
+            share = zeros, zeros  # of dw: sums of few terms are rounded less
             four = FOURS * turn + n
             c = 4 * four  # which the compiler knows to be a multiple of four
             g_four = (g_place + tl.cast(c, tl.int64) * row_padded)[:, :, :, None] + tl.arange(0, 4)
@@ -157,7 +157,7 @@ def _loop(
                 dq, share = _add_by_keys(
                     Q, K_four, g, to, stored, dq, share, padded, SMALL, DQ, DK, DW, TARGET
                 )
-        dw = dw[0] + share[0], dw[1] + share[1]
+            dw = dw[0] + share[0], dw[1] + share[1]
     dqa, dqb = (), ()
     for x in tl.static_range(RX):
         dqa, dqb = dqa + (dq[x][0],), dqb + (dq[x][1],)
