@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from oracle import DEVICE
 from torch import nn
 
 from additive_attn import (
@@ -112,8 +113,9 @@ def test_reorder_in_a_graph(name, backend):
         (0, 1, 2, 3, 4, 6): "index holds numbers of queries",
         (0, 1, 2, 3, -1, -1): "index holds numbers of queries",
     }.items():
-        with pytest.raises(RuntimeError, match=sentence):
-            graph(torch.tensor(index))
+        if DEVICE == "cpu":  # a GPU stops at an assertion, and its process can use it no more
+            with pytest.raises(RuntimeError, match=sentence):
+                graph(torch.tensor(index))
         with pytest.raises(ValueError):
             decoded(layer, key, query, torch.tensor(index), masking)
     with pytest.raises(Exception, match="an index for every beam"):
@@ -126,8 +128,9 @@ def test_reorder_of_one_sequence_in_a_graph():
         expanded = memory.expand(3)
         graph = compiled(lambda index, memory=expanded: memory.reorder(index).key)
         torch.testing.assert_close(graph(torch.tensor([2, 0, 0])), memory.key)
-        with pytest.raises(RuntimeError, match="index holds"):
-            graph(torch.tensor([2, 0, 3]))
+        if DEVICE == "cpu":
+            with pytest.raises(RuntimeError, match="index holds"):
+                graph(torch.tensor([2, 0, 3]))
     with pytest.raises(Exception, match="expand it"):
         compiled(lambda index: layer.project(key).reorder(index))(torch.tensor([0, 0]))
 
