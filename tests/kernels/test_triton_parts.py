@@ -9,7 +9,7 @@ from oracle import check_against_plain, fused, generator, make
 from paths import DEVICE
 
 from additive_attn import additive_attention
-from additive_attn.backends.triton import arguments, feature_pass, one_pass, tiles
+from additive_attn.backends.triton import arguments, feature_pass, one_pass, prepare, tiles
 
 pytestmark = pytest.mark.triton
 
@@ -54,6 +54,12 @@ def test_sums_over_tiles_of_rows_and_ranges_of_keys(small, monkeypatch):
     check_against_plain([make((2,), 70, 300, 6, 5)])
     assert plans
     assert all(plan.row_tiles > 1 and plan.ranges > 1 for plan in plans)
+
+
+def test_programs_that_prepare_several_groups_of_rows(monkeypatch):
+    """Of two entries: 19 and 10 groups of 8 rows each, of which a program takes 8."""
+    monkeypatch.setattr(prepare, "processors", lambda device: 1)
+    check_against_plain([make((2,), 70, 150, 72, 5)])
 
 
 @pytest.mark.parametrize("queries", [1, 3])

@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from additive_attn.backends.triton.batch import BatchShape
+from additive_attn.backends.triton.batch import BatchShape, batch_strides
 from additive_attn.backends.triton.launch import bits, processors, target
 from additive_attn.backends.triton.plan import Piece, key_range, workspace_pieces
 from additive_attn.backends.triton.prepare import (
     DIFFERENCE_MAX_FEATURES,
-    Prepared,
-    batch_strides,
     prepare,
 )
+from additive_attn.backends.triton.prepared import Prepared
 from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import keep_threshold
 from additive_attn.spec.masks import block_mask, check_masking

@@ -66,6 +66,12 @@ class BatchShape:
         return x, (outer, inner, *strides[dims:])
 
 
+def batch_strides(x: Tensor, size: int = 1) -> tuple[int, int]:
+    """Of a contiguous (outer, inner, ...) with so many numbers each; 0 where it broadcasts."""
+    outer, inner = x.shape[:2]
+    return (0 if outer == 1 else inner * size), (0 if inner == 1 else size)
+
+
 @triton.jit
 def batch_entry(n, inner):
     """Entry n with its indices into (outer, inner), in 64 bits, which offsets need. Divided in 32,

@@ -19,7 +19,7 @@ from additive_attn.backends.triton.parameters import flat
 _VARYING = (
     "inner", "entries", "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin",
     "key_count", "keys_per_split", "splits", "length", "length_padded",
-    "row_tiles", "key_tiles", "row_programs", "key_programs", "value_programs",
+    "row_tiles", "key_tiles", "row_programs", "key_programs", "value_programs", "groups",
     "left", "right", "threshold", "keep_bits", "scale_bits", "scale_exponent",
     *(
         f"{name}_{dim}"

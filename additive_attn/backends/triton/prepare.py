@@ -22,7 +22,7 @@ than DIFFERENCE_MAX_FEATURES stand in the quads in an order of their own (``matc
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import operator
 
 import torch
 import triton
@@ -31,7 +31,14 @@ from torch import Tensor
 
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.batch import BatchShape, aligned, batch_entry, entry_offset
-from additive_attn.backends.triton.launch import bits, kernel, launch, target
+from additive_attn.backends.triton.launch import (
+    bits,
+    kernel,
+    launch,
+    processors,
+    registers,
+    target,
+)
 from additive_attn.backends.triton.matches import quad_order, store_matches, store_quad_weight
 from additive_attn.backends.triton.numerics import (
     exp_with_error,
@@ -40,6 +47,7 @@ from additive_attn.backends.triton.numerics import (
     power,
     weight_exponent,
 )
+from additive_attn.backends.triton.prepared import Prepared, PreparedRows, PreparedWeight
 from additive_attn.backends.triton.quad_layout import SPARE, fill_spare, signed, store_quads
 from additive_attn.backends.triton.tiles import power_of_two
 
@@ -52,49 +60,6 @@ GROUP = tl.constexpr(8)  # rows that share flags; lengths are padded to whole gr
 SMALL = tl.constexpr(1)  # in the flags of a group: one of its rows has no |x| > 1
 WILD = tl.constexpr(256)  # the same: not within SAFE; so far apart that flags may be added up
 TICKETS = tl.constexpr(4096)
-
-
-class PreparedWeight(NamedTuple):
-    """``weight`` (outer, inner, HP): w divided by a power of two, so that abs(w) < 2, and padded
-    with zeros, in the computing dtype. ``score_scale`` (outer, inner, 2): two factors whose
-    product is that power of two times the scale of the scores, NaN where a weight is not finite.
-    One after the other they overflow only where the score does. ``quad_weight`` (outer, inner,
-    HP): abs(w) in the order of the quads of the matched form. ``tickets`` (TICKETS,): zeros, for
-    the programs of one kernel of the call (``merging.is_last``)."""
-
-    weight: Tensor
-    score_scale: Tensor
-    quad_weight: Tensor
-    tickets: Tensor
-
-
-class PreparedRows(NamedTuple):
-    """Of queries (e^{-2q}) or keys (e^{2k}): ``exponential`` (outer, inner, LP, HP), 1 in rows
-    that are not within SAFE and in the rows beyond the last, so that loops need no bounds;
-    ``quads``, the same in their layout, with c and g of two matches (queries) or p of four (keys)
-    for the matched form, and SPARE rows more, flat; ``size`` (outer, inner, LP) = max |x|, Inf for
-    NaN; ``correction`` (outer, inner, LP, 2), of the difference form and of the matched form, with
-    -d; ``flags`` (outer, inner, LP / GROUP), of keys beside ``quads``; ``sketch`` (outer, inner,
-    LP, 32), in float16: sums of w x / |w| over every 32nd feature, with random signs; ``distance``
-    (outer, inner, LP): the square of a key's sketch, and what twice its product with a query's and
-    this square must stay below for a pair to be opposite. What no pass will read has no
-    elements."""
-
-    exponential: Tensor
-    quads: Tensor
-    size: Tensor
-    correction: Tensor
-    flags: Tensor
-    distance: Tensor
-    sketch: Tensor
-
-
-class Prepared(NamedTuple):
-    """Queries and keys are None in float64, whose direct form needs no exponentials."""
-
-    weight: PreparedWeight
-    query: PreparedRows | None
-    key: PreparedRows | None
 
 
 @triton.jit
@@ -181,13 +146,13 @@ def _store_exponentials(
 
 @triton.jit
 def _prepare_rows(
-    x, stride_row, stride_h, weight, weight_h, rows, n, tile, length, length_padded, hidden,
+    x, stride_row, stride_h, weight, weight_h, order, rows, n, tile, length, length_padded, hidden,
     padded, SIGN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
     EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """A group of rows, [GROUP, BLOCK / 4, 4] at a time: threads read and write four features of
-    neighbouring rows, in every layout. WHOLE: BLOCK features are all. Sums stay apart per thread
-    until the loops end."""
+    neighbouring rows, in every layout. WHOLE: BLOCK features are all, in this ``order`` in quads.
+    Sums stay apart per thread until the loops end."""
     FOURS: tl.constexpr = BLOCK // 4
     row = tile * GROUP + tl.arange(0, GROUP)
     h = 4 * tl.arange(0, FOURS)[None, :, None] + tl.arange(0, 4)[None, None, :]
@@ -243,8 +208,9 @@ def _prepare_rows(
     if MATCHED:
         total = tl.zeros([GROUP, FOURS, 4], tl.float32)
         for h0 in range(0, BLOCK if WHOLE else padded, BLOCK):
-            f = quad_order(weight, weight_h, h0, hidden, BLOCK)
-            f = tl.reshape(f, [1, FOURS, 4])
+            if not WHOLE:
+                order = quad_order(weight, weight_h, h0, hidden, BLOCK)
+            f = tl.reshape(order, [1, FOURS, 4])
             v, w = _load_rows(source, stride_h, weight, weight_h, f, safe, hidden)
             sums, more = store_matches(
                 v, w * factor, h0, tile, rows, n, length_padded, padded, SIGN,
@@ -256,12 +222,40 @@ def _prepare_rows(
     tl.store(rows.correction + 2 * at + 1, tl.sum(tl.sum(matched, 2), 1))
 
 
+@triton.jit
+def _prepare_groups(
+    program, x, outer, inner, stride_row, stride_h, weight, weight_outer, weight_inner, weight_h,
+    rows, programs, count, length, groups, hidden, padded,
+    SIGN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, EXPONENTIAL: tl.constexpr,
+    QUADS: tl.constexpr, MATCHED: tl.constexpr, ALIGNED: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """So many groups of an entry, for which features are sorted once."""
+    length_padded = padded_length(length)
+    of_entry, tasks = length_padded // GROUP, tl.cdiv(length_padded, groups * GROUP)
+    n, o, m = batch_entry(program // tasks, count)
+    x += entry_offset(o, outer, m, inner, ALIGNED)
+    weight += entry_offset(o, weight_outer, m, weight_inner, ALIGNED)
+    if QUADS and program == 0:
+        fill_spare(rows.quads, programs // tasks * of_entry, padded, GROUP, SIGN, MATCHED)
+    order = tl.arange(0, BLOCK)
+    if MATCHED and WHOLE:
+        order = quad_order(weight, weight_h, 0, hidden, BLOCK)
+    first = program % tasks * groups
+    for tile in tl.range(first, tl.minimum(first + groups, of_entry), disable_licm=True):
+        # The maximum, lest what does not change in the loop take registers through it.
+        _prepare_rows(
+            x, stride_row, stride_h, weight, weight_h, tl.maximum(order, -tile), rows, n, tile,
+            length, length_padded, hidden, padded, SIGN, BLOCK, WHOLE, EXPONENTIAL, QUADS, MATCHED,
+            TARGET,
+        )  # fmt: skip
+
+
 @kernel
 def prepare_kernel(
     query, key, weight, query_outer, query_inner, query_row, query_h,
     key_outer, key_inner, key_row, key_h, weight_outer, weight_inner, weight_h,
-    prepared, query_rows, key_rows, row_programs, row_count, rows, key_programs, key_count, keys,
-    inner, hidden, padded, scale_bits, scale_exponent,
+    prepared, query_rows, key_rows, row_programs, row_count, rows,
+    key_programs, key_count, keys, groups, inner, hidden, padded, scale_bits, scale_exponent,
     BLOCK: tl.constexpr, WEIGHT_BLOCK: tl.constexpr, WHOLE: tl.constexpr,
     EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, ALIGNED: tl.constexpr,
     TARGET: tl.constexpr,
@@ -278,29 +272,18 @@ def prepare_kernel(
     elif query_rows is not None:
         padded = tl.multiple_of(padded, 4)
         if program >= row_programs:
-            program -= row_programs
-            keys_padded = padded_length(keys)
-            n, o, m = batch_entry(program // (keys_padded // GROUP), key_count)
-            if QUADS and program == 0:
-                fill_spare(key_rows.quads, key_programs, padded, GROUP, 1, MATCHED)
-            _prepare_rows(
-                key + entry_offset(o, key_outer, m, key_inner, ALIGNED), key_row, key_h,
-                weight + entry_offset(o, weight_outer, m, weight_inner, ALIGNED), weight_h,
-                key_rows, n,
-                program % (keys_padded // GROUP), keys, keys_padded, hidden, padded, 1, BLOCK,
-                WHOLE, EXPONENTIAL, QUADS, MATCHED, TARGET,
+            _prepare_groups(
+                program - row_programs, key, key_outer, key_inner, key_row, key_h,
+                weight, weight_outer, weight_inner, weight_h, key_rows, key_programs, key_count,
+                keys, groups, hidden, padded, 1, BLOCK, WHOLE, EXPONENTIAL, QUADS, MATCHED,
+                ALIGNED, TARGET,
             )  # fmt: skip
         else:
-            rows_padded = padded_length(rows)
-            n, o, m = batch_entry(program // (rows_padded // GROUP), row_count)
-            if QUADS and program == 0:
-                fill_spare(query_rows.quads, row_programs, padded, GROUP, -1, MATCHED)
-            _prepare_rows(
-                query + entry_offset(o, query_outer, m, query_inner, ALIGNED), query_row, query_h,
-                weight + entry_offset(o, weight_outer, m, weight_inner, ALIGNED), weight_h,
-                query_rows, n,
-                program % (rows_padded // GROUP), rows, rows_padded, hidden, padded, -1, BLOCK,
-                WHOLE, EXPONENTIAL, QUADS, MATCHED, TARGET,
+            _prepare_groups(
+                program, query, query_outer, query_inner, query_row, query_h,
+                weight, weight_outer, weight_inner, weight_h, query_rows, row_programs, row_count,
+                rows, groups, hidden, padded, -1, BLOCK, WHOLE, EXPONENTIAL, QUADS, MATCHED,
+                ALIGNED, TARGET,
             )  # fmt: skip
 
 
@@ -310,10 +293,10 @@ def _empty_rows(
     outer, inner, length = view.shape[:3]
     length_padded = (length + STEP.value + GROUP.value - 2) // GROUP.value * GROUP.value
 
+    of_rows = outer, inner, length_padded
+
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=view.device)
-
-    of_rows = outer, inner, length_padded
 
     numbers = padded // 2 * ((4 if queries else 3) if matched else 2)
     spare = (8 if queries and matched else 4) * SPARE.value
@@ -327,12 +310,6 @@ def _empty_rows(
         distance=empty(*of_rows),
         sketch=empty(*of_rows, SKETCH.value, dtype=torch.float16),
     )
-
-
-def batch_strides(x: Tensor, size: int = 1) -> tuple[int, int]:
-    """Of a contiguous (outer, inner, ...) with so many numbers each; 0 where it broadcasts."""
-    outer, inner = x.shape[:2]
-    return (0 if outer == 1 else inner * size), (0 if inner == 1 else size)
 
 
 def prepare(
@@ -366,7 +343,14 @@ def prepare(
         views.append(x)
         rows.append(None if wide else _empty_rows(x, padded, exponential, quads, matched, queries))
     prepared = Prepared(of_weight, rows[0], rows[1])
-    programs = [0 if x is None else x.size.numel() // GROUP.value for x in rows]
+    tile = tiles.prepare_tile(padded)
+    most = min(128, 2048 // tile["num_warps"])
+    counts = [0 if x is None else x.size.shape[2] // GROUP.value for x in rows]
+    entries, groups = [x.shape[0] * x.shape[1] for x in views], 1
+    if matched and tile["WHOLE"]:
+        resident = tiles.resident(32 * tile["num_warps"], most) * processors(weight.device)
+        groups = -(-sum(map(operator.mul, entries, counts)) // resident)
+    programs = [n * -(-count // groups) for n, count in zip(entries, counts, strict=True)]
     mantissa, exponent = (scale, 0) if wide else math.frexp(scale)
     launch(
         prepare_kernel, sum(programs) + outer * inner, weight,
@@ -374,10 +358,10 @@ def prepare(
         *(0 if n == 1 else s for n, s in zip(w.shape[:2], w.stride(), strict=False)), w.stride(2),
         *prepared,
         *(y for x, n in zip(views, programs, strict=True) for y in (n, x.shape[1], x.shape[2])),
-        inner, hidden, padded, bits(mantissa), exponent,
-        **tiles.prepare_tile(padded),
+        groups, inner, hidden, padded, bits(mantissa), exponent,
+        **tile,
         ALIGNED=aligned(*(s for x in (*views, w) for s in x.stride()[:2])),
         WEIGHT_BLOCK=power_of_two(padded), EXPONENTIAL=exponential, QUADS=quads, MATCHED=matched,
-        TARGET=target(),
+        TARGET=target(), **registers(most),
     )  # fmt: skip
     return prepared

@@ -16,6 +16,8 @@ SMALL_PAIRS = 2**22
 
 SUMMED_KEYS = 2**14  # tiles of rows times keys: with more, programs of their own add up dk
 
+PREPARED = 8  # numbers per thread, of rows that are prepared
+
 LONG = 24  # shorter rows or columns have tiles of their own, which are not tuned
 
 
@@ -123,13 +125,11 @@ def row_tile(padded_keys: int, wide: bool) -> dict[str, int]:
 
 
 def prepare_tile(padded: int) -> dict[str, int]:
-    """Features of eight rows at a time: 16 or 32 numbers per thread."""
+    """Features of eight rows at a time, PREPARED numbers per thread: with more the code is long,
+    and what a program reads of it takes more time than what it does."""
     BLOCK = min(1024, power_of_two(max(padded, 32)))
-    return {
-        "BLOCK": BLOCK,
-        "WHOLE": BLOCK >= padded,
-        "num_warps": max(min(2, BLOCK // 64), BLOCK // 128, 1),
-    }
+    num_warps = min(16, max(1, BLOCK // (4 * PREPARED)))
+    return {"BLOCK": BLOCK, "WHOLE": BLOCK >= padded, "num_warps": num_warps}
 
 
 def gradient_tile(rows: int, padded: int, wide: bool = False) -> dict[str, int]:
