@@ -62,6 +62,28 @@ def test_programs_that_prepare_several_groups_of_rows(monkeypatch):
     check_against_plain([make((2,), 70, 150, 72, 5)])
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize(("queries", "hidden"), [(5, 256), (12, 264), (40, 300)])
+def test_features_shared_by_groups_of_threads(queries, hidden, spread, monkeypatch):
+    """Where tiles are few; with |q|, |k| <= 1 in the difference form, and with opposite pairs."""
+    chosen = []
+
+    def tile(*sizes):
+        chosen.append(kept(*sizes))
+        return chosen[-1]
+
+    kept = tiles.attend_tile
+    monkeypatch.setattr(tiles, "attend_tile", tile)
+    monkeypatch.setattr(arguments, "processors", lambda device: 132)
+    case = make((2,), queries, 70, hidden, 5, spread=spread)
+    if spread == 0.1:
+        case = {name: x.clamp(-1, 1) for name, x in case.items()}
+    case["key"][:, 3] = -case["query"][:, 1]
+    check_against_plain([case])
+    assert chosen
+    assert all(tile.SPLIT > 1 for tile in chosen)
+
+
 @pytest.mark.parametrize("queries", [1, 3])
 def test_more_ranges_than_are_merged_at_a_time(queries, monkeypatch):
     monkeypatch.setattr(arguments, "processors", lambda device: 132)

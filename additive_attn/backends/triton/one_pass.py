@@ -100,9 +100,10 @@ def attend_kernel(
     seed, seed_outer, seed_inner, threshold, keep_bits,
     out, sums, lse, tops, totals, scores, merged,
     inner, entries, rows, keys, hidden, padded, values, left, right, splits, keys_per_split,
-    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, BD: tl.constexpr,
-    MEMORY: tl.constexpr, STORED: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
-    DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, SPLIT: tl.constexpr,
+    BD: tl.constexpr, MEMORY: tl.constexpr, STORED: tl.constexpr, CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr, DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """Some rows of an entry and a range of its keys. Without ``tops`` the range is all keys, and
     ``out`` and ``lse`` are final; else ``out`` is [split][entry][row], for ``merge_kernel``, or
@@ -175,7 +176,7 @@ def attend_kernel(
                     at_query, at_key, weight, quad_weight, score_scale,
                     low, high, mask, mask_row, mask_column, block_tiles, row0, key0, rows, keys,
                     hidden, padded,
-                    RM, TM, RN, TN, DIFFERENCE, TARGET, ACC,
+                    RM, TM, RN, TN, SPLIT, DIFFERENCE, TARGET, ACC,
                 )  # fmt: skip
                 if STORED:
                     store_tile(scores, stored(score, attended), n, row0, key0, rows, keys)
@@ -221,7 +222,7 @@ def attend(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
     size = p.dtype.itemsize
     # A range of keys has two tiles at least.
     least = -(-p.processors // (p.entries * max(1, p.keys // 128)))
-    tile = tiles.attend_tile(p.rows, p.wide, p.values, least, size)
+    tile = tiles.attend_tile(p.rows, p.padded, p.wide, p.values, least, size)
     columns = tiles.attend_columns(p.values, p.wide, tile, size)
     programs = p.entries * -(-p.rows // tile.rows)
     splits, per_split = pass_splits(

@@ -154,23 +154,23 @@ def _add_matches(
 
 @triton.jit
 def matched_sums(
-    a_rows, b_rows, quads, a_step, b_step,
+    a_rows, b_rows, quads, p_first, p_last, a_step, b_step,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """The fractions of the matches of so many quads, an even number (math.md, eq. 29), [RM, RN,
-    TM, TN].
+    TM, TN]. ``p_first`` and ``p_last``: where p of the first quad and of the last are, in quads.
 
     What is loaded of p at a time serves this quad and the next, which is the first of another
     two: so no more than that has to stay in registers. The last quad's is beside the first's."""
     total = tl.zeros([RN, RM, TM, TN], tl.float32)
     a4, c4 = _load_matched(a_rows, 0, a_step)
     b4 = _load_keys(b_rows, 0, b_step)
-    _p0, _p1, p2, p3 = tile4(_load_keys(b_rows, quads, b_step), RN, TM, TN)
+    _p0, _p1, p2, p3 = tile4(_load_keys(b_rows, p_first, b_step), RN, TM, TN)
     for u in range(0, quads, 2):
         a5, c5 = _load_matched(a_rows, u + 1, a_step)
         b5 = _load_keys(b_rows, u + 1, b_step)
         after = tl.where(u + 2 < quads, u + 2, 0)
-        p4 = _load_keys(b_rows, quads + after // 2, b_step)
+        p4 = _load_keys(b_rows, tl.where(after > 0, p_first + after // 2, p_last), b_step)
         total = _add_matches(total, a4, c4, b4, p2, p3, RM, TM, RN, TN, TARGET)
         a4, c4 = _load_matched(a_rows, after, a_step)
         b4 = _load_keys(b_rows, after, b_step)

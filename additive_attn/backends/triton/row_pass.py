@@ -139,7 +139,8 @@ def row_pass_kernel(
     lse, scores, products, gradient, flags,
     inner, rows, row_padded, keys, key_padded, score_padded, hidden, padded, values, left, right,
     splits, keys_per_split,
-    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, BD: tl.constexpr,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, SPLIT: tl.constexpr,
+    BD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, DIFFERENCE: tl.constexpr,
     PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +190,7 @@ def row_pass_kernel(
                 prepared.score_scale + 2 * at_weight,
                 low, high, mask, mask_row, mask_column, block_tiles,
                 row0, key0, rows, keys, hidden, padded,
-                RM, TM, RN, TN, DIFFERENCE, TARGET, ACC,
+                RM, TM, RN, TN, SPLIT, DIFFERENCE, TARGET, ACC,
             )  # fmt: skip
             kept = stored(score, attended)
             store_tile(scores, kept, 0, row0, key0, rows, score_padded)
@@ -218,7 +219,9 @@ def row_pass(
     p: Problem, lse: Tensor, upstream: Upstream, gradient: Tensor
 ) -> tuple[Tensor, Flags]:
     """Fills G of all rows, padded; P o D, padded, and the tiles with opposite pairs."""
-    tile = tiles.row_pass_tile(p.entries, p.rows, p.keys, p.values, p.dtype.itemsize, p.processors)
+    tile = tiles.row_pass_tile(
+        p.entries, p.rows, p.keys, p.padded, p.values, p.dtype.itemsize, p.processors
+    )
     if tile is not None:
         scores, _, flags = _launch(p, tile, lse, upstream, gradient)
         return scores, flags

@@ -58,18 +58,22 @@ def _within(begin, i, count):
 def _indirect(
     query_rows, key_rows, weight, quad_weight, at_query, at_key, row0, key0, i, j, rows, keys,
     padded, small,
-    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, SPLIT: tl.constexpr,
     DIFFERENCE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """The energies of a tile in the matched or the difference form, [RM, RN, TM, TN]. Of rows and
-    keys beyond the last they may be anything: what is read in their place is another's."""
+    keys beyond the last they may be anything: what is read in their place is another's.
+
+    SPLIT TM = TS: each of so many groups of threads takes a range of features."""
+    TS: tl.constexpr = SPLIT * TM
     padded = tl.multiple_of(padded, 4)
     OF_ROW: tl.constexpr = 4 if DIFFERENCE else 8  # numbers of a quad
     a_step = OF_ROW * padded_length(rows).to(tl.int64)
     b_step = 4 * padded_length(keys).to(tl.int64)
     f = tl.arange(0, 4)
-    none = tl.zeros([1, TM, TN, 1], tl.int32)
-    ri = tile_rows(0, RM // 2, TM)  # [RM / 2, TM], of twins
+    none = tl.zeros([1, TS, TN, 1], tl.int32)
+    thread = tl.arange(0, TS)[None, :]
+    ri = RM // 2 * (thread % TM) + tl.arange(0, RM // 2)[:, None]  # [RM / 2, TS], of twins
     rj = tile_keys(0, RN, TN)  # [RN, TN]
     of_rows = 2 * OF_ROW * ri[:, :, None, None] + none + f[None, None, None, :]
     of_keys = 4 * rj[:, None, :, None] + none + f[None, None, None, :]
@@ -78,23 +82,39 @@ def _indirect(
     at_first = at_key * quad_numbers(padded, 1, not DIFFERENCE) + 4 * key0
     b_rows = key_rows.quads + at_first + of_keys
     quads = padded // 4
+    p_first = quads
+    p_last = quads
+    if SPLIT > 1:
+        part = thread[:, :, None, None] // TM  # [1, TS, 1, 1]
+        quads //= SPLIT
+        first = part * quads
+        a_rows += first * a_step
+        b_rows += first * b_step
+        at_weight = 4 * quads * (tl.arange(0, TS)[None, None, :, None] // TM)  # [1, 1, TS, 1]
+        weight += at_weight
+        quad_weight += at_weight
+        p_last = tl.where(part == SPLIT - 1, p_last - first, p_first - (first - quads) // 2)
+        p_first -= first // 2
     if DIFFERENCE:
         if small:
             total = difference_sums(
-                a_rows, b_rows, weight, quads, a_step, b_step, RM, TM, RN, TN, True, TARGET
+                a_rows, b_rows, weight, quads, a_step, b_step, RM, TS, RN, TN, True, TARGET
             )
         else:
             total = difference_sums(
-                a_rows, b_rows, weight, quads, a_step, b_step, RM, TM, RN, TN, False, TARGET
+                a_rows, b_rows, weight, quads, a_step, b_step, RM, TS, RN, TN, False, TARGET
             )
     elif small:
         total = difference_sums(
-            a_rows, b_rows, quad_weight, quads, a_step, b_step, RM, TM, RN, TN, True, TARGET
+            a_rows, b_rows, quad_weight, quads, a_step, b_step, RM, TS, RN, TN, True, TARGET
         )
     else:
         total = matched_sums(
-            a_rows, b_rows, quads, a_step, b_step, RM, TM, RN, TN, TARGET,
-        )  # fmt: skip
+            a_rows, b_rows, quads, p_first, p_last, a_step, b_step, RM, TS, RN, TN, TARGET
+        )
+    if SPLIT > 1:
+        total = tl.sum(tl.reshape(total, [RM, RN, SPLIT, TM, TN]), 2)
+    if not (DIFFERENCE | small):
         of_row = tl.load(query_rows.correction + 2 * _within(at_query, i, rows) + 1)
         total += of_row + tl.load(key_rows.correction + 2 * _within(at_key, j, keys) + 1)
     return total
@@ -146,7 +166,7 @@ def pair_scores(
     query, key, query_row, query_h, key_row, key_h, query_rows, key_rows, at_query, at_key,
     weight, quad_weight, score_scale, low, high, mask, mask_row, mask_column, block_tiles,
     row0, key0, rows, keys, hidden, padded,
-    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, SPLIT: tl.constexpr,
     DIFFERENCE: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Of a tile, [RM, RN, TM, TN]: scale * score + mask; which pairs are attended; and whether one
@@ -179,7 +199,7 @@ def pair_scores(
             small = _all_small(query_rows, key_rows, qi, kj, attended)
         total = _indirect(
             query_rows, key_rows, weight, quad_weight, at_query, at_key, row0, key0, i, j, rows,
-            keys, padded, small, RM, TM, RN, TN, DIFFERENCE, TARGET,
+            keys, padded, small, RM, TM, RN, TN, SPLIT, DIFFERENCE, TARGET,
         )  # fmt: skip
         if special:
             _bias, attended = attended_pairs(
@@ -251,7 +271,7 @@ def score_kernel(
     lengths, length_outer, length_inner, length_row,
     scores, flags, inner, entry_begin, rows, row_begin, row_count, keys, key_begin, score_padded,
     hidden, padded, left, right,
-    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
+    RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, SPLIT: tl.constexpr,
     DIFFERENCE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """scores [entry][row][key] of rows from row_begin and keys from key_begin, tile by tile:
@@ -292,7 +312,7 @@ def score_kernel(
             prepared.score_scale + 2 * at_weight,
             low, high, mask, mask_row, mask_column, block_tiles,
             row0, key0, rows, keys, hidden, padded,
-            RM, TM, RN, TN, DIFFERENCE, TARGET, ACC,
+            RM, TM, RN, TN, SPLIT, DIFFERENCE, TARGET, ACC,
         )  # fmt: skip
         kept = stored(score, attended)
         store_tile(scores, kept, entry, r0, c0, row_count, score_padded)

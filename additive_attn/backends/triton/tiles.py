@@ -16,6 +16,10 @@ SMALL_PAIRS = 2**22
 
 SUMMED_KEYS = 2**14  # tiles of rows times keys: with more, programs of their own add up dk
 
+# So many features are shared out over groups of threads where tiles of pairs are few: by whole
+# blocks of features, and each group takes an even number of quads.
+SHARED_FEATURES, SPLIT = 256, 4
+
 PREPARED = 8  # numbers per thread, of rows that are prepared
 
 LONG = 24  # shorter rows or columns have tiles of their own, which are not tuned
@@ -28,12 +32,13 @@ def power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """RM x RN pairs per thread, TM x TN threads."""
+    """RM x RN pairs per thread, TM x TN threads; so many times SPLIT, which share the features."""
 
     RM: int
     TM: int
     RN: int
     TN: int
+    SPLIT: int = 1
 
     @property
     def rows(self) -> int:
@@ -45,10 +50,10 @@ class Tile:
 
     @property
     def warps(self) -> int:
-        return max(1, self.TM * self.TN // 32)
+        return max(1, self.SPLIT * self.TM * self.TN // 32)
 
     def sizes(self) -> dict[str, int]:
-        return {"RM": self.RM, "TM": self.TM, "RN": self.RN, "TN": self.TN}
+        return {"RM": self.RM, "TM": self.TM, "RN": self.RN, "TN": self.TN, "SPLIT": self.SPLIT}
 
 
 def score_tile(rows: int, wide: bool = False) -> Tile:
@@ -62,18 +67,22 @@ def score_tile(rows: int, wide: bool = False) -> Tile:
     return Tile(4, 2, 2, 64) if rows > 4 else Tile(2, 2, 2, 64)
 
 
-def attend_tile(rows: int, wide: bool, values: int, least: int, size: int) -> Tile:
-    """For attention in one pass. A row lies within a warp, so that its softmax needs no other.
-    ``least``: how many tiles of rows all multiprocessors need; ``size``: bytes of a number. Many
-    rows share what is loaded of keys and values, but leave fewer registers for products."""
+def attend_tile(rows: int, features: int, wide: bool, values: int, least: int, size: int) -> Tile:
+    """For attention in one pass. A row lies within a warp, so that its softmax needs no other,
+    unless tiles are few and warps share many features. ``least``: how many tiles of rows all
+    multiprocessors need; ``size``: bytes of a number. Many rows share what is loaded of keys and
+    values, but leave fewer registers for products."""
     if wide:
         return Tile(2, 8, 2, 16)
+    shared = features >= SHARED_FEATURES
     if rows < 24:
-        return Tile(4, 4, 4, 32) if rows > 8 else Tile(4, 2, 4, 32)
+        TM = 4 if rows > 8 else 2
+        few = -(-rows // (4 * TM)) < least
+        return Tile(4, TM, 2, 16, SPLIT) if few and shared else Tile(4, TM, 4, 32)
     RM = 8 if size == 2 or values > 64 else 4
     while RM > 2 and -(-rows // (8 * RM)) < least:
         RM //= 2
-    return Tile(RM, 8, 4, 16)
+    return Tile(4, 4, 4, 16, SPLIT) if RM == 2 and shared else Tile(RM, 8, 4, 16)
 
 
 def attend_columns(values: int, wide: bool, tile: Tile, size: int) -> int:
@@ -92,11 +101,11 @@ def is_small(entries: int, rows: int, keys: int, row_tiles: int) -> bool:
 
 
 def row_pass_tile(
-    entries: int, rows: int, keys: int, values: int, size: int, processors: int
+    entries: int, rows: int, keys: int, features: int, values: int, size: int, processors: int
 ) -> Tile | None:
     """For P and G of rows in one kernel: where the host takes longer than the device, and tiles of
     rows alone fill it, or a row has few tiles."""
-    tile = attend_tile(rows, False, values, -(-processors // entries), size)
+    tile = attend_tile(rows, features, False, values, -(-processors // entries), size)
     few = entries * -(-rows // tile.rows) < processors and keys > 2 * tile.keys
     return None if few else tile
 
