@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
-SAID = r"E  |FAILED|ERROR|passed by|skipped \d|left out|=*.* (passed|failed|error)"
+SAID = r"E  |.*FAILED|ERROR|passed by|skipped \d|left out|=*.* (passed|failed|error)"
 # What is about the CPU, or is only compiled, and runs on any machine.
 NOT_ON_A_GPU = {
     "test_memory.py", "test_library.py", "test_architecture.py", "test_plot.py", "test_errors.py",
@@ -155,7 +155,7 @@ def pytest(*arguments: str) -> tuple[str, ...]:
 
 def tests(check: Check) -> Callable[[float], str]:
     """The tests, in processes side by side. One whose GPU work has failed is replaced
-    (tests/conftest.py)."""
+    (tests/conftest.py). Each is named as it ends: a run that is cut off makes no summary."""
     chosen = files()
     if check.dry:
         chosen = [x for x in chosen if x.endswith(("test_triton_probe.py", "test_merge.py"))]
@@ -163,7 +163,7 @@ def tests(check: Check) -> Callable[[float], str]:
     environment = {"ADDITIVE_ATTN_TEST_DEVICE": "cpu" if check.dry else "cuda"}
     if check.dry:
         environment["ADDITIVE_ATTN_CPU"] = "pytorch"
-    command = pytest("-n", str(workers), "--dist", "worksteal", *chosen)
+    command = pytest("-vv", "-n", str(workers), "--dist", "worksteal", *chosen)
 
     def run(limit: float) -> str:
         code, output = execute(command, limit - 10, environment)
