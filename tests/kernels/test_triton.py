@@ -3,6 +3,7 @@ interpreter, or on a GPU with ADDITIVE_ATTN_TEST_DEVICE=cuda."""
 
 from __future__ import annotations
 
+import itertools
 import mmap
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from oracle import (
     DEVICE,
+    INPUTS,
+    SCORED,
     assert_layout_free,
     assert_same,
     check_against_plain,
@@ -22,7 +25,7 @@ from oracle import (
     random_upstream,
 )
 
-from additive_attn import additive_attention
+from additive_attn import additive_attention, additive_scores
 from additive_attn.backends.plain import blocks
 from additive_attn.ops import dispatch
 from additive_attn.spec.dropout import draw_seed
@@ -329,6 +332,26 @@ def test_repeats_to_the_bit(shape):
     for ours, again in zip(first, second, strict=True):
         for name in ours:
             assert_same(ours[name], again[name], name)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["f32", "f64"])
+@pytest.mark.parametrize("scores", [False, True], ids=["out", "scores"])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_gradients_of_some_arguments_alone(queries, scores, wide):
+    inputs = make((2,), queries, 20, 9, 6, dtype=torch.float64 if wide else torch.float32)
+    names = SCORED if scores else INPUTS
+
+    def gradients_of(wanted):
+        x = {n: inputs[n].detach().requires_grad_(n in wanted) for n in names}
+        total = additive_scores(**x) if scores else additive_attention(**x)
+        found = torch.autograd.grad(total.square().sum(), [x[n] for n in wanted])
+        return dict(zip(wanted, found, strict=True))
+
+    together = gradients_of(names)
+    for count in range(1, len(names)):
+        for wanted in itertools.combinations(names, count):
+            for name, alone in gradients_of(wanted).items():
+                torch.testing.assert_close(alone, together[name], msg=f"{name} of {wanted}")
 
 
 def test_backward_under_autocast():

@@ -170,7 +170,7 @@ def feature_pass(
     if need_weight:
         weight_sums = gradient.new_empty(ranges * row_tiles + shares, entries, p.hidden)
     programs = entries * row_tiles * plan.feature_tiles * ranges
-    if query is None and not need_key:
+    if query is None and not (need_key or need_weight):
         programs = 0
     value_programs, value, block = _value(p, finish)
     totals = None
