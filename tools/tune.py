@@ -43,7 +43,6 @@ CHOICES: dict[str, list[Any]] = {
     "WORKSPACE_ELEMENTS": [2**power for power in (22, 23, 25, 26)],
     "score_tile": [{"RM": 4, "TM": 16}, {"RN": 2}, {"RN": 2, "TN": 32}, {"TM": 16}],
     "attend_tile": [{"RN": 8}, {"TN": 8}, {"RM": 8}, {"RM": 4}, {"RM": 2}, {"TM": 16}],
-    "PREPARED": [8, 32],
     "attend_columns": [32, 64, 128],
     "gradient_tile": [{"RX": 4}, {"TX": 4, "TF": 8}, {"TX": 2, "TF": 16}],
     "key_sum_tile": [{"TILES": 4}, {"FEATURES": 64}, {"BLOCK": 32}, {"num_warps": 2}],

@@ -57,9 +57,9 @@ def test_sums_over_tiles_of_rows_and_ranges_of_keys(small, monkeypatch):
 
 
 def test_programs_that_prepare_several_groups_of_rows(monkeypatch):
-    """Of two entries: 19 and 10 groups of 8 rows each, of which a program takes 8."""
+    """Of two entries: 19 and 10 groups of 8 rows each, all of which a round of programs takes."""
     monkeypatch.setattr(prepare, "processors", lambda device: 1)
-    check_against_plain([make((2,), 70, 150, 72, 5)])
+    check_against_plain([make((2,), 70, 150, 520, 5)])
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])

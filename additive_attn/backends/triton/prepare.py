@@ -147,12 +147,12 @@ def _store_exponentials(
 @triton.jit
 def _prepare_rows(
     x, stride_row, stride_h, weight, weight_h, order, rows, n, tile, length, length_padded, hidden,
-    padded, SIGN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    padded, SIGN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SEVERAL: tl.constexpr,
     EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """A group of rows, [GROUP, BLOCK / 4, 4] at a time: threads read and write four features of
-    neighbouring rows, in every layout. WHOLE: BLOCK features are all, in this ``order`` in quads.
-    Sums stay apart per thread until the loops end."""
+    neighbouring rows, in every layout. WHOLE: BLOCK features are all; SEVERAL: their
+    ``order`` in quads is known. Sums stay apart per thread until the loops end."""
     FOURS: tl.constexpr = BLOCK // 4
     row = tile * GROUP + tl.arange(0, GROUP)
     h = 4 * tl.arange(0, FOURS)[None, :, None] + tl.arange(0, 4)[None, None, :]
@@ -208,7 +208,7 @@ def _prepare_rows(
     if MATCHED:
         total = tl.zeros([GROUP, FOURS, 4], tl.float32)
         for h0 in range(0, BLOCK if WHOLE else padded, BLOCK):
-            if not WHOLE:
+            if not SEVERAL:
                 order = quad_order(weight, weight_h, h0, hidden, BLOCK)
             f = tl.reshape(order, [1, FOURS, 4])
             v, w = _load_rows(source, stride_h, weight, weight_h, f, safe, hidden)
@@ -226,10 +226,11 @@ def _prepare_rows(
 def _prepare_groups(
     program, x, outer, inner, stride_row, stride_h, weight, weight_outer, weight_inner, weight_h,
     rows, programs, count, length, groups, hidden, padded,
-    SIGN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, EXPONENTIAL: tl.constexpr,
-    QUADS: tl.constexpr, MATCHED: tl.constexpr, ALIGNED: tl.constexpr, TARGET: tl.constexpr,
+    SIGN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SEVERAL: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, ALIGNED: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
-    """So many groups of an entry, for which features are sorted once."""
+    """So many groups of an entry: one, unless SEVERAL."""
     length_padded = padded_length(length)
     of_entry, tasks = length_padded // GROUP, tl.cdiv(length_padded, groups * GROUP)
     n, o, m = batch_entry(program // tasks, count)
@@ -237,16 +238,23 @@ def _prepare_groups(
     weight += entry_offset(o, weight_outer, m, weight_inner, ALIGNED)
     if QUADS and program == 0:
         fill_spare(rows.quads, programs // tasks * of_entry, padded, GROUP, SIGN, MATCHED)
-    order = tl.arange(0, BLOCK)
-    if MATCHED and WHOLE:
-        order = quad_order(weight, weight_h, 0, hidden, BLOCK)
     first = program % tasks * groups
-    for tile in tl.range(first, tl.minimum(first + groups, of_entry), disable_licm=True):
-        # The maximum, lest what does not change in the loop take registers through it.
+    order = tl.arange(0, BLOCK)
+    if SEVERAL:
+        if MATCHED:
+            order = quad_order(weight, weight_h, 0, hidden, BLOCK)
+        for tile in tl.range(first, tl.minimum(first + groups, of_entry), disable_licm=True):
+            # The maximum, lest what does not change in the loop take registers through it.
+            _prepare_rows(
+                x, stride_row, stride_h, weight, weight_h, tl.maximum(order, -tile), rows, n, tile,
+                length, length_padded, hidden, padded, SIGN, BLOCK, WHOLE, SEVERAL, EXPONENTIAL,
+                QUADS, MATCHED, TARGET,
+            )  # fmt: skip
+    else:
         _prepare_rows(
-            x, stride_row, stride_h, weight, weight_h, tl.maximum(order, -tile), rows, n, tile,
-            length, length_padded, hidden, padded, SIGN, BLOCK, WHOLE, EXPONENTIAL, QUADS, MATCHED,
-            TARGET,
+            x, stride_row, stride_h, weight, weight_h, order, rows, n, first, length,
+            length_padded, hidden, padded, SIGN, BLOCK, WHOLE, SEVERAL, EXPONENTIAL, QUADS,
+            MATCHED, TARGET,
         )  # fmt: skip
 
 
@@ -256,7 +264,7 @@ def prepare_kernel(
     key_outer, key_inner, key_row, key_h, weight_outer, weight_inner, weight_h,
     prepared, query_rows, key_rows, row_programs, row_count, rows,
     key_programs, key_count, keys, groups, inner, hidden, padded, scale_bits, scale_exponent,
-    BLOCK: tl.constexpr, WEIGHT_BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr, WEIGHT_BLOCK: tl.constexpr, WHOLE: tl.constexpr, SEVERAL: tl.constexpr,
     EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, ALIGNED: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
@@ -275,15 +283,15 @@ def prepare_kernel(
             _prepare_groups(
                 program - row_programs, key, key_outer, key_inner, key_row, key_h,
                 weight, weight_outer, weight_inner, weight_h, key_rows, key_programs, key_count,
-                keys, groups, hidden, padded, 1, BLOCK, WHOLE, EXPONENTIAL, QUADS, MATCHED,
-                ALIGNED, TARGET,
+                keys, groups, hidden, padded, 1, BLOCK, WHOLE, SEVERAL, EXPONENTIAL, QUADS,
+                MATCHED, ALIGNED, TARGET,
             )  # fmt: skip
         else:
             _prepare_groups(
                 program, query, query_outer, query_inner, query_row, query_h,
                 weight, weight_outer, weight_inner, weight_h, query_rows, row_programs, row_count,
-                rows, groups, hidden, padded, -1, BLOCK, WHOLE, EXPONENTIAL, QUADS, MATCHED,
-                ALIGNED, TARGET,
+                rows, groups, hidden, padded, -1, BLOCK, WHOLE, SEVERAL, EXPONENTIAL, QUADS,
+                MATCHED, ALIGNED, TARGET,
             )  # fmt: skip
 
 
@@ -344,12 +352,11 @@ def prepare(
         rows.append(None if wide else _empty_rows(x, padded, exponential, quads, matched, queries))
     prepared = Prepared(of_weight, rows[0], rows[1])
     tile = tiles.prepare_tile(padded)
-    most = min(128, 2048 // tile["num_warps"])
     counts = [0 if x is None else x.size.shape[2] // GROUP.value for x in rows]
     entries, groups = [x.shape[0] * x.shape[1] for x in views], 1
-    if matched and tile["WHOLE"]:
-        resident = tiles.resident(32 * tile["num_warps"], most) * processors(weight.device)
-        groups = -(-sum(map(operator.mul, entries, counts)) // resident)
+    if tile["SEVERAL"]:
+        resident = tiles.resident(32 * tile["num_warps"], 128) * processors(weight.device)
+        groups = max(1, -(-sum(map(operator.mul, entries, counts)) // resident))
     programs = [n * -(-count // groups) for n, count in zip(entries, counts, strict=True)]
     mantissa, exponent = (scale, 0) if wide else math.frexp(scale)
     launch(
@@ -362,6 +369,6 @@ def prepare(
         **tile,
         ALIGNED=aligned(*(s for x in (*views, w) for s in x.stride()[:2])),
         WEIGHT_BLOCK=power_of_two(padded), EXPONENTIAL=exponential, QUADS=quads, MATCHED=matched,
-        TARGET=target(), **registers(most),
+        TARGET=target(), **(registers(128) if tile["SEVERAL"] else {}),
     )  # fmt: skip
     return prepared

@@ -20,8 +20,6 @@ SUMMED_KEYS = 2**14  # tiles of rows times keys: with more, programs of their ow
 # blocks of features, and each group takes an even number of quads.
 SHARED_FEATURES, SPLIT = 256, 4
 
-PREPARED = 8  # numbers per thread, of rows that are prepared
-
 LONG = 24  # shorter rows or columns have tiles of their own, which are not tuned
 
 
@@ -134,11 +132,17 @@ def row_tile(padded_keys: int, wide: bool) -> dict[str, int]:
 
 
 def prepare_tile(padded: int) -> dict[str, int]:
-    """Features of eight rows at a time, PREPARED numbers per thread: with more the code is long,
-    and what a program reads of it takes more time than what it does."""
+    """Features of eight rows at a time, 16 or 32 numbers per thread. SEVERAL: a program takes
+    several groups of rows, and sorts features once. Of many features an H200 waits for what it
+    reads of the code; of few, more and smaller programs took less time there."""
     BLOCK = min(1024, power_of_two(max(padded, 32)))
-    num_warps = min(16, max(1, BLOCK // (4 * PREPARED)))
-    return {"BLOCK": BLOCK, "WHOLE": BLOCK >= padded, "num_warps": num_warps}
+    SEVERAL = 512 < padded <= BLOCK
+    return {
+        "BLOCK": BLOCK,
+        "WHOLE": BLOCK >= padded,
+        "SEVERAL": SEVERAL,
+        "num_warps": 16 if SEVERAL else max(min(2, BLOCK // 64), BLOCK // 128, 1),
+    }
 
 
 def gradient_tile(rows: int, padded: int, wide: bool = False) -> dict[str, int]:
