@@ -332,6 +332,7 @@ def test_what_pre_hooks_make_of_parameters_is_new_in_steps_too(tool, name):
         torch.optim.SGD(parameters, 0.1).step()
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="quantised products are the CPU's")
 def test_quantised():
     layer, x = made(dtype=torch.float32).eval(), torch.randn(N, S, E)
     with torch.no_grad():
