@@ -62,8 +62,10 @@ def test_programs_that_prepare_several_groups_of_rows(monkeypatch):
     check_against_plain([make((2,), 70, 150, 520, 5)])
 
 
-@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
-@pytest.mark.parametrize(("queries", "hidden"), [(5, 256), (12, 264), (40, 300)])
+@pytest.mark.parametrize(
+    ("queries", "hidden", "spread"),
+    [(5, 256, 0.1), (12, 264, 1.0), (40, 300, 0.1), (40, 300, 3.0)],
+)
 def test_features_shared_by_groups_of_threads(queries, hidden, spread, monkeypatch):
     """Where tiles are few; with |q|, |k| <= 1 in the difference form, and with opposite pairs."""
     chosen = []
