@@ -104,6 +104,8 @@ def row_pass_tile(
     """For P and G of rows in one kernel: where the host takes longer than the device, and tiles of
     rows alone fill it, or a row has few tiles."""
     tile = attend_tile(rows, features, False, values, -(-processors // entries), size)
+    # Its flags are of whole blocks of keys of the pass over features.
+    tile = replace(tile, RN=max(tile.RN, gradient_block(keys) // tile.TN))
     few = entries * -(-rows // tile.rows) < processors and keys > 2 * tile.keys
     return None if few else tile
 
