@@ -158,7 +158,8 @@ def matched_sums(
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """The fractions of the matches of so many quads, an even number (math.md, eq. 29), [RM, RN,
-    TM, TN]. ``p_first`` and ``p_last``: where p of the first quad and of the last are, in quads.
+    TM, TN]. ``p_first`` and ``p_last``: where p of the first quad and of the last are, in quads;
+    None: at the same place.
 
     What is loaded of p at a time serves this quad and the next, which is the first of another
     two: so no more than that has to stay in registers. The last quad's is beside the first's."""
@@ -170,7 +171,10 @@ def matched_sums(
         a5, c5 = _load_matched(a_rows, u + 1, a_step)
         b5 = _load_keys(b_rows, u + 1, b_step)
         after = tl.where(u + 2 < quads, u + 2, 0)
-        p4 = _load_keys(b_rows, tl.where(after > 0, p_first + after // 2, p_last), b_step)
+        p_at = p_first + after // 2
+        if p_last is not None:
+            p_at = tl.where(after > 0, p_at, p_last)
+        p4 = _load_keys(b_rows, p_at, b_step)
         total = _add_matches(total, a4, c4, b4, p2, p3, RM, TM, RN, TN, TARGET)
         a4, c4 = _load_matched(a_rows, after, a_step)
         b4 = _load_keys(b_rows, after, b_step)

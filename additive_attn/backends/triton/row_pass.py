@@ -140,9 +140,8 @@ def row_pass_kernel(
     inner, rows, row_padded, keys, key_padded, score_padded, hidden, padded, values, left, right,
     splits, keys_per_split,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, SPLIT: tl.constexpr,
-    BD: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, DIFFERENCE: tl.constexpr,
-    PRECISION: tl.constexpr, TARGET: tl.constexpr,
+    BD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """BM rows of an entry: P o D to ``scores`` [entry][row][key], G to ``gradient`` as
     ``row_gradient_kernel`` writes it, and ``flags`` as ``score_kernel`` does. Without ``gradient``

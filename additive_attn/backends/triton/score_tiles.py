@@ -72,8 +72,7 @@ def _indirect(
     b_step = 4 * padded_length(keys).to(tl.int64)
     f = tl.arange(0, 4)
     none = tl.zeros([1, TS, TN, 1], tl.int32)
-    thread = tl.arange(0, TS)[None, :]
-    ri = RM // 2 * (thread % TM) + tl.arange(0, RM // 2)[:, None]  # [RM / 2, TS], of twins
+    ri = tile_rows(0, RM // 2, TS) % (RM // 2 * TM)  # [RM / 2, TS], of twins
     rj = tile_keys(0, RN, TN)  # [RN, TN]
     of_rows = 2 * OF_ROW * ri[:, :, None, None] + none + f[None, None, None, :]
     of_keys = 4 * rj[:, None, :, None] + none + f[None, None, None, :]
@@ -83,9 +82,9 @@ def _indirect(
     b_rows = key_rows.quads + at_first + of_keys
     quads = padded // 4
     p_first = quads
-    p_last = quads
+    p_last = None
     if SPLIT > 1:
-        part = thread[:, :, None, None] // TM  # [1, TS, 1, 1]
+        part = tl.arange(0, TS)[None, :, None, None] // TM  # [1, TS, 1, 1]
         quads //= SPLIT
         first = part * quads
         a_rows += first * a_step
@@ -93,7 +92,7 @@ def _indirect(
         at_weight = 4 * quads * (tl.arange(0, TS)[None, None, :, None] // TM)  # [1, 1, TS, 1]
         weight += at_weight
         quad_weight += at_weight
-        p_last = tl.where(part == SPLIT - 1, p_last - first, p_first - (first - quads) // 2)
+        p_last = p_first - tl.where(part == SPLIT - 1, first, (first - quads) // 2)
         p_first -= first // 2
     if DIFFERENCE:
         if small:
