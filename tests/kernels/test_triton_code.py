@@ -98,7 +98,7 @@ CALLS = {
     "96 features": call(1, 80, 80, 96, 64),
     "few rows": call(2, 12, 100_000, 128, 64),
     "few tiles": call(2, 8, 64, 512, 64, need_weights=False),
-    "few tiles of many rows": call(2, 50, 50, 1024, 64, need_weights=False),
+    "few tiles of many rows": call(1, 50, 50, 1024, 64, need_weights=False),
     "6 rows": call(2, 6, 40, 40, 64, mask=torch.bool),
     "16 rows": call(1, 16, 700, 64, 64, need_weights=False),
     "few keys": call(2, 300, 3, 128, 64),
