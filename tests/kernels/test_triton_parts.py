@@ -64,8 +64,8 @@ def test_sums_over_tiles_of_rows_and_ranges_of_keys(small, monkeypatch):
 @pytest.mark.parametrize("hidden", [520, 1020])
 def test_programs_that_prepare_several_groups_of_rows(hidden, monkeypatch):
     """Of two entries of 3 and 6 groups of 8 rows each, programs take 5 or all: they write the bits
-    that programs of one group write. Scores would not tell: a row whose size is NaN, as memory of
-    the tests is that nobody wrote, counts as too large for exponentials."""
+    that programs of one group write. Scores may not tell: where nobody wrote the size of a row, it
+    may read as too large for exponentials, and the row takes none."""
     case = make((2,), 21, 45, hidden, 1)
     prepared = returned(monkeypatch, arguments, "prepare")
     for processors in (2**20, 4, 1):
@@ -79,14 +79,14 @@ def test_programs_that_prepare_several_groups_of_rows(hidden, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("queries", "hidden", "spread"),
-    [(5, 256, 0.1), (12, 264, 1.0), (40, 300, 0.1), (40, 300, 3.0)],
+    ("queries", "keys", "hidden", "spread"),
+    [(5, 70, 256, 0.1), (12, 70, 264, 1.0), (25, 60, 300, 0.1), (25, 60, 300, 3.0)],
 )
-def test_features_shared_by_groups_of_threads(queries, hidden, spread, monkeypatch):
+def test_features_shared_by_groups_of_threads(queries, keys, hidden, spread, monkeypatch):
     """Where tiles are few; with |q|, |k| <= 1 in the difference form, and with opposite pairs."""
     chosen = returned(monkeypatch, tiles, "attend_tile")
     monkeypatch.setattr(arguments, "processors", lambda device: 132)
-    case = make((2,), queries, 70, hidden, 5, spread=spread)
+    case = make((2,), queries, keys, hidden, 5, spread=spread)
     if spread == 0.1:
         case = {name: x.clamp(-1, 1) for name, x in case.items()}
     case["key"][:, 3] = -case["query"][:, 1]
