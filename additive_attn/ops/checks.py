@@ -248,10 +248,10 @@ def aligned_lengths(
 
 def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
     """Whether each dim, counted from the last, is equal or 1."""
-    return len(shape) <= len(full) and all(
-        size == 1 or size == wanted
-        for size, wanted in zip(reversed(shape), reversed(full), strict=False)
-    )
+    for size, wanted in zip(reversed(shape), reversed(full), strict=False):
+        if size != 1 and size != wanted:
+            return False
+    return len(shape) <= len(full)
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -15,8 +15,6 @@ Blocks of rows and keys are described without the whole.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -106,23 +104,41 @@ def interval_mask(
     device: torch.device,
 ) -> Tensor | None:
     """The same for the intervals alone."""
-    if lengths is None and starts is None and left < 0 and right < 0:
-        return None
-    key, parts = torch.arange(*keys, device=device), []
-    if lengths is not None:
-        parts.append(key < _of_rows(lengths, rows).unsqueeze(-1))
-    if starts is not None:
-        parts.append(key >= _of_rows(starts, rows).unsqueeze(-1))
-    if left >= 0 or right >= 0:
-        # Differences of positions: row + right would overflow for a huge right.
-        after = key - torch.arange(*rows, device=device).unsqueeze(-1)
-        parts += [after >= -left] if left >= 0 else []
-        parts += [after <= right] if right >= 0 else []
-    return functools.reduce(torch.logical_and, parts)
+    inside = None
+    if not (lengths is starts is None):
+        inside = range_mask(torch.arange(*keys, device=device), lengths, starts, rows)
+    if left < 0 and right < 0:
+        return inside
+    band = band_mask(left, right, rows, keys, device)
+    return band if inside is None else inside & band
+
+
+def range_mask(
+    key: Tensor, lengths: Tensor | None, starts: Tensor | None, rows: tuple[int, int]
+) -> Tensor | None:
+    """The same for lengths and starts alone, of the keys at these positions."""
+    below = None if lengths is None else key < _of_rows(lengths, rows).unsqueeze(-1)
+    if starts is None:
+        return below
+    above = key >= _of_rows(starts, rows).unsqueeze(-1)
+    return above if below is None else below & above
+
+
+def band_mask(
+    left: int, right: int, rows: tuple[int, int], keys: tuple[int, int], device: torch.device
+) -> Tensor:
+    """The same for a window alone, of which a side is bounded."""
+    # Differences of positions: row + right would overflow for a huge right.
+    row = torch.arange(*rows, device=device)
+    after = torch.arange(*keys, device=device) - row.unsqueeze(-1)
+    if left < 0:
+        return after <= right
+    return after >= -left if right < 0 else (after >= -left) & (after <= right)
 
 
 def _of_rows(numbers: Tensor, rows: tuple[int, int]) -> Tensor:
-    numbers = numbers if numbers.dim() else numbers.unsqueeze(0)
+    if numbers.dim() == 0:
+        return numbers.unsqueeze(0)
     return numbers if numbers.shape[-1] == 1 else numbers[..., slice(*rows)]
 
 

@@ -15,17 +15,19 @@ from additive_attn.backends.plain import blocks, whole
 from additive_attn.ops import dispatch
 
 
-@pytest.fixture(autouse=True, params=["whole", "blocks"])
+@pytest.fixture(autouse=True, params=["whole", "many pairs", "blocks"])
 def part(request, monkeypatch):
     """The part of the plain path that computes."""
     calls = []
-    module, name = (whole, "attend") if request.param == "whole" else (blocks, "forward")
+    module, name = (blocks, "forward") if request.param == "blocks" else (whole, "attend")
     function = getattr(module, name)
     monkeypatch.setattr(dispatch, "cpu_is_plain", True)
     monkeypatch.setattr(module, name, lambda *a: calls.append(1) or function(*a))
     library = torch.library.Library("additive_attn", "IMPL")
     library.impl("forward", lambda *a: blocks.forward(*a), "CPU", allow_override=True)
     library.impl("backward", lambda *a: blocks.backward(*a), "CPU", allow_override=True)
+    if request.param == "many pairs":  # beyond those that autograd differentiates by itself
+        monkeypatch.setattr(whole, "_SHORT_SUM", -1)
     if request.param == "blocks":
         monkeypatch.setattr(whole, "ELEMENTS", -1)
         monkeypatch.setattr("additive_attn.backends.plain.plan._BLOCK_ELEMENTS", 4000)
@@ -86,10 +88,11 @@ def test_sums_over_many_pairs():
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 3e38])
 @pytest.mark.parametrize("queries", [1, 7])
-def test_padding_changes_no_bit(queries, poison):
+@pytest.mark.parametrize("names", [("key", "value"), ("key",)], ids="-".join)
+def test_padding_changes_no_bit(names, queries, poison):
     inputs = make((2,), queries, 40, 12, 9)
     bad = {name: x.clone() for name, x in inputs.items()}
-    for name in ("key", "value"):
+    for name in names:
         inputs[name][:, 25:] = 0.0
         bad[name][:, 25:] = poison
     options = dict(lengths=torch.tensor([25, 17]))
@@ -125,6 +128,31 @@ def test_an_infinite_weight_reaches_no_masked_pair():
     assert not grads["key"][0, 5:].any()
 
 
+MASKINGS = {
+    "causal": dict(is_causal=True),
+    "window": dict(window=(2, 1), lengths=torch.tensor([7, 4])),
+    "starts": dict(starts=torch.tensor([[1], [3]]).expand(2, 5)),
+}
+
+
+@pytest.mark.parametrize("mask", MASKINGS)
+def test_masks_first_used_in_inference_mode_serve_training(mask):
+    """What is kept of a mask is no tensor of inference mode, which autograd could not save, and
+    the call before changes nothing."""
+    whole._positions.cache_clear()
+    whole._band.cache_clear()
+    inputs = make((2,), 5, 7, 6, 4)
+    call = lambda x: dict(out=additive_attention(*x.values(), **MASKINGS[mask]))  # noqa: E731
+    upstream = {"out": torch.randn(2, 5, 4)}
+    with torch.inference_mode():
+        first = call(inputs)["out"]
+    results, grads = gradients(call, inputs, upstream)
+    assert_same(results["out"], first)
+    again = gradients(call, inputs, upstream)
+    assert_all_same(again[0], results)
+    assert_all_same(again[1], grads)
+
+
 def test_dropout_of_both_parts_is_the_same(part, monkeypatch):
     inputs, lengths = make((2, 3), 5, 14, 6, 4), torch.tensor([14, 9])
     upstream = {"out": torch.randn(2, 3, 5, 4)}
@@ -155,8 +183,7 @@ def test_gradcheck_to_second_order(shape):
         assert gradgradcheck(call, (*leaves, mask))
 
 
-def test_double_backward_of_many_pairs():
-    """Beyond the pairs that autograd differentiates by itself."""
+def test_double_backward():
     leaves = [x.requires_grad_() for x in make((2,), 9, 10, 2, 2, dtype=torch.float64).values()]
 
     def second(function):

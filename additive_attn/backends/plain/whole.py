@@ -6,6 +6,7 @@ for the arithmetic, and for computing the energies again in backward.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -24,12 +25,17 @@ from additive_attn.spec.formula import (
     softmax,
     weighted_sum,
 )
-from additive_attn.spec.masks import allowed_pairs
+from additive_attn.spec.masks import allowed_pairs, band_mask, range_mask
 
 # Elements of (..., Lq, Lk, H) up to which a call keeps the energies for autograd; below 0, never.
 ELEMENTS = 2**22
-# Pairs up to which autograd's own derivative of the scores serves, which sums them in one float.
-_SHORT_SUM = 128
+# Pairs up to which autograd's own derivative of the scores serves, which sums them in one float,
+# as that of the plain layer does.
+_SHORT_SUM = 1024
+# Pairs up to which positions and windows are kept for the next call.
+_KEPT_PAIRS = 2**14
+# Tensors, since PyTorch makes one of a number in every operation.
+_MASKED, _ZERO = (torch.tensor(x, device="cpu") for x in (-torch.inf, 0.0))
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -113,9 +119,31 @@ def _attended(call: Call) -> Tensor | None:
     attn_mask, lengths, starts, table, _, left, right = call[4:11]
     allowed = None
     if not (lengths is starts is table is None) or left >= 0 or right >= 0:
-        rows, keys = (0, call.query.shape[-2]), (0, call.key.shape[-2])
-        allowed = allowed_pairs(call.masking, rows, keys, call.query.device)
+        num_rows, num_keys, device = call.query.shape[-2], call.key.shape[-2], call.query.device
+        rows, keys = (0, num_rows), (0, num_keys)
+        if table is not None or num_rows * num_keys > _KEPT_PAIRS or device.type != "cpu":
+            allowed = allowed_pairs(call.masking, rows, keys, device)
+        else:
+            inside = range_mask(_positions(num_keys), lengths, starts, rows)
+            allowed = inside
+            if left >= 0 or right >= 0:
+                band = _band(left, right, rows, keys)
+                allowed = band if inside is None else inside & band
     return attended_pairs(attn_mask, allowed)
+
+
+@functools.lru_cache(maxsize=16)
+def _positions(keys: int) -> Tensor:
+    """Of the keys. Not of inference mode, nor is a band, since other calls keep its tensors for
+    their backward."""
+    with torch.inference_mode(False):
+        return torch.arange(keys, device="cpu")
+
+
+@functools.lru_cache(maxsize=16)
+def _band(left: int, right: int, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+    with torch.inference_mode(False):
+        return band_mask(left, right, rows, keys, torch.device("cpu"))
 
 
 def _scored(
@@ -124,12 +152,12 @@ def _scored(
 ) -> Tensor:  # fmt: skip
     """``w . tanh(q + k)``, of 0 where ``shield`` masks a pair."""
     hidden, rows, keys = query.shape[-1], query.shape[-2], key.shape[-2]
-    few = attended is None and query.numel() * keys <= _SHORT_SUM * hidden
+    few = query.numel() * keys <= _SHORT_SUM * hidden
     if differentiable and not few:
         result: Tensor = _Scores.apply(query, key, weight, shield, score_bias)[0]
         return result
-    one = rows == 1 and shield is None
-    energy = (query + key).tanh_() if one else energies(query, key, shield)
+    one = rows == 1
+    energy = _of_one_row(query, key, shield) if one else energies(query, key, shield)
     bias = score_bias if differentiable else None
     if weight.numel() == hidden and weight.dim() <= 2:
         if bias is not None and bias.numel() == 1:
@@ -148,6 +176,15 @@ def _scored(
     if bias is not None:
         weight = torch.add(weight, bias.to(weight.dtype), alpha=0)
     return scores(energy.unsqueeze(-3) if one else energy, weight)
+
+
+def _of_one_row(query: Tensor, key: Tensor, shield: Tensor | None) -> Tensor:
+    """``energies`` (..., Lk, H)."""
+    pair = query + key
+    if shield is not None:
+        shield = shield.unsqueeze(-1)
+        pair = torch.where(shield.squeeze(-3) if shield.dim() > 2 else shield, pair, 0.0)
+    return pair.tanh_()
 
 
 def formula(
@@ -173,25 +210,25 @@ def formula(
     if scale != 1.0:
         score = score * scale
     biased = score if attn_mask is None else add_bias(score, attn_mask)
-    unmasked = None
-    if attended is None or careful:
-        weights = torch.softmax(biased, -1) if attended is None else softmax(biased, attended)
+    if attended is None:
+        weights = torch.softmax(biased, -1)
+    elif careful:
+        weights = unmasked = softmax(biased, attended)
     else:
-        biased = torch.where(attended, biased, -torch.inf)
+        biased = torch.where(attended, biased, _MASKED)
         weights = unmasked = torch.softmax(biased, -1)
         if weights.requires_grad:
             # The gradients of masked weights end here: huge values make them infinite.
-            weights = torch.where(attended, weights, 0.0)
+            weights = torch.where(attended, weights, _ZERO)
     kept = weights if factors is None else weights * factors
     out = product(kept, value) if shield is None else weighted_sum(kept, value, shield)
     if attended is not None and shield is None:
-        with _below_autograd():
-            total = out.sum()
-            if score.requires_grad:
-                total += score.sum()  # of masked pairs too, whose energies backward reads
-            if unmasked is not None and (unmasked is not weights or out.numel() == 0):
-                total += unmasked.sum()  # NaN where a row is empty
-        if not is_finite(total):
+        if weights.requires_grad:
+            with _below_autograd():  # of masked pairs too, whose energies backward reads
+                total = out.sum().item() + score.sum().item() + unmasked.sum().item()
+        else:
+            total = (out if out.numel() else weights).sum().item()  # NaN where a row is empty
+        if not math.isfinite(total):
             return formula(
                 inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias,
                 True, attended if careful else None,
