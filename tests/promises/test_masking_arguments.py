@@ -50,6 +50,7 @@ def test_autocast_keeps_the_precision_of_a_mask(dtype, offset, spread):
     assert (ours.double() - truth).abs().max() <= bound
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_float32_mask_beside_16_bits(dtype):
     """Its values, and its gradient, are those of float32: 1e-6 would vanish in float16."""
@@ -58,7 +59,9 @@ def test_a_float32_mask_beside_16_bits(dtype):
     mask = (1000 + torch.randn(LQ, LK)).requires_grad_()
     wide = additive_attention(q.float(), k.float(), v.float(), w.float(), attn_mask=mask)
     ours = additive_attention(q, k, v, w, attn_mask=mask)
-    torch.testing.assert_close(ours, wide.to(dtype))
+    # A weight takes the dtype of the values where a GPU multiplies them.
+    rounding = 2 * torch.finfo(dtype).eps * v.abs().max()
+    assert (ours - wide).abs().max() <= rounding
     upstream = 2**-12 * torch.randn_like(ours)
     (theirs,) = torch.autograd.grad(wide, mask, upstream.float())
     (grad,) = torch.autograd.grad(ours, mask, upstream)

@@ -273,6 +273,7 @@ def test_empty_rows_and_no_keys():
         assert not any(grad.any() for grad in grads.values())
 
 
+@of_the_cpu
 @pytest.mark.kernel
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 @pytest.mark.parametrize("size", [1e-32, 1e33])
