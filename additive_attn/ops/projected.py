@@ -1,7 +1,8 @@
 """A small layer call as one node of autograd: the projections of queries and keys, and attention.
 
 Recorded apart, each Linear adds two nodes to the graph. Where a call is small they cost more than
-its arithmetic does, forward and backward.
+its arithmetic does, forward and backward. On plain PyTorch the nodes are autograd's own, for one
+in Python would cost more; there the weight (1, H) is taken as it is, and no node reshapes it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from additive_attn.backends.plain import whole
 from additive_attn.ops import dispatch
+from additive_attn.ops.autograd import attend
 from additive_attn.ops.key_projection import LEAST
 from additive_attn.ops.memory import PLAIN_TYPES, alone
 from additive_attn.ops.second_order import SingleLevelFunction, reduced
@@ -22,6 +25,7 @@ from additive_attn.spec.call import Call
 # Elements of queries and of keys below which it is worth while: what a larger call saves for its
 # backward had better be freed node by node.
 _ELEMENTS = LEAST
+_tuple: Any = tuple.__new__  # Call(...) takes its arguments by name first
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _autocasts = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
@@ -42,11 +46,10 @@ class Sources(NamedTuple):
 
 
 def in_one_node(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> bool:
-    """Whether a call is recorded, is small, and runs on the CPU's kernel, with plain tensors and
-    where nothing else expects to see its parts."""
+    """Whether a call is recorded, is small, and runs on the CPU, with plain tensors and where
+    nothing else expects to see its parts."""
     return (
-        not dispatch.cpu_is_plain
-        and _grad_enabled()
+        _grad_enabled()
         and alone()
         and not _autocasts()
         and type(query) in PLAIN_TYPES
@@ -60,10 +63,13 @@ def in_one_node(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> bo
 
 
 def projections(sources: Sources) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and weight of the call, not recorded."""
+    """Query, key and weight of the call, not recorded; on plain PyTorch query and key are."""
     query, query_weight, query_bias, key, key_weight, key_bias, weight, _ = sources
+    if dispatch.cpu_is_plain:
+        q, k = linear(query, query_weight, query_bias), linear(key, key_weight, key_bias)
+        return q, k, weight.detach().squeeze(0) if query.dim() == 2 else weight
     with _below_autograd():
-        vector = weight[0] if query.dim() == 2 else weight
+        vector = weight.squeeze(0) if query.dim() == 2 else weight
         return linear(query, query_weight, query_bias), linear(key, key_weight, key_bias), vector
 
 
@@ -71,6 +77,13 @@ def attend_projected(
     sources: Sources, call: Call, need_weights: bool, _: None, need_lse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``attend`` of a call of ``projections``."""
+    if dispatch.cpu_is_plain:
+        weight, score_bias = sources[6:]
+        if whole.prefers_formula(call):
+            call = _tuple(Call, (*call[:3], weight, *call[4:]))
+            return whole.attend(call, need_lse, score_bias)
+        call = call._replace(weight=weight.squeeze(0) if call.query.dim() == 2 else weight)
+        return attend(call, need_weights, score_bias, need_lse)
     outputs: tuple[Tensor, Tensor, Tensor] = ProjectedAttention.apply(
         call, need_weights, need_lse, call.value, *sources
     )

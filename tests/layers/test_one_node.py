@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import DEVICE
 
-from additive_attn import AdditiveAttention
+from additive_attn import AdditiveAttention, PlainAdditiveAttention
 from additive_attn.ops import dispatch, projected
 
 D, H, V = 6, 8, 5
@@ -55,9 +55,12 @@ def results(layer, inputs, masking):
     return outputs, alone, first, [torch.zeros(()) if x is None else x for x in second]
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["native", "plain"])
 @pytest.mark.parametrize("frozen", ["", "query_layer.weight", "key_layer.bias", "inputs"])
 @pytest.mark.parametrize("name", CASES)
-def test_results_are_those_of_nodes_apart(name, frozen, monkeypatch):
+def test_results_are_those_of_nodes_apart(name, frozen, plain, monkeypatch):
+    if plain:
+        monkeypatch.setattr(dispatch, "cpu_is_plain", True)
     batch, options, masking = CASES[name]
     masking = {
         key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in masking.items()
@@ -86,6 +89,20 @@ def test_a_small_call_is_one_node(batch):
     each = [torch.autograd.grad(layer(*inputs)[0], leaves, x) for x in several]
     for x, *expected in zip(both, *each, strict=True):
         torch.testing.assert_close(x, torch.stack(expected))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of plain PyTorch on the CPU")
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_plain_pytorch_records_fewer_nodes_than_the_plain_layer(batch, queries, monkeypatch):
+    monkeypatch.setattr(dispatch, "cpu_is_plain", True)
+    layer, inputs = made(batch, {})
+    inputs[0] = inputs[0][..., :queries, :].detach().requires_grad_()
+    plain = PlainAdditiveAttention(D, H, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    ours, theirs = (nodes(x(*inputs)[0]) for x in (layer, plain))
+    assert len(ours) < len(theirs), (ours, theirs)
+    assert not any(x.startswith("Squeeze") for x in ours), "of the weight (1, H)"
 
 
 def hooked(layer):

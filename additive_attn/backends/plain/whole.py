@@ -97,7 +97,10 @@ def _factors(call: Call, batch: torch.Size) -> Tensor:
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
-    return any(x is not None and x.requires_grad for x in tensors)
+    for x in tensors:  # a generator would cost as much as an operation
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def score(call: Call) -> Tensor:
