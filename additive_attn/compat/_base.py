@@ -233,9 +233,7 @@ def step(
             query = query + dense[1]
     if inputs is not None and lease.filters is not None:
         inputs = location_features(inputs, lease.filters)
-    out, weights, _ = attend_step(
-        lent, query, location=inputs, location_weight=lease.location_weight
-    )
+    out, weights = attend_step(lent, query, location=inputs, location_weight=lease.location_weight)
     return out, weights
 
 

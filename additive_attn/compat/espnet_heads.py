@@ -151,7 +151,7 @@ class _Heads(Cached):
             lease = build()
         if queries is None:
             query = torch.stack([x(query) for x in self.mlp_q], dim=1)
-        out, weights, _ = attend_step(
+        out, weights = attend_step(
             lease.lent, query, location=term,
             location_weight=None if term is None else lease.location_weight,
         )  # fmt: skip

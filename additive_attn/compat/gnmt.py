@@ -117,5 +117,5 @@ class BahdanauAttention(nn.Module):
         if queries is None:
             query, bias = self.linear_q(query), self.normalize_bias
             query = query if bias is None else query + bias
-        context, weights, _ = attend_step(lease.lent, query)
+        context, weights = attend_step(lease.lent, query)
         return context, weights

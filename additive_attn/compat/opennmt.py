@@ -120,5 +120,5 @@ class GlobalAttention(nn.Module):
             lease = leases(self).get(sources, used, 1.0, build)
         if queries is None:
             query = self.linear_query(query)
-        context, weights, _ = attend_step(lease.lent, query)
+        context, weights = attend_step(lease.lent, query)
         return context, weights

@@ -385,7 +385,7 @@ def _prepared_step(
         if lent.source.query_weight is None:
             query = layer._project("query", query)
         dropout_p = layer.dropout if layer.training else 0.0
-        out, weights, _ = attend_step(lent, query, dropout_p=dropout_p, several=several)
+        out, weights = attend_step(lent, query, dropout_p=dropout_p, several=several)
     except (RuntimeError, TypeError, ValueError):
         if lent.source.query_weight is not None:
             explain_projection(layer.query_layer, "query", query, layer.query_dim)

@@ -134,7 +134,7 @@ def step_heads(
     if prepared.lent.source.query_weight is None:
         query = layer._projected(query)[0].unflatten(-1, (layer.num_heads, -1))
         query = query.transpose(-2, -3) if number else query
-    out, weights, _ = attend_step(prepared.lent, query, dropout_p=dropout_p, several=number > 0)
+    out, weights = attend_step(prepared.lent, query, dropout_p=dropout_p, several=number > 0)
     out = out.transpose(-2, -3) if number else out
     out = projected(layer._modules["out_proj"], out.flatten(-2))
     out = out.flatten(0, 1) if flat else out

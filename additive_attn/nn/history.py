@@ -170,7 +170,7 @@ class HistoryAttention(ProjectingAttention):
             if split:
                 query = query.unflatten(0, (-1, beams))
             lent, location, weight, filters = self._term(lent, state, query.shape[:-1])
-            context, weights, _ = attend_step(
+            context, weights = attend_step(
                 lent, query, location=location, location_weight=weight, filters=filters,
                 dropout_p=self.dropout if self.training else 0.0,
             )  # fmt: skip

@@ -43,7 +43,7 @@ def attend_step(
     filters: Tensor | None = None,
     dropout_p: float = 0.0,
     several: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Attends with one query per entry, or with several.
 
     Args:
@@ -58,8 +58,8 @@ def attend_step(
             share its keys and values. Without a location.
 
     Returns:
-        out ``(..., Dv)``, weights ``(..., Lk)`` before dropout, lse ``(...)``; with several
-        ``(..., n, Dv)``, ``(..., n, Lk)`` and ``(..., n)``.
+        out ``(..., Dv)``, weights ``(..., Lk)`` before dropout; with several ``(..., n, Dv)`` and
+        ``(..., n, Lk)``.
     """
     given = (query, location, location_weight)
     if not _records(lent, (*given, filters)):
@@ -72,19 +72,19 @@ def attend_step(
     if torch.is_grad_enabled() and (
         lent.node is not None or any(x is not None and x.requires_grad for x in (*given, filters))
     ):
-        outputs: tuple[Tensor, Tensor, Tensor] = _Step.apply(
+        outputs: tuple[Tensor, Tensor] = _Step.apply(
             lent, seed, (dropout_p, several), *given, *lent.shared, filters
         )
         return outputs
     projected = _projected(query, lent.shared, several)
     with _below_autograd():
         location = _features(location, filters)
-        out, weights, lse = _operators.step(
+        out, weights, _ = _operators.step(
             *_arguments(
                 lent, projected, lent.shared, location, location_weight, seed, dropout_p, several
             )
         )
-    return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
+    return out.squeeze(-2), weights.squeeze(-2)
 
 
 def _records(lent: Lent, given: tuple[Tensor | None, ...]) -> bool:
@@ -170,7 +170,7 @@ def _for_several(
 def _ordinary(
     lent: Lent, query: Tensor, location: Tensor | None, location_weight: Tensor | None,
     dropout_p: float, several: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same as one differentiable call."""
     compute = attend_apart if several and dropout_p > 0.0 else attend
     projected = _projected(query, lent.source, several)
@@ -181,13 +181,11 @@ def _ordinary(
             lengths = lengths.flatten(1)  # (B, 1, 1): of beams or heads
         elif lengths.dim() == 0 and rows.dim() > 2 and lent.source.key.dim() == 2:
             lengths = lengths.reshape(1)  # of the beams of one sequence
-    out, weights, lse = masked_attention(
+    out, weights, _ = masked_attention(
         inputs, lent.attn_mask, lengths, False, None, dropout_p, lent.scale, True,
-        lent.source.score_bias, need_lse=True, compute=compute,
+        lent.source.score_bias, compute=compute,
     )  # fmt: skip
-    if several:
-        return out, weights, lse
-    return out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1)
+    return (out, weights) if several else (out.squeeze(-2), weights.squeeze(-2))
 
 
 def attend_apart(
@@ -228,7 +226,7 @@ class _Step(SingleLevelFunction):
     def forward(
         ctx: Any, lent: Lent, seed: Tensor | None, options: tuple[float, bool], query: Tensor,
         location: Tensor | None, location_weight: Tensor | None, *tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         shared = Shared(*tensors[:6])  # type: ignore[arg-type]
         projected, features = (
             _projected(query, shared, options[1]),
@@ -244,19 +242,19 @@ class _Step(SingleLevelFunction):
             lent.lengths, lent.attn_mask,  # saved so that writing to them raises
         )  # fmt: skip
         # No views: a caller may write to the results.
-        return out.squeeze(-2).detach(), weights.squeeze(-2).detach(), lse.squeeze(-1).detach()
+        return out.squeeze(-2).detach(), weights.squeeze(-2).detach()
 
     @staticmethod
     def backward(
-        ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, grad_lse: Tensor | None
+        ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        if grad_out is None and grad_weights is None and grad_lse is None:
+        if grad_out is None and grad_weights is None:
             return (None,) * len(needs)
         seed, query, location, location_weight, *tensors = ctx.saved_tensors
         shared, (filters, projected, weights, lse) = Shared(*tensors[:6]), tensors[6:10]
-        if torch.is_grad_enabled() or any(map(is_batch, (grad_out, grad_weights, grad_lse))):
-            upstream = (grad_out, grad_weights, grad_lse)
+        if torch.is_grad_enabled() or any(map(is_batch, (grad_out, grad_weights))):
+            upstream = (grad_out, grad_weights)
             given = (query, location, location_weight, *tensors)
             return _differentiable(ctx, upstream, seed, given)
         lent, (_, several), batch = ctx.lent, ctx.options, weights.shape[:-2]
@@ -275,7 +273,7 @@ class _Step(SingleLevelFunction):
             _operators.step_backward(
                 grad_out,
                 None if grad_weights is None else grad_weights.unsqueeze(-2),
-                None if grad_lse is None else grad_lse.unsqueeze(-1),
+                None,
                 *_arguments(
                     lent, projected, shared, features, location_weight, seed, *ctx.options
                 ),
@@ -348,8 +346,8 @@ def _differentiable(
     call = Call(
         *inputs, *memory[4:], seed=seed, dropout_p=dropout_p, scale=lent.scale
     )  # fmt: skip
-    out, weights, lse = attend(call, need_weights=True, score_bias=shared.score_bias)
-    outputs = (out.squeeze(-2), weights.squeeze(-2), lse.squeeze(-1))
+    out, weights, _ = attend(call, True, shared.score_bias, need_lse=False)
+    outputs = (out.squeeze(-2), weights.squeeze(-2))
     given = [i for i, grad in enumerate(upstream) if grad is not None]
     sources = (None, None, None, query, location, location_weight, *shared, filters)
     wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]

@@ -203,7 +203,7 @@ class FusedHeads:
         if states is not None:
             pairs = zip(self.heads, states, strict=True)
             location = torch.stack([features_of(head, last) for head, last in pairs], dim=1)
-        context, weights, _ = attend_step(
+        context, weights = attend_step(
             lent, query, location=location, location_weight=location_weight
         )
         if states is not None:
