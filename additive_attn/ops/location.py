@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv1d
 
 from additive_attn.backends.plain import steps as plain
+from additive_attn.ops import dispatch
 from additive_attn.ops.memory import eager
 
 _operators = torch.ops.additive_attn
@@ -27,6 +29,9 @@ def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
     """
     if not eager((inputs, filters), filters):
         return plain.location_features(inputs, filters)
+    if dispatch.cpu_is_plain and inputs.is_cpu and inputs.numel() and filters.shape[0]:
+        if torch.is_grad_enabled() or inputs.shape[1] > 1:
+            return conv1d(inputs, filters, padding=filters.shape[-1] // 2)
     if torch.is_grad_enabled() and (inputs.requires_grad or filters.requires_grad):
         features: Tensor = _Features.apply(inputs, filters)
         return features
@@ -48,7 +53,7 @@ class _Features(torch.autograd.Function):
         needs = ctx.needs_input_grad
         # A gradient that is differentiated again is made of PyTorch's own operators.
         backward = (
-            plain.location_features_backward
+            plain.differentiable_features_backward
             if torch.is_grad_enabled()
             else _operators.location_features_backward
         )

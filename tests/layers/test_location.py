@@ -24,8 +24,10 @@ from decoders import (
 from oracle import assert_same, error
 from torch import nn
 from torch.nn.functional import conv1d
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from additive_attn import LocationSensitiveAttention
+from additive_attn.backends.plain import steps
 from additive_attn.ops.location import location_features
 
 pytestmark = pytest.mark.usefixtures("steps_leave_records")
@@ -55,6 +57,31 @@ def test_features_are_a_convolution(path):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(location_features(inputs, filters), expected)
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
+        self.elements = max(self.elements, *(x.numel() for x in tensors), 0)
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_plain_pytorch_makes_no_windows_of_all_features(dtype):
+    """Which are width times as many; of the inputs, a tenth as many."""
+    inputs, filters, grad = torch.randn(2, 2, 40), torch.randn(20, 2, 9), torch.randn(2, 20, 40)
+    arguments = [x.to(dtype) for x in (grad, inputs, filters)]
+    with _Largest() as largest:
+        found = steps.location_features_backward(*arguments, True, True)
+    assert largest.elements <= grad.numel()
+    expected = steps.differentiable_features_backward(*arguments, True, True)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.core

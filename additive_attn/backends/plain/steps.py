@@ -145,10 +145,29 @@ def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
 def location_features_backward(
     grad: Tensor, inputs: Tensor, filters: Tensor, need_inputs: bool, need_filters: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_inputs = grad_filters = grad.new_empty(0)
+    """The operator. A library's convolution does not make the windows of all features, and on a
+    GPU it would round to TF32."""
+    if not (need_inputs and grad.is_cpu and grad.numel() and inputs.numel()):
+        return differentiable_features_backward(grad, inputs, filters, need_inputs, need_filters)
+    grad_inputs = torch.ops.aten.convolution_backward(
+        grad, inputs, filters, None, [1], [filters.shape[-1] // 2], [1], False, [0], 1,
+        [True, False, False],
+    )[0]  # fmt: skip
+    return grad_inputs, _of_filters(grad, inputs, filters, need_filters)
+
+
+def differentiable_features_backward(
+    grad: Tensor, inputs: Tensor, filters: Tensor, need_inputs: bool, need_filters: bool
+) -> tuple[Tensor, Tensor]:
+    """The same, in operations of which batches of gradients have a rule."""
+    grad_inputs = grad.new_empty(0)
     if need_inputs:
         grad_inputs = location_features(grad, filters.transpose(0, 1).flip(-1))
-    if need_filters:
-        pairs = grad @ _windows(inputs, filters.shape[-1]).mT
-        grad_filters = pairs.sum(0).view(filters.shape)
-    return grad_inputs, grad_filters
+    return grad_inputs, _of_filters(grad, inputs, filters, need_filters)
+
+
+def _of_filters(grad: Tensor, inputs: Tensor, filters: Tensor, needed: bool) -> Tensor:
+    if not needed:
+        return grad.new_empty(0)
+    pairs = grad @ _windows(inputs, filters.shape[-1]).mT
+    return pairs.sum(0).view(filters.shape)
