@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from oracle import OUTPUTS, assert_same, fused, gradients, make
+from oracle import OUTPUTS, assert_same, fused, gradients, make, random_upstream
 
 from additive_attn import AdditiveAttention
 
@@ -211,3 +211,26 @@ def test_attended_nan_keys_and_queries_propagate(queries):
     for name in OUTPUTS:
         assert outputs[name][0, 0].isnan().all(), name
         assert_same(outputs[name][0, 1:], fused(inputs)[name][0, 1:], name)
+
+
+@pytest.mark.core
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_row_of_nan_spoils_only_the_keys_that_it_attends_to(name, dtype):
+    """Two groups of rows and keys, NaN in the first: what is of the second stays as it was."""
+    rows, keys = 4, 30
+    inputs = make((2,), 10, KEYS, 24, 17, dtype=dtype)
+    mask = (torch.arange(10) < rows)[:, None] == (torch.arange(KEYS) < keys)
+    spoilt = {n: x.clone() for n, x in inputs.items()}
+    spoilt[name][:, 1] = math.nan
+    upstream = random_upstream(fused(inputs), ("out", "lse"))
+    clean, found = (
+        gradients(lambda x: fused(x, attn_mask=mask), x, upstream) for x in (inputs, spoilt)
+    )
+    assert not found[0]["weights"][:, ~mask].any()
+    for ours, expected in zip(found, clean, strict=True):
+        for n in (*OUTPUTS, "query", "key", "value"):
+            if n in ours:
+                first = keys if n in ("key", "value") else rows
+                torch.testing.assert_close(ours[n][:, first:], expected[n][:, first:], msg=n)
