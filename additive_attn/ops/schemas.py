@@ -151,8 +151,7 @@ def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     upstream, call, lse, needs = backward_arguments(arguments)
     query, _, value, _ = call.inputs
-    grads = {f"grad_{name}": grad for name, grad in upstream._asdict().items()}
-    require_one_device(**grads, **_tensors(call), lse=lse)
+    require_one_device(**upstream.named(), **_tensors(call), lse=lse)
     batch = call.batch()
     return (
         *_gradient_shapes(call, batch, needs.query, needs.key),

@@ -87,6 +87,10 @@ class Upstream(NamedTuple):
     weights: Tensor | None = None
     lse: Tensor | None = None
 
+    def named(self) -> dict[str, Tensor | None]:
+        """As the operators name them."""
+        return {f"grad_{name}": x for name, x in self._asdict().items()}
+
 
 class Needs(NamedTuple):
     """Which gradients backward computes; it returns an empty tensor for the others."""

@@ -169,6 +169,7 @@ def resized(good):
             yield torch.zeros(shape, dtype=good.dtype)
 
 
+@pytest.mark.interpreter(name=["AttLoc", "AttCov", "BahdanauAttention", "Attention"])
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CALLS)
 def test_sizes(name):

@@ -1,4 +1,5 @@
-"""Masking arguments of the raw operators: plain PyTorch refuses what the kernel refuses."""
+"""Arguments of the raw operators: plain PyTorch refuses the masks that the kernel refuses, and the
+kernels refuse inputs whose sizes do not agree, beyond which they would read."""
 
 from __future__ import annotations
 
@@ -76,3 +77,17 @@ def test_plain_pytorch_refuses_what_the_kernel_refuses(argument, name):
         for mine, theirs in zip(ours or (), plain or (), strict=True):
             torch.testing.assert_close(mine, theirs, check_dtype=False)
     assert refused >= 5
+
+
+@pytest.mark.kernel
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["forward", "backward", "scores", "scores_backward"])
+def test_inputs_whose_sizes_do_not_agree_are_refused(name, monkeypatch):
+    operators = {name: getattr(dispatch, f"{name}_directly")}
+    assert outcome(operators, name, {}) is not None
+    for argument, x in INPUTS.items():
+        other = x[:, 1:] if argument == "value" else x[..., 1:]
+        with monkeypatch.context() as patch:
+            patch.setitem(INPUTS, argument, other)
+            refused = outcome(operators, name, {}) is None
+        assert refused == (argument != "value" or not name.startswith("scores")), argument

@@ -385,24 +385,7 @@ def test_a_pair_does_not_depend_on_its_neighbours():
     assert_same(together, alone)
 
 
-@of_the_cpu
-@pytest.mark.kernel
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda a: a.update(query=a["query"].expand(2, 3, 8)), "a step has one query"),
-        (lambda a: a.update(prepared=a["prepared"][:, 1:]), "shape of key"),
-        (lambda a: a.update(prepared=a["prepared"].double()), "another dtype"),
-        (lambda a: a.update(key=a["key"][..., 1:]), "must agree"),
-        (lambda a: a.update(value=a["value"][:, 1:]), "rows for"),
-        (lambda a: a.update(weights=a["weights"][..., 1:]), "weights has another shape"),
-        (lambda a: a.update(lse=a["lse"][:1]), "lse has another shape"),
-        (lambda a: a.update(grad_out=a["grad_out"][..., 1:]), "grad_out has another shape"),
-        (lambda a: a.update(dropout_p=0.5), "there is no seed"),
-        (lambda a: a.update(location=a["key"]), "go together"),
-    ],
-)
-def test_what_would_crash_is_refused(change, sentence):
+def refused(change, sentence):
     inputs = inputs_of((2,), 12, 8, 4)
     prepared = operators.prepare_keys(inputs["key"])
     out, weights, lse = operators.step(
@@ -418,6 +401,39 @@ def test_what_would_crash_is_refused(change, sentence):
     change(arguments)
     with pytest.raises(RuntimeError, match=sentence):
         operators.step_backward(**arguments)
+
+
+def located(arguments, keys, filters):
+    arguments.update(location=torch.zeros(2, 3, keys), location_weight=torch.zeros(filters, 8))
+
+
+@pytest.mark.kernel
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda a: a.update(query=a["query"].expand(2, 3, 8)), "a step has one query"),
+        (lambda a: a.update(key=a["key"][..., 1:]), "must agree"),
+        (lambda a: a.update(weight=a["weight"][1:]), "must agree"),
+        (lambda a: a.update(value=a["value"][:, 1:]), "rows for"),
+        (lambda a: a.update(weights=a["weights"][..., 1:]), "weights has .*shape"),
+        (lambda a: a.update(lse=a["lse"][:1]), "lse has .*shape"),
+        (lambda a: a.update(grad_out=a["grad_out"][..., 1:]), "grad_out has .*shape"),
+        (lambda a: a.update(dropout_p=0.5), "there is no seed"),
+        (lambda a: a.update(location=a["key"]), "go together"),
+        (lambda a: located(a, keys=11, filters=3), "location"),
+        (lambda a: located(a, keys=12, filters=2), "location"),
+    ],
+)
+def test_what_would_crash_is_refused(change, sentence):
+    refused(change, sentence)
+
+
+@of_the_cpu
+@pytest.mark.kernel
+def test_prepared_keys_of_other_keys_are_refused():
+    refused(lambda a: a.update(prepared=a["prepared"][:, 1:]), "shape of key")
+    refused(lambda a: a.update(prepared=a["prepared"].double()), "another dtype")
 
 
 @of_the_cpu

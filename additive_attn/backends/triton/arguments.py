@@ -41,6 +41,7 @@ class Problem:
         *, exponential: bool = False, quads: bool = False,
     ) -> None:  # fmt: skip
         query, key, value, weight = call.inputs
+        _check_sizes(call, location, location_weight)
         if any(x is not None for x in call[4:9]):
             check_masking(call.masking, call.batch(), query.shape[-2], key.shape[-2], query.device)
         given, call = call.attn_mask, _with_dense_table(call)
@@ -93,6 +94,14 @@ class Problem:
         self.location = location
         self.location_weight = location_weight
         self.filters = 0 if location is None else location.shape[-2]
+
+    def check_outputs(self, **given: Tensor | None) -> None:
+        """Outputs that are given back, and gradients: kernels read them by the inputs' shapes."""
+        tails = {"out": (self.values,), "weights": (self.keys,), "scores": (self.keys,), "lse": ()}
+        for name, x in given.items():
+            expected = (*self.batch.shape, self.rows, *tails[name.removeprefix("grad_")])
+            if x is not None and tuple(x.shape) != expected:
+                raise RuntimeError(f"{name} has shape {tuple(x.shape)}; it must be {expected}.")
 
     @property
     def scale_bits(self) -> int:
@@ -179,6 +188,30 @@ class Problem:
             self.entries, self.rows, self.keys, self.left, self.right, self.wide, row_block,
             features,
         )  # fmt: skip
+
+
+def _check_sizes(call: Call, location: Tensor | None, location_weight: Tensor | None) -> None:
+    """Kernels read by the sizes of queries and values, and the operators are public."""
+    query, key, value, weight = call.inputs
+    hidden, keys = query.shape[-1], value.shape[-2]
+    if not key.shape[-1] == weight.shape[-1] == hidden:
+        raise RuntimeError(
+            f"The last dims of query, key and weight must agree; they are {hidden}, "
+            f"{key.shape[-1]} and {weight.shape[-1]}."
+        )
+    if key.shape[-2] != keys:
+        raise RuntimeError(f"value has {keys} rows for {key.shape[-2]} keys.")
+    if call.seed is None and call.dropout_p:
+        raise RuntimeError(f"dropout_p is {call.dropout_p} but there is no seed.")
+    if location is None or location_weight is None:
+        if location is not location_weight:
+            raise RuntimeError("location and location_weight go together; one is missing.")
+    elif location.shape[-1] != keys or location_weight.shape[-2:] != (location.shape[-2], hidden):
+        raise RuntimeError(
+            f"location has shape {tuple(location.shape)} and location_weight "
+            f"{tuple(location_weight.shape)}; they must be (..., F, {keys}) and (..., F, "
+            f"{hidden})."
+        )
 
 
 def _with_dense_table(call: Call) -> Call:

@@ -102,19 +102,10 @@ def _mask_result(p: Problem, mask: Tensor | None) -> Tensor:
     return mask.to(p.float_mask.dtype)
 
 
-def _check_upstream(p: Problem, name: str, x: Tensor | None, *tail: int) -> None:
-    """Kernels read it by the shapes of the inputs."""
-    expected = (*p.batch.shape, p.rows, *tail)
-    if x is not None and tuple(x.shape) != expected:
-        raise RuntimeError(f"{name} has shape {tuple(x.shape)}; it must be {expected}.")
-
-
 def backward(*arguments: Any) -> Results:
     upstream, call, lse, needs = backward_arguments(arguments)
     p, lse = Problem(call, exponential=True, quads=True), lse.contiguous()
-    tails = (p.values,), (p.keys,), ()
-    for name, x, tail in zip(upstream._fields, upstream, tails, strict=True):
-        _check_upstream(p, f"grad_{name}", x, *tail)
+    p.check_outputs(**upstream.named(), lse=lse)
     needs = needs._replace(mask=needs.mask and p.float_mask is not None)
     if p.entries and p.rows == 1 and p.keys:
         rows = decode_rows(p, lse, upstream)
@@ -142,7 +133,7 @@ def _pieces(p: Problem) -> list[Piece]:
 def scores_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = call_of_scores(*arguments[1:12])
     grad_scores, p = arguments[0], Problem(call, exponential=True)
-    _check_upstream(p, "grad_scores", grad_scores, p.keys)
+    p.check_outputs(grad_scores=grad_scores)
     need_query, need_key, need_weight, need_mask = arguments[12:]
     need_mask = need_mask and p.float_mask is not None
     needs = Needs(need_query, need_key, False, need_weight, need_mask)

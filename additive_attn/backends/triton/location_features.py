@@ -70,8 +70,22 @@ def _correlate(x: Tensor, y: Tensor, out: Tensor, shift: int) -> Tensor:
     return out
 
 
+def _check(inputs: Tensor, filters: Tensor) -> None:
+    """The kernel reads by the channels of the inputs."""
+    if not (inputs.dim() == filters.dim() == 3 and inputs.shape[1] == filters.shape[1]):
+        raise RuntimeError(
+            f"inputs has shape {tuple(inputs.shape)} and filters {tuple(filters.shape)}; they "
+            "must be (B, C, Lk) and (F, C, width), with the same C."
+        )
+    if filters.shape[2] % 2 == 0:
+        raise RuntimeError(f"The width of filters is {filters.shape[2]}; it must be odd.")
+    if inputs.dtype != filters.dtype:
+        raise RuntimeError(f"inputs is {inputs.dtype}, but filters is {filters.dtype}.")
+
+
 def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
     """``inputs`` (B, C, Lk) with ``filters`` (F, C, width): (B, F, Lk)."""
+    _check(inputs, filters)
     batch, _, length = inputs.shape
     outputs, width = filters.shape[0], filters.shape[-1]
     out = inputs.new_empty(batch, outputs, length)
@@ -81,6 +95,10 @@ def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
 def location_features_backward(
     grad: Tensor, inputs: Tensor, filters: Tensor, need_inputs: bool, need_filters: bool
 ) -> tuple[Tensor, Tensor]:
+    _check(inputs, filters)
+    features = inputs.shape[0], filters.shape[0], inputs.shape[2]
+    if tuple(grad.shape) != features:
+        raise RuntimeError(f"grad has shape {tuple(grad.shape)}; it must be {features}.")
     grad_inputs = grad_filters = grad.new_empty(0)
     if need_inputs:
         grad_inputs = location_features(grad, filters.transpose(0, 1).flip(-1))

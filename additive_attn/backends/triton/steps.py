@@ -126,6 +126,8 @@ def prepare_keys(key: Tensor, weight: Tensor | None = None) -> Tensor:
 
 def _problem(*arguments: Any) -> Problem:
     query, key, value, weight, _, location, location_weight, attn_mask, lengths, *rest = arguments
+    if query.shape[-2] != 1:
+        raise RuntimeError("query must be (..., 1, H): a step has one query.")
     masking = attn_mask, lengths, None, None, None, -1, -1
     call = Call(query, key, value, weight, *masking, *rest)
     return Problem(call, location, location_weight)
@@ -140,8 +142,13 @@ def step_backward(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     upstream, p = Upstream(*arguments[:3]), _problem(*arguments[3:15])
-    weights, _, grad_key = arguments[15:]
+    weights, lse, grad_key = arguments[15:]
+    p.check_outputs(**upstream.named(), weights=weights, lse=lse)
     batch = p.batch.shape
+    if grad_key is not None and grad_key.shape[-2:] != (p.keys, p.hidden):
+        raise RuntimeError(
+            f"grad_key has shape {tuple(grad_key.shape)}; it must be (..., {p.keys}, {p.hidden})."
+        )
     some = p.entries > 0 and p.keys > 0
 
     def result(wanted: bool, *shape: int) -> Tensor:
