@@ -27,6 +27,7 @@ def part(request, monkeypatch):
     library.impl("forward", lambda *a: blocks.forward(*a), "CPU", allow_override=True)
     library.impl("backward", lambda *a: blocks.backward(*a), "CPU", allow_override=True)
     if request.param == "many pairs":  # beyond those that autograd differentiates by itself
+        monkeypatch.setattr(whole, "_FEW_PAIRS", -1)
         monkeypatch.setattr(whole, "_SHORT_SUM", -1)
     if request.param == "blocks":
         monkeypatch.setattr(whole, "ELEMENTS", -1)
@@ -84,6 +85,21 @@ def test_leading_dims_broadcast_with_and_without_lse(shapes, dropout_p):
 def test_sums_over_many_pairs():
     """The gradient of the weight sums 8,192 pairs, which one float cannot."""
     check_against_plain([make((32,), 32, 8, 32, 4, seed=seed) for seed in range(3)])
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "heads"),
+    [((), 1, 1000, 1), ((2,), 20, 25, 1), ((), 31, 33, 1), ((1, 2), 22, 23, 2)],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_over_few_pairs(batch, queries, keys, heads, masked):
+    """The same of hundreds, each case by itself."""
+    mask = torch.rand(queries, keys) < 0.8
+    for seed in range(20):
+        case = make(batch, queries, keys, 16, 5, seed=seed)
+        if heads > 1:
+            case["weight"] = torch.randn(heads, 16)
+        check_against_plain([case], **(dict(attn_mask=mask) if masked else {}))
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 3e38])
