@@ -240,8 +240,11 @@ def _amd(assembly: str, shared: int) -> Code:
         assert found is not None, name
         return int(found[1])
 
-    # Scalar registers spill into lanes of vector registers, not to memory.
-    spilled = field("vgpr_spill_count") + field("private_segment_fixed_size")
+    # Scalar registers spill into lanes of vector registers, not to memory: some versions reserve
+    # some for them all the same, which no instruction reads or writes.
+    spilled = field("vgpr_spill_count")
+    if re.search(r"\bscratch_(load|store)", assembly):
+        spilled += field("private_segment_fixed_size")
     return Code(field("vgpr_count"), spilled, shared)
 
 

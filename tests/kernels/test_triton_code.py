@@ -136,7 +136,7 @@ SPILLS = {
     ("feature_kernel", "sm_100"): 48,
     ("prepare_kernel", "sm_90"): 8,
 }
-FEATURE_SPILLS = {"sm_90": 320, "sm_100": 32, "gfx942": 20}
+FEATURE_SPILLS = {"sm_90": 320, "sm_100": 32}
 # Of one query per entry: four programs on a multiprocessor with these were faster on an H200 than
 # three, or larger ones, without.
 DECODE_SPILLS = {"forward_kernel": 128, "probability_kernel": 40, "merge_kernel": 8}
