@@ -66,9 +66,9 @@ def row_gradient_kernel(a: SimpleNamespace) -> Work:
 
 
 def feature_kernel(a: SimpleNamespace) -> Work:
-    # Of four keys, two have one reciprocal for two features, and two have one for each. For some
-    # targets a turn takes two such fours.
-    fours = 1 if a.arch == 100 else 2
+    # Of four keys, two have one reciprocal for two features, and two have one for each. A turn
+    # takes two such fours, for some targets and where the kernel adds up all sums one.
+    fours = 1 if a.arch == 100 or a.TILES else 2
     loop = {"MUFU": fours * 6 * a.RX, "MUFU.EX2": 0}
     keys = min(a.keys_per_split, a.key_count)
     return Work((Through(loop, (a.BLOCK / (4 * fours), keys / a.BLOCK)),), fours * 8 * a.RX)

@@ -208,3 +208,12 @@ def test_roundings_of_sums_over_pairs(entries, opposite):
     # Reciprocals are rounded correctly in the interpreter and in an emulator without noise.
     correct = DEVICE == "cpu" and os.environ.get("PTX_NOISE") != "1"
     assert mine <= (2.6 if correct else 3.3) * theirs, f"{mine / theirs:.2f} times theirs"
+
+
+@pytest.mark.parametrize("key", [0, 3, 62, 69])
+def test_single_key_that_is_not_safe(key):
+    """The only one of its block takes the direct form, wherever it stands."""
+    case = make((2,), 12, 70, 8, 4)
+    case["query"] = 0.3 * case["query"] - 8.0
+    case["key"][:, key] = 10.5 + 0.3 * case["key"][:, key].abs()
+    check_against_plain([case])

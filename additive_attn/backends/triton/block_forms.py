@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from additive_attn.backends.triton.prepare import SAFE
 
@@ -17,8 +18,14 @@ def _either(x, y):
 def _largest(G_place, size_i, sizes_j, k0, last_key):
     """The largest |q|, |k| of pairs whose G is not 0; 0 where there are none."""
     G = tl.load(G_place)
-    j = k0 + tl.reshape(tl.arange(0, 4 * G.shape[0]), [G.shape[0], 1, 4])
-    size_j = tl.load(sizes_j + tl.minimum(j, last_key))
+    if cuda_capability_geq(10):
+        # Numbers of keys do not change from block to block, and spill there: of fours, they are
+        # fewer. There are sizes of three keys beyond the last.
+        four = tl.minimum(k0 // 4 + tl.arange(0, G.shape[0]), last_key // 4)[:, None, None]
+        size_j = tl.load(sizes_j + 4 * four + tl.arange(0, 4)[None, None, :])
+    else:
+        j = k0 + tl.reshape(tl.arange(0, 4 * G.shape[0]), [G.shape[0], 1, 4])
+        size_j = tl.load(sizes_j + tl.minimum(j, last_key))
     some = tl.maximum(tl.maximum(size_i[:, :, None], size_j), 1e-30)
     return tl.max(tl.where(G != 0.0, some, 0.0))
 

@@ -125,6 +125,18 @@ def _store_zeros(to, stored, begin, end, padded: tl.constexpr):
 
 
 @triton.jit
+def _places(h0, row0, zeros, RX: tl.constexpr):
+    """The first feature of each thread, both, and its first row, [TW, TX, TF] like ``zeros``."""
+    TW: tl.constexpr = zeros.shape[0]
+    TX: tl.constexpr = zeros.shape[1]
+    TF: tl.constexpr = zeros.shape[2]
+    h = h0 + 2 * TF * tl.arange(0, TW)[:, None, None] + 2 * tl.arange(0, TF)[None, None, :]
+    h += zeros.to(tl.int32)
+    r0 = row0 + RX * tl.arange(0, TX)[None, :, None] + zeros.to(tl.int32)
+    return h, h[:, :, :, None] + tl.arange(0, 2), r0
+
+
+@triton.jit
 def _finish(
     dqa, dqb, dwa, dwb, q_rows, query_row, query_h, sizes_i, weight, weight_h, grad_query,
     weight_sums, h, f, stored, r0, row_begin, rows, row_count, stride, hidden, scale_bits,
@@ -164,7 +176,8 @@ def feature_tile(
     row_padded, keys, key_begin, key_count, key_padded, hidden, left, right, scale_bits, splits,
     keys_per_split,
     RX: tl.constexpr, TX: tl.constexpr, TW: tl.constexpr, TF: tl.constexpr, BLOCK: tl.constexpr,
-    padded: tl.constexpr, FLAG_ROWS: tl.constexpr, FLAG_KEYS: tl.constexpr, TARGET: tl.constexpr,
+    padded: tl.constexpr, FLAG_ROWS: tl.constexpr, FLAG_KEYS: tl.constexpr, MOST: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows and 2 TW TF features, a range of keys, whose end is returned: dq to
     [split][entry][row]; summed over the rows, what ``key_sums`` weighs to dk [row tile][entry]
@@ -182,11 +195,8 @@ def feature_tile(
     n, o, m = batch_entry(entry_begin + n, inner)
     entry = n - entry_begin
     zeros = tl.zeros([TW, TX, TF], ACC)
-    h = h0 + 2 * TF * tl.arange(0, TW)[:, None, None] + 2 * tl.arange(0, TF)[None, None, :]
-    h += zeros.to(tl.int32)
-    f = h[:, :, :, None] + tl.arange(0, 2)
     row0 = tile * BX
-    r0 = row0 + RX * tl.arange(0, TX)[None, :, None] + zeros.to(tl.int32)  # [TW, TX, TF]
+    h, f, r0 = _places(h0, row0, zeros, RX)
     q_rows = query + o * query_outer + m * query_inner
     k_rows = key + o * key_outer + m * key_inner + key_begin.to(tl.int64) * key_row
     gradient += entry * row_padded * key_padded + 4 * row0
@@ -257,13 +267,15 @@ def feature_tile(
             else:
                 qa, qb, xa, xb = quick_loop(
                     Q, K_place, g_place, dk_place, h, stored, k0, end, row_padded,
-                    total, small, RX, padded, TILE, DQ or DW, DK, DW, TARGET,
+                    total, small, RX, padded, TILE, MOST, DQ or DW, DK, DW, TARGET,
                 )  # fmt: skip
         # Many equal terms added one by one would all be rounded the same way.
         dqa, dqb = added(dqa, qa, RX), added(dqb, qb, RX)
         dwa += xa
         dwb += xb
 
+    # Computed anew, as in ``_finish``.
+    h, f, r0 = _places(tl.maximum(h0, -end), tl.maximum(row0, -end), zeros, RX)
     if DW:
         weight_sums += ((split * tile_count + tile) * entries + entry) * hidden + f
     if DQ:

@@ -118,8 +118,9 @@ def _add_by_rows(
 @triton.jit
 def _loop(
     Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
-    RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr,
-    DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
+    RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, MOST: tl.constexpr,
+    SMALL: tl.constexpr, DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """Keys [begin, end), all pairs in range: returns dq, stores the tile's dk, and returns the
     sums of G t where ``SMALL``, of G s otherwise."""
@@ -129,10 +130,11 @@ def _loop(
     zeros = tl.zeros([TW, TX, TF], tl.float32)
     dq, dw = repeated((zeros, zeros), RX), (zeros, zeros)
     # Four keys are loaded while the four before are computed with: between the stores of dk, each
-    # of their loads would be waited for. Two fours in a turn need not be moved between registers.
-    # What spills fewest numbers depends on the assembler.
+    # of their loads would be waited for. Two fours in a turn need not be moved between registers,
+    # but the assembler may load so much ahead that it spills: MOST fours. What spills fewest
+    # numbers depends on the assembler.
     BLACKWELL: tl.constexpr = cuda_capability_geq(10)
-    FOURS: tl.constexpr = 1 if SMALL or BLACKWELL else 2
+    FOURS: tl.constexpr = 1 if SMALL or BLACKWELL else MOST
     last = tl.cdiv(end, 4) - 1
     K_next = _four_keys(K_place, begin // 4, h, padded, TILE)
     for turn in range(begin // (4 * FOURS), tl.cdiv(end, 4 * FOURS)):
@@ -167,19 +169,19 @@ def _loop(
 @triton.jit
 def quick_loop(
     Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded, total, small,
-    RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, DQ: tl.constexpr,
-    DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
+    RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, MOST: tl.constexpr,
+    DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """``_loop``, with the sums of G t; ``total`` are those of G."""
     if small:
         dqa, dqb, xa, xb = _loop(
             Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
-            RX, padded, TILE, True, DQ, DK, DW, TARGET,
+            RX, padded, TILE, MOST, True, DQ, DK, DW, TARGET,
         )  # fmt: skip
     else:
         dqa, dqb, xa, xb = _loop(
             Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
-            RX, padded, TILE, False, DQ, DK, DW, TARGET,
+            RX, padded, TILE, MOST, False, DQ, DK, DW, TARGET,
         )  # fmt: skip
         xa = total - 2.0 * xa
         xb = total - 2.0 * xb

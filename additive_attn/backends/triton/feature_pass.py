@@ -100,7 +100,7 @@ def feature_kernel(
                 gradient, flags, grad_query, key_sums, weight_sums, inner, entries, entry_begin,
                 rows, row_begin, row_count, row_padded, keys, key_begin, key_count, key_padded,
                 hidden, left, right, scale_bits, splits, keys_per_split,
-                RX, TX, TW, TF, BLOCK, padded, FLAG_ROWS, FLAG_KEYS, TARGET,
+                RX, TX, TW, TF, BLOCK, padded, FLAG_ROWS, FLAG_KEYS, 1 if TILES > 0 else 2, TARGET,
             )  # fmt: skip
             if TILES > 0:
                 # As in ``_finish``: what is computed anew takes no registers in the loops. For AMD
