@@ -47,7 +47,8 @@ class Sources(NamedTuple):
 
 def in_one_node(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> bool:
     """Whether a call is recorded, is small, and runs on the CPU, with plain tensors and where
-    nothing else expects to see its parts."""
+    nothing else expects to see its parts. On plain PyTorch only what will be computed as a whole,
+    as far as it is known before the projections."""
     return (
         _grad_enabled()
         and alone()
@@ -59,6 +60,7 @@ def in_one_node(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> bo
         and query.numel() < _ELEMENTS
         and key.numel() < _ELEMENTS
         and not getattr(attn_mask, "requires_grad", False)
+        and (not dispatch.cpu_is_plain or query.numel() * key.shape[-2] <= whole.ELEMENTS)
     )
 
 

@@ -27,7 +27,6 @@ def part(request, monkeypatch):
     library.impl("forward", lambda *a: blocks.forward(*a), "CPU", allow_override=True)
     library.impl("backward", lambda *a: blocks.backward(*a), "CPU", allow_override=True)
     if request.param == "many pairs":  # beyond those that autograd differentiates by itself
-        monkeypatch.setattr(whole, "_FEW_PAIRS", -1)
         monkeypatch.setattr(whole, "_SHORT_SUM", -1)
     if request.param == "blocks":
         monkeypatch.setattr(whole, "ELEMENTS", -1)

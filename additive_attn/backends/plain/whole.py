@@ -29,9 +29,8 @@ from additive_attn.spec.masks import allowed_pairs, band_mask, range_mask
 
 # Elements of (..., Lq, Lk, H) up to which a call keeps the energies for autograd; below 0, never.
 ELEMENTS = 2**22
-# Pairs up to which autograd's own derivative of the scores serves, where it sums the gradient of
-# the weight row by row, or as that of an nn.Linear does; and where it sums all pairs in one float.
-_FEW_PAIRS, _SHORT_SUM = 1024, 128
+# Pairs up to which autograd's own derivative of the scores serves, which sums them in one float.
+_SHORT_SUM = 128
 # Pairs up to which positions and windows are kept for the next call.
 _KEPT_PAIRS = 2**14
 # Tensors, since PyTorch makes one of a number in every operation.
@@ -155,16 +154,14 @@ def _scored(
 ) -> Tensor:  # fmt: skip
     """``w . tanh(q + k)``, of 0 where ``shield`` masks a pair."""
     hidden, rows, keys = query.shape[-1], query.shape[-2], key.shape[-2]
-    vector = weight.numel() == hidden and weight.dim() <= 2
-    few = query.numel() * keys <= (_FEW_PAIRS if vector else _SHORT_SUM) * hidden
+    few = query.numel() * keys <= _SHORT_SUM * hidden
     if differentiable and not few:
         result: Tensor = _Scores.apply(query, key, weight, shield, score_bias)[0]
         return result
     one = rows == 1
     energy = _of_one_row(query, key, shield) if one else energies(query, key, shield)
-    batch = energy.shape[: one - 3]
     bias = score_bias if differentiable else None
-    if vector:
+    if weight.numel() == hidden and weight.dim() <= 2:
         if bias is not None and bias.numel() == 1:
             # As an nn.Linear computes it, which no other product is as fast as in backward.
             bias = bias if bias.dtype == weight.dtype else bias.to(weight.dtype)
@@ -173,13 +170,10 @@ def _scored(
                 return torch.addmm(bias, matrix, energy.t(), beta=0)
             column = weight.t() if weight.dim() == 2 else weight.unsqueeze(1)
             score = torch.addmm(bias, energy.flatten(0, -2), column, beta=0)
-            return score.view(*batch, rows, keys)
-        if bias is None and few and energy.dim() > 2:
-            # Costs least, above all in backward, which sums the weight's gradient row by row.
-            energy = energy.flatten(0, -3)
-            score = torch.bmm(weight.expand(energy.shape[0], 1, -1), energy.mT)
-            return score if one and len(batch) == 1 else score.view(*batch, rows, keys)
+            return score.view(*energy.shape[: one - 3], rows, keys)
         if bias is None and one:
+            if few and energy.dim() == 3:  # bmm costs least, above all in backward
+                return torch.bmm(weight.expand(energy.shape[0], 1, -1), energy.mT)
             return (energy @ weight.flatten()).unsqueeze(-2)
     if bias is not None:
         weight = torch.add(weight, bias.to(weight.dtype), alpha=0)
