@@ -52,7 +52,7 @@ def store_row_pairs(
     row_padded, key_padded, score_padded,
 ):  # fmt: skip
     # Whatever the row's sums are: 0 * NaN is NaN.
-    p = tl.where(attended, p * inverse, 0.0)
+    p *= tl.where(attended, inverse, 0.0)
     g = tl.where(attended, p * (g - delta), 0.0)
     c = key0 + j
     to = gradient + row_padded.to(tl.int64) * (key0 + j // 4 * 4) + j % 4
