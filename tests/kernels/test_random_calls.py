@@ -23,7 +23,7 @@ NEAR = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 8e-3, torch.bf
 LAYOUTS = (every_second_feature, every_third_row, surrounded, transposed, unaligned)
 SEEDS = [
     pytest.param(range(16), id="some"),
-    pytest.param(range(16, 400), id="many", marks=pytest.mark.sweep),
+    pytest.param(range(16, 64), id="many", marks=pytest.mark.sweep),
 ]
 
 
