@@ -60,8 +60,13 @@ def in_one_node(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> bo
         and query.numel() < _ELEMENTS
         and key.numel() < _ELEMENTS
         and not getattr(attn_mask, "requires_grad", False)
-        and (not dispatch.cpu_is_plain or query.numel() * key.shape[-2] <= whole.ELEMENTS)
+        and (not dispatch.cpu_is_plain or _computes_whole(query, key))
     )
+
+
+def _computes_whole(query: Tensor, key: Tensor) -> bool:
+    """Nested keys have no length; they are refused later."""
+    return not key.is_nested and query.numel() * key.shape[-2] <= whole.ELEMENTS
 
 
 def projections(sources: Sources) -> tuple[Tensor, Tensor, Tensor]:

@@ -101,6 +101,14 @@ def test_sums_over_few_pairs(batch, queries, keys, heads, masked):
         check_against_plain([case], **(dict(attn_mask=mask) if masked else {}))
 
 
+def test_a_layer_refuses_nested_tensors():
+    layer, x = AdditiveAttention(6, 8), torch.randn(2, 3, 6)
+    nested = torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(2, 6)])
+    assert layer(x, x)[0].shape == (2, 3, 6)
+    with pytest.raises(TypeError, match="nested"):
+        layer(x, nested)
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 3e38])
 @pytest.mark.parametrize("queries", [1, 7])
 @pytest.mark.parametrize("names", [("key", "value"), ("key",)], ids="-".join)
