@@ -15,6 +15,9 @@ Blocks of rows and keys are described without the whole.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -82,12 +85,14 @@ def _check(
 
 
 def allowed_pairs(
-    masking: Masking, rows: tuple[int, int], keys: tuple[int, int], device: torch.device
-) -> Tensor | None:
+    masking: Masking, rows: tuple[int, int], keys: tuple[int, int], device: torch.device,
+    keep: bool = False,
+) -> Tensor | None:  # fmt: skip
     """Which pairs of a block the intervals and the block table allow, ``(..., rows, keys)``, rows
-    or 1 where all are alike; None if they allow all."""
+    or 1 where all are alike; None if they allow all. ``keep``: positions and windows serve the
+    next calls too, which ask for few pairs on the CPU, outside of tracing."""
     _, lengths, starts, table, tiles, left, right = masking
-    allowed = interval_mask(lengths, starts, left, right, rows, keys, device)
+    allowed = interval_mask(lengths, starts, left, right, rows, keys, device, keep)
     if table is None or tiles is None:
         return allowed
     kept = block_mask(table, tiles, rows, keys)
@@ -102,38 +107,44 @@ def interval_mask(
     rows: tuple[int, int],
     keys: tuple[int, int],
     device: torch.device,
+    keep: bool = False,
 ) -> Tensor | None:
     """The same for the intervals alone."""
     inside = None
     if not (lengths is starts is None):
-        inside = range_mask(torch.arange(*keys, device=device), lengths, starts, rows)
+        key = (_kept_positions if keep else _positions)(keys, device)
+        if lengths is not None:
+            inside = key < _of_rows(lengths, rows).unsqueeze(-1)
+        if starts is not None:
+            after = key >= _of_rows(starts, rows).unsqueeze(-1)
+            inside = after if inside is None else inside & after
     if left < 0 and right < 0:
         return inside
-    band = band_mask(left, right, rows, keys, device)
-    return band if inside is None else inside & band
+    window = (_kept_window if keep else _window)(left, right, rows, keys, device)
+    return window if inside is None else inside & window
 
 
-def range_mask(
-    key: Tensor, lengths: Tensor | None, starts: Tensor | None, rows: tuple[int, int]
-) -> Tensor | None:
-    """The same for lengths and starts alone, of the keys at these positions."""
-    below = None if lengths is None else key < _of_rows(lengths, rows).unsqueeze(-1)
-    if starts is None:
-        return below
-    above = key >= _of_rows(starts, rows).unsqueeze(-1)
-    return above if below is None else below & above
+def _positions(keys: tuple[int, int], device: torch.device) -> Tensor:
+    return torch.arange(*keys, device=device)
 
 
-def band_mask(
+def _window(
     left: int, right: int, rows: tuple[int, int], keys: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """The same for a window alone, of which a side is bounded."""
+    """Of which a side is bounded."""
     # Differences of positions: row + right would overflow for a huge right.
-    row = torch.arange(*rows, device=device)
-    after = torch.arange(*keys, device=device) - row.unsqueeze(-1)
+    after = _positions(keys, device) - _positions(rows, device).unsqueeze(-1)
     if left < 0:
         return after <= right
     return after >= -left if right < 0 else (after >= -left) & (after <= right)
+
+
+def _kept(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Not of inference mode, since other calls keep the tensors for their backward."""
+    return functools.lru_cache(maxsize=16)(torch.inference_mode(False)(function))
+
+
+_kept_positions, _kept_window = _kept(_positions), _kept(_window)
 
 
 def _of_rows(numbers: Tensor, rows: tuple[int, int]) -> Tensor:

@@ -8,11 +8,13 @@ import math
 import pytest
 import torch
 from oracle import assert_all_same, assert_same, check_against_plain, fused, gradients, make
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 from additive_attn import AdditiveAttention, additive_attention
 from additive_attn.backends.plain import blocks, whole
 from additive_attn.ops import dispatch
+from additive_attn.spec import masks
 
 
 @pytest.fixture(autouse=True, params=["whole", "many pairs", "blocks"])
@@ -162,8 +164,8 @@ MASKINGS = {
 def test_masks_first_used_in_inference_mode_serve_training(mask):
     """What is kept of a mask is no tensor of inference mode, which autograd could not save, and
     the call before changes nothing."""
-    whole._positions.cache_clear()
-    whole._band.cache_clear()
+    masks._kept_positions.cache_clear()
+    masks._kept_window.cache_clear()
     inputs = make((2,), 5, 7, 6, 4)
     call = lambda x: dict(out=additive_attention(*x.values(), **MASKINGS[mask]))  # noqa: E731
     upstream = {"out": torch.randn(2, 5, 4)}
@@ -174,6 +176,20 @@ def test_masks_first_used_in_inference_mode_serve_training(mask):
     again = gradients(call, inputs, upstream)
     assert_all_same(again[0], results)
     assert_all_same(again[1], grads)
+
+
+def test_masks_first_used_under_fake_tensors_serve_real_ones():
+    masks._kept_positions.cache_clear()
+    masks._kept_window.cache_clear()
+    call = lambda x: additive_attention(*x, is_causal=True, lengths=[7, 4])  # noqa: E731
+    inputs = list(make((2,), 5, 7, 6, 4).values())
+    with FakeTensorMode() as mode:
+        call([mode.from_tensor(x) for x in inputs])
+    torch.func.functionalize(lambda *x: call(x))(*inputs)
+    kept = call(inputs)
+    assert type(kept) is torch.Tensor
+    masks._kept_window.cache_clear()
+    assert_same(call(inputs), kept)
 
 
 def test_dropout_of_both_parts_is_the_same(part, monkeypatch):

@@ -6,7 +6,6 @@ for the arithmetic, and for computing the energies again in backward.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -25,7 +24,7 @@ from additive_attn.spec.formula import (
     softmax,
     weighted_sum,
 )
-from additive_attn.spec.masks import allowed_pairs, band_mask, range_mask
+from additive_attn.spec.masks import allowed_pairs
 
 # Elements of (..., Lq, Lk, H) up to which a call keeps the energies for autograd; below 0, never.
 ELEMENTS = 2**22
@@ -122,30 +121,9 @@ def _attended(call: Call) -> Tensor | None:
     allowed = None
     if not (lengths is starts is table is None) or left >= 0 or right >= 0:
         num_rows, num_keys, device = call.query.shape[-2], call.key.shape[-2], call.query.device
-        rows, keys = (0, num_rows), (0, num_keys)
-        if table is not None or num_rows * num_keys > _KEPT_PAIRS or device.type != "cpu":
-            allowed = allowed_pairs(call.masking, rows, keys, device)
-        else:
-            inside = range_mask(_positions(num_keys), lengths, starts, rows)
-            allowed = inside
-            if left >= 0 or right >= 0:
-                band = _band(left, right, rows, keys)
-                allowed = band if inside is None else inside & band
+        keep = device.type == "cpu" and num_rows * num_keys <= _KEPT_PAIRS
+        allowed = allowed_pairs(call.masking, (0, num_rows), (0, num_keys), device, keep)
     return attended_pairs(attn_mask, allowed)
-
-
-@functools.lru_cache(maxsize=16)
-def _positions(keys: int) -> Tensor:
-    """Of the keys. Not of inference mode, nor is a band, since other calls keep its tensors for
-    their backward."""
-    with torch.inference_mode(False):
-        return torch.arange(keys, device="cpu")
-
-
-@functools.lru_cache(maxsize=16)
-def _band(left: int, right: int, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
-    with torch.inference_mode(False):
-        return band_mask(left, right, rows, keys, torch.device("cpu"))
 
 
 def _scored(
