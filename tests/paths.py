@@ -18,8 +18,8 @@ import pytest
 import quick_interpreter
 import torch
 
-from additive_attn.backends.plain import whole
-from additive_attn.ops import dispatch, location
+from additive_attn.backends.plain import steps, whole
+from additive_attn.ops import dispatch
 
 DEVICE = os.environ.get("ADDITIVE_ATTN_TEST_DEVICE", "cpu")  # where everything runs
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
@@ -73,9 +73,9 @@ class _Override:
                 self.library.impl(name, self.counted(function), "CPU", allow_override=True)
 
     def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
+        def call(*arguments: Any) -> Any:
             self.calls += 1
-            return function(*arguments, **options)
+            return function(*arguments)
 
         return call
 
@@ -177,6 +177,6 @@ def _switched(path: str) -> Iterator[None]:
             patch.setattr(dispatch, "cpu_is_plain", True)
             for name in ("attend", "score"):
                 patch.setattr(whole, name, override.counted(getattr(whole, name)))
-            patch.setattr(location, "conv1d", override.counted(location.conv1d))
+            patch.setattr(steps, "convolved", override.counted(steps.convolved))
         yield
         assert override.calls, f"nothing was computed by {path}"

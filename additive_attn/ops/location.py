@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d
 
 from additive_attn.backends.plain import steps as plain
 from additive_attn.ops import dispatch
@@ -29,9 +28,8 @@ def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
     """
     if not eager((inputs, filters), filters):
         return plain.location_features(inputs, filters)
-    if dispatch.cpu_is_plain and inputs.is_cpu and inputs.numel() and filters.shape[0]:
-        if torch.is_grad_enabled() or inputs.shape[1] > 1:
-            return conv1d(inputs, filters, padding=filters.shape[-1] // 2)
+    if dispatch.cpu_is_plain and inputs.is_cpu:
+        return plain.convolved(inputs, filters)
     if torch.is_grad_enabled() and (inputs.requires_grad or filters.requires_grad):
         features: Tensor = _Features.apply(inputs, filters)
         return features

@@ -142,6 +142,15 @@ def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
     return filters.reshape(count, channels * width) @ _windows(inputs, width)
 
 
+def convolved(inputs: Tensor, filters: Tensor) -> Tensor:
+    """The same on the CPU, differentiated by autograd: a library's convolution where its
+    derivatives are wanted, or inputs have several channels."""
+    several = torch.is_grad_enabled() or inputs.shape[1] > 1
+    if several and inputs.numel() and filters.shape[0]:
+        return torch.conv1d(inputs, filters, padding=filters.shape[-1] // 2)
+    return location_features(inputs, filters)
+
+
 def location_features_backward(
     grad: Tensor, inputs: Tensor, filters: Tensor, need_inputs: bool, need_filters: bool
 ) -> tuple[Tensor, Tensor]:
