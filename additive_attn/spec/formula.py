@@ -82,7 +82,7 @@ def energies(query: Tensor, key: Tensor, attended: Tensor | None = None) -> Tens
 
 def scores(energy: Tensor, weight: Tensor) -> Tensor:
     """``w . energy``, (..., Lq, Lk)."""
-    if weight.dim() == 2 and weight.shape[0] == 1 and energy.dim() > 3:
+    if weight.dim() == 2 and weight.shape[0] == 1:
         weight = weight.squeeze(0)
     if weight.dim() == 1:
         return energy @ weight

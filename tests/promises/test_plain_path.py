@@ -103,6 +103,27 @@ def test_sums_over_few_pairs(batch, queries, keys, heads, masked):
         check_against_plain([case], **(dict(attn_mask=mask) if masked else {}))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 4, 20])
+def test_an_unbatched_layer_is_a_batch_of_one(rows, bias):
+    layer, upstream = (
+        AdditiveAttention(6, 8, bias=bias),
+        (torch.randn(rows, 5), torch.randn(rows, 9)),
+    )
+    inputs = [torch.randn(*size) for size in ((rows, 6), (9, 6), (9, 5))]
+
+    def results(lead):
+        leaves = [x.view(*lead, *x.shape).requires_grad_() for x in inputs]
+        outputs = layer(*leaves)
+        parameters, grads = tuple(layer.parameters()), [x.view(*lead, *x.shape) for x in upstream]
+        found = torch.autograd.grad(outputs, (*leaves, *parameters), grads)
+        return [*outputs, *found[:3]], found[3:]
+
+    (alone, of_parameters), (batched, expected) = results(()), results((1,))
+    torch.testing.assert_close(alone, [x.squeeze(0) for x in batched])
+    torch.testing.assert_close(of_parameters, expected)
+
+
 def test_a_layer_refuses_nested_tensors():
     layer, x = AdditiveAttention(6, 8), torch.randn(2, 3, 6)
     nested = torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(2, 6)])

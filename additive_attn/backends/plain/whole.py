@@ -261,7 +261,7 @@ class _Scores(torch.autograd.Function):
         need_query, need_key, need_weight, _, need_bias = ctx.needs_input_grad
         grad_query = grad_key = grad_weight = None
         if grad_score is not None:
-            if weight.numel() == energy.shape[-1] and weight.dim() <= energy.dim() - 2:
+            if weight.numel() == energy.shape[-1] and weight.dim() <= 2:
                 features = weight.flatten()  # the usual case, in fewer operations
                 if need_weight:
                     # Batched gradients have a rule for reshape, and none for flatten.
