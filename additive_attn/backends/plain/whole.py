@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
 
 from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import drawn_factors
@@ -26,6 +27,8 @@ from additive_attn.spec.formula import (
 )
 from additive_attn.spec.masks import allowed_pairs
 
+# Its metaclass makes `apply`, which type checkers do not see.
+SingleLevelFunction: Any = _SingleLevelFunction
 # Elements of (..., Lq, Lk, H) up to which a call keeps the energies for autograd; below 0, never.
 ELEMENTS = 2**22
 # Pairs up to which autograd's own derivative of the scores serves, which sums them in one float.
@@ -35,6 +38,7 @@ _KEPT_PAIRS = 2**14
 # Tensors, since PyTorch makes one of a number in every operation.
 _MASKED, _ZERO = (torch.tensor(x, device="cpu") for x in (-torch.inf, 0.0))
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_tanh_backward: Any = torch.ops.aten.tanh_backward
 
 
 def prefers_formula(call: Call) -> bool:
@@ -134,7 +138,7 @@ def _scored(
     hidden, rows, keys = query.shape[-1], query.shape[-2], key.shape[-2]
     few = query.numel() * keys <= _SHORT_SUM * hidden
     if differentiable and not few:
-        result: Tensor = _Scores.apply(query, key, weight, shield, score_bias)[0]
+        result: Tensor = _Scores.apply(query, key, weight, shield, score_bias)
         return result
     one = rows == 1
     energy = _of_one_row(query, key, shield) if one else energies(query, key, shield)
@@ -233,9 +237,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right
 
 
-class _Scores(torch.autograd.Function):
-    """Scores and energies. Autograd's own derivative of ``scores`` would sum the gradient of the
-    weight over all pairs in one float, and takes more time."""
+class _Scores(SingleLevelFunction):
+    """Scores. Autograd's own derivative of ``scores`` would sum the gradient of the weight over
+    all pairs in one float, and takes more time."""
 
     @staticmethod
     def forward(
@@ -245,53 +249,50 @@ class _Scores(torch.autograd.Function):
         weight: Tensor,
         shield: Tensor | None,
         score_bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         energy = energies(query, key, shield)
-        ctx.save_for_backward(energy, weight, shield)
-        ctx.shapes, ctx.score_bias = (query.shape, key.shape), score_bias
+        ctx.save_for_backward(query, key, energy, weight, shield)
+        ctx.score_bias = score_bias
         ctx.set_materialize_grads(False)
-        return scores(energy, weight), energy
+        return scores(energy, weight)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_score: Tensor | None, grad_energy: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """Equations 10 and 11; ``grad_energy`` comes from this function's own derivative."""
-        energy, weight, shield = ctx.saved_tensors
+    def backward(ctx: Any, grad_score: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Equations 10 and 11."""
+        if grad_score is None:
+            return (None,) * 5
+        query, key, energy, weight, shield = ctx.saved_tensors
         need_query, need_key, need_weight, _, need_bias = ctx.needs_input_grad
+        again = torch.is_grad_enabled()  # the gradients are differentiated
+        if again:
+            energy = energies(query, key, shield)
         grad_query = grad_key = grad_weight = None
-        if grad_score is not None:
-            if weight.numel() == energy.shape[-1] and weight.dim() <= 2:
-                features = weight.flatten()  # the usual case, in fewer operations
-                if need_weight:
-                    # Batched gradients have a rule for reshape, and none for flatten.
-                    keys, width = energy.shape[-2:]
-                    count = math.prod(energy.shape[:-2])
-                    rows = torch.bmm(
-                        grad_score.reshape(count, 1, keys), energy.reshape(count, keys, width)
-                    )
-                    grad_weight = rows.sum((0, 1)).view(weight.shape)
-            else:
-                features = weight[..., None, None, :]
-                if need_weight:
-                    grad_weight = _summed(weight_gradient(grad_score, energy), weight.shape)
-            product = grad_score.unsqueeze(-1) * features
-            grad_energy = product if grad_energy is None else product + grad_energy
-        if grad_energy is not None and (need_query or need_key):
-            if grad_score is None or torch.is_grad_enabled() or _is_batched(grad_score):
-                slope = torch.ops.aten.tanh_backward(grad_energy, energy)
+        features = weight
+        if weight.numel() == energy.shape[-1] and weight.dim() <= 2:
+            if need_weight:  # the usual case, in fewer operations
+                # Batched gradients have a rule for reshape, and none for flatten.
+                *batch, keys, width = energy.shape
+                count = math.prod(batch)
+                rows = grad_score.reshape(count, 1, keys), energy.reshape(count, keys, width)
+                grad_weight = torch.bmm(*rows).sum(0 if weight.dim() == 2 else (0, 1))
+        else:
+            features = weight[..., None, None, :]
+            if need_weight:
+                grad_weight = _summed(weight_gradient(grad_score, energy), weight.shape)
+        if need_query or need_key:
+            slope = grad_score.unsqueeze(-1) * features
+            if again or _is_batched(grad_score):
+                slope = _tanh_backward(slope, energy)
             else:
                 # In place: fresh memory of this size costs as much as the arithmetic.
-                slope = torch.ops.aten.tanh_backward.grad_input(
-                    grad_energy, energy, grad_input=grad_energy
-                )
+                _tanh_backward.grad_input(slope, energy, grad_input=slope)
             if shield is not None:
                 slope = shielded(slope, shield)
             if need_query:
-                grad_query = _summed(slope.sum(-2), ctx.shapes[0])
+                grad_query = _summed(slope.sum(-2), query.shape)
             if need_key:
                 grad_key = slope.squeeze(-3) if slope.shape[-3] == 1 else slope.sum(-3)
-                grad_key = _summed(grad_key, ctx.shapes[1])
+                grad_key = _summed(grad_key, key.shape)
         grad_bias = torch.zeros_like(ctx.score_bias) if need_bias else None
         return grad_query, grad_key, grad_weight, None, grad_bias
 
