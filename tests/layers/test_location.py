@@ -21,7 +21,7 @@ from decoders import (
     inputs,
     results,
 )
-from oracle import assert_same, error
+from oracle import DEVICE, assert_same, error
 from torch import nn
 from torch.nn.functional import conv1d
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,6 +71,7 @@ class _Largest(TorchDispatchMode):
         return made
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU plain PyTorch makes them")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_plain_pytorch_makes_no_windows_of_all_features(dtype):
     """Which are width times as many; of the inputs, a tenth as many."""
