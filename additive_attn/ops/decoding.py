@@ -221,8 +221,11 @@ def _inputs(
             and key.dtype == location.dtype == location_weight.dtype
             and not _autocasts()
         ):  # in one operation, whose cost shows in a small step
-            weights = location_weight.expand(key.shape[0], -1, -1)
-            key = torch.baddbmm(key, location.mT, weights)
+            if location_weight.shape[0] == 1:
+                key = torch.addcmul(key, location.mT, location_weight)
+            else:
+                weights = location_weight.expand(key.shape[0], -1, -1)
+                key = torch.baddbmm(key, location.mT, weights)
         else:
             key = key + location.mT @ location_weight
     return Inputs(query, key, value, shared.weight)

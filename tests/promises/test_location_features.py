@@ -7,6 +7,7 @@ import torch
 from oracle import assert_same, error, generator
 from paths import DEVICE
 
+from additive_attn.backends.plain import steps
 from additive_attn.ops import dispatch  # noqa: F401  registers the operators
 
 operators = torch.ops.additive_attn
@@ -38,7 +39,7 @@ def fused(inputs, filters, grad):
 def plain(inputs, filters, grad):
     """By the definition, a dense matrix of shifted filters, in the dtype of the arguments."""
     keys, width = inputs.shape[-1], filters.shape[-1]
-    j = torch.arange(keys, device=DEVICE)
+    j = torch.arange(keys, device=inputs.device)
     tap = j[:, None] - j + width // 2  # of input position, output position
     inside = (tap >= 0) & (tap < width)
 
@@ -71,6 +72,19 @@ def check(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_accuracy(dtype, shape, path):
     check(shape, dtype)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *EMPTY], ids=str)
+def test_as_autograd_differentiates_them(shape):
+    """On plain PyTorch, few windows and many."""
+    inputs, filters, grad = (x.cpu() for x in make(*shape))
+    leaves = inputs.clone().requires_grad_(), filters.clone().requires_grad_()
+    out = steps.convolved(*leaves)
+    found = out, *torch.autograd.grad(out, leaves, grad)
+    with torch.no_grad():
+        torch.testing.assert_close(steps.convolved(inputs, filters), out, rtol=1e-4, atol=1e-4)
+    for mine, wanted in zip(found, plain(inputs, filters, grad), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.core
