@@ -36,7 +36,8 @@ def _load4(quads, u, step, BEYOND: tl.constexpr):
     Every thread loads what it multiplies, so that the loop needs no shared memory and no barrier.
     The loads' layout follows the contiguity of their addresses. That of the last dim is true, that
     of the others is an order, last dim first, since Triton 3.6 would have threads lie along R. The
-    hint counts only where it meets the load, and is lost on a function's parameter."""
+    hint counts only where it meets the load, and is lost with an addition of 0 that the compiler
+    knows: then what is loaded is exchanged through shared memory."""
     at = quads + (tl.cast(u, tl.int64) * step + BEYOND)
     return tl.load(tl.multiple_of(tl.max_contiguous(at, [1, 2, 4, 8]), [1, 1, 1, 16]))
 
@@ -114,8 +115,9 @@ def difference_sums(
     """Sum w (b - a) / (b + a) over so many quads (math.md, eq. 6), [RM, RN, TM, TN]."""
     total = tl.zeros([RN, RM, TM, TN], tl.float32)
     last = quads - 1
-    a4 = _load_rows(a_rows, 0, a_step)
-    b4 = _load_keys(b_rows, 0, b_step)
+    first = tl.minimum(quads, 0)
+    a4 = _load_rows(a_rows, first, a_step)
+    b4 = _load_keys(b_rows, first, b_step)
     for u in range(0, last, 2):
         a5 = _load_rows(a_rows, u + 1, a_step)
         b5 = _load_keys(b_rows, u + 1, b_step)
@@ -164,8 +166,9 @@ def matched_sums(
     What is loaded of p at a time serves this quad and the next, which is the first of another
     two: so no more than that has to stay in registers. The last quad's is beside the first's."""
     total = tl.zeros([RN, RM, TM, TN], tl.float32)
-    a4, c4 = _load_matched(a_rows, 0, a_step)
-    b4 = _load_keys(b_rows, 0, b_step)
+    first = tl.minimum(quads, 0)
+    a4, c4 = _load_matched(a_rows, first, a_step)
+    b4 = _load_keys(b_rows, first, b_step)
     _p0, _p1, p2, p3 = tile4(_load_keys(b_rows, p_first, b_step), RN, TM, TN)
     for u in range(0, quads, 2):
         a5, c5 = _load_matched(a_rows, u + 1, a_step)
