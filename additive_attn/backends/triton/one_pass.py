@@ -44,7 +44,7 @@ from additive_attn.backends.triton.score_tiles import (
     row_interval,
     store_tile,
 )
-from additive_attn.backends.triton.value_sums import accumulate, finish, in_order, often_enough
+from additive_attn.backends.triton.value_sums import accumulate, as_tile, finish, often_enough
 
 
 @triton.jit
@@ -182,12 +182,12 @@ def attend_kernel(
                     store_tile(scores, stored(score, attended), n, row0, key0, rows, keys)
                 score = tl.where(attended, score, float("-inf"))
                 p, shrink, top, total = _softmax_step(score, top, total, TARGET)
-                p = in_order(p)
                 if seed is not None:
                     b = row0 + tl.arange(0, BM)
-                    p *= keep_factors(tl.load(seed), n, b, key0, threshold, 1.0, BM, BN)
+                    kept = keep_factors(tl.load(seed), n, b, key0, threshold, 1.0, BM, BN)
+                    p *= as_tile(kept, RM, TM, RN, TN)
                 acc = accumulate(
-                    acc, _of_rows(shrink, LEAST), often_enough(p, LEAST), attended,
+                    acc, _of_rows(shrink, LEAST), p, attended,
                     sums + place, started, inside, value, value_row, value_column, key0, last,
                     values, again, BD, MEMORY, ROUNDED, PRECISION, TARGET,
                 )  # fmt: skip

@@ -19,6 +19,12 @@ def in_order(x):
 
 
 @triton.jit
+def as_tile(x, RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr):
+    """[BM, BN] as [RM, RN, TM, TN]."""
+    return tl.permute(tl.reshape(x, [TM, RM, RN, TN]), [1, 2, 0, 3])
+
+
+@triton.jit
 def often_enough(x, LEAST: tl.constexpr):
     """[BM, BN] as [LEAST, BN], which a product takes: each row LEAST / BM times."""
     BM: tl.constexpr = x.shape[0]
@@ -62,19 +68,23 @@ def _weighted_sum(
     acc, p, attended, value, value_row, value_column, key0, last, d, values, again,
     ROUNDED: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """acc + P V of a tile, [LEAST, BD]. ``again``: values that are not finite reach the rows alone
-    that attend to them, by ``attended`` [RM, RN, TM, TN]. ROUNDED: P takes the values' dtype, as
-    weights in 16 bits do; else the values take that of P."""
-    BN: tl.constexpr = p.shape[1]
+    """acc + P V of a tile, [LEAST, BD], with P [RM, RN, TM, TN]. ``again``: values that are not
+    finite reach the rows alone that attend to them, by ``attended``. ROUNDED: P takes the values'
+    dtype, as weights in 16 bits do; else the values take that of P."""
+    BN: tl.constexpr = p.shape[1] * p.shape[3]
+    LEAST: tl.constexpr = acc.shape[0]
+    in_rows = often_enough(in_order(p), LEAST)
+    marked = tl.where((p == 0.0) & attended, -1.0, p)
     j = key0 + tl.arange(0, BN)
     inside_d = (d < values)[None, :]
     value += d[None, :].to(tl.int64) * value_column
     if acc.dtype == tl.float64:
         # Triton 3.6 does not compile some products.
-        acc = _add_finite(acc, p, value, value_row, key0, last, inside_d, again)
+        acc = _add_finite(acc, in_rows, value, value_row, key0, last, inside_d, again)
         if again:
-            marked = tl.where((p == 0.0) & often_enough(in_order(attended), p.shape[0]), -1.0, p)
-            acc = _add_nonfinite(acc, marked, value, value_row, key0, last, inside_d)
+            acc = _add_nonfinite(
+                acc, often_enough(in_order(marked), LEAST), value, value_row, key0, last, inside_d
+            )
     else:
         v = tl.load(  # [BN, BD]
             value + j[:, None].to(tl.int64) * value_row,
@@ -84,14 +94,14 @@ def _weighted_sum(
         if again:
             finite = tl.abs(v.to(acc.dtype)) < float("inf")
             if tl.min(finite.to(tl.int32)) == 0:
-                marked = tl.where(
-                    (p == 0.0) & often_enough(in_order(attended), p.shape[0]), -1.0, p
-                )
-                acc = _add_nonfinite(acc, marked, value, value_row, key0, last, inside_d)
+                acc = _add_nonfinite(
+                    acc, often_enough(in_order(marked), LEAST), value, value_row, key0, last,
+                    inside_d,
+                )  # fmt: skip
             v = tl.where(finite, v, 0.0)
         if not ROUNDED:
             v = v.to(acc.dtype)
-        p_v = p.to(v.dtype)
+        p_v = in_rows.to(v.dtype)
         if TARGET == "none":  # NumPy has no bfloat16
             acc = tl.dot(p_v.to(acc.dtype), v.to(acc.dtype), acc, out_dtype=acc.dtype)
         else:
