@@ -26,10 +26,11 @@ class Through:
 
     Of the loops that do, and have one less around them than ``trips`` has numbers, the cheapest
     runs ``trips[0]`` times, the loop around it ``trips[1]`` times and so on. A loop within it is
-    rare, and passed by."""
+    rare, and passed by. Of the iterations of a loop a ``share`` passes blocks."""
 
     holds: Mapping[str, int]
     trips: tuple[float, ...] = ()
+    share: float = 1.0
 
     def passes(self, counted: Mapping[str, int]) -> bool:
         return all(
@@ -260,14 +261,28 @@ class _Paths:
         if times is None:  # what such a loop holds has not been passed: nobody knows how often
             return {(to, 0): cost for (to, _), cost in leaving.items()}
         most = max(again, key=int.bit_count)
+        usual = self._iteration(again, most)
         steps: Ways = {}
         for (to, bits), cost in leaving.items():
             # The last iteration ends where the loop is left, at its end or before its work.
             full = times - 1 if bits & most == most else times
-            step = {n: full * each for n, each in again[most].items()}
+            step = {n: full * each for n, each in usual.items()}
             for n, each in cost.items():
                 step[n] = step.get(n, 0) + each
             way = to, bits | most
             if way not in steps or self._price(step) < self._price(steps[way]):
                 steps[way] = step
         return steps
+
+    def _iteration(self, again: Mapping[int, Cost], passed: int) -> Cost:
+        """Of a loop, on average: what an iteration executes, by the ways through it."""
+        cost = again[passed]
+        for bit, each in enumerate(self.through):
+            without = again.get(passed & ~(1 << bit))
+            if each.share < 1 and without is not None:
+                blocks = cost.keys() | without.keys()
+                cost = {
+                    n: each.share * cost.get(n, 0) + (1 - each.share) * without.get(n, 0)
+                    for n in blocks
+                }
+        return cost

@@ -43,13 +43,15 @@ def attend_kernel(a: SimpleNamespace) -> Work:
     """The loop around all others runs again only where a value is not finite."""
     tanh = 8 * a.RM * a.RN
     tiles = min(a.keys_per_split, a.keys) / (a.RN * a.TN)
+    told = min(a.TOLD, tiles)  # so many tiles at once whether they hold special pairs
     hot = _scores(a, tiles, 1)
+    special = Through({"HMMA|LDTM": 1, "MUFU": 0, "HGMMA": 0}, share=1 / told)
     if not a.MEMORY:
-        return Work((hot,), tanh)
+        return Work((hot, special), tanh)
     columns = a.values / a.BD
     products = Through({"HGMMA|HMMA|LDTM": 1, "MUFU": 0}, (columns, tiles, 1))
     results = Through({"LDG": 1, "STG": 1, "MUFU": 0}, (columns, 1))
-    return Work((hot, products, results), tanh)
+    return Work((hot, special, products, results), tanh)
 
 
 def row_pass_kernel(a: SimpleNamespace) -> Work:

@@ -104,16 +104,19 @@ class Kernel:
         """Of the hot loop, or its instructions with this name."""
         return number(loop, name) / self.tanh
 
+    def path(self, launch: Launch) -> Counter[str]:
+        """What a thread executes, on the cheapest path."""
+        try:
+            return self.code.graph.executed(self._work(launch).through)
+        except AssertionError as error:
+            raise AssertionError(f"{self.name}: {error}") from error
+
     def executed(self) -> float:
-        """Instructions of all threads of all launches, on the cheapest path of each."""
-        total = 0.0
-        for launch in self.launches:
-            try:
-                path = self.code.graph.executed(self._work(launch).through)
-            except AssertionError as error:
-                raise AssertionError(f"{self.name}: {error}") from error
-            total += launch.programs * 32 * launch.arguments.num_warps * path.total()
-        return total
+        """Instructions of all threads of all launches."""
+        return sum(
+            launch.programs * 32 * launch.arguments.num_warps * self.path(launch).total()
+            for launch in self.launches
+        )
 
 
 def per_pair(kernels: Collection[Kernel], pairs: int) -> float:

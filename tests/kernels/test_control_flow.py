@@ -61,6 +61,15 @@ def test_what_must_be_passed():
     assert rare["FMUL"] == rare["MUFU.EX2"] == rare["FADD"] == 30
 
 
+def test_what_a_share_of_the_iterations_passes():
+    graph = listing(NESTED)
+    hot = Through({"MUFU": 1}, (10, 3))
+    rare = graph.executed((hot, Through({"MUFU.EX2": 1}, share=1 / 5)))
+    # The last iteration ends in another branch than it was counted for.
+    assert rare["MUFU.RCP"] == rare["FADD"] == 30
+    assert 6 <= rare["FMUL"] == rare["MUFU.EX2"] <= 9
+
+
 def test_a_loop_of_which_nothing_is_said():
     graph = listing(NESTED)
     with pytest.raises(AssertionError, match="how often"):

@@ -42,6 +42,7 @@ from additive_attn.backends.triton.score_tiles import (
     is_kept,
     pair_scores,
     row_interval,
+    special_tiles,
     store_tile,
 )
 from additive_attn.backends.triton.value_sums import accumulate, as_tile, finish, often_enough
@@ -102,14 +103,15 @@ def attend_kernel(
     inner, entries, rows, keys, hidden, padded, values, left, right, splits, keys_per_split,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, SPLIT: tl.constexpr,
     BD: tl.constexpr, MEMORY: tl.constexpr, STORED: tl.constexpr, CHUNK: tl.constexpr,
-    ALIGNED: tl.constexpr, DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr,
+    TOLD: tl.constexpr, ALIGNED: tl.constexpr, DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
     """Some rows of an entry and a range of its keys. Without ``tops`` the range is all keys, and
     ``out`` and ``lse`` are final; else ``out`` is [split][entry][row], for ``merge_kernel``, or
     with ``merged`` for the last program of these rows, which writes there.
     STORED: the scores are kept too. MEMORY: the weighted sums of the values lie in ``sums``, which
-    has the size of ``out``, BD columns at a time. ALIGNED: the values of all entries are."""
+    has the size of ``out``, BD columns at a time. TOLD: of so many tiles at once a program learns
+    which hold special pairs. ALIGNED: the values of all entries are."""
     BM: tl.constexpr = RM * TM
     BN: tl.constexpr = RN * TN
     LEAST: tl.constexpr = 16 if BM < 16 else BM
@@ -156,13 +158,17 @@ def attend_kernel(
     attempt = 0
     while attempt < 2:
         again = attempt > 0
-        started = 0
+        started, told = 0, 0
         top = tl.full([RM, TM], float("-inf"), ACC)
         total = tl.zeros([RM, TM, TN], ACC)
         acc = tl.zeros([LEAST, BD], ACC)
-        for key0 in tl.range(
-            begin if STORED else first, end if STORED else last, BN, disable_licm=True
-        ):
+        start, stop = begin if STORED else first, end if STORED else last
+        for key0 in tl.range(start, stop, BN, disable_licm=True):
+            tile = (key0 - start) // BN
+            if tile % TOLD == 0:
+                told = special_tiles(
+                    query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, BM, BN, TOLD
+                )
             computed = True
             if STORED or block_tiles is not None:
                 computed = (key0 < last) & (key0 + BN > first)
@@ -175,7 +181,7 @@ def attend_kernel(
                     query, key, query_row, query_h, key_row, key_h, query_rows, key_rows,
                     at_query, at_key, weight, quad_weight, score_scale,
                     low, high, mask, mask_row, mask_column, block_tiles, row0, key0, rows, keys,
-                    hidden, padded,
+                    hidden, padded, (told >> (tile % TOLD)) & 1,
                     RM, TM, RN, TN, SPLIT, DIFFERENCE, TARGET, ACC,
                 )  # fmt: skip
                 if STORED:
@@ -249,7 +255,7 @@ def attend(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
         parts, sums, lse, tops, totals, scores, merged, p.batch.inner, p.entries, p.rows, p.keys,
         p.hidden, p.padded, p.values, p.left, p.right, splits, per_split,
         **tile.sizes(), BD=columns, MEMORY=memory, STORED=need_weights, CHUNK=chunk,
-        ALIGNED=aligned(*p.value_strides[:2]),
+        TOLD=tiles.told_tiles(tile, min(per_split, p.keys)), ALIGNED=aligned(*p.value_strides[:2]),
         PRECISION=product_precision(p),
         **p.form(), num_warps=tile.warps, num_stages=1, **registers(min(255, 2048 // tile.warps)),
     )  # fmt: skip

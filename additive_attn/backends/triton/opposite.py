@@ -18,16 +18,16 @@ from additive_attn.backends.triton.prepare import SKETCH
 
 
 @triton.jit
-def holds_opposite(
+def tiles_with_opposite(
     query_rows, key_rows, at_query, at_key, row0, key0, rows, keys,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Whether a pair of a tile may be opposite, masked ones included: nearly |q + k|^2 is too
-    small. A product takes at least 16 rows."""
+    """Which of TILES tiles from ``key0`` hold a pair that may be opposite, masked ones included:
+    nearly |q + k|^2 is too small. A product takes at least 16 rows."""
     LEAST: tl.constexpr = 16 if BM < 16 else BM
-    # Products of 16 keys, one for a warp: several warps share none without computing it again.
+    # Products of 16 keys, some for each warp: several warps share none without computing it again.
     # And with a batch dim, since Triton 3.7 fails to compile what follows a plain one on sm_100.
-    PARTS: tl.constexpr = BN // 16
+    PARTS: tl.constexpr = TILES * BN // 16
     f = tl.arange(0, SKETCH)
     i = at_query + tl.minimum(row0 + tl.arange(0, LEAST), rows - 1)
     j = key0 + 16 * tl.arange(0, PARTS)[:, None] + tl.arange(0, 16)[None, :]
@@ -38,7 +38,8 @@ def holds_opposite(
     square = tl.load(key_rows.distance + j)[:, None, :] + 2.0 * tl.dot(of_rows, of_keys)
     limit = tl.load(query_rows.distance + i)
     limit += 1e-4 * tl.abs(limit)  # sums in another order differ by a rounding
-    return tl.max((tl.min(square, 2) < limit[None, :]).to(tl.int32)) != 0
+    found = tl.max((tl.min(square, 2) < limit[None, :]).to(tl.int32), 1)  # [PARTS]
+    return tl.max(tl.reshape(found, [TILES, BN // 16]), 1) != 0
 
 
 @triton.jit
@@ -62,12 +63,12 @@ def opposite_kernel(
     program = tl.program_id(0)
     row_tile = program // key_tiles % row_tiles
     _n, o, m = batch_entry(entry_begin + program // (key_tiles * row_tiles), inner)
-    found = holds_opposite(
+    found = tiles_with_opposite(
         query_rows, key_rows, o * query_exp_outer + m * query_exp_inner,
         o * key_exp_outer + m * key_exp_inner, row_begin + row_tile * BM,
-        key_begin + program % key_tiles * BN, rows, keys, BM, BN,
+        key_begin + program % key_tiles * BN, rows, keys, BM, BN, 1,
     )  # fmt: skip
-    tl.store(flags + program, found.to(tl.int32))
+    tl.store(flags + program + tl.arange(0, 1), found.to(tl.int32))
 
 
 class Flags(NamedTuple):

@@ -31,6 +31,7 @@ from additive_attn.backends.triton.score_tiles import (
     is_kept,
     pair_scores,
     row_interval,
+    special_tiles,
     store_tile,
 )
 from additive_attn.spec.call import Upstream
@@ -180,15 +181,19 @@ def row_pass_kernel(
             )
         any_opposite = 0
         if computed:
+            at_query = o * query_exp_outer + m * query_exp_inner
+            at_key = o * key_exp_outer + m * key_exp_inner
+            special = special_tiles(
+                query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, BM, BN, 1
+            )
             score, attended, any_opposite = pair_scores(
                 query + o * query_outer + m * query_inner, key + o * key_outer + m * key_inner,
-                query_row, query_h, key_row, key_h, query_rows, key_rows,
-                o * query_exp_outer + m * query_exp_inner, o * key_exp_outer + m * key_exp_inner,
+                query_row, query_h, key_row, key_h, query_rows, key_rows, at_query, at_key,
                 prepared.weight + at_weight * padded,
                 prepared.quad_weight + at_weight * padded,
                 prepared.score_scale + 2 * at_weight,
                 low, high, mask, mask_row, mask_column, block_tiles,
-                row0, key0, rows, keys, hidden, padded,
+                row0, key0, rows, keys, hidden, padded, special,
                 RM, TM, RN, TN, SPLIT, DIFFERENCE, TARGET, ACC,
             )  # fmt: skip
             kept = stored(score, attended)

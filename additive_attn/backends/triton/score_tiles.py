@@ -38,12 +38,12 @@ from additive_attn.backends.triton.masks import (
 from additive_attn.backends.triton.numerics import tanh
 from additive_attn.backends.triton.opposite import (
     Flags,
-    holds_opposite,
     no_flags,
     opposite_pairs,
+    tiles_with_opposite,
 )
 from additive_attn.backends.triton.plan import Piece
-from additive_attn.backends.triton.prepare import GROUP, SAFE, WILD, padded_length
+from additive_attn.backends.triton.prepare import GROUP, SAFE, SMALL, WILD, padded_length
 from additive_attn.backends.triton.quad_layout import quad_numbers
 from additive_attn.backends.triton.quads import difference_sums, matched_sums
 
@@ -137,20 +137,30 @@ def _direct(
 
 
 @triton.jit
-def _is_special(
+def special_tiles(
     query_rows, key_rows, at_query, at_key, row0, key0, rows, keys,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Whether a pair of a tile may be small, beyond SAFE or opposite, masked ones included."""
-    size = tl.load(query_rows.size + at_query + tl.minimum(row0 + tl.arange(0, BM), rows - 1))
-    group = key0 // GROUP + tl.arange(0, BN // GROUP)
-    flags = tl.load(key_rows.flags + at_key // GROUP + group, mask=group * GROUP < keys, other=0)
-    flags = tl.sum(flags, 0)
-    small = (tl.min(size, 0) <= 1.0) & (flags % WILD != 0)
-    special = (tl.max(size, 0) > SAFE) | (flags >= WILD) | small
-    return special | holds_opposite(
-        query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, BM, BN
-    )
+    """Which of TILES tiles from ``key0`` hold a pair that may be small, beyond SAFE or opposite,
+    masked ones included: a bit for each."""
+    bits = 0
+    if query_rows is not None:  # float64 takes no notice
+        GROUPS: tl.constexpr = BN // GROUP
+        size = tl.load(query_rows.size + at_query + tl.minimum(row0 + tl.arange(0, BM), rows - 1))
+        of_rows = tl.sum(tl.where(size <= 1.0, SMALL, 0) + tl.where(size > SAFE, WILD, 0), 0)
+        tile = tl.arange(0, TILES)
+        group = key0 // GROUP + GROUPS * tile[:, None] + tl.arange(0, GROUPS)[None, :]
+        flags = tl.load(
+            key_rows.flags + at_key // GROUP + group, mask=group * GROUP < keys, other=0
+        )
+        flags = tl.sum(flags, 1)  # [TILES]
+        small = (of_rows % WILD != 0) & (flags % WILD != 0)
+        opposite = tiles_with_opposite(
+            query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, BM, BN, TILES
+        )
+        special = small | (of_rows >= WILD) | (flags >= WILD) | opposite
+        bits = tl.sum(special.to(tl.int32) << tile, 0)
+    return bits
 
 
 @triton.jit
@@ -164,7 +174,7 @@ def _all_small(query_rows, key_rows, i, j, attended):
 def pair_scores(
     query, key, query_row, query_h, key_row, key_h, query_rows, key_rows, at_query, at_key,
     weight, quad_weight, score_scale, low, high, mask, mask_row, mask_column, block_tiles,
-    row0, key0, rows, keys, hidden, padded,
+    row0, key0, rows, keys, hidden, padded, special,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, SPLIT: tl.constexpr,
     DIFFERENCE: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -185,11 +195,8 @@ def pair_scores(
     else:
         # Which pairs are attended, and where rows and keys lie, is found anew wherever it is asked
         # for: most tiles ask once, and what is kept takes registers.
-        special = _is_special(
-            query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, RM * TM, RN * TN
-        )
         small = key0 < 0
-        if special:
+        if special != 0:
             # What rows and keys hold that attend to nothing here decides nothing.
             _bias, attended = attended_pairs(
                 low, high, mask, mask_row, mask_column, block_tiles, i, j
@@ -200,7 +207,7 @@ def pair_scores(
             query_rows, key_rows, weight, quad_weight, at_query, at_key, row0, key0, i, j, rows,
             keys, padded, small, RM, TM, RN, TN, SPLIT, DIFFERENCE, TARGET,
         )  # fmt: skip
-        if special:
+        if special != 0:
             _bias, attended = attended_pairs(
                 low, high, mask, mask_row, mask_column, block_tiles, i, j
             )
@@ -303,6 +310,9 @@ def score_kernel(
         at_weight = o * weight_outer + m * weight_inner
         at_query = o * query_exp_outer + m * query_exp_inner
         at_key = o * key_exp_outer + m * key_exp_inner
+        special = special_tiles(
+            query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, BM, BN, 1
+        )
         score, attended, any_opposite = pair_scores(
             query + o * query_outer + m * query_inner, key + o * key_outer + m * key_inner,
             query_row, query_h, key_row, key_h, query_rows, key_rows, at_query, at_key,
@@ -310,7 +320,7 @@ def score_kernel(
             prepared.quad_weight + at_weight * padded,
             prepared.score_scale + 2 * at_weight,
             low, high, mask, mask_row, mask_column, block_tiles,
-            row0, key0, rows, keys, hidden, padded,
+            row0, key0, rows, keys, hidden, padded, special,
             RM, TM, RN, TN, SPLIT, DIFFERENCE, TARGET, ACC,
         )  # fmt: skip
         kept = stored(score, attended)

@@ -93,6 +93,12 @@ def attend_columns(values: int, wide: bool, tile: Tile, size: int) -> int:
     return columns if columns <= 128 else 64
 
 
+def told_tiles(tile: Tile, keys: int) -> int:
+    """Of so many tiles a program of so many keys learns at once which hold special pairs: its
+    threads wait for loads and for one another once. More tiles would take more registers."""
+    return max(1, min(256, power_of_two(keys)) // tile.keys)
+
+
 def is_small(entries: int, rows: int, keys: int, row_tiles: int) -> bool:
     """Whether the pass over features adds up all sums."""
     return entries * rows * keys <= SMALL_PAIRS and row_tiles * keys <= SUMMED_KEYS
