@@ -210,10 +210,14 @@ def test_roundings_of_sums_over_pairs(entries, opposite):
     assert mine <= (2.6 if correct else 3.3) * theirs, f"{mine / theirs:.2f} times theirs"
 
 
-@pytest.mark.parametrize("key", [0, 3, 62, 69])
-def test_single_key_that_is_not_safe(key):
-    """The only one of its block takes the direct form, wherever it stands."""
-    case = make((2,), 12, 70, 8, 4)
+@pytest.mark.parametrize(
+    ("queries", "keys", "key"),
+    [*((12, 70, key) for key in (0, 3, 62, 69)), *((24, 300, key) for key in (130, 290))],
+)
+def test_single_key_that_is_not_safe(queries, keys, key):
+    """The only one of its block, and of several tiles, takes the direct form, wherever it
+    stands."""
+    case = make((2,), queries, keys, 8, 4)
     case["query"] = 0.3 * case["query"] - 8.0
     case["key"][:, key] = 10.5 + 0.3 * case["key"][:, key].abs()
     check_against_plain([case])
