@@ -79,17 +79,20 @@ def test_programs_that_prepare_several_groups_of_rows(hidden, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "hidden", "spread"),
-    [(5, 70, 256, 0.1), (12, 70, 264, 1.0), (25, 60, 300, 0.1), (25, 60, 300, 3.0)],
-)
-def test_features_shared_by_groups_of_threads(queries, keys, hidden, spread, monkeypatch):
+    ("batch", "queries", "keys", "hidden", "spread"),
+    [
+        ((2,), 5, 70, 256, 0.1), ((), 12, 70, 264, 1.0), ((), 25, 60, 300, 0.1),
+        ((), 25, 60, 300, 3.0),
+    ],
+)  # fmt: skip
+def test_features_shared_by_groups_of_threads(batch, queries, keys, hidden, spread, monkeypatch):
     """Where tiles are few; with |q|, |k| <= 1 in the difference form, and with opposite pairs."""
     chosen = returned(monkeypatch, tiles, "attend_tile")
     monkeypatch.setattr(arguments, "processors", lambda device: 132)
-    case = make((2,), queries, keys, hidden, 5, spread=spread)
+    case = make(batch, queries, keys, hidden, 5, spread=spread)
     if spread == 0.1:
         case = {name: x.clamp(-1, 1) for name, x in case.items()}
-    case["key"][:, 3] = -case["query"][:, 1]
+    case["key"][..., 3, :] = -case["query"][..., 1, :]
     check_against_plain([case])
     assert chosen
     assert all(tile.SPLIT > 1 for tile in chosen)
