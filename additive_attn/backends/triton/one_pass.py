@@ -90,6 +90,18 @@ def _softmax_step(score, top, total, TARGET: tl.constexpr):
     return p, shrink, top, total * shrink[:, :, None] + tl.sum(p, 1)
 
 
+@triton.jit
+def _kept(p, seed, n, row0, key0, threshold):
+    """P [RM, RN, TM, TN] where dropout keeps it, 0 elsewhere."""
+    RM: tl.constexpr = p.shape[0]
+    RN: tl.constexpr = p.shape[1]
+    TM: tl.constexpr = p.shape[2]
+    TN: tl.constexpr = p.shape[3]
+    i = row0 + tl.arange(0, RM * TM)
+    factors = keep_factors(tl.load(seed), n, i, key0, threshold, 1.0, RM * TM, RN * TN)
+    return p * as_tile(factors, RM, TM, RN, TN)
+
+
 @kernel
 def attend_kernel(
     query, key, query_outer, query_inner, query_row, query_h, key_outer, key_inner, key_row, key_h,
@@ -126,9 +138,6 @@ def attend_kernel(
     begin = split * keys_per_split
     end = tl.minimum(begin + keys_per_split, keys)
     at_weight = o * weight_outer + m * weight_inner
-    weight = prepared.weight + at_weight * padded
-    quad_weight = prepared.quad_weight + at_weight * padded
-    score_scale = prepared.score_scale + 2 * at_weight
     at_query = o * query_exp_outer + m * query_exp_inner
     at_key = o * key_exp_outer + m * key_exp_inner
     query += o * query_outer + m * query_inner
@@ -179,7 +188,7 @@ def attend_kernel(
             if computed:
                 score, attended, _any = pair_scores(
                     query, key, query_row, query_h, key_row, key_h, query_rows, key_rows,
-                    at_query, at_key, weight, quad_weight, score_scale,
+                    at_query, at_key, prepared, at_weight,
                     low, high, mask, mask_row, mask_column, block_tiles, row0, key0, rows, keys,
                     hidden, padded, (told >> (tile % TOLD)) & 1,
                     RM, TM, RN, TN, SPLIT, DIFFERENCE, TARGET, ACC,
@@ -189,9 +198,7 @@ def attend_kernel(
                 score = tl.where(attended, score, float("-inf"))
                 p, shrink, top, total = _softmax_step(score, top, total, TARGET)
                 if seed is not None:
-                    b = row0 + tl.arange(0, BM)
-                    kept = keep_factors(tl.load(seed), n, b, key0, threshold, 1.0, BM, BN)
-                    p *= as_tile(kept, RM, TM, RN, TN)
+                    p = _kept(p, seed, n, row0, key0, threshold)
                 acc = accumulate(
                     acc, _of_rows(shrink, LEAST), p, attended,
                     sums + place, started, inside, value, value_row, value_column, key0, last,

@@ -189,10 +189,7 @@ def row_pass_kernel(
             score, attended, any_opposite = pair_scores(
                 query + o * query_outer + m * query_inner, key + o * key_outer + m * key_inner,
                 query_row, query_h, key_row, key_h, query_rows, key_rows, at_query, at_key,
-                prepared.weight + at_weight * padded,
-                prepared.quad_weight + at_weight * padded,
-                prepared.score_scale + 2 * at_weight,
-                low, high, mask, mask_row, mask_column, block_tiles,
+                prepared, at_weight, low, high, mask, mask_row, mask_column, block_tiles,
                 row0, key0, rows, keys, hidden, padded, special,
                 RM, TM, RN, TN, SPLIT, DIFFERENCE, TARGET, ACC,
             )  # fmt: skip

@@ -173,14 +173,17 @@ def _all_small(query_rows, key_rows, i, j, attended):
 @triton.jit
 def pair_scores(
     query, key, query_row, query_h, key_row, key_h, query_rows, key_rows, at_query, at_key,
-    weight, quad_weight, score_scale, low, high, mask, mask_row, mask_column, block_tiles,
+    prepared, at_weight, low, high, mask, mask_row, mask_column, block_tiles,
     row0, key0, rows, keys, hidden, padded, special,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, SPLIT: tl.constexpr,
     DIFFERENCE: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Of a tile, [RM, RN, TM, TN]: scale * score + mask; which pairs are attended; and whether one
     of them is opposite. Row = tm RM + rm, key = rn TN + tn. ``low`` and ``high``, [RM, 1, TM, 1],
-    are the rows' intervals; pointers are the entry's."""
+    are the rows' intervals; pointers are the entry's, those of ``prepared`` the first one's.
+    ``special``: whether a pair of the tile may take another form (``special_tiles``)."""
+    weight = prepared.weight + at_weight * padded
+    quad_weight = prepared.quad_weight + at_weight * padded
     ri = tile_rows(row0, RM, TM)  # [RM, TM]
     rj = tile_keys(key0, RN, TN)  # [RN, TN]
     i = ri[:, None, :, None]
@@ -227,7 +230,8 @@ def pair_scores(
                 )  # fmt: skip
                 total = tl.where(direct, exact, total)
         bias, attended = attended_pairs(low, high, mask, mask_row, mask_column, block_tiles, i, j)
-    score = total * tl.load(score_scale) * tl.load(score_scale + 1)
+    scale = prepared.score_scale + 2 * at_weight
+    score = total * tl.load(scale) * tl.load(scale + 1)
     if mask is not None:
         score += bias
     return score, attended, any_opposite
@@ -316,10 +320,7 @@ def score_kernel(
         score, attended, any_opposite = pair_scores(
             query + o * query_outer + m * query_inner, key + o * key_outer + m * key_inner,
             query_row, query_h, key_row, key_h, query_rows, key_rows, at_query, at_key,
-            prepared.weight + at_weight * padded,
-            prepared.quad_weight + at_weight * padded,
-            prepared.score_scale + 2 * at_weight,
-            low, high, mask, mask_row, mask_column, block_tiles,
+            prepared, at_weight, low, high, mask, mask_row, mask_column, block_tiles,
             row0, key0, rows, keys, hidden, padded, special,
             RM, TM, RN, TN, SPLIT, DIFFERENCE, TARGET, ACC,
         )  # fmt: skip
