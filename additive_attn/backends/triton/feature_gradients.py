@@ -16,7 +16,7 @@ import triton.language as tl
 
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.block_forms import forms_of_block
-from additive_attn.backends.triton.feature_loop import APART, quick_loop, store_sum
+from additive_attn.backends.triton.feature_loop import APART, first_key, quick_loop, store_sum
 from additive_attn.backends.triton.gradient_sums import task
 from additive_attn.backends.triton.halves import (
     added,
@@ -191,11 +191,10 @@ def feature_tile(
     DW: tl.constexpr = weight_sums is not None
     tile_count = tl.cdiv(row_count, BX)
     tile, part, split, n = task(program, tile_count, tl.cdiv(padded, TILE), splits)
-    h0 = part * TILE
+    h0, row0 = part * TILE, tile * BX
     n, o, m = batch_entry(entry_begin + n, inner)
     entry = n - entry_begin
     zeros = tl.zeros([TW, TX, TF], ACC)
-    row0 = tile * BX
     h, f, r0 = _places(h0, row0, zeros, RX)
     q_rows = query + o * query_outer + m * query_inner
     k_rows = key + o * key_outer + m * key_inner + key_begin.to(tl.int64) * key_row
@@ -205,6 +204,7 @@ def feature_tile(
     dk_place, K_place, sizes_i, sizes_j = None, None, None, None
     if DK:
         dk_place = key_sums + (tile * entries + entry) * (tl.cdiv(key_count, 8) * 8) * padded + f
+        dk_place += first_key(TX) * padded
     first = tl.maximum(row_begin + row0 - left, key_begin) - key_begin
     last = tl.minimum(row_begin + row0 + BX + right, key_begin + key_count) - key_begin
     begin = split * keys_per_split
@@ -266,8 +266,8 @@ def feature_tile(
                 )  # fmt: skip
             else:
                 qa, qb, xa, xb = quick_loop(
-                    Q, K_place, g_place, dk_place, h, stored, k0, end, row_padded,
-                    total, small, RX, padded, TILE, MOST, DQ or DW, DK, DW, TARGET,
+                    Q, K_place, g_place, dk_place, h, f < padded, k0, end, row_padded, total,
+                    small, RX, padded, TILE, MOST, DQ or DW, DK, DW, TARGET,
                 )  # fmt: skip
         # Many equal terms added one by one would all be rounded the same way.
         dqa, dqb = added(dqa, qa, RX), added(dqb, qb, RX)

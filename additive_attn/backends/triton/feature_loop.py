@@ -1,5 +1,5 @@
 # ruff: noqa: RUF005 (Triton has no starred expressions)
-# mypy: disable-error-code="assignment, var-annotated"
+# mypy: disable-error-code="assignment, misc, var-annotated"
 """The loop of the pass over features where all pairs are in range. No thread waits for another in
 it: each loads what it needs."""
 
@@ -15,6 +15,7 @@ from additive_attn.backends.triton.halves import (
     prepared,
     repeated,
     slope,
+    where,
 )
 from additive_attn.backends.triton.numerics import tile4
 
@@ -28,6 +29,50 @@ def store_sum(to, p, stored):
     memory."""
     x = tl.join(tl.sum(p[0], 1, keep_dims=True), tl.sum(p[1], 1, keep_dims=True))
     tl.store(to, tl.broadcast_to(x, stored.shape), mask=stored)
+
+
+@triton.jit
+def _across(x, STEP: tl.constexpr):
+    """x of the lane that is STEP rows away."""
+    pairs = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * STEP), 2, STEP, x.shape[2]])
+    return tl.reshape(tl.flip(pairs, 2), x.shape)
+
+
+@triton.jit
+def _shared_out(x, y, STEP: tl.constexpr):
+    """Sums over two lanes that are STEP rows apart, of both features: the first of them has those
+    of x, the second those of y."""
+    first = tl.arange(0, x[0].shape[1])[None, :, None] & STEP == 0
+    kept, given = where(first, x, y), where(first, y, x)
+    return kept[0] + _across(given[0], STEP), kept[1] + _across(given[1], STEP)
+
+
+@triton.jit
+def _shared_halves(x, y):
+    """The first step of ``store_sum`` of two keys: each half of the lanes has one of them."""
+    return _shared_out(x, y, x[0].shape[1] // 2)
+
+
+@triton.jit
+def first_key(TX: tl.constexpr):
+    """Of four keys, the one whose sums ``_store_sums`` leaves each of TX lanes, or the first."""
+    return 4 * tl.arange(0, TX)[None, :, None, None] // TX
+
+
+@triton.jit
+def _store_sums(to, x, y, inside, padded: tl.constexpr):
+    """The sums of four keys, as ``store_sum`` would add them, in fewer exchanges: lanes
+    share out the keys. x: keys 0 and 2, y: 1 and 3, by halves. ``to``: of the ``first_key``."""
+    TX: tl.constexpr = x[0].shape[1]
+    if TX == 2:
+        tl.store(to, tl.join(x[0], x[1]), mask=inside)
+        tl.store(to + padded, tl.join(y[0], y[1]), mask=inside)
+    else:
+        x = _shared_out(x, y, TX // 4)
+        if TX == 8:
+            x = x[0] + _across(x[0], 1), x[1] + _across(x[1], 1)
+            inside &= tl.arange(0, TX)[None, :, None, None] % 2 == 0
+        tl.store(to, tl.join(x[0], x[1]), mask=inside)
 
 
 @triton.jit
@@ -69,11 +114,12 @@ def _add_pairs(
 
 @triton.jit
 def _add_by_keys(
-    Q, K_four, g, to, stored, dq, dw, padded: tl.constexpr, SMALL: tl.constexpr,
+    Q, K_four, g, to, inside, dq, dw, padded: tl.constexpr, SMALL: tl.constexpr,
     DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Stores dk of four keys and returns dq and dw with their share, one key after the other."""
     zeros = tl.zeros_like(dw[0])
+    of_keys = ()
     for u in tl.static_range(4):
         K = tl.split(K_four[u])
         dk = zeros, zeros
@@ -84,14 +130,16 @@ def _add_by_keys(
             )
             sums = sums + (of_row,)
         dq = sums
-        if DK:
-            store_sum(to + u * padded, dk, stored)
+        # At once: the fewer numbers wait for others, the fewer registers they take.
+        of_keys = of_keys + (dk if u < 2 else _shared_halves(of_keys[u - 2], dk),)
+    if DK:
+        _store_sums(to, of_keys[2], of_keys[3], inside, padded)
     return dq, dw
 
 
 @triton.jit
 def _add_by_rows(
-    Q, K_four, g, to, stored, dq, dw, padded: tl.constexpr, SMALL: tl.constexpr,
+    Q, K_four, g, to, inside, dq, dw, padded: tl.constexpr, SMALL: tl.constexpr,
     DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """The same, one row after the other."""
@@ -110,14 +158,14 @@ def _add_by_rows(
         sums = sums + (of_row,)
         dk = of_keys
     if DK:
-        for u in tl.static_range(4):
-            store_sum(to + u * padded, dk[u], stored)
+        x, y = _shared_halves(dk[0], dk[2]), _shared_halves(dk[1], dk[3])
+        _store_sums(to, x, y, inside, padded)
     return sums, dw
 
 
 @triton.jit
 def _loop(
-    Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
+    Q, K_place, g_place, dk_place, h, inside, begin, end, row_padded,
     RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, MOST: tl.constexpr,
     SMALL: tl.constexpr, DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr,
     TARGET: tl.constexpr,
@@ -153,11 +201,11 @@ def _loop(
                 to += tl.cast(c, tl.int64) * padded
             if SMALL and not BLACKWELL:
                 dq, share = _add_by_rows(
-                    Q, K_four, g, to, stored, dq, share, padded, SMALL, DQ, DK, DW, TARGET
+                    Q, K_four, g, to, inside, dq, share, padded, SMALL, DQ, DK, DW, TARGET
                 )
             else:
                 dq, share = _add_by_keys(
-                    Q, K_four, g, to, stored, dq, share, padded, SMALL, DQ, DK, DW, TARGET
+                    Q, K_four, g, to, inside, dq, share, padded, SMALL, DQ, DK, DW, TARGET
                 )
             dw = dw[0] + share[0], dw[1] + share[1]
     dqa, dqb = (), ()
@@ -168,19 +216,19 @@ def _loop(
 
 @triton.jit
 def quick_loop(
-    Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded, total, small,
+    Q, K_place, g_place, dk_place, h, inside, begin, end, row_padded, total, small,
     RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, MOST: tl.constexpr,
     DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """``_loop``, with the sums of G t; ``total`` are those of G."""
     if small:
         dqa, dqb, xa, xb = _loop(
-            Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
+            Q, K_place, g_place, dk_place, h, inside, begin, end, row_padded,
             RX, padded, TILE, MOST, True, DQ, DK, DW, TARGET,
         )  # fmt: skip
     else:
         dqa, dqb, xa, xb = _loop(
-            Q, K_place, g_place, dk_place, h, stored, begin, end, row_padded,
+            Q, K_place, g_place, dk_place, h, inside, begin, end, row_padded,
             RX, padded, TILE, MOST, False, DQ, DK, DW, TARGET,
         )  # fmt: skip
         xa = total - 2.0 * xa
