@@ -153,7 +153,7 @@ BARS = {
     "score_kernel": (4.3, 0.25, 0),
     "attend_kernel": (4.3, 0.25, 0),
     # Sums over eight lanes in place of two: more instructions, a quarter of the bytes.
-    "feature_kernel": (7.8, 0.75, 0),
+    "feature_kernel": (7.5, 0.75, 0),
 }
 # Instructions per tanh in all, on sm_90, at most: everything that a call does for each pair; with
 # versions before 3.9, which spill more around the hot loop.
@@ -166,7 +166,7 @@ FORWARD = {
 }  # fmt: skip
 # Of values in memory, some columns at a time, each of which takes eight.
 BARRIERS = {"float32": 45, "bfloat16": 16}
-BACKWARD = 13.1 if VERSION >= (3, 9) else 13.5  # float32, scores computed again
+BACKWARD = 12.7 if VERSION >= (3, 9) else 12.9  # float32, scores computed again
 
 
 @functools.cache

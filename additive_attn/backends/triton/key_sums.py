@@ -32,7 +32,9 @@ def key_block(
     total = tl.zeros([BLOCK, f.shape[0]], ACC)
     for first in range(0, row_tiles, TILES):
         some = inside[None, :, :] & (first + tile < row_tiles)
-        total += tl.sum(tl.load(from_tile + first * stride, mask=some, other=0.0), 0)
+        # As in ``quads._load4``: an order, in which threads lie along features and keys.
+        at = tl.max_contiguous(from_tile + first * stride, [1, 2, f.shape[0]])
+        total += tl.sum(tl.load(at, mask=some, other=0.0), 0)
     h = tl.minimum(f, hidden - 1).to(tl.int64)
     if grad_key is not None:
         w = tl.load(weight + h * weight_h).to(ACC)
