@@ -232,7 +232,8 @@ def aligned_lengths(
         require_one_device(**{"key": key, name: lengths})
     shape, full = lengths.shape, (*batch[:1], num_queries)
     per_query = len(shape) == len(full)
-    if not (len(shape) >= len(full) - 1 and broadcasts(shape, full if per_query else full[:-1])):
+    wanted = full if per_query else full[:-1]
+    if shape != wanted and not (len(shape) >= len(full) - 1 and broadcasts(shape, wanted)):
         raise ValueError(
             f"{name} has shape {tuple(shape)}, but must be {tuple(full[:-1])}, one "
             f"{name[:-1]} per sequence, or {full}, one per query; each dim may also be 1."
@@ -289,7 +290,7 @@ def bounds(tensor: Tensor) -> tuple[int, int]:
         low, high = tensor.aminmax()
         return int(low), int(high)
     # A decoder step is so short that starting a reduction would show.
-    values = tensor.flatten().tolist()
+    values = tensor.tolist() if tensor.dim() == 1 else tensor.flatten().tolist()
     return min(values), max(values)
 
 

@@ -25,7 +25,7 @@ from additive_attn.spec.formula import (
     softmax,
     weighted_sum,
 )
-from additive_attn.spec.masks import allowed_pairs
+from additive_attn.spec.masks import allowed_pairs, interval_mask
 
 # Its metaclass makes `apply`, which type checkers do not see.
 SingleLevelFunction: Any = _SingleLevelFunction
@@ -37,7 +37,6 @@ _SHORT_SUM = 128
 _KEPT_PAIRS = 2**14
 # Tensors, since PyTorch makes one of a number in every operation.
 _MASKED, _ZERO = (torch.tensor(x, device="cpu") for x in (-torch.inf, 0.0))
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 _tanh_backward: Any = torch.ops.aten.tanh_backward
 
 
@@ -124,10 +123,14 @@ def _attended(call: Call) -> Tensor | None:
     attn_mask, lengths, starts, table, _, left, right = call[4:11]
     allowed = None
     if not (lengths is starts is table is None) or left >= 0 or right >= 0:
-        num_rows, num_keys, device = call.query.shape[-2], call.key.shape[-2], call.query.device
-        keep = device.type == "cpu" and num_rows * num_keys <= _KEPT_PAIRS
-        allowed = allowed_pairs(call.masking, (0, num_rows), (0, num_keys), device, keep)
-    return attended_pairs(attn_mask, allowed)
+        device, num_rows, num_keys = call.query.device, call.query.shape[-2], call.key.shape[-2]
+        keep = num_rows * num_keys <= _KEPT_PAIRS and device.type == "cpu"
+        block = (0, num_rows), (0, num_keys), device, keep
+        if table is None:
+            allowed = interval_mask(lengths, starts, left, right, *block)
+        else:
+            allowed = allowed_pairs(call.masking, *block)
+    return allowed if attn_mask is None else attended_pairs(attn_mask, allowed)
 
 
 def _scored(
@@ -193,25 +196,30 @@ def formula(
     score = _scored(query, key, weight, attended, shield, differentiable, score_bias)
     if scale != 1.0:
         score = score * scale
+    if careful and attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = torch.where(attended, attn_mask, 0.0)  # type: ignore[arg-type]
     biased = score if attn_mask is None else add_bias(score, attn_mask)
     if attended is None:
         weights = torch.softmax(biased, -1)
+    elif biased.requires_grad:
+        # An addition costs least in backward. The gradients of masked weights, all 0, end at what
+        # comes after the softmax: huge values make them infinite.
+        least = torch.where(attended.any(-1, True), _MASKED, _ZERO) if careful else _MASKED
+        biased = biased + torch.where(attended, _ZERO, least)
+        weights = torch.softmax(biased, -1)
+        weights = torch.where(attended, weights, _ZERO) if careful else torch.relu(weights)
     elif careful:
-        weights = unmasked = softmax(biased, attended)
+        weights = softmax(biased, attended)
     else:
         biased = torch.where(attended, biased, _MASKED)
-        weights = unmasked = torch.softmax(biased, -1)
-        if weights.requires_grad:
-            # The gradients of masked weights end here: huge values make them infinite.
-            weights = torch.where(attended, weights, _ZERO)
+        weights = torch.softmax(biased, -1)
     kept = weights if factors is None else weights * factors
     out = product(kept, value) if shield is None else weighted_sum(kept, value, shield)
     if attended is not None and shield is None:
-        if weights.requires_grad:
-            with _below_autograd():  # of masked pairs too, whose energies backward reads
-                total = out.sum().item() + score.sum().item() + unmasked.sum().item()
-        else:
-            total = (out if out.numel() else weights).sum().item()  # NaN where a row is empty
+        # NaN where a row is empty or a masked pair is, but for what a careful attempt clears.
+        total = (out if out.numel() else weights).sum().item()
+        if careful and weights.requires_grad:
+            total += score.sum().item()
         if not math.isfinite(total):
             return formula(
                 inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias,
@@ -220,7 +228,8 @@ def formula(
     if careful and attended is not None and out.requires_grad:
         # What comes from upstream to an empty row ends here, NaN too.
         out = torch.where(attended.any(-1, keepdim=True), out, 0.0)
-    lse = log_sum_exp(biased, attended if careful else None) if need_lse else None
+    masked = attended if careful or biased.requires_grad else None
+    lse = log_sum_exp(biased, masked) if need_lse else None
     if dtype.itemsize == 2:
         out, weights = out.to(dtype), weights.to(dtype)
     return out, weights, lse
