@@ -61,7 +61,10 @@ def merged_softmax(tops, totals, n, inside, entries, splits, SPLITS: tl.constexp
         before = largest
         largest = tl.maximum(largest, tl.max(top, 0))
         shift = tl.where(largest == float("-inf"), 0.0, largest)
-        total = total * tl.exp(before - shift) + tl.sum(sums * tl.exp(top - shift[None, :]), 0)
+        # Rounded before it is added: else a lane's own share is rounded with the sum, lanes differ
+        # by that, and which of them is stored to shared memory is nobody's choice.
+        share = tl.fma(sums, tl.exp(top - shift[None, :]), 0.0)
+        total = total * tl.exp(before - shift) + tl.sum(share, 0)
     return largest, total
 
 
