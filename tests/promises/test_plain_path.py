@@ -162,6 +162,20 @@ def test_what_comes_to_an_empty_row_stays_there():
     assert not grads["query"][1].any()
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_nan_in_an_empty_row_stays_there(queries):
+    inputs = make((2,), queries, 8, 6, 4)
+    inputs["key"][1] = math.nan
+    lengths = torch.tensor([8, 0])
+    results, grads = gradients(
+        lambda x: dict(out=additive_attention(*x.values(), lengths=lengths)),
+        inputs, {"out": torch.ones(2, queries, 4)},
+    )  # fmt: skip
+    assert results["out"].isfinite().all() and not results["out"][1].any()
+    for name in grads:
+        assert grads[name].isfinite().all(), name
+
+
 def test_an_infinite_weight_reaches_no_masked_pair():
     inputs = make((2,), 3, 8, 6, 4)
     inputs["weight"][0] = math.inf
