@@ -38,6 +38,7 @@ TICKET = re.compile(
     r"(@!?%\w+\s+)?atom\.global\.gpu\.acq_rel\.add\.u32\s+(%\w+),\s*\[([^\]]*)\],\s*(%\w+);"
 )
 # Which the emulator knows of 32 bits alone: as a product and an addition.
+STACK = re.compile(r"\.local\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\d+\];")
 WIDE = re.compile(r"(@!?%\w+\s+)?mad\.wide\.([us]16)\s+(%\w+),\s*([^;]*),\s*([^,;]+);")
 ORDERED = "same value written by two programs"  # which is harmless
 
@@ -91,7 +92,9 @@ def program_class(emulate: Any) -> type:
 
     class Program(emulate.Program):
         def __init__(self, ptx: str, *more: Any, **options: Any) -> None:
-            """Programs run one after the other, so a ticket is a load, an addition and a store."""
+            """Programs run one after the other, so a ticket is a load, an addition and a store. A
+            stack that nothing accesses is left out."""
+            ptx = STACK.sub(lambda found: found[0] if ptx.count(found[1]) > 1 else "", ptx)
             ptx, self.tickets = TICKET.subn(
                 r"\1ld.global.b32 \2, [\3]; \1add.u32 %ticket1, \2, \4; "
                 r"\1st.global.b32 [\3], %ticket1;",
