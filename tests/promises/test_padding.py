@@ -234,3 +234,19 @@ def test_a_row_of_nan_spoils_only_the_keys_that_it_attends_to(name, dtype):
             if n in ours:
                 first = keys if n in ("key", "value") else rows
                 torch.testing.assert_close(ours[n][:, first:], expected[n][:, first:], msg=n)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_upstream_that_is_not_finite_ends_at_the_keys_that_a_row_attends_to(queries, poison):
+    """As in the plain layer, whose ``masked_fill`` passes nothing on."""
+    inputs = make((2,), queries, KEYS, 12, 9)
+    upstream = {"out": torch.randn(2, queries, 9)}
+    upstream["out"][0, 0] = poison
+    lengths = torch.tensor([LENGTH, 60])
+    _, grads = gradients(lambda x: fused(x, lengths=lengths), inputs, upstream)
+    assert not grads["key"][0, :LENGTH].isfinite().all()
+    assert grads["key"][0, LENGTH:].eq(0).all()
+    assert grads["key"][1].isfinite().all()
+    assert grads["query"][1].isfinite().all()

@@ -202,10 +202,10 @@ def formula(
     if attended is None:
         weights = torch.softmax(biased, -1)
     elif biased.requires_grad:
-        # An addition costs least in backward. The gradients of masked weights, all 0, end at what
-        # comes after the softmax: huge values make them infinite.
+        # The gradients of masked weights, all 0, end at what comes after the softmax: huge values
+        # make them infinite. Those of masked scores end here: upstream may not be finite.
         least = torch.where(attended.any(-1, True), _MASKED, _ZERO) if careful else _MASKED
-        biased = biased + torch.where(attended, _ZERO, least)
+        biased = torch.where(attended, biased, least)
         weights = torch.softmax(biased, -1)
         weights = torch.where(attended, weights, _ZERO) if careful else torch.relu(weights)
     elif careful:
@@ -216,10 +216,9 @@ def formula(
     kept = weights if factors is None else weights * factors
     out = product(kept, value) if shield is None else weighted_sum(kept, value, shield)
     if attended is not None and shield is None:
-        # NaN where a row is empty or a masked pair is, but for what a careful attempt clears.
-        total = (out if out.numel() else weights).sum().item()
-        if careful and weights.requires_grad:
-            total += score.sum().item()
+        total = (out if out.numel() else weights).sum().item()  # NaN where a row is empty
+        if weights.requires_grad:  # of masked pairs too, whose energies backward reads
+            total += score.detach().sum().item()
         if not math.isfinite(total):
             return formula(
                 inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias,
@@ -228,8 +227,7 @@ def formula(
     if careful and attended is not None and out.requires_grad:
         # What comes from upstream to an empty row ends here, NaN too.
         out = torch.where(attended.any(-1, keepdim=True), out, 0.0)
-    masked = attended if careful or biased.requires_grad else None
-    lse = log_sum_exp(biased, masked) if need_lse else None
+    lse = log_sum_exp(biased, attended if careful else None) if need_lse else None
     if dtype.itemsize == 2:
         out, weights = out.to(dtype), weights.to(dtype)
     return out, weights, lse
