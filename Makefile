@@ -16,7 +16,7 @@ ADDITIVE_ATTN_PTX ?= ../shared/tools/ptx
 .PHONY: help build test check test-all compiled compiled-oldest compiled-all features demo bench gpu lint clean
 
 help:
-	@echo "make test    run the tests: about 5 minutes on 2 cores"
+	@echo "make test    run the tests: about 5 minutes on 2 cores, the first time 8"
 	@echo "make check   run the core of them: about a minute"
 	@echo "make test-all   run the tests and the expensive sweeps"
 	@echo "make compiled   run the Triton kernels as compiled, where an emulator of PTX is"
@@ -63,7 +63,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal \
 	-o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
 
 test: build
-	@echo "==> tests (about 5 minutes on 2 cores; make check for the core in one)"
+	@echo "==> tests (about 5 minutes on 2 cores, the first time 8; make check for the core in one)"
 	@$(PYTEST)
 
 check: build
