@@ -37,8 +37,8 @@ OPTIONS = ("PTX_NOISE", "PTX_BACKWARDS", "PTX_CONTRACT", "PTX_PLANS")
 TICKET = re.compile(
     r"(@!?%\w+\s+)?atom\.global\.gpu\.acq_rel\.add\.u32\s+(%\w+),\s*\[([^\]]*)\],\s*(%\w+);"
 )
-# Which the emulator knows of 32 bits alone: as a product and an addition.
 STACK = re.compile(r"\.local\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\d+\];")
+# Which the emulator knows of 32 bits alone: as a product and an addition.
 WIDE = re.compile(r"(@!?%\w+\s+)?mad\.wide\.([us]16)\s+(%\w+),\s*([^;]*),\s*([^,;]+);")
 ORDERED = "same value written by two programs"  # which is harmless
 
