@@ -16,14 +16,11 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
 
 from additive_attn.backends.plain import tangents
+from additive_attn.backends.plain.whole import SingleLevelFunction as SingleLevelFunction
 from additive_attn.ops import dispatch
 from additive_attn.spec.call import Call
-
-# Its metaclass makes `apply`, which type checkers do not see.
-SingleLevelFunction: Any = _SingleLevelFunction
 
 _functorch_active = torch._C._are_functorch_transforms_active
 Arguments = tuple[Any, ...]

@@ -35,8 +35,8 @@ ELEMENTS = 2**22
 _SHORT_SUM = 128
 # Pairs up to which positions and windows are kept for the next call.
 _KEPT_PAIRS = 2**14
-# Tensors, since PyTorch makes one of a number in every operation.
-_MASKED, _ZERO = (torch.tensor(x, device="cpu") for x in (-torch.inf, 0.0))
+# A tensor, since PyTorch makes one of a number in every operation.
+_MASKED = torch.tensor(-torch.inf, device="cpu")
 _tanh_backward: Any = torch.ops.aten.tanh_backward
 
 
@@ -196,23 +196,17 @@ def formula(
     score = _scored(query, key, weight, attended, shield, differentiable, score_bias)
     if scale != 1.0:
         score = score * scale
-    if careful and attn_mask is not None and attn_mask.is_floating_point():
-        attn_mask = torch.where(attended, attn_mask, 0.0)  # type: ignore[arg-type]
     biased = score if attn_mask is None else add_bias(score, attn_mask)
     if attended is None:
         weights = torch.softmax(biased, -1)
-    elif biased.requires_grad:
-        # The gradients of masked weights, all 0, end at what comes after the softmax: huge values
-        # make them infinite. Those of masked scores end here: upstream may not be finite.
-        least = torch.where(attended.any(-1, True), _MASKED, _ZERO) if careful else _MASKED
-        biased = torch.where(attended, biased, least)
-        weights = torch.softmax(biased, -1)
-        weights = torch.where(attended, weights, _ZERO) if careful else torch.relu(weights)
     elif careful:
         weights = softmax(biased, attended)
     else:
         biased = torch.where(attended, biased, _MASKED)
         weights = torch.softmax(biased, -1)
+        if weights.requires_grad:
+            # The gradients of masked weights, all 0, end here: huge values make them infinite.
+            weights = torch.relu(weights)
     kept = weights if factors is None else weights * factors
     out = product(kept, value) if shield is None else weighted_sum(kept, value, shield)
     if attended is not None and shield is None:
