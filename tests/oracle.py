@@ -7,9 +7,10 @@ gradient's at most three times) the error that the plain formula makes in the sa
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import paths
 import torch
@@ -197,10 +198,21 @@ def gradients(
     return detached, dict(zip(wanted, grads, strict=True))
 
 
+def largest(x: Tensor) -> float:
+    """The largest finite absolute value."""
+    finite = x[x.isfinite()].abs()
+    return finite.max().item() if finite.numel() else 0.0
+
+
 def error(ours: Tensor, exact: Tensor) -> float:
     """The largest absolute error; infinities must agree."""
     assert ours.shape == exact.shape, f"{tuple(ours.shape)} instead of {tuple(exact.shape)}"
-    ours, infinite = ours.double(), exact.isinf()
+    if not ours.numel():
+        return 0.0
+    ours = ours.double()
+    if math.isfinite(most := (ours - exact).abs().max().item()):
+        return most  # so there is no infinity and no NaN
+    infinite = exact.isinf()
     assert torch.equal(ours.isinf(), infinite), "infinities differ"
     assert torch.equal(ours[infinite], exact[infinite]), "signs of infinities differ"
     assert not ours.isnan().any(), "NaN"
@@ -208,7 +220,19 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return difference.max().item() if difference.numel() else 0.0
 
 
-Truth = tuple[Tensors, tuple[Tensors, Tensors], tuple[Tensors, Tensors]]
+Results = tuple[Tensors, Tensors]  # outputs and gradients
+Figures = dict[str, tuple[float, float]]
+
+
+class Truth(NamedTuple):
+    """What results are judged by. ``figures``, of outputs and of gradients: the error of the plain
+    layer in the dtype of the inputs, and the largest element."""
+
+    upstream: Tensors
+    exact: Results
+    figures: tuple[Figures, Figures]
+
+
 _truths: dict[bytes, Truth] = {}  # of the last few cases: the paths of a test follow each other
 
 
@@ -218,8 +242,8 @@ def truth(
     formula: Callable[..., Tensors] = plain_masked,
     **options: Any,
 ) -> Truth:
-    """Random upstream gradients, then outputs and gradients of the plain formula in float64, and
-    in the dtype of the inputs. Computed once for all paths."""
+    """Of the plain formula in float64, with random upstream gradients. Computed once for all
+    paths."""
     digest = hashlib.blake2b()
     for name, x in [*inputs.items(), *options.items()]:
         digest.update(f"{formula.__name__} {name} {upstream_of} ".encode())
@@ -238,7 +262,11 @@ def truth(
         )
         if len(_truths) >= 8:
             del _truths[next(iter(_truths))]
-        _truths[key] = upstream, exact, same
+        figures = tuple(
+            {name: (error(theirs[name], x), largest(x)) for name, x in best.items()}
+            for theirs, best in zip(same, exact, strict=True)
+        )
+        _truths[key] = Truth(upstream, exact, figures)
     return _truths[key]
 
 
@@ -269,23 +297,21 @@ def check_against_plain(
 
     for case in cases:
         inputs = {**case, **float_mask}
-        upstream, exact, same = truth(inputs, upstream_of, formula, **options)
+        upstream, exact, figures = truth(inputs, upstream_of, formula, **options)
         ours = gradients(lambda x: function(x, **options), inputs, upstream)
         assert all(grad.dtype == inputs[name].dtype for name, grad in ours[1].items())
 
         for which, factor in ((0, 2), (1, 3)):
-            for name in exact[which]:
+            for name, best in exact[which].items():
                 label = f"gradient of {name}" if which else name
-                mine, theirs, best = (results[which][name] for results in (ours, same, exact))
-                finite = best[best.isfinite()].abs()
-                largest = finite.max().item() if finite.numel() else 0.0
-                floor = torch.finfo(dtype).eps * largest
+                theirs, most = figures[which][name]
+                floor = torch.finfo(dtype).eps * most
                 floor += 8 * torch.finfo(computing).eps * magnitude
                 if dtype == torch.float64:  # the oracle is no more exact than what it judges
-                    floor = 64 * torch.finfo(dtype).eps * (largest + magnitude)
+                    floor = 64 * torch.finfo(dtype).eps * (most + magnitude)
                 record = found.setdefault(label, [0.0, 0.0, 0.0, factor])
-                record[0] = max(record[0], error(mine, best))
-                record[1] = max(record[1], error(theirs, best))
+                record[0] = max(record[0], error(ours[which][name], best))
+                record[1] = max(record[1], theirs)
                 record[2] = max(record[2], floor)
 
     bad = [
