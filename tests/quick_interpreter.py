@@ -48,6 +48,7 @@ def _patch(tl: Any, interpreter: Any, patch: pytest.MonkeyPatch) -> None:
         (core, "_unwrap_if_constexpr", _unwrap),
         (interpreter, "_get_np_dtype", _numpy_dtype),
         (type(semantic), "broadcast_impl_value", _broadcast),
+        (interpreter.ReduceOps, "generic_reduce", _reduce),
     ):
         if hasattr(owner, name):  # what another version lacks is left as it is
             patch.setattr(owner, name, made(core, getattr(owner, name)))
@@ -388,6 +389,29 @@ def _broadcast(core: Any, original: Any) -> Callable[..., Any]:
         return original(self, lhs, rhs)
 
     return broadcast
+
+
+@functools.cache
+def _reduce(core: Any, original: Any) -> Callable[..., Any]:
+    """Of all elements beside each other at once, in the order of Triton's own, which takes them
+    one by one."""
+
+    def reduce(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
+        if self.axis is None:
+            return original(self, inputs)
+        total: tuple[Any, ...] = ()
+        for i in range(inputs[0].shape[self.axis]):
+            these = [self.to_tensor(x.handle.data.take(i, self.axis), x.dtype) for x in inputs]
+            total = self.combine_fn.fn(*total, *these) if total else tuple(these)
+            total = total if type(total) is tuple else (total,)
+        data = [x.handle.data for x in total]
+        if not inputs[0].shape[1:]:
+            data = [x[0] for x in data]  # a number is an array of one
+        if self.keep_dims:
+            data = [np.expand_dims(x, self.axis) for x in data]
+        return [self.to_tensor(x, y.dtype) for x, y in zip(data, inputs, strict=True)]
+
+    return reduce
 
 
 @functools.cache

@@ -168,3 +168,49 @@ def test_sort(descending, dtype):
     with paths._interpreted():
         sort_kernel[(1,)](x, out, descending)
     assert torch.equal(out, x.sort(descending=descending).values)
+
+
+@triton.jit
+def combine(x, n, y, m):
+    return 0.5 * x - y, n ^ (m + 1)
+
+
+@triton.jit
+def reduce_kernel(x, n, out, counts, AXIS: tl.constexpr, KEEP: tl.constexpr):
+    i = 16 * tl.arange(0, 2)[:, None, None] + 4 * tl.arange(0, 4)[None, :, None]
+    i += tl.arange(0, 4)[None, None, :]
+    a, b = tl.reduce((tl.load(x + i), tl.load(n + i)), AXIS, combine, keep_dims=KEEP)
+    if AXIS == 0:
+        at = tl.arange(0, 16).reshape([1, 4, 4] if KEEP else [4, 4])
+    else:
+        at = tl.arange(0, 8).reshape(([2, 1, 4] if AXIS == 1 else [2, 4, 1]) if KEEP else [2, 4])
+    tl.store(out + at, a)
+    tl.store(counts + at, b)
+
+
+@triton.jit
+def reduce_row_kernel(x, n, out, counts, KEEP: tl.constexpr):
+    i = tl.arange(0, 8)
+    a, b = tl.reduce((tl.load(x + i), tl.load(n + i)), 0, combine, keep_dims=KEEP)
+    at = tl.arange(0, 1) if KEEP else 0
+    tl.store(out + at, a)
+    tl.store(counts + at, b)
+
+
+@pytest.mark.parametrize("keep_dims", [True, False])
+@pytest.mark.parametrize("axis", [0, 1, 2, None])
+def test_reductions(axis, keep_dims):
+    """Along a dim of three, or along the only one."""
+    x, n = torch.randn(8 if axis is None else (2, 4, 4)), torch.arange(32)
+    n = n[: x.numel()].view_as(x)
+    total, count = x.select(axis or 0, 0), n.select(axis or 0, 0)
+    for i in range(1, x.shape[axis or 0]):
+        total = 0.5 * total - x.select(axis or 0, i)
+        count = count ^ (n.select(axis or 0, i) + 1)
+    out, counts = torch.empty_like(total), torch.empty_like(count)
+    with paths._interpreted():
+        if axis is None:
+            reduce_row_kernel[(1,)](x, n, out, counts, keep_dims)
+        else:
+            reduce_kernel[(1,)](x, n, out, counts, axis, keep_dims)
+    assert torch.equal(out, total) and torch.equal(counts, count)
