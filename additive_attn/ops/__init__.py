@@ -1,1 +1,1 @@
-"""One call of the operators: checked, differentiated, dispatched."""
+"""Checks, derivatives and dispatch of the operators."""

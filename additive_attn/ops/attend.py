@@ -34,7 +34,7 @@ from additive_attn.spec.dropout import draw_seed
 
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # as Inputs, which costs more to make
 _autocasts = torch._C._is_any_autocast_enabled
-# Call(...) takes its arguments by name first, which costs as much again.
+# Call(...) binds its arguments by name first, which costs as much again.
 _tuple: Any = tuple.__new__
 
 
@@ -54,9 +54,9 @@ def masked_attention(
     bias: Tensor | None = None,
     compute: Callable[..., Any] = attend,
 ) -> Any:
-    """Checks, casts under autocast, attends; returns out, weights (empty unless needed), lse.
-    ``score_bias`` is a ``bias`` that needs no check, where lse is not needed. ``compute`` takes
-    the place of ``attend``."""
+    """Checks the arguments, casts them under autocast and attends. Returns out, weights (empty
+    unless needed) and lse. ``score_bias`` is a ``bias`` that needs no check, for calls that do not
+    need lse. ``compute`` replaces ``attend``."""
     query, key, value, weight = inputs
     if not (
         isinstance(query, Tensor)
@@ -120,8 +120,8 @@ def masked_attention(
 
 
 def filled(query: Any, key: Any, value: Any, weight: Any, dropout_p: float) -> Inputs:
-    """Zeros for a query that is left out, values of no features for values left out. Neither takes
-    memory."""
+    """Fills in a query of zeros, and values without features, where they are left out. Neither
+    takes more memory than one row."""
     if isinstance(key, Tensor) and (query is None or value is None):
         if not is_dense(key):
             refuse_layouts(key=key)
@@ -157,7 +157,7 @@ def masked_scores(
     lengths: Integers | None, is_causal: bool, window: tuple[int, int] | None, scale: float,
     key_padding_mask: Tensor | None, starts: Integers | None, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    # The keys stand for values, which nothing reads; a key that is no tensor is refused alone.
+    # The scores do not read values. Where the key is no tensor, the error names the key alone.
     value: Any = key if isinstance(key, Tensor) else None
     result: Tensor = masked_attention(
         (query, key, value, weight), attn_mask, lengths, is_causal, window, 0.0, scale, False,
@@ -189,7 +189,7 @@ def masked_step(
     except ValueError as error:
         made = {"query": (query, rows), "attn_mask": (attn_mask, mask)}
         raise ValueError(f"{error} {_explained_rows(made)}") from None
-    # What is not needed may be anything.
+    # An output that is not needed may be None, or of any shape.
     weights = weights.squeeze(-2) if need_weights else weights
     return out.squeeze(-2), weights, lse.squeeze(-1) if need_lse else lse
 
@@ -208,7 +208,7 @@ def _refuse_row(query: Tensor, key: Tensor) -> None:
 
 
 def _explained_rows(made: dict[str, tuple[Any, Any]]) -> str:
-    """For the end of a sentence that names shapes which the user has not passed."""
+    """Ends an error sentence that names other shapes than the user passed: says how they arose."""
     found = [
         f"{name} {tuple(given.shape)} as {tuple(rows.shape)}"
         for name, (given, rows) in made.items()
@@ -218,12 +218,12 @@ def _explained_rows(made: dict[str, tuple[Any, Any]]) -> str:
 
 
 def _autocasted(inputs: _Inputs, attn_mask: Tensor | None) -> tuple[_Inputs, Tensor | None]:
-    """The inputs in autocast's dtype where it is on, except float64. A mask is never narrowed."""
+    """Casts inputs, except float64, to autocast's dtype where it is on. No mask is narrowed."""
     dtype = autocast_dtype(inputs[0].device.type)
     if dtype is None:
         return inputs, attn_mask
     if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
-        # bfloat16 beside float16: float32 holds both.
+        # A mask in bfloat16 and inputs in float16, or the reverse: float32 holds both.
         narrow = attn_mask.dtype.itemsize == 2 and attn_mask.dtype != dtype
         attn_mask = attn_mask.float() if narrow else attn_mask
     query, key, value, weight = inputs

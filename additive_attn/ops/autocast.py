@@ -1,4 +1,4 @@
-"""What torch.autocast makes of tensors."""
+"""Casts tensors as torch.autocast does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _autocasts = torch._C._is_any_autocast_enabled
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype that is computed with on this type of device; None where autocast is off."""
+    """Returns the dtype of autocast on this type of device; None where autocast is off."""
     if not (
         _autocasts()
         and torch.amp.is_autocast_available(device)
@@ -20,5 +20,5 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in ``dtype``; float64, and what is no float, stays."""
+    """Returns ``x`` in ``dtype``. Tensors of float64, integers or bools are left unchanged."""
     return x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)

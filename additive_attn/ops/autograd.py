@@ -1,9 +1,9 @@
-"""The derivative of the operators, registered on them: every way that reaches an operator (eager
-calls, ``torch.func``, ``torch.compile``, export, traces) meets the same one.
+"""The derivatives of the operators. They are registered on the operators, so that eager calls,
+``torch.func``, ``torch.compile``, export and traces all use the same ones.
 
-First order runs the fused kernels; ``second_order`` has forward mode, and differentiates the
-backward operator. All Functions are of one level: below ``torch.func`` the dispatcher calls them
-once per transform, with that transform's tensors.
+First-order gradients run the fused kernels; ``second_order`` implements forward mode, and
+differentiates the backward operator. All Functions are single-level: below ``torch.func`` the
+dispatcher calls them once per transform, with that transform's tensors.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``additive_attn::forward``, differentiable in query, key, value, weight and a float mask.
 
-    ``score_bias`` shifts all scores of a row alike, so it cancels in the softmax. It takes part
-    only to receive the zero gradient that a plain layer gives it.
+    ``score_bias`` shifts all scores of a row alike, so it cancels in the softmax. It is an
+    argument only to receive the zero gradient that a plain layer gives it.
     """
     outputs: tuple[Tensor, Tensor, Tensor]
     if (
@@ -61,9 +61,9 @@ def attend(
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
     ):
-        # The derivative comes with the operator, which a graph holds.
+        # A graph records the operator, on which the derivative is registered.
         if score_bias is not None:
-            # Not 0, which the exporter to ONNX of torch 2.10 cannot promote.
+            # Not 0, which the ONNX exporter of torch 2.10 cannot promote.
             weight = call.weight + 0.0 * score_bias
             call = call._replace(weight=weight.to(call.weight.dtype))
         if torch.onnx.is_in_onnx_export():
@@ -72,10 +72,10 @@ def attend(
         return outputs
     if type(call.query) is not Tensor and hasattr(call.query, "device_mesh"):
         call = importlib.import_module("additive_attn.ops.sharding").with_masks(call)
-    # Asked first, since most calls are on a CPU with a kernel.
+    # The cheap condition is first: it is false for most calls, on a CPU with a kernel.
     if (dispatch.cpu_is_plain or not call.query.is_cpu) and serves_whole(call):
         return whole.attend(call, need_lse, score_bias)
-    # Bypasses the kernels at the key Autograd, whose cost shows in small decoder steps.
+    # Bypasses the kernels of the dispatch key Autograd, whose cost shows in small decoder steps.
     if _grad_enabled() and (
         _requires_grad(call) or (score_bias is not None and score_bias.requires_grad)
     ):
@@ -92,13 +92,13 @@ def attend(
 
 
 def in_graph() -> bool:
-    """Whether a graph is made, or a transform runs, which is to see the operator."""
+    """Whether a graph is traced or a transform runs, for which the operator must be called."""
     return torch.compiler.is_compiling() or _functorch_active() or _tracing_state() is not None
 
 
 def serves_whole(call: Call) -> bool:
-    """Whether plain PyTorch computes a small call, for which the operator costs more than the
-    arithmetic. Modes and subclasses of Tensor expect the operator."""
+    """Whether plain PyTorch computes the call without the operator, which costs more than the
+    arithmetic of a small call. Dispatch modes and subclasses of Tensor need the operator."""
     query, key, value, weight = call[:4]
     on_plain_path = dispatch.cpu_is_plain if query.is_cpu else dispatch.on_plain_path(query.device)
     return (
@@ -123,7 +123,7 @@ def _requires_grad(call: Call) -> bool:
 
 
 def _formula(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """In operations that other programs know."""
+    """Computes the call by the plain formula, for export to ONNX."""
     seed, dropout_p, scale = call.options
     query, key, value, weight = expanded(call)
     keep = None
@@ -142,7 +142,7 @@ def allowed(call: Call) -> Tensor | None:
 
 
 def expanded(call: Call) -> tuple[Tensor, ...]:
-    """Query, key, value and weight over the whole batch."""
+    """Expands query, key, value and weight to the whole batch."""
     query, key, value, weight = call.inputs
     batch = call.batch()
     return (
@@ -152,9 +152,9 @@ def expanded(call: Call) -> tuple[Tensor, ...]:
 
 
 class Attention(SingleLevelFunction):
-    """``additive_attn::forward``. Takes the call, and whether weights and lse are needed; then
-    those of its arguments that have gradients, and a score bias. Every argument and every output
-    of a Function costs time, so an output that nobody needs is None."""
+    """``additive_attn::forward``. Takes the call, whether weights and lse are needed, those
+    arguments of the call that have gradients, and a score bias. Every argument and every output of
+    a Function costs time, so an output that is not needed is None."""
 
     @staticmethod
     def forward(
@@ -202,7 +202,7 @@ class Attention(SingleLevelFunction):
 
 
 class DirectedAttention(Attention):
-    """The same where there may be tangents, with all outputs of the operator."""
+    """``Attention`` of inputs that may have tangents. Returns all outputs of the operator."""
 
     @staticmethod
     def forward(
@@ -224,7 +224,7 @@ class DirectedAttention(Attention):
 def _computed(
     ctx: Any, call: Call, need_weights: bool, inputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs of the operator, with what backward needs in ``ctx``."""
+    """Returns the outputs of the operator, and saves in ``ctx`` what backward needs."""
     outputs = None
     if dispatch.repeated_forward is not None and not _functorch_active():
         with _below_autograd():

@@ -1,4 +1,4 @@
-"""A BlockMask of torch.nn.attention.flex_attention as a block table and tiles (spec.masks)."""
+"""Converts a BlockMask of torch.nn.attention.flex_attention to a table and tiles (spec.masks)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from additive_attn.ops.checks import has_values, require_one_device
 
-# Pairs whose mask_mod is evaluated at one time, which bounds its temporaries.
+# mask_mod is evaluated for about so many pairs at one time, which bounds its temporaries.
 _PAIRS = 2**20
 
 
@@ -21,8 +21,8 @@ def is_block_mask(mask: Any) -> bool:
 def block_terms(
     mask: Any, query: Tensor, batch: torch.Size, rows: int, keys: int
 ) -> tuple[Tensor, Tensor]:
-    """The table and the tiles of its partial blocks. Within a graph, which cannot hold a number of
-    blocks that depends on data, there is a tile for every block."""
+    """Returns the block table of ``mask`` and the tiles of its partial blocks. In a graph, where
+    the number of tiles cannot depend on data, every block has a tile."""
     _check(mask, query, batch, rows, keys)
     size = mask.BLOCK_SIZE
     columns = -(-keys // size[1])
@@ -55,7 +55,7 @@ def block_terms(
 
 
 def _passes_all(mask_mod: Any) -> bool:
-    # Imported here, for it imports the compiler; who has a BlockMask has imported it.
+    # Imported here, since it imports the compiler; whoever created a BlockMask has done so.
     from torch.nn.attention.flex_attention import noop_mask
 
     return mask_mod is noop_mask
@@ -75,8 +75,8 @@ def _tiles(
     mask_mod: Callable[..., Tensor], places: tuple[Tensor, ...], size: tuple[int, int], rows: int,
     keys: int, in_parts: bool,
 ) -> Tensor:  # fmt: skip
-    """``mask_mod`` of the pairs of some blocks, (blocks, rows, keys) of a block. What lies beyond
-    the last row and key is evaluated at them."""
+    """Evaluates ``mask_mod`` for the pairs of some blocks: (blocks, rows, keys) of a block. A pair
+    beyond the last row or key gets the result of that row or key."""
     entry, head, row_block, key_block = places
     own = [torch.arange(n, dtype=torch.int32, device=entry.device) for n in size]
     row = (row_block[:, None] * size[0] + own[0]).clamp(max=rows - 1)
@@ -103,7 +103,7 @@ def _checked(tiles: Tensor) -> Tensor:
 
 
 def _aligned(table: Tensor, batch: torch.Size) -> Tensor:
-    """Its batch is the first leading dim, its heads the last one."""
+    """Reshapes the table so that its batch is the first leading dim and its heads are the last."""
     if len(batch) < 2:
         return table.flatten(0, 1) if batch else table[0, 0]
     return table.reshape(table.shape[0], *(1,) * (len(batch) - 2), *table.shape[1:])
@@ -120,7 +120,7 @@ def _check(mask: Any, query: Tensor, batch: torch.Size, rows: int, keys: int) ->
     if blocks != needed:
         raise ValueError(
             f"attn_mask is a BlockMask of {blocks} blocks of {mask.BLOCK_SIZE[0]} queries, but "
-            f"{rows} queries have {needed}. Of a mask that was sliced, set seq_lengths too."
+            f"{rows} queries have {needed}. If the mask was sliced, set its seq_lengths too."
         )
     if mask.kv_num_blocks.device != query.device:
         require_one_device(query=query, attn_mask=mask.kv_num_blocks)

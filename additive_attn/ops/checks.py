@@ -1,4 +1,4 @@
-"""Every check of what users pass to functions and layers, and every sentence that they read."""
+"""Checks of what users pass to functions and layers, with the error sentences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INTEGERS = (
 )  # fmt: skip
 Integers = Tensor | Sequence[int]
 _LISTED = (Sequence, Integral, torch.SymInt)
-# Whether it is of a transform of torch.func, and has no memory, also when the transform is over.
+# Whether a transform of torch.func made the tensor. It has no memory, even after the transform.
 is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
 _is_compiling, _tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
 
@@ -35,7 +35,7 @@ def warn_user(message: str) -> None:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Neither sparse nor nested; a nested tensor may call itself strided."""
+    """Whether a tensor is neither sparse nor nested. A nested one may have the layout strided."""
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
@@ -51,8 +51,8 @@ def require_one_device(**tensors: Tensor | None) -> None:
 
 
 def checked_batch(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> torch.Size | None:
-    """The leading dims that dense tensors of one dtype and device broadcast to; None for nested
-    tensors."""
+    """Returns the leading dims that dense tensors of one dtype and device broadcast to; None for
+    nested tensors."""
     query, key, value, weight = inputs
     if not (query.layout is key.layout is value.layout is weight.layout is torch.strided):
         if torch.jagged in (query.layout, key.layout, value.layout):
@@ -60,7 +60,7 @@ def checked_batch(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> torch.Size |
         refuse_layouts(**named(inputs))
     try:
         q, k, v, w = query.shape, key.shape, value.shape, weight.shape
-    except RuntimeError:  # a nested tensor may call itself strided, and has no shape
+    except RuntimeError:  # a nested tensor may have the layout strided, and has no shape
         refuse_layouts(**named(inputs))
     batch = q[:-2]
     # Fast path: the usual batch, along which nothing but a weight (1, H) is broadcast, or none.
@@ -90,7 +90,7 @@ def checked_batch(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> torch.Size |
 
 
 def named(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-    """By the names that the user passed them under; without a value made of the key."""
+    """Returns the inputs by the names of the arguments, without a value that is the key itself."""
     named: dict[str, Tensor] = Inputs(*inputs)._asdict()
     if named["value"] is named["key"]:
         del named["value"]
@@ -183,12 +183,12 @@ def check_mask(
 def as_integers(
     name: str, given: Any, device: torch.device, num_keys: int | None = None
 ) -> Tensor:
-    """A tensor of integers as it is; lists, tuples and NumPy arrays of integers as a tensor. What
-    they hold is compared with ``num_keys`` before a device has it."""
+    """Returns a tensor of integers unchanged, and lists, tuples and NumPy arrays as a tensor on
+    ``device``. Their numbers are compared with ``num_keys`` before they are copied there."""
     listed = not isinstance(given, Tensor)
     if not isinstance(given, Tensor):
         try:
-            # Of arrays torch takes not all strides, and forgets the mask that some have.
+            # torch.tensor raises for some strides of arrays, and drops the mask of masked ones.
             numbers = given if isinstance(given, _LISTED) else given.tolist()
             given = torch.tensor(numbers, device="cpu")
         except (AttributeError, TypeError, ValueError, RuntimeError):
@@ -209,7 +209,7 @@ def as_integers(
 
 
 def check_range(name: str, numbers: Tensor, num_keys: int) -> None:
-    """Of numbers that can be looked at without waiting for a device."""
+    """Raises unless numbers that can be read at once lie between 0 and ``num_keys``."""
     if not is_readable(numbers) or numbers.numel() == 0:
         return
     low, high = bounds(numbers)
@@ -223,7 +223,7 @@ def check_range(name: str, numbers: Tensor, num_keys: int) -> None:
 def aligned_lengths(
     lengths: Integers, key: Tensor, batch: torch.Size, num_queries: int, name: str = "lengths"
 ) -> Tensor:
-    """``lengths`` as int64, broadcastable to ``(*batch, Lq)``."""
+    """Returns ``lengths`` as int64, broadcastable to ``(*batch, Lq)``."""
     if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
         lengths = as_integers(name, lengths, key.device, key.shape[-2])
     if not is_dense(lengths):
@@ -256,8 +256,8 @@ def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether no trace or transform is under way, in which tensors may hold no values, or others
-    than those that the program will be run with."""
+    """Whether a tensor holds values: not on meta, nor in a trace or transform, where there may be
+    none, or others than those that the program will run with."""
     return (
         not _is_compiling()
         and _tracing_state() is None
@@ -265,19 +265,19 @@ def has_values(tensor: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not tensor.is_meta
         and not is_wrapper(tensor)
-        # A subclass that dispatches by itself, as those of tracing do, may hold no values.
+        # A subclass with its own __torch_dispatch__, such as FakeTensor, may hold no values.
         and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     )
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at without stopping a device, a trace or a transform."""
+    """Whether values can be read without waiting for a device or ending a trace or transform."""
     return tensor.is_cpu and has_values(tensor)
 
 
 def require(condition: Tensor, sentence: str) -> None:
-    """Raises ValueError unless a tensor of one bool holds; a graph that is made raises
-    RuntimeError where it runs."""
+    """Raises ValueError unless ``condition``, a tensor of one bool, is true. A compiled graph
+    raises RuntimeError when it runs."""
     if torch.compiler.is_compiling():
         torch._assert_async(condition, sentence)
     elif has_values(condition) and not condition:
@@ -289,7 +289,7 @@ def bounds(tensor: Tensor) -> tuple[int, int]:
     if tensor.numel() > 64:
         low, high = tensor.aminmax()
         return int(low), int(high)
-    # A decoder step is so short that starting a reduction would show.
+    # A decoder step is so short that the cost of calling a reduction would show.
     values = tensor.tolist() if tensor.dim() == 1 else tensor.flatten().tolist()
     return min(values), max(values)
 
@@ -318,7 +318,7 @@ def checked_probability(name: str, p: float) -> float:
 
 
 def _is_side(side: Any) -> bool:
-    if isinstance(side, (int, Integral)):  # the first answers fast
+    if isinstance(side, (int, Integral)):  # int first, since Integral is slow
         return not isinstance(side, bool) and -1 <= int(side) < 2**63
     return isinstance(side, torch.SymInt) and side >= -1
 
@@ -343,13 +343,13 @@ _TYPE_HINTS = {
     "traced model.",
     "NoneType": "Pass a tensor.",
     "ProjectedMemory": "A memory is for step(query, memory).",
-    "MaskedArray": "torch.as_tensor would forget its mask: fill it in first, with .filled.",
-    "tuple": "Pass one tensor: of an LSTM's (h, c) that is h, of (outputs, state) the outputs.",
+    "MaskedArray": "torch.as_tensor would drop its mask: fill masked entries first, with .filled.",
+    "tuple": "Pass one tensor: h of an LSTM's (h, c), or the outputs of (outputs, state).",
 }
 
 
 def conversion(given: Any) -> str:
-    """What makes a tensor of it, as a sentence."""
+    """Returns a sentence that says how to make a tensor of ``given``."""
     module = isinstance(given, torch.nn.Module)
     usual = "Pass its weight." if module else "Convert it with torch.as_tensor."
     return _TYPE_HINTS.get(type(given).__name__, usual)
@@ -358,7 +358,7 @@ def conversion(given: Any) -> str:
 def refuse_types(**given: Any) -> NoReturn:
     wrong = {name: each for name, each in given.items() if not isinstance(each, Tensor)}
     if "value" in wrong and wrong["value"] is given.get("key"):
-        del wrong["value"]  # which was not passed
+        del wrong["value"]  # the user did not pass it
     found = ", ".join(f"{name} is a {type(each).__name__}" for name, each in wrong.items())
     hints = " ".join(sorted({conversion(each) for each in wrong.values()}))
     raise TypeError(f"Additive attention needs tensors, but {found}. {hints}")
@@ -394,6 +394,6 @@ def refuse_dtypes(**tensors: Tensor) -> NoReturn:
 
 
 def refuse_ids(**tensors: Tensor) -> None:
-    """Raises where token ids were passed, whose shapes are not what is wrong."""
+    """Raises TypeError where token ids were passed: not their shapes are wrong, but the dtype."""
     if any(tensor.dtype in INTEGERS for tensor in tensors.values()):
         refuse_dtypes(**tensors)

@@ -1,5 +1,6 @@
-"""What does not fit a layer of another code base. Its own classes take anything that happens to
-work; so nothing is checked until a call has failed, but what ours alone would take silently."""
+"""Errors of layers that replace those of other code bases. The originals accept anything that
+happens to work, so a call is checked only after it has failed. Only what the originals raise for
+and this package would accept is checked before."""
 
 from __future__ import annotations
 
@@ -23,9 +24,10 @@ _ERRORS = (
 
 
 def explained(**wanted: str) -> Callable[[Any], Any]:
-    """For a method: ``wanted`` says of each argument what it must be, as "(B, Lk) or None", beside
-    those annotated as numbers. It is read to find the first that does not fit: equal letters are
-    equal sizes, and an integer that the layer was made with has its name."""
+    """Decorates a method: when it fails, the error names the first argument that does not fit.
+    ``wanted`` describes each argument, such as "(B, Lk) or None"; those annotated as int or float
+    need no description. Equal letters are equal sizes. Integers that the layer was constructed
+    with are letters too, by their names."""
 
     def decorate(method: Any) -> Any:
         parameters = tuple(inspect.signature(method).parameters.values())[1:]
@@ -81,7 +83,7 @@ def _refuse(
 
 
 def _in_order(texts: dict[str, str], batch_first: bool) -> dict[str, str]:
-    """Of a layer that takes the batch first, or second as the texts say."""
+    """Puts the batch first in texts that have it second, for a layer of ``batch_first``."""
     swapped = {name: re.sub(r"\((L\w), B", r"(B, \1", text) for name, text in texts.items()}
     return swapped if batch_first else texts
 
@@ -89,7 +91,7 @@ def _in_order(texts: dict[str, str], batch_first: bool) -> dict[str, str]:
 def _refuse_sizes(
     caller: str, sizes: dict[str, int], wanted: dict[str, str], given: dict[str, Any], error: Any
 ) -> None:
-    """Raises where a letter stands for two sizes; of a batch, 1 is told last."""
+    """Raises where a letter stands for two sizes. A batch of 1 is reported after all others."""
     for either in (1, None):
         known = {name: (size, "in this layer") for name, size in sizes.items()}
         for name, text in wanted.items():
@@ -100,10 +102,10 @@ def _refuse_sizes(
                     shape = (len(each),)
                 for letter, size in zip(_letters(text, len(shape)), shape, strict=False):
                     least = int(letter) if letter.isdigit() else size
-                    wants, where = known.setdefault(letter, (least, f"in {name}"))
-                    batch = letter == "B" and either in (size, wants)
-                    if size != wants and not batch:
-                        is_so = "" if letter.isdigit() else f", where {letter} is {wants} {where}"
+                    needed, where = known.setdefault(letter, (least, f"in {name}"))
+                    batch = letter == "B" and either in (size, needed)
+                    if size != needed and not batch:
+                        is_so = "" if letter.isdigit() else f", where {letter} is {needed} {where}"
                         kind = type(error) if type(error) is RuntimeError else ValueError
                         raise kind(
                             f"{caller} got {name} of shape {shape}, but needs {text}{is_so}."
@@ -111,24 +113,24 @@ def _refuse_sizes(
 
 
 def _refuse_sequence(caller: str, layer: Any, name: str, x: Any, error: Any) -> None:
-    """Raises where a layer still holds what it made of other sequences."""
+    """Raises where a layer still holds the mask of other sequences."""
     mask = getattr(layer, "mask", None) if hasattr(layer, "reset") else None
     if isinstance(mask, Tensor) and isinstance(x, Tensor) and mask.shape != x.shape[:2]:
         if type(error) in (RuntimeError, ValueError):
             raise type(error)(
                 f"{caller} got {name} of shape {tuple(x.shape)}, but holds sequences of (B, Lk) = "
-                f"{tuple(mask.shape)}. Call reset() before others."
+                f"{tuple(mask.shape)}. Call reset() before you pass others."
             ) from None
 
 
 def _letters(text: str, rank: int) -> list[str]:
-    """Of the first shape of this rank."""
+    """Returns the letters of the first shape of this rank in the text."""
     groups = [re.findall(r"\w+", group) for group in re.findall(r"\(([^)]*)\)", text)]
     return next((group for group in groups if len(group) == rank), [])
 
 
 def _misfit(x: Any, text: str, parameter: Tensor | None) -> str:
-    """What is wrong with an argument; empty where nothing is."""
+    """Says what is wrong with an argument; empty where nothing is."""
     if x is None:
         return "" if "None" in text else "None"
     if text.startswith(("an integer", "a number")):
@@ -168,7 +170,7 @@ def _misfit(x: Any, text: str, parameter: Tensor | None) -> str:
 
 
 def check_keys(mask: Tensor, key: Tensor) -> None:
-    """Of a mask ``(B, Lk)`` beside keys ``(B, ..., Lk, H)``."""
+    """Checks a mask ``(B, Lk)`` beside keys ``(B, ..., Lk, H)``."""
     batch, keys = key.shape[0], key.shape[-2]
     rows = mask.shape[0]
     if mask.dim() != 2 or mask.shape[1] != keys or not (rows == batch or rows == 1 or batch == 1):

@@ -1,4 +1,4 @@
-"""One step of a decoder: forward, and the gradients that its backward makes at once."""
+"""One step of a decoder: forward, and the gradients that its backward returns immediately."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def attend_step(
     """Attends with one query per entry, or with several.
 
     Args:
-        query: ``(..., H)``, or ``(..., query_dim)`` where :func:`lend` got query_weight; its dims
-            are without heads where query_weight projects to all of them.
+        query: ``(..., H)``, or ``(..., query_dim)`` where :func:`lend` got query_weight; it has no
+            dim of heads where query_weight projects to all of them.
         location: ``(..., F, Lk)``, with location_weight ``(F, H)`` or ``(..., F, H)``: the sum
             over F of their products is added inside the tanh.
-        filters: ``(F, C, width)``, of which location ``(..., C, Lk)`` are the inputs then: the
-            features are made here, and again in backward, which keeps no ``(..., F, Lk)``.
+        filters: ``(F, C, width)``; location ``(..., C, Lk)`` holds their inputs then. The features
+            are computed here, and again in backward, so that no ``(..., F, Lk)`` is kept.
         dropout_p: probability of dropping a weight.
         several: query is ``(..., n, H)`` or ``(..., n, query_dim)``, n queries per entry, which
-            share its keys and values. Without a location.
+            share its keys and values. Not with a location.
 
     Returns:
         out ``(..., Dv)``, weights ``(..., Lk)`` before dropout; with several ``(..., n, Dv)`` and
@@ -88,8 +88,8 @@ def attend_step(
 
 
 def _records(lent: Lent, given: tuple[Tensor | None, ...]) -> bool:
-    """Whether the step reads what was prepared, and may leave a record; if not, it is an ordinary
-    call. Under autocast a projection of queries that was lent without it would not be cast."""
+    """Whether the step reads the prepared keys and may leave a record; if not, it is an ordinary
+    call. Under autocast, a projection of queries that was lent without it would not be cast."""
     return (
         lent.prepared is not None
         and eager(given, lent.shared.weight)
@@ -103,13 +103,13 @@ def _records(lent: Lent, given: tuple[Tensor | None, ...]) -> bool:
 
 
 def _entries(location: Tensor) -> Tensor:
-    """``(..., C, Lk)`` as ``(N, C, Lk)``, also without keys, of which no number of entries would
-    follow."""
+    """Reshapes ``(..., C, Lk)`` to ``(N, C, Lk)``, also with no keys, where a reshape could not
+    infer N."""
     return location.unsqueeze(0) if location.dim() == 2 else location.flatten(0, -3)
 
 
 def _each(function: Any, location: Tensor, *others: Any) -> Any:
-    """``function`` of location inputs with any leading dims."""
+    """Calls ``function`` with location inputs of any leading dims."""
     if location.dim() == 3:
         return function(location, *others)
     batch = location.shape[:-2]
@@ -156,7 +156,7 @@ def _for_several(
     key: Tensor, value: Tensor, weight: Tensor, prepared: Tensor | None,
     attn_mask: Tensor | None, lengths: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """A memory whose queries are entries of its own: (..., n) entries share each."""
+    """Gives a memory a dim of size 1 for n queries per entry, each an entry of its own."""
     if prepared is not None and prepared.dim() > 1:
         prepared = prepared.unsqueeze(-3)
     if attn_mask is not None and attn_mask.dim() > 1:
@@ -171,16 +171,16 @@ def _ordinary(
     lent: Lent, query: Tensor, location: Tensor | None, location_weight: Tensor | None,
     dropout_p: float, several: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same as one differentiable call."""
+    """Computes the step as one differentiable call."""
     compute = attend_apart if several and dropout_p > 0.0 else attend
     projected = _projected(query, lent.source, several)
     rows = projected if several else projected.unsqueeze(-2)
     inputs, lengths = _inputs(lent.source, rows, location, location_weight), lent.lengths
     if lengths is not None:
         if lengths.dim() > 2:
-            lengths = lengths.flatten(1)  # (B, 1, 1): of beams or heads
+            lengths = lengths.flatten(1)  # (B, 1, 1), for beams or heads
         elif lengths.dim() == 0 and rows.dim() > 2 and lent.source.key.dim() == 2:
-            lengths = lengths.reshape(1)  # of the beams of one sequence
+            lengths = lengths.reshape(1)  # for the beams of one sequence
     out, weights, _ = masked_attention(
         inputs, lent.attn_mask, lengths, False, None, dropout_p, lent.scale, True,
         lent.source.score_bias, compute=compute,
@@ -195,8 +195,8 @@ def attend_apart(
     need_lse: bool = True,
     compute: Any = attend,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``compute`` with each row as an entry of its own, as a step of prepared keys has it: dropout
-    counts entries and rows, and is to drop the same weights."""
+    """Calls ``compute`` with each row as an entry of its own, as in a step of prepared keys.
+    Dropout numbers entries and rows, and must drop the same weights in both."""
     key, value, weight, _, attn_mask, lengths = _for_several(*call[1:4], None, *call[4:6])
     if score_bias is not None and score_bias.dim() > 1:
         score_bias = score_bias.unsqueeze(-2)
@@ -220,7 +220,7 @@ def _inputs(
             and location_weight.dim() == 2
             and key.dtype == location.dtype == location_weight.dtype
             and not _autocasts()
-        ):  # in one operation, whose cost shows in a small step
+        ):  # one operation instead of two, whose cost shows in a small step
             if location_weight.shape[0] == 1:
                 key = torch.addcmul(key, location.mT, location_weight)
             else:
@@ -232,8 +232,8 @@ def _inputs(
 
 
 class _Step(SingleLevelFunction):
-    """One step. Its backward gives the gradients that the decoder needs at once, and notes what
-    makes the others."""
+    """One step. Its backward returns the gradients that the decoder needs at once, and records
+    what the others are computed from."""
 
     @staticmethod
     def forward(
@@ -302,7 +302,7 @@ class _Step(SingleLevelFunction):
         else:
             rows = rows.unsqueeze(-2)
         if shared.query_weight is not None and grad_query.dim() > query.dim():
-            # Of all heads.
+            # The projection returns all heads side by side.
             grad_query = (grad_query.transpose(-2, -3) if several else grad_query).flatten(-2)
         if running is not None:
             content, weighs = location is None, needs[7] and grad_out is not None
@@ -344,8 +344,8 @@ def _differentiable(
     ctx: Any, upstream: Sequence[Tensor | None], seed: Tensor | None,
     tensors: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """All gradients at once, as those of an ordinary call, to be differentiated again."""
-    # Views, since a query depends on what is shared through the steps before this one.
+    """Returns all gradients at once, as those of an ordinary call that is differentiated again."""
+    # Views, since a query depends on the shared tensors through the steps before this one.
     views: list[Any] = [None if x is None else x.view_as(x) for x in tensors[:10]]
     query, location, location_weight = views[:3]
     lent, shared, filters = ctx.lent, Shared(*views[3:9]), views[9]

@@ -33,12 +33,12 @@ PLAIN: dict[str, Any] = {
     "location_features": steps.location_features,
     "location_features_backward": steps.location_features_backward,
 }
-# Made of the operators above, on every device.
+# Composed of the operators above, on every device.
 _COMPOSED = {"tangent": tangents.tangent, "scores_tangent": tangents.scores_tangent}
 _CPU_PATHS = ("avx512", "avx2", "baseline", "pytorch", "triton")
 _GPU_PATHS = ("triton", "pytorch")
-# Repeat what has a launch plan without a call through the dispatcher to Python, else give None;
-# there once something has run on a GPU.
+# Repeat a call that has a launch plan, without the dispatcher's call to Python, or return None.
+# ``gpu_path`` sets them.
 repeated_forward: Callable[..., Any] | None = None
 repeated_backward: Callable[..., Any] | None = None
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -46,7 +46,7 @@ _functorch_active = torch._C._are_functorch_transforms_active
 
 
 def _forced(variable: str, paths: tuple[str, ...]) -> str | None:
-    """The path that an environment variable asks for; empty is unset."""
+    """Returns the path that an environment variable names; empty counts as unset."""
     path = os.environ.get(variable) or None
     if path is not None and path not in paths:
         raise ImportError(
@@ -57,7 +57,7 @@ def _forced(variable: str, paths: tuple[str, ...]) -> str | None:
 
 
 def _choose_cpu() -> tuple[str | None, str]:
-    """The compiled library, if any, and the reason for the choice, as text."""
+    """Returns the compiled library, if any, and the reason for the choice, as text."""
     forced = _forced("ADDITIVE_ATTN_CPU", _CPU_PATHS)
     if forced == "pytorch":
         return None, "ADDITIVE_ATTN_CPU=pytorch asks for plain PyTorch"
@@ -98,7 +98,7 @@ def _warn_of_plain_path() -> None:
 
 
 def cpu_path() -> str:
-    """What computes on the CPU: avx512, avx2, neon, baseline, pytorch, or triton (interpreted)."""
+    """Returns the CPU's path: avx512, avx2, neon, baseline, pytorch, or triton (interpreted)."""
     if library_path is None:
         return "triton" if os.environ.get("ADDITIVE_ATTN_CPU") == "triton" else "pytorch"
     isa: str = torch.ops.additive_attn.cpu_isa()
@@ -107,7 +107,7 @@ def cpu_path() -> str:
 
 @functools.cache
 def gpu_path() -> tuple[ModuleType | None, str]:
-    """The module of the Triton kernels, or None, and the reason, as text; decided once."""
+    """Returns the module of the Triton kernels, or None, and the reason, as text. Decides once."""
     forced = _forced("ADDITIVE_ATTN_GPU", _GPU_PATHS)
     if forced == "pytorch":
         return None, "ADDITIVE_ATTN_GPU=pytorch asks for plain PyTorch"
@@ -136,7 +136,7 @@ def gpu_path() -> tuple[ModuleType | None, str]:
 def gpu_described() -> str:
     """For ``show_config``: what computes tensors on a GPU, and why."""
     if not torch.cuda.is_available():
-        return "none (torch sees no GPU)"
+        return "none (torch finds no GPU)"
     kernels, reason = gpu_path()
     return f"{'pytorch' if kernels is None else 'triton'} ({reason})"
 
@@ -158,7 +158,7 @@ def _on_gpu(name: str) -> Any:
 
 def below_autograd(operator: Any, *arguments: Any) -> Any:
     """Calls an operator without the derivative that is registered on it. A Function turns
-    gradients off for all transforms of ``torch.func``, so the outer ones get them back."""
+    gradients off for all transforms of ``torch.func``, so they are on again for the outer ones."""
     if _functorch_active():
         with torch.enable_grad(), _set_fwd_grad_enabled(True), _below_autograd():
             return operator(*arguments)
@@ -168,7 +168,7 @@ def below_autograd(operator: Any, *arguments: Any) -> Any:
 
 # What may raise comes before what is registered, so that a failed import can be repeated.
 library_path, cpu_reason = _choose_cpu()
-_forced("ADDITIVE_ATTN_GPU", _GPU_PATHS)  # a wrong name is told where there is no GPU, too
+_forced("ADDITIVE_ATTN_GPU", _GPU_PATHS)  # raises for a wrong name, even without a GPU
 cpu_is_plain = library_path is None and os.environ.get("ADDITIVE_ATTN_CPU") != "triton"
 _warn_of_plain_path()
 for _name, _operator in PLAIN.items():

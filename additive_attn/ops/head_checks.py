@@ -1,4 +1,4 @@
-"""What does not fit a layer of several heads, told in the terms of nn.MultiheadAttention."""
+"""Checks of what users pass to a layer of several heads, in the terms of nn.MultiheadAttention."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_division(name: str, features: int, num_heads: int) -> None:
 
 
 def check_heads(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Of a forward call: ``(L, E)``, or three dims in the order of ``batch_first``."""
+    """Checks a forward call: ``(L, E)``, or three dims in the order of ``batch_first``."""
     q, k, v = query.shape, key.shape, value.shape
     rank = len(q)
     if not (2 <= rank <= 3 and len(k) == rank and len(v) == rank):
@@ -74,7 +74,7 @@ def _check_features(layer: Any, **tensors: Tensor) -> None:
 
 
 def check_memory(layer: Any, key: Tensor, value: Tensor) -> None:
-    """Of a call of ``project``."""
+    """Checks a call of ``project``."""
     if not (is_dense(key) and is_dense(value)):
         refuse_layouts(key=key, value=value)
     rank = key.dim()
@@ -92,7 +92,7 @@ def check_memory(layer: Any, key: Tensor, value: Tensor) -> None:
 
 
 def check_replaced(memory: Any) -> None:
-    """Of a memory whose fields may have been put there by hand."""
+    """Checks a memory whose fields the user may have replaced."""
     key, value, lengths, attn_mask = memory
     check_fields(f"{_NAME}.step", key, value, lengths, attn_mask)
     sequences = key.shape[0] if key.dim() == 3 else 1
@@ -109,7 +109,8 @@ def check_replaced(memory: Any) -> None:
 
 
 def check_step(layer: Any, query: Tensor, key: Tensor, value: Tensor, beams: int) -> None:
-    """Of a memory, whose keys and values are packed: ``(B, Lk, hidden_dim)``."""
+    """Checks a step's query beside keys ``(B, Lk, hidden_dim)`` and values ``(B, Lk, embed_dim)``
+    of a memory, which hold all heads."""
     if query.is_nested:
         refuse_layouts(query=query)
     found = (
@@ -138,7 +139,7 @@ def check_masks(
     layer: Any, attn_mask: Any, key_padding_mask: Any, batch: int, scores: tuple[int, int],
     batched: bool,
 ) -> None:  # fmt: skip
-    """As nn.MultiheadAttention takes them."""
+    """Checks masks as nn.MultiheadAttention takes them."""
     for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
         if mask is not None and not (
             isinstance(mask, Tensor) and (mask.dtype == torch.bool or mask.is_floating_point())
@@ -180,17 +181,17 @@ def check_masks(
                 f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, but must be "
                 f"{'(N, S)' if batched else '(S,), unbatched,'} = {wanted}."
             )
-    # Once per layer, for it reads the masks.
+    # Once per layer, since it reads the masks.
     if not (torch.compiler.is_compiling() or layer.polarity_checked):
         warn_of_polarity(attn_mask, key_padding_mask, ignores=True)
         layer.polarity_checked = True
 
 
 def check_blocks(layer: Any) -> None:
-    """Of a layer that gets a BlockMask."""
+    """Raises where a layer that appends keys gets a BlockMask."""
     if layer.bias_k is not None or layer.add_zero_attn:
         raise ValueError(
-            "attn_mask is a BlockMask, whose blocks do not know the keys that add_bias_kv and "
+            "attn_mask is a BlockMask, whose blocks do not cover the keys that add_bias_kv and "
             "add_zero_attn append. Pass a bool tensor (True = do not attend)."
         )
 
@@ -203,7 +204,7 @@ def refuse_hint() -> NoReturn:
 
 
 def explain_projections(layer: nn.Module, **tensors: Tensor) -> None:
-    """Raises the sentence that tells why they could not be projected, if there is one."""
+    """Raises an error that says why tensors could not be projected, where the reason is known."""
     for name, tensor in tensors.items():
         if tensor.dtype in INTEGERS or tensor.shape:
             explain_projection(layer, name, tensor, tensor.shape[-1])
@@ -213,8 +214,8 @@ def check_nested(layer: Any, tensors: dict[str, Tensor], masked: bool) -> None:
     plain = [name for name, x in tensors.items() if not x.is_nested]
     if plain:
         raise TypeError(
-            f"{_NAME} got nested tensors, but {', '.join(plain)} is none. Pass all three nested, "
-            "or pad them with .to_padded_tensor(0.0) and pass key_padding_mask."
+            f"{_NAME} got nested tensors, but {', '.join(plain)} is not nested. Pass all three "
+            "nested, or pad them with .to_padded_tensor(0.0) and pass key_padding_mask."
         )
     if masked or not layer.batch_first:
         what = "masks and is_causal" if masked else "batch_first=False"
@@ -225,7 +226,7 @@ def check_nested(layer: Any, tensors: dict[str, Tensor], masked: bool) -> None:
 
 
 def check_pairs(keys: Tensor, values: Tensor) -> None:
-    """Lengths of nested keys and of nested values."""
+    """Raises where the lengths of nested keys and values differ."""
     if keys is not values and is_readable(keys) and not torch.equal(keys, values):
         raise ValueError(
             "key and value are nested tensors of different lengths, but each key belongs to one "

@@ -1,6 +1,6 @@
-"""Keys that are projected inside the call. Where they are projected from the values, the gradients
-of both meet in one tensor: the product with the projection is added to the values' gradient in
-place, which autograd would write beside it and then add."""
+"""Projects keys inside the call. Where keys and values come from one tensor, their gradients share
+memory: the product with the projection is added to the values' gradient in place. Autograd would
+write the product to a tensor of its own and then add it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _BLOCK = 32  # rows
 
 
 def project_keys(key: Tensor, value: Any, weight: Tensor) -> tuple[Tensor, Any]:
-    """``linear(key, weight)`` and the values, as ``masked_attention`` takes them."""
+    """Returns ``linear(key, weight)`` and the values, as ``masked_attention`` takes them."""
     _check(key, weight)
     return projected_values(key, value, weight, None) or (linear(key, weight), value)
 
 
 def worth_sharing(key: Tensor, value: Any) -> bool:
-    """Whether one gradient for both is a gain."""
+    """Whether one gradient for keys and values is faster than two."""
     return (
         value is key
         and not _is_compiling()
@@ -49,8 +49,8 @@ def worth_sharing(key: Tensor, value: Any) -> bool:
 def projected_values(
     key: Tensor, value: Any, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Keys and values of one tensor, whose gradient is made in one; None where that is no gain, or
-    something else than eager autograd is to see the operations."""
+    """Returns keys and values of one tensor, whose gradients are computed as one; None where that
+    is not faster, or where not only eager autograd records the operations."""
     if (
         not worth_sharing(key, value)
         or key.shape[-1] != weight.shape[-1]
@@ -92,14 +92,14 @@ def _gradient(grad_key: Tensor, rows: Tensor, weight: Tensor, grad_value: Tensor
         return linear(grad_key, weight.mT)
     if _grad_enabled() or is_batch(grad_key) or not grad_value.is_contiguous():
         return grad_value + linear(grad_key, weight.mT)
-    # The attention's backward has just made it, and the values are nobody else's.
+    # The attention's backward has just made grad_value, and nothing else uses the values.
     _add_product(grad_value.view(-1, grad_value.shape[-1]), rows, weight)
     return grad_value
 
 
 def _add_product(total: Tensor, rows: Tensor, weight: Tensor) -> None:
-    """``total += rows @ weight``. Where rows of float32 do not start at a vector, the library is
-    up to twice as fast with a batch of few rows as with all at once."""
+    """``total += rows @ weight``. Where rows of float32 do not start at whole vectors, BLAS is up
+    to twice as fast with a batch of few rows as with all rows at once."""
     blocks = len(rows) // _BLOCK if total.dtype == torch.float32 and total.shape[1] % 8 else 0
     if blocks:
         parts = [x[: blocks * _BLOCK].unflatten(0, (blocks, _BLOCK)) for x in (total, rows)]

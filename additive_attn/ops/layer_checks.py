@@ -1,4 +1,5 @@
-"""What does not fit a layer, told in the terms of who called it, before any projection."""
+"""Checks of what users pass to a layer. Errors name what was passed, not what is projected from
+it."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def check_flags(**flags: Any) -> None:
 
 
 def check_factory(device: Any, dtype: Any) -> None:
-    """Of parameters."""
+    """Checks the device and dtype of parameters."""
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(
             f"dtype is {dtype!r:.60}, but parameters need torch.float64, torch.float32, "
@@ -83,13 +84,13 @@ def refuse_ranks(caller: str, **tensors: Tensor) -> NoReturn:
 
 def got(caller: str, tensors: dict[str, Tensor]) -> str:
     if any(x.is_nested and x.layout is torch.strided for x in tensors.values()):
-        refuse_layouts(**tensors)  # such have no shape
+        refuse_layouts(**tensors)  # they have no shape
     found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     return f"{caller} got {found}"
 
 
 def check_beams(caller: str, query: Tensor, key: Tensor, beams: int) -> None:
-    """Of a memory (B, Lk, hidden_dim), or (Lk, hidden_dim), that was expanded."""
+    """Checks queries beside an expanded memory of keys (B, Lk, hidden_dim) or (Lk, hidden_dim)."""
     queries = query.shape[0] if query.dim() > 1 else 1
     sequences = key.shape[0] if key.dim() == 3 else 1
     if queries != sequences * beams and (sequences > 1 or queries % beams or key.dim() == 2):
@@ -103,7 +104,7 @@ def check_beams(caller: str, query: Tensor, key: Tensor, beams: int) -> None:
 def check_memory(
     caller: str, key: Any, value: Any, lengths: Any = None, attn_mask: Any = None
 ) -> None:
-    """Of a memory made by hand: types and ranks, which nothing else could tell in these terms."""
+    """Checks types and ranks of a memory that the user constructed. No later error names them."""
     if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
         refuse_types(key=key, value=value)
     if not (is_dense(key) and is_dense(value)):
@@ -128,7 +129,7 @@ def check_memory(
 def check_masking(
     key: Tensor, value: Tensor, lengths: Tensor | None, attn_mask: Tensor | None
 ) -> None:
-    """Of a memory made by hand, as every step checks it."""
+    """Checks the masks of a memory that the user constructed, as every step does."""
     batch = checked_batch((key[..., :1, :], key, value, key.new_empty(key.shape[-1])))
     if batch is None:
         refuse_layouts(key=key, value=value)
@@ -146,7 +147,8 @@ def check_state(
     caller: str, state: tuple[Any, Any], query: Tensor, key: Tensor, first: Sequence[int],
     beams: int,
 ) -> None:  # fmt: skip
-    """Raises unless it may be broadcast from ``first``, the shape of a memory's first state."""
+    """Raises unless the state fits query and memory, or has the shape ``first`` of the state that
+    a memory starts with."""
     named = {"state.previous": state[0], "state.cumulative": state[1]}
     for name, x in named.items():
         if not isinstance(x, Tensor):
@@ -166,7 +168,7 @@ def check_state(
     try:
         batch = torch.broadcast_shapes(query.shape[:-1], first[:-1])
     except RuntimeError:
-        return  # query and memory do not fit, which is told elsewhere
+        return  # query and memory do not fit: the step fails, and explain_memory says why
     wanted = (*batch, key.shape[-2])
     found = state[0].shape  # which cannot be hashed in torch.export
     if state[1].shape != found or tuple(found) not in (wanted, tuple(first)):
@@ -179,7 +181,8 @@ def check_state(
 
 
 def check_index(index: Any, queries: int, beside: Tensor, waits: bool = False) -> None:
-    """Of the queries before, for each of those to come. ``waits``: for a device, to look at it."""
+    """Checks the numbers of earlier queries, one for each query to come. ``waits``: also reads
+    them where that waits for a device."""
     if not isinstance(index, Tensor) or index.dtype not in INTEGERS:
         kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"index is {kind}; it must be a tensor of integers, one for each query.")
@@ -192,7 +195,7 @@ def check_index(index: Any, queries: int, beside: Tensor, waits: bool = False) -
     if torch.compiler.is_compiling():
         require(
             ((index >= 0) & (index < queries)).all(),
-            "index holds numbers of queries that there are not: they are numbered from 0.",
+            "index holds numbers of queries that do not exist: they are numbered from 0.",
         )
     elif index.numel() and has_values(index) and (waits or index.is_cpu):
         low, high = bounds(index)
@@ -226,15 +229,15 @@ def check_coverage(weights: Any, coverage: Any) -> None:
 def check_narrowed(
     name: str, wide: Tensor, narrow: Tensor, attended: Callable[[], Tensor]
 ) -> None:
-    """Raises where ``narrow`` cannot hold a number that is attended to: ``(..., Lk, n)``, with
-    bool ``(..., Lk)``. Only where values can be looked at without stopping a device."""
+    """Raises where ``narrow`` ``(..., Lk, n)`` cannot hold a number of a key that is ``attended``,
+    bool ``(..., Lk)``. Only where values can be read without waiting for a device."""
     if narrow.dtype == wide.dtype or not is_readable(narrow) or not narrow.isinf().any():
         return
     lost = narrow.isinf() & wide.isfinite() & attended().unsqueeze(-1)
     if lost.any():
         largest = wide.expand_as(lost)[lost].abs().max().item()
         raise ValueError(
-            f"{name} holds {largest:.4g}, and {narrow.dtype} no number beyond "
+            f"{name} holds {largest:.4g}, but {narrow.dtype} holds no number beyond "
             f"{torch.finfo(narrow.dtype).max:.4g}: it would become inf. Pass "
             "dtype=torch.bfloat16, or leave dtype out."
         )
@@ -252,8 +255,8 @@ def check_memory_dtype(dtype: Any, key: Tensor) -> None:
 
 
 def explain_projection(layer: nn.Module, name: str, tensor: Tensor, features: int) -> None:
-    """Raises the sentence that tells why ``layer`` could not project it, if there is one."""
-    # Asked only now: autocast, and layers that users put in, take more than their own dtype.
+    """Raises an error that says why ``layer`` could not project it, where the reason is known."""
+    # Checked only after the failure: under autocast, and in layers that users put in, more fits.
     if not is_dense(tensor):
         refuse_layouts(**{name: tensor})
     refuse_ids(**{name: tensor})
@@ -283,7 +286,7 @@ def explain_projection(layer: nn.Module, name: str, tensor: Tensor, features: in
 
 
 def explain_shapes(caller: str, batch_first: bool, lengths: Any, **tensors: Tensor) -> None:
-    """Raises the sentence that tells why shapes ``(B, L, ...)`` do not fit, if there is one."""
+    """Raises an error that says why shapes ``(B, L, ...)`` do not fit, where that is known."""
     if nested := {name: x for name, x in tensors.items() if x.is_nested}:
         if batch_first and all(x.layout is torch.jagged for x in nested.values()):
             return
@@ -317,8 +320,8 @@ def explain_shapes(caller: str, batch_first: bool, lengths: Any, **tensors: Tens
 
 
 def warn_of_polarity(attn_mask: Any, key_padding_mask: Any, ignores: bool = False) -> None:
-    """Warns of bool masks that make sense only if they are inverted. ``ignores`` says what True
-    means in attn_mask: do not attend."""
+    """Warns of bool masks that make sense only if they are inverted. With ``ignores``, True in
+    attn_mask means: do not attend."""
     polarity = "attend, unlike in nn.MultiheadAttention"
     if ignores and getattr(attn_mask, "dtype", None) == torch.bool:
         attn_mask, polarity = ~attn_mask, "do not attend, as in nn.MultiheadAttention"

@@ -1,4 +1,4 @@
-"""Finds the compiled library and, where there is none, says why and how to get it."""
+"""Finds the compiled library or, where there is none, says why and how to build it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _REINSTALL = "pip install --force-reinstall --no-deps"
 def find_library() -> tuple[Path | None, str]:
     """Loads the library. Returns its path and where it comes from, or None and the problem.
 
-    A checkout without a library, which Python finds before the installed package when it is
-    started there, takes the library of the installed package if the Python sources are equal.
+    A checkout hides the installed package from a Python that is started there. Without a library
+    of its own, it loads that of the installed package if the Python sources are equal.
     """
     problems: list[str] = []
     path = _load_from(PACKAGE, problems)
@@ -45,7 +45,7 @@ def find_library() -> tuple[Path | None, str]:
 
 
 def how_to_build() -> str:
-    """What to do to get a library, for the way in which this package was installed."""
+    """Says how to build the library, for the way in which this package was installed."""
     if _is_checkout():
         folder = shlex.quote(str(PACKAGE.parent))
         command = f"pip install --no-deps --editable {folder}"
@@ -55,7 +55,7 @@ def how_to_build() -> str:
 
 
 def _load_from(package: Path, problems: list[str]) -> Path | None:
-    """The library with a stable ABI first, then the newest: others may be left from old builds."""
+    """Tries the library with a stable ABI, then the newest: others may be left from old builds."""
     found = sorted(
         package.glob("_C*.so"),
         key=lambda path: (".abi3." in path.name, path.stat().st_mtime),
@@ -98,7 +98,7 @@ def _is_checkout() -> bool:
 
 
 def _origin() -> str:
-    """What to give to pip to install the package again from where it came from."""
+    """Returns the argument with which pip installs the package again from its origin."""
     try:
         record = importlib.metadata.distribution("additive-attn").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:

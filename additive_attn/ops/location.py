@@ -16,7 +16,7 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
-    """What each key sees of the earlier weights around it, as ``F.conv1d(inputs, filters,
+    """Returns the features of the earlier weights around each key: ``F.conv1d(inputs, filters,
     padding="same")``.
 
     Args:
@@ -49,7 +49,7 @@ class _Features(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         inputs, filters = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        # A gradient that is differentiated again is made of PyTorch's own operators.
+        # A gradient that is differentiated again is computed by PyTorch's own operators.
         backward = (
             plain.differentiable_features_backward
             if torch.is_grad_enabled()

@@ -1,5 +1,5 @@
-"""What narrows a mask or adds to it: padding, a bias on the scores. Each becomes part of
-``attn_mask``. And which keys it leaves."""
+"""Joins padding, or a bias on the scores, with ``attn_mask``, and finds the keys that masks leave
+to attend to."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from additive_attn.spec.call import lse_dtype
 def with_padding(
     attn_mask: Tensor | None, key_padding_mask: Tensor, key: Tensor, batch: Sequence[int]
 ) -> Tensor:
-    """``attn_mask`` narrowed to the keys that are not padding."""
+    """Returns ``attn_mask`` narrowed to the keys that are not padding."""
     if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
         found, hint = f"a {type(key_padding_mask).__name__}", conversion(key_padding_mask)
         if isinstance(key_padding_mask, Tensor):
             found, hint = str(key_padding_mask.dtype), "Convert a 0/1 mask with .bool()."
         raise TypeError(
             f"key_padding_mask is {found}, but must be a bool tensor (True = ignore). {hint} "
-            "Scores to be added are an attn_mask."
+            "Pass scores to be added as attn_mask."
         )
     if not is_dense(key_padding_mask):
         refuse_layouts(key_padding_mask=key_padding_mask)
@@ -46,8 +46,8 @@ def with_padding(
 
 
 def with_bias(attn_mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """``attn_mask`` with ``bias`` added where it lets attend. The gradient of a mask leaves out
-    masked pairs, as that of a bias must."""
+    """Returns ``attn_mask`` with ``bias`` added to attended pairs. The gradient of a mask leaves
+    out masked pairs, as that of a bias must."""
     added = bias.to(lse_dtype(dtype))
     if added.dim():
         added = added.reshape(-1, 1, 1) if added.numel() > 1 else added.reshape(1, 1)
@@ -59,7 +59,8 @@ def with_bias(attn_mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Ten
 
 
 def checked_bias(bias: Tensor, query: Tensor) -> Tensor:
-    """A bias of one number as it is; one per head as ``(heads, 1)``, beside the weight."""
+    """Returns a bias of one number unchanged, and one per head as ``(heads, 1)``, which broadcasts
+    to the weight."""
     if not isinstance(bias, Tensor):
         raise TypeError(
             f"bias is a {type(bias).__name__}, but must be a tensor of one number, or one per "
@@ -86,7 +87,7 @@ def checked_bias(bias: Tensor, query: Tensor) -> Tensor:
 
 
 def _below_heads(mask: Tensor, batch: Sequence[int]) -> Tensor:
-    """``(B, rows, keys)`` with dims of 1 for the batch dims after the first."""
+    """Gives a mask ``(B, rows, keys)`` dims of 1 for the batch dims after the first."""
     if len(batch) > 1:
         mask = mask.reshape(mask.shape[0], *(1,) * (len(batch) - 1), *mask.shape[1:])
     return mask
@@ -101,7 +102,7 @@ def narrowed(attn_mask: Tensor | None, attended: Tensor) -> Tensor:
 
 
 def attended_keys(key: Tensor, lengths: Tensor | None, attn_mask: Tensor | None) -> Tensor:
-    """The keys to attend to, bool ``(B, Lk)`` or ``(1, Lk)``, or ``(Lk,)`` unbatched."""
+    """Returns the keys to attend to: bool ``(B, Lk)`` or ``(1, Lk)``, or ``(Lk,)`` unbatched."""
     attended = torch.ones(key.shape[-2], dtype=torch.bool, device=key.device)
     if lengths is not None:
         if key.dim() == 3:

@@ -1,13 +1,14 @@
-"""A decoder's memory as a node of autograd: the gradients of what its steps share are made once.
+"""A decoder's memory as a node of autograd, which computes the gradients of the tensors that all
+steps share once.
 
 A recurrent decoder attends T times to the same keys and values. Before the next step's backward
-only the query's gradient is needed, so a step's backward leaves a record of what the others take,
-and one pass over all records makes them at the end (math.md, eq. 16).
+only the query's gradient is needed. So a step's backward records what the others are computed
+from, and one pass over all records computes them at the end (math.md, eq. 16).
 
-The engine runs the node of what is shared after all steps, once, even where none of them passed a
-gradient to it. It finds the records under the number of the running backward pass. Memory is
-O(T B (Lk + H + Dv)). Where plain PyTorch computes a small step, it is an ordinary call, which
-keeps its energies: making them again would cost more than the record saves.
+The engine runs the memory's node once, after all steps, even where none of them passed a gradient
+to it. The node finds the records by the number of the running backward pass. Memory is
+O(T B (Lk + H + Dv)). A small step on plain PyTorch is an ordinary call and keeps its energies:
+computing them again would cost more than the record saves.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _is_compiling, _tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _pass_number = torch._C._current_graph_task_id
-# Keys and values may be narrower than the queries.
+# Keys and values may be narrower than the queries: (dtype of the memory, of the queries).
 NARROW_MEMORY = {(x, torch.float32) for x in (torch.bfloat16, torch.float16)}
-# Elements of a step's energies up to which plain PyTorch keeps them for backward, of every step.
+# Plain PyTorch keeps the energies of every step for backward, up to so many elements per step.
 WHOLE_ELEMENTS = 2**18
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
 
 class Shared(NamedTuple):
-    """What all steps use. ``query_weight`` is None where queries come projected; ``score_bias``
-    cancels in the softmax, and gets a zero gradient."""
+    """The tensors that all steps share. ``query_weight`` is None where queries are projected
+    already; ``score_bias`` cancels in the softmax, and gets a zero gradient."""
 
     key: Tensor  # (..., Lk, H)
     value: Tensor  # (..., Lk, Dv)
@@ -52,7 +53,8 @@ class Shared(NamedTuple):
 
 
 class Lent:
-    """What :func:`lend` returns: the shared tensors, as they came and as a step takes them."""
+    """The result of :func:`lend`: the shared tensors as passed (``source``) and as steps use them
+    (``shared``)."""
 
     __slots__ = (
         "__weakref__", "attn_mask", "key_version", "lengths", "node", "prepared", "scale",
@@ -91,9 +93,9 @@ def lend(
         lengths, attn_mask: int64 ``(..., 1)``; bool or float ``(..., 1, Lk)``, True = attend.
         scale: factor on the scores.
         query_weight, query_bias: of the Linear that projects the queries, ``(H, query_dim)`` and
-            ``(H,)``: their gradients come once for all steps too. With ``heads`` as the last
-            leading dim of keys also ``(heads * H, query_dim)`` and ``(heads * H,)``.
-        score_bias: takes part only to receive a zero gradient.
+            ``(H,)``: their gradients are computed once for all steps too. With ``heads`` as the
+            last leading dim of keys also ``(heads * H, query_dim)`` and ``(heads * H,)``.
+        score_bias: passed only to receive a zero gradient.
         deferred: whether gradients are deferred, where that applies. If not, and where plain
             PyTorch computes small steps, every step is an ordinary call.
     """
@@ -121,15 +123,15 @@ def lend(
 
 
 def widened(memory: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys or values in the dtype of the queries, where they may be narrower; else as they are, to
-    be refused."""
+    """Returns keys or values in the dtype of the queries, where they may be narrower. Other dtypes
+    stay, and the call raises for them."""
     same = memory.dtype == dtype or (memory.dtype, dtype) not in NARROW_MEMORY
     return memory if same else memory.to(dtype)
 
 
 def computed_whole(key: Tensor) -> bool:
-    """Whether plain PyTorch computes a step as a whole, and keeps its energies for backward: then
-    its record would cost more than the gradients that it defers. Not of 16 bits, to which the
+    """Whether plain PyTorch computes a step as a whole and keeps its energies for backward: then a
+    record would cost more than the gradients that it defers. Not in 16 bits, to which the
     gradients of each step would be rounded."""
     return (
         key.numel() <= WHOLE_ELEMENTS
@@ -139,8 +141,8 @@ def computed_whole(key: Tensor) -> bool:
 
 
 def _autocasted(shared: Shared) -> Shared:
-    """Keys, values and weight in autocast's dtype, once for all steps; queries come projected
-    under it."""
+    """Casts keys, values and weight to autocast's dtype, once for all steps. Queries are projected
+    under autocast."""
     dtype = autocast_dtype(shared.key.device.type)
     if dtype is None or torch.compiler.is_compiling():
         return shared
@@ -149,7 +151,7 @@ def _autocasted(shared: Shared) -> Shared:
 
 
 def alone() -> bool:
-    """Whether eager autograd alone sees a call: no graph is made, no transform or mode runs."""
+    """Whether a call runs under eager autograd alone, with no trace, transform or mode."""
     return not (
         _is_compiling()
         or _functorch_active()
@@ -160,8 +162,8 @@ def alone() -> bool:
 
 
 def eager(tensors: Sequence[Tensor | None], like: Tensor) -> bool:
-    """Whether a step may leave a record: where eager autograd is alone, with plain tensors of the
-    dtype and device of ``like``."""
+    """Whether a step may leave a record: it runs under eager autograd alone, on plain tensors of
+    the dtype and device of ``like``."""
     dtype, device = like.dtype, like.device
     return (
         alone()
@@ -174,7 +176,7 @@ def eager(tensors: Sequence[Tensor | None], like: Tensor) -> bool:
 
 
 def is_batch(upstream: Tensor | None) -> bool:
-    """Whether it stands for several gradients (``is_grads_batched=True``)."""
+    """Whether ``upstream`` is a batch of several gradients (``is_grads_batched=True``)."""
     return upstream is not None and torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
@@ -190,19 +192,18 @@ def _through_node(lent: Lent) -> tuple[Shared, Any]:
 
 
 class Record(NamedTuple):
-    """What one step leaves for the shared gradients; of r rows, the dims (..., r, n), r
-    mostly 1."""
+    """What the shared gradients need of one step. Dims are (..., r, n) for r rows, mostly 1."""
 
     query: Tensor  # projected
-    grad_scores: Tensor | None  # G of equation 9; None where the keys' gradient is made already
-    kept: Tensor | None  # P o D; None where no gradient of out came
+    grad_scores: Tensor | None  # G of equation 9; None where the keys' gradient is summed already
+    kept: Tensor | None  # P o D; None without a gradient of out
     grad_out: Tensor | None
     raw_query: Tensor | None  # before its projection, and the projected one's gradient
     grad_query: Tensor | None
 
 
 class _Pass:
-    """The records of one backward pass over what steps share."""
+    """The records of one backward pass, and the gradients that its steps sum up."""
 
     __slots__ = ("__weakref__", "grad_key", "grad_weight", "records")
 
@@ -212,8 +213,8 @@ class _Pass:
         self.grad_weight: Tensor | None = None
 
     def end(self) -> None:
-        """Called when the pass is over. That the engine holds this method, and nothing else holds
-        the pass, frees it after an exception too."""
+        """Called when the pass is over. Only the engine holds the pass, through this method, so
+        that the pass is freed after an exception too."""
         self.records.clear()
 
 
@@ -228,7 +229,7 @@ def running_pass(node: Any) -> _Pass:
 
 
 class _Memory(SingleLevelFunction):
-    """The identity of what is shared. Its backward makes the gradients from the steps' records."""
+    """The identity of the shared tensors. Its backward computes gradients from steps' records."""
 
     @staticmethod
     def forward(ctx: Any, lent: Lent, *shared: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -236,8 +237,9 @@ class _Memory(SingleLevelFunction):
         ctx.passes = WeakValueDictionary()
         ctx.spent = False  # True after a backward pass, which may have freed the graph
         ctx.masking = lent.attn_mask, lent.lengths, lent.scale
-        # Not saved for backward, which would free them: a graph that has none above this node may
-        # be passed again for other steps. The steps save them, and see changes in place.
+        # Not saved for backward, which would free them: where nothing is saved before this node,
+        # another backward pass may follow for other steps. The steps save the tensors, and raise
+        # after changes in place.
         aliases: list[Any] = [None if x is None else x.detach() for x in shared]
         ctx.shared = Shared(*aliases)
         # No views, whose errors after a change in place would name this function.
@@ -315,8 +317,8 @@ def _flat(rows: Any) -> Tensor:
 
 
 def _rows(steps: list[Any], memory: Tensor) -> Tensor:
-    """The steps' rows (..., 1, n) as rows (..., T, n) of the memory's entries. Where one memory
-    serves a batch of queries, the batch counts as rows: no gradient per query is made."""
+    """Joins the steps' rows (..., 1, n) to rows (..., T, n) of the memory's entries. Where a batch
+    of queries shares one memory, the batch counts as rows, so that no gradient is per query."""
     rows = steps[0] if len(steps) == 1 else torch.cat(steps, dim=-2)
     if memory.shape[:-2].numel() == 1 and rows.shape[:-2].numel() != 1:
         rows = rows.movedim(-2, 0).reshape(*memory.shape[:-2], -1, rows.shape[-1])
@@ -324,7 +326,7 @@ def _rows(steps: list[Any], memory: Tensor) -> Tensor:
 
 
 def _value_rows(steps: list[Any], value: Tensor) -> Tensor:
-    """Likewise; the last leading dims that share values, such as heads, count as rows too."""
+    """The same for values. The last leading dims that share them, as heads may, count as rows."""
     rows = steps[0] if len(steps) == 1 else torch.cat(steps, dim=-2)
     batch, own, shared = rows.shape[:-2], value.shape[:-2], 0
     while shared < len(batch) and (shared >= len(own) or own[-1 - shared] == 1):
@@ -337,7 +339,7 @@ def _value_rows(steps: list[Any], value: Tensor) -> Tensor:
 def _masks(
     attn_mask: Tensor | None, lengths: Tensor | None, key: Tensor, records: list[Record]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Masks of the memory, for the rows that :func:`_rows` makes."""
+    """Returns the memory's masks for the rows that :func:`_rows` returns."""
     batch = records[0].query.shape[:-2]
     if key.shape[:-2].numel() == 1 and batch.numel() != 1:
         ones, times = key.shape[:-2], sum(record.query.shape[-2] for record in records)
@@ -350,7 +352,7 @@ def _masks(
 
 
 def _cleared(grad_value: Tensor, attn_mask: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """0 at keys that no query may attend to: what comes from upstream ends there, NaN too."""
+    """Sets the gradient to 0 at keys that no query may attend to, also where upstream has NaN."""
     shape, masks = grad_value.shape[:-1], []
     if lengths is not None:
         masks.append(torch.arange(shape[-1], device=lengths.device) < lengths)

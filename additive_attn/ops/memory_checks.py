@@ -1,4 +1,4 @@
-"""Why a step could not use a memory, told after it has failed."""
+"""Errors that say why a step could not use a memory. They are raised after it has failed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from additive_attn.ops.memory import NARROW_MEMORY
 def explain_memory(
     layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, hidden_dim: int, beams: int
 ) -> None:
-    """Raises the sentence that tells why a memory does not fit, if there is one."""
+    """Raises an error that says why a memory does not fit, where the reason is known."""
     caller = f"{type(layer).__name__}.step"
     if not (is_dense(query) and is_dense(key) and is_dense(value)):
-        return  # which has been told
+        return  # the step's own error says so
     explain_conversion(caller, layer, key, value)
     found = got(caller, {"query": query, "keys": key, "values": value})
     if key.shape[-1] != hidden_dim:
@@ -35,7 +35,7 @@ def explain_conversion(caller: str, layer: nn.Module, key: Tensor, value: Tensor
     """Raises where a layer was converted after it had projected a memory."""
     parameter = next(layer.parameters())
     if (key.dtype, key.device) != (value.dtype, value.device):
-        return  # made by hand
+        return  # the user constructed the memory
     if key.device != parameter.device:
         raise RuntimeError(
             f"{caller} got a memory whose key is on {key.device}, but this layer is on "

@@ -19,8 +19,8 @@ def check_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
             if isinstance(given, (list, tuple)):
                 kind += f" of {', '.join(sorted({type(each).__name__ for each in given}))}"
             raise TypeError(
-                f"merge_attention got {name} that are no sequence of tensors, but a {kind}. Pass "
-                "a list of the results of additive_attention."
+                f"merge_attention got {name} that are not a sequence of tensors, but a {kind}. "
+                "Pass a list of the results of additive_attention."
             )
     if len(outs) == 0 or len(outs) != len(lses):
         raise ValueError(
@@ -43,6 +43,6 @@ def check_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
                 f"merge_attention got an out of {out.dtype} with an lse of {lse.dtype}, but all "
                 "outs must have one dtype among float64, float32, bfloat16 and float16 (the "
                 f"first has {outs[0].dtype}), with an lse of float64 if that is float64, and of "
-                "float32 else. Convert them with .to(dtype)."
+                "float32 otherwise. Convert them with .to(dtype)."
             )
         require_one_device(**{"outs[0]": outs[0], "out": out, "lse": lse})

@@ -1,5 +1,5 @@
-"""Sequences without padding, one after the other: the range of keys that each row may attend to.
-Nested tensors of the layout jagged are such sequences too."""
+"""Attention over packed sequences, each row of which has a range of keys. Nested tensors of the
+layout jagged are packed sequences too."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Ranges(NamedTuple):
 def ranges(
     cu_seq_q: Tensor, cu_seq_k: Tensor, rows: int, keys: int, left: int, right: int, at_end: bool
 ) -> Ranges:
-    """Row ``i`` of a sequence attends to its keys ``i - left ... i + right``; ``at_end`` counts
-    both from the last. Rows and keys beyond the sequences belong to none. Whatever the numbers
-    are, the ranges lie within the keys."""
+    """Returns the keys of each row. Row ``i`` of a sequence attends to its keys ``i - left ... i +
+    right``; ``at_end`` counts both from the last. Rows and keys beyond the sequences belong to
+    none. Whatever the numbers are, the ranges lie within the keys."""
     row = torch.arange(rows, device=cu_seq_q.device)
     cu_seq_q, cu_seq_k = cu_seq_q.long().contiguous(), cu_seq_k.long()
     sequences = cu_seq_q.shape[0] - 1
@@ -58,7 +58,7 @@ def ranges(
 
 
 def checked_sequences(name: str, cu_seq: Any, total: int, longest: int, like: Tensor) -> Tensor:
-    """Where each sequence begins, and where the last one ends."""
+    """Returns ``cu_seq``, where each sequence begins and the last one ends, after its checks."""
     most, name = f"max_{name}", f"cu_seq_{name}"
     if not isinstance(cu_seq, Tensor) or cu_seq.dtype not in (torch.int32, torch.int64):
         found = cu_seq.dtype if isinstance(cu_seq, Tensor) else f"a {type(cu_seq).__name__}"
@@ -87,7 +87,7 @@ def checked_sequences(name: str, cu_seq: Any, total: int, longest: int, like: Te
         if first != 0 or last > total or least < 0:
             raise ValueError(
                 f"{name} runs from {first} to {last}, in steps of {least} and more, but must "
-                f"begin with 0, never fall, and end within the {total} rows of the packed tensor. "
+                f"begin with 0, not decrease, and end within the {total} rows of the tensor. "
                 "Make it of lengths with F.pad(lengths.cumsum(0), (1, 0))."
             )
         if most_found > longest:
@@ -111,7 +111,7 @@ def packed_attention(
     inputs: _Inputs, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, is_causal: bool,
     window: tuple[int, int] | None, scale: float, dropout_p: float, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Of sequences one after the other: one entry per head, whose rows have ranges of keys."""
+    """Attends in packed sequences. They are one entry per head, whose rows have ranges of keys."""
     if not all(isinstance(x, Tensor) for x in inputs):
         refuse_types(**Inputs(*inputs)._asdict())
     query, key, value, weight = inputs
@@ -150,7 +150,7 @@ def jagged_attention(
     window: tuple[int, int] | None, dropout_p: float, scale: float, need_lse: bool,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of nested tensors, or a dense one beside them, ``(B, L, n)`` or ``(B, heads, L, n)``."""
+    """Attends in nested tensors ``(B, L, n)`` or ``(B, heads, L, n)``. Some may be dense."""
     names = "attn_mask", "lengths", "key_padding_mask", "starts", "need_weights"
     if given := [name for name, x in zip(names, without, strict=True) if x is not None]:
         raise ValueError(
@@ -201,7 +201,8 @@ def jagged_attention(
 
 
 def _flat(x: Any) -> tuple[Tensor, Tensor]:
-    """(total, n), or (heads, total, n), and where each sequence begins and the last ends."""
+    """Packs sequences: returns (total, n) or (heads, total, n), and where each sequence begins and
+    the last one ends."""
     if x.dim() not in (3, 4):
         _refuse_jagged(x)
     if x.layout is not torch.jagged:

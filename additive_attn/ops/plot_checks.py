@@ -13,10 +13,10 @@ from additive_attn.ops.checks import is_dense, refuse_flags, refuse_layouts
 
 
 def checked_weights(weights: Any) -> Tensor:
-    """As float; the weights of decoder steps beside each other."""
+    """Returns weights as a float tensor, those of decoder steps stacked."""
     try:
         if type(weights).__module__ == "numpy" and weights.ndim:
-            # torch takes no negative strides, no other byte order, and warns of read-only memory.
+            # torch raises for negative strides or other byte orders, warns of read-only memory.
             weights = weights.astype(weights.dtype.newbyteorder("="), order="C")
         if isinstance(weights, list | tuple) and getattr(weights[0], "ndim", False):
             steps = [torch.as_tensor(step).detach().cpu() for step in weights]
@@ -63,7 +63,7 @@ def check_labels(style: Any, max_ticks: Any, title: Any, colorbar: Any, **tokens
 
 
 def as_number(given: Any) -> Any:
-    """An integer of NumPy or a tensor of one as one of Python; anything else as it is."""
+    """Returns a NumPy integer, or a tensor of one integer, as an int; all else is unchanged."""
     if isinstance(given, bool):
         return given
     try:
@@ -73,7 +73,7 @@ def as_number(given: Any) -> Any:
 
 
 def checked_length(name: str, length: Any) -> int | None:
-    """A whole number, also a tensor or an array of one."""
+    """Returns an integer, or a tensor or array of one, as an int; None stays None."""
     try:
         return None if length is None else operator.index(length)
     except (TypeError, ValueError, RuntimeError):

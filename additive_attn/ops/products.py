@@ -1,5 +1,5 @@
-"""A product with the same weight at every step of a decoder: the weight's gradient is made once
-for all steps, from what their backward passes leave, as those of a memory are (memory.py)."""
+"""A product with the same weight at every step of a decoder. The weight's gradient is computed
+once for all steps, from records of their backward, as those of a memory are (memory.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _will_run = torch._C._will_engine_execute_node
 
 class LentWeight(NamedTuple):
     source: Tensor  # (out, in), or (B, out, in)
-    shared: Tensor  # as a step takes it
+    shared: Tensor  # as steps use it
     node: Any  # None: the weight needs no gradient
 
 
@@ -53,7 +53,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Weight(SingleLevelFunction):
-    """The identity. Its backward makes the gradient from the records of the steps."""
+    """The identity. Its backward computes the gradient from the records of the steps."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:

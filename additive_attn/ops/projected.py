@@ -1,8 +1,8 @@
 """A small layer call as one node of autograd: the projections of queries and keys, and attention.
 
-Recorded apart, each Linear adds two nodes to the graph. Where a call is small they cost more than
-its arithmetic does, forward and backward. On plain PyTorch the nodes are autograd's own, for one
-in Python would cost more; there the weight (1, H) is taken as it is, and no node reshapes it.
+On its own, each Linear adds two nodes to the graph. In a small call they cost more than its
+arithmetic, forward and backward. On plain PyTorch the nodes are autograd's own, since one node in
+Python would cost more. There the weight (1, H) is used as it is, so that no node reshapes it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from additive_attn.ops.memory import PLAIN_TYPES, alone
 from additive_attn.ops.second_order import SingleLevelFunction, reduced
 from additive_attn.spec.call import Call
 
-# Elements of queries and of keys below which it is worth while: what a larger call saves for its
-# backward had better be freed node by node.
+# A call of fewer elements of queries and of keys becomes one node. What a larger call saves for
+# its backward is better freed node by node.
 _ELEMENTS = LEAST
-_tuple: Any = tuple.__new__  # Call(...) takes its arguments by name first
+_tuple: Any = tuple.__new__  # Call(...) binds its arguments by name first
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _autocasts = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
@@ -33,7 +33,7 @@ _functorch_active = torch._C._are_functorch_transforms_active
 
 
 class Sources(NamedTuple):
-    """What query, key and weight of a call are made from, and a score bias, which cancels."""
+    """What query, key and weight are computed from, and a score bias, which cancels."""
 
     query: Tensor
     query_weight: Tensor
@@ -46,9 +46,9 @@ class Sources(NamedTuple):
 
 
 def in_one_node(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> bool:
-    """Whether a call is recorded, is small, and runs on the CPU, with plain tensors and where
-    nothing else expects to see its parts. On plain PyTorch only what will be computed as a whole,
-    as far as it is known before the projections."""
+    """Whether autograd records a small call on the CPU, of plain tensors, and no transform or mode
+    needs its parts. On plain PyTorch the call must also be one that is computed as a whole, as far
+    as that is known before the projections."""
     return (
         _grad_enabled()
         and alone()
@@ -65,12 +65,12 @@ def in_one_node(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> bo
 
 
 def _computes_whole(query: Tensor, key: Tensor) -> bool:
-    """Nested keys have no length; they are refused later."""
+    """False for nested keys, which have no length; a later check raises for them."""
     return not key.is_nested and query.numel() * key.shape[-2] <= whole.ELEMENTS
 
 
 def projections(sources: Sources) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and weight of the call, not recorded; on plain PyTorch query and key are."""
+    """Returns query, key and weight. Autograd records only query and key on plain PyTorch."""
     query, query_weight, query_bias, key, key_weight, key_bias, weight, _ = sources
     if dispatch.cpu_is_plain:
         q, k = linear(query, query_weight, query_bias), linear(key, key_weight, key_bias)
@@ -83,7 +83,7 @@ def projections(sources: Sources) -> tuple[Tensor, Tensor, Tensor]:
 def attend_projected(
     sources: Sources, call: Call, need_weights: bool, _: None, need_lse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``attend`` of a call of ``projections``."""
+    """``attend`` for a call that ``projections`` prepared."""
     if dispatch.cpu_is_plain:
         weight, score_bias = sources[6:]
         if whole.prefers_formula(call):
@@ -98,8 +98,8 @@ def attend_projected(
 
 
 class ProjectedAttention(SingleLevelFunction):
-    """``linear`` of queries and keys, then ``additive_attn::forward``. What nobody needs is None,
-    as in ``Attention``."""
+    """``linear`` of queries and keys, then ``additive_attn::forward``. An output that is not
+    needed is None, as in ``Attention``."""
 
     @staticmethod
     def forward(
@@ -150,7 +150,7 @@ class ProjectedAttention(SingleLevelFunction):
 def _of_linear(
     grad: Tensor, output: Tensor, given: Tensor, weight: Tensor, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of what a Linear was given, of its weight and of its bias."""
+    """Returns the gradients of a Linear's input, weight and bias."""
     need_given, need_weight, need_bias = needs
     grad_given = grad_weight = grad_bias = None
     if need_given or need_weight or need_bias:

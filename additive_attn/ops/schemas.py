@@ -23,7 +23,7 @@ from additive_attn.spec.call import (
 )
 from additive_attn.spec.dropout import keep_mask
 
-# SymInt: a window that follows a size stays symbolic in a graph.
+# SymInt: a window that depends on a size stays symbolic in a graph.
 _MASKING = (
     "Tensor? attn_mask, Tensor? lengths, Tensor? starts, Tensor? block_table, "
     "Tensor? block_tiles, SymInt left, SymInt right"
@@ -36,7 +36,7 @@ _CALL = (
 
 
 def _registrations() -> torch.library.Library:
-    """Removes what an earlier import in this process has registered, a failed one too."""
+    """Replaces the registrations of an earlier import in this process, even of a failed one."""
     operators = torch.ops.additive_attn
     earlier = vars(operators).get("registrations")
     if earlier is not None:
@@ -87,7 +87,7 @@ registrations.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# What sums over features there, of tensors (entries, ...).
+# The sums over features in these, of tensors (entries, ...).
 _PAIRS = (
     "Tensor query, Tensor key, Tensor weight, Tensor query_tangent, Tensor key_tangent, "
     "Tensor weight_tangent"
@@ -97,7 +97,7 @@ registrations.define(
     f"pair_gradients(Tensor grad, Tensor grad_tangent, {_PAIRS}, bool need_query, bool need_key, "
     "bool need_weight) -> (Tensor, Tensor, Tensor)"
 )
-# What follows is called by ops.decoding alone, which knows its derivative.
+# Only ops.decoding, ops.memory and ops.location call these, and they implement the derivatives.
 _STEP = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? prepared, Tensor? location, "
     "Tensor? location_weight, Tensor? attn_mask, Tensor? lengths, Tensor? seed, float dropout_p, "
@@ -131,8 +131,8 @@ registrations.impl("keep_mask", _keep_mask, "CompositeExplicitAutograd")
 registrations.define("keep_entries(Tensor seed, int rows, int keys, float dropout_p) -> Tensor")
 
 
-# A single meta argument dispatches the whole call here, and the result would be memory that nobody
-# has written.
+# A single meta argument dispatches the whole call here. Without require_one_device, results on the
+# device of query would be uninitialised memory.
 @torch.library.register_fake("additive_attn::forward", lib=registrations)
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, need_weights = Call(*arguments[:14]), arguments[14]
@@ -226,7 +226,7 @@ def _gradient_shapes(
 def _other_gradient_shapes(
     call: Call, batch: torch.Size, need_weight: bool, need_mask: bool
 ) -> tuple[Tensor, Tensor]:
-    """Of the weight, and of a mask."""
+    """Gradients of the weight and of a mask."""
     query, weight, attn_mask = call.query, call.weight, call.attn_mask
     shape = (*batch, weight.shape[-1]) if need_weight else (0,)
     grad_mask = query.new_empty(0)
@@ -245,7 +245,7 @@ def _tensors(call: Call) -> dict[str, Tensor | None]:
 
 @register_flop_formula(torch.ops.additive_attn.forward)
 def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    """Of the products with the weight and the values, as the plain layer's are counted."""
+    """Counts the products with the weight and the values, as torch counts the plain layer's."""
     query, key = shapes[:2]
     *batch, rows, values = out_shape[0]
     return 2 * math.prod(batch) * rows * key[-2] * (query[-1] + values)

@@ -29,7 +29,7 @@ _functorch_active = torch._C._are_functorch_transforms_active
 
 def score(call: Call, *_: Any) -> tuple[Tensor, ...]:
     """``additive_attn::scores`` as the only output, differentiable in query, key, weight and a
-    float mask. Takes the place of ``attend``, whose other arguments say nothing here."""
+    float mask. Replaces ``attend``, whose other arguments have no meaning here."""
     if type(call.query) is not Tensor and hasattr(call.query, "device_mesh"):
         call = importlib.import_module("additive_attn.ops.sharding").with_masks(call)
     query, key, _value, weight, attn_mask = call[:5]
@@ -86,7 +86,7 @@ class Scores(SingleLevelFunction):
 
 
 class DirectedScores(Scores):
-    """The same where there may be tangents."""
+    """``Scores`` of inputs that may have tangents."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:

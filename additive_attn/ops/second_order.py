@@ -1,7 +1,7 @@
 """Forward mode, and the derivatives of the derivatives: those of ``backward`` and of ``tangent``.
 
 The pull-back of ``backward`` is the tangent of forward and backward in the direction of the
-cotangents (math.md, eq. 28). That of a tangent of the outputs is likewise. Third derivatives
+cotangents (math.md, eq. 28). So is the pull-back of a tangent of the outputs. Third derivatives
 differentiate equations 22 to 27 themselves, which takes tensors (..., Lq, Lk, H).
 """
 
@@ -28,8 +28,9 @@ Results = tuple[Tensor, ...]
 
 
 class Layout(NamedTuple):
-    """Operators of one kind. The arguments of ``backward`` are upstream gradients, the call with
-    its lse, and which results are needed. ``tangent`` takes tangents before the last."""
+    """Operators of one kind, and the order of their arguments. ``backward`` takes upstream
+    gradients, the call with its lse, and which results are needed. ``tangent`` takes tangents of
+    the upstream gradients and of the inputs before the last."""
 
     forward: Any
     backward: Any
@@ -142,7 +143,7 @@ def _run(operator: Any, *arguments: Any) -> Results:
 def _backward_pulled_back(
     layout: Layout, ctx: Any, cotangents: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Equation 28."""
+    """The pull-back of ``backward``, by equation 28."""
     arguments, needs, n = _arguments(ctx), ctx.needs_input_grad, layout.outputs
     upstream, call = layout.upstream_and_call(arguments)
     cotangents = _of_needed(cotangents, arguments)
@@ -160,8 +161,8 @@ def _backward_pulled_back(
 def _tangent_pulled_back(
     layout: Layout, ctx: Any, cotangents: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Of the tangents of outputs, by equation 28; of those of gradients, through equations 22 to
-    27."""
+    """The pull-back of ``tangent``: for tangents of outputs by equation 28, for tangents of
+    gradients through equations 22 to 27."""
     arguments, needs, n = _arguments(ctx), ctx.needs_input_grad, layout.outputs
     _, call = layout.upstream_and_call(arguments)
     cotangents = _of_needed(cotangents, arguments)
@@ -186,8 +187,8 @@ def _tangent_pulled_back(
 
 
 def _of_needed(results: Sequence[Tensor | None], needs: Sequence[bool]) -> Any:
-    """None for the empty tensors of results that are not needed, for which a compiled graph passes
-    cotangents of zeros."""
+    """Replaces cotangents of results that are not needed by None: a compiled graph passes zeros
+    for these empty tensors."""
     needed = needs[len(needs) - len(results) :]
     return tuple(x if need else None for x, need in zip(results, needed, strict=True))
 
@@ -225,14 +226,14 @@ def _third_order(
 
 
 def has_tangents(arguments: Arguments) -> bool:
-    # A compiled graph enters forward mode without forward_ad, whose level says too little then.
+    # A compiled graph enters forward mode without forward_ad, so its level alone is not enough.
     return (_functorch_active() or forward_ad._current_level >= 0) and any(
         x is not None for _, x in map(_unpacked, arguments)
     )
 
 
 def forward_mode_alone(arguments: Arguments) -> bool:
-    """Whether neither a gradient nor a mapped dim, nor a tracer, is to see the operations."""
+    """Whether forward mode alone records the operations: no gradient, mapped dim or tracer."""
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     forward = torch._C._functorch.TransformType.Jvp
     return (
@@ -251,8 +252,8 @@ def _unpacked(argument: Any) -> tuple[Any, Tensor | None]:
 
 @contextlib.contextmanager
 def primals(arguments: Arguments) -> Iterator[Arguments]:
-    """The arguments of a Function without their tangents. A Function turns forward mode off for
-    all transforms of ``torch.func``, so the outer ones get it back."""
+    """Yields the arguments of a Function without their tangents. A Function turns forward mode off
+    for all transforms of ``torch.func``, so it is on again for the outer ones."""
     with _set_fwd_grad_enabled(True):
         yield tuple(_unpacked(x)[0] for x in arguments)
 
@@ -286,11 +287,11 @@ def _backward_pushed_forward(
 
 
 def reduced(grad: Tensor, tensor: Tensor) -> Tensor:
-    """The gradient over the whole batch, summed over the dims that ``tensor`` was broadcast
-    along."""
+    """Sums a gradient over the whole batch to the dims and the dtype of ``tensor``, which was
+    broadcast."""
     # Ranks first: a trace that compared unequal ranks would guard on sizes that happen to agree.
     if grad.dim() != tensor.dim() or grad.shape != tensor.shape:
-        # A sum over dims of 1 costs as much as another one; a view does not. Not in traces.
+        # A sum over dims of 1 costs as much as any sum, a view costs less. Traces have the sum.
         if type(grad) is Tensor and grad.numel() == tensor.numel():
             grad = grad.view_as(tensor)
         elif hasattr(grad, "device_mesh"):

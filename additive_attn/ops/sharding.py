@@ -1,6 +1,6 @@
 """How the operators shard over a DeviceMesh: batch and head dims, and the features of the values.
 
-Registered when the first DTensor arrives, so that importing the package does not import
+Registered by the first call of DTensors, so that importing the package does not import
 ``torch.distributed``.
 """
 
@@ -46,8 +46,8 @@ def register() -> None:
 
 
 def with_masks(call: Call) -> Call:
-    """A call of DTensors. Its plain masks and lengths are those of the whole batch, equal on all
-    processes."""
+    """Returns a call of DTensors with its masks and lengths as DTensors. Plain ones are those of
+    the whole batch, equal on all processes."""
     register()
     given: Any = {name: getattr(call, name) for name in _MASKING}
     for name, x in given.items():
@@ -57,7 +57,7 @@ def with_masks(call: Call) -> Call:
 
 
 def replicated(tensor: Tensor, like: Any) -> Tensor:
-    """A tensor that all processes have, as a DTensor on the mesh of another."""
+    """Returns a tensor that is equal on all processes as a DTensor on the mesh of ``like``."""
     mesh = like.device_mesh
     made: Tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return made
@@ -103,7 +103,7 @@ def _forward(*arguments: Any) -> list[Strategy]:
 
 
 def _of_mask(placement: Any, need: bool, attn_mask: Any) -> Any:
-    """Its gradient has the shape of the mask: summed along dims that it broadcasts along."""
+    """Placement of a mask's gradient. It has the mask's shape, summed over broadcast dims."""
     if not need or attn_mask is None:
         return Replicate()
     return placement if placement != Replicate() else Partial()
@@ -120,8 +120,8 @@ def _scores(*arguments: Any) -> list[Strategy]:
 def _derivative(
     order: Sequence[str | None], outputs: int, tangents: bool, *arguments: Any
 ) -> list[Strategy]:
-    """Upstream gradients, the call, lse if there are three of those, then their tangents, and
-    which results are needed; the last is of the mask."""
+    """``arguments`` are upstream gradients, the call, lse if there are three of the former, the
+    tangents of both if ``tangents``, and which results are needed, that of the mask last."""
     names = [name for name in order if name in _DIFFERENTIABLE] if tangents else []
     end = outputs + len(order)
     upstream, call, rest = arguments[:outputs], arguments[outputs:end], arguments[end:]

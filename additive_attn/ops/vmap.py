@@ -34,7 +34,7 @@ def _forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tup
 
 
 def _backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-    # Upstream gradients, query and lse carry the whole batch.
+    # Upstream gradients, query and lse have the whole batch.
     return _derivative(
         info, in_dims, arguments, dispatch.backward, _BACKWARD_RANKS, (0, 1, 2, 3, _LSE), mask=7
     )
@@ -70,14 +70,14 @@ def _derivative(
     info: Any, in_dims: Sequence[int | None], arguments: Sequence[Any], operator: Any,
     ranks: Sequence[int | None], whole: Sequence[int], mask: int,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """``whole`` are the arguments that carry the whole batch; the gradient of the mask, which is
-    the last result, comes in the shape of the mask."""
+    """``whole`` lists the arguments that have the whole batch. The gradient of the mask, which is
+    the last result, has the shape of the mask."""
     count = len(ranks)
     call, dims, needs = list(arguments[:count]), list(in_dims[:count]), arguments[count:]
     out_dims = tuple(0 if need else None for need in needs)
     seed = ranks.index(0) if 0 in ranks else None
     if seed is not None and call[seed] is not None and dims[seed] is None:
-        # One dropout mask for all mapped entries, as in a Jacobian: folding would give each its
+        # All mapped entries share one dropout mask, as in a Jacobian. Folding would give each its
         # own.
         entries = []
         for i in range(info.batch_size):
@@ -131,7 +131,7 @@ def _fold(
 def _one_set_of_tiles(
     arguments: Sequence[Any], in_dims: Sequence[int | None], ranks: Sequence[int | None]
 ) -> tuple[Sequence[Any], Sequence[int | None]]:
-    """Tiles have no batch dims: mapped ones are put after each other, and the tables count on."""
+    """Tiles have no batch dims: mapped ones are joined, and the tables number them on."""
     at = ranks.index(3)
     tiles, dim = arguments[at], in_dims[at]
     if tiles is None or dim is None:
@@ -141,7 +141,7 @@ def _one_set_of_tiles(
     table = table.movedim(own, 0) if own is not None else table.expand(len(tiles), *table.shape)
     added = torch.arange(len(tiles), dtype=table.dtype, device=table.device) * tiles.shape[1]
     added = added.reshape(-1, *(1,) * (table.dim() - 1))
-    named = (table > 1) & (table < tiles.shape[1] + 2)  # others must not name a tile now
+    named = (table > 1) & (table < tiles.shape[1] + 2)  # higher numbers must not name a tile now
     arguments[at - 1] = torch.where(named, table + added, (table == 1).to(table.dtype))
     arguments[at], dims[at - 1], dims[at] = tiles.flatten(0, 1), 0, None
     return arguments, dims

@@ -1,4 +1,4 @@
-"""Whether tensors have been written to since something was made of them."""
+"""Finds out whether tensors have been written to since something was computed from them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from additive_attn.ops.checks import is_wrapper
 
-# Of each tensor: whole vectors of the usual sizes, and of a matrix what an optimizer changes too.
+# Per tensor: all of a vector of the usual sizes, and a part of a matrix, which optimizers change.
 _BYTES = 1024
 
 
 def count_writes(tensors: Iterable[Tensor]) -> bool:
-    """Inference tensors do not, and what a transform has left behind has no memory to look at."""
+    """Inference tensors do not, and tensors that a transform left have no memory to read."""
     for x in tensors:  # a generator would cost as much as two tensors
         if x.is_inference() or is_wrapper(x):
             return False
@@ -22,12 +22,12 @@ def count_writes(tensors: Iterable[Tensor]) -> bool:
 
 
 def version(tensor: Tensor) -> int:
-    """Changes where a tensor is written to; inference tensors do not count."""
+    """A number that changes when a tensor is written to; 0 for inference tensors."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def parameter_state(parameters: tuple[Tensor | None, ...]) -> tuple[int, ...]:
-    """Changes where a parameter is written to, gets other memory, or is frozen or no longer."""
+    """Numbers that change when a parameter is written to, moved in memory, frozen or unfrozen."""
     return tuple(
         number
         for x in parameters
@@ -37,8 +37,8 @@ def parameter_state(parameters: tuple[Tensor | None, ...]) -> tuple[int, ...]:
 
 
 class Watched:
-    """What the first bytes of tensors held. Fused optimizers, ``.data`` and NumPy write without a
-    new version. Other devices than the CPU are not looked at: that would wait for them."""
+    """A copy of the first bytes of tensors. Fused optimizers, ``.data`` and NumPy write without a
+    new version. Tensors on other devices than the CPU are left out: to read them would wait."""
 
     __slots__ = ("_bytes",)
 
@@ -51,8 +51,8 @@ class Watched:
         self._bytes = [(view, view.raw) for view in views]
 
     def unchanged(self) -> bool:
-        """To be asked only while the tensors live, and ``data_ptr`` is what it was."""
-        for view, seen in self._bytes:
-            if view.raw != seen:
+        """Only to be called while the tensors exist and have the same ``data_ptr``."""
+        for view, earlier in self._bytes:
+            if view.raw != earlier:
                 return False
         return True

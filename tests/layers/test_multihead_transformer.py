@@ -212,7 +212,7 @@ def test_nested_tensors(layout, added):
 
 def test_nested_tensors_that_are_refused():
     layer, x = attention(), torch.nested.as_nested_tensor([torch.randn(2, E), torch.randn(3, E)])
-    with pytest.raises(TypeError, match="key, value is none"):
+    with pytest.raises(TypeError, match="key, value is not nested"):
         layer(x, torch.randn(2, 3, E), torch.randn(2, 3, E))
     with pytest.raises(ValueError, match="nested tensors with masks and is_causal"):
         layer(x, x, x, key_padding_mask=torch.zeros(2, 3, dtype=torch.bool))

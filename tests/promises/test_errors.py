@@ -574,7 +574,7 @@ def test_numbers_of_other_types():
 
 
 def test_arrays_with_masked_entries():
-    """A tensor made of one forgets which they are."""
+    """A tensor made of such an array drops its mask."""
     numpy = pytest.importorskip("numpy")
     array = numpy.ma.masked_array([5, 3], mask=[False, True])
     with pytest.raises(TypeError, match=r"lengths is masked_array(.|\n)*must be integers"):
@@ -585,7 +585,7 @@ def test_arrays_with_masked_entries():
         lambda: call(key_padding_mask=array),
         lambda: heads(t(3, 2, 8), t(5, 2, 8), t(5, 2, 8), key_padding_mask=array),
     ):  # fmt: skip
-        with pytest.raises(TypeError, match=r"is a MaskedArray.*forget its mask"):
+        with pytest.raises(TypeError, match=r"is a MaskedArray.*drop its mask"):
             refused()
 
 

@@ -181,7 +181,7 @@ BAD = {
 }  # fmt: skip
 READ = {  # to be refused, numbers are looked at, which would wait for a GPU
     "no 0": (dict(cu_seq_q=torch.tensor([1, 2, 4, 6])), ValueError, "begin with 0"),
-    "falling": (dict(cu_seq_q=torch.tensor([0, 4, 3, 6])), ValueError, "never fall"),
+    "falling": (dict(cu_seq_q=torch.tensor([0, 4, 3, 6])), ValueError, "not decrease"),
     "beyond": (dict(cu_seq_k=torch.tensor([0, 2, 4, 7])), ValueError, "within the 6 rows"),
     "longer": (dict(max_k=1), ValueError, "max_k is 1, but a sequence of cu_seq_k has length 2"),
 }  # fmt: skip
