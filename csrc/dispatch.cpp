@@ -1,4 +1,4 @@
-// Which instruction set's kernels run.
+// Chooses the instruction set whose kernels run.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>

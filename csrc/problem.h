@@ -19,7 +19,7 @@ struct Rows {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Keys and values may be stored in 16 bits, and are read as they lie.
+// Keys and values may be stored in 16 bits; the kernels widen them as they read them.
 enum class Storage : int { computed, bfloat16, float16 };
 
 template <class T>
@@ -45,12 +45,13 @@ struct Mask {
   std::int64_t row = 0, column = 0;
 };
 
-// Which pairs of each block of rows and keys are attended: 0 none, 1 all, 1 + t as tile t - 1 says, else none.
+// Which pairs of each block of rows and keys are attended. Code 0: none; 1: all; 1 + t: those of tile t - 1; any other
+// code: none.
 struct BlockTable {
   const std::int32_t* data = nullptr;
   const std::int64_t* offset = nullptr;
   std::int64_t row = 0, column = 0;
-  std::int64_t rows = 1, keys = 1, count = 0;  // of a block; number of tiles
+  std::int64_t rows = 1, keys = 1, count = 0;  // rows and keys of a block; number of tiles
   const unsigned char* tiles = nullptr;        // [tile][row][key]
 
   explicit operator bool() const { return data != nullptr; }
@@ -79,7 +80,7 @@ struct Problem {
   Location<T> location;    // of a single row
   Mask mask;
   Rows<const std::int64_t> lengths;  // element (n, i): row i may attend to keys before this; no data = all
-  Rows<const std::int64_t> starts;   // element (n, i): and from this on
+  Rows<const std::int64_t> starts;   // element (n, i): row i may attend to keys from this on; no data = all
   BlockTable blocks;
   std::int64_t left, right;  // keys i - left .. i + right; -1 = unbounded
   const std::int64_t* seed;  // per entry through seed_offset; no data = no dropout
@@ -109,7 +110,7 @@ struct Backward : Problem<T> {
   Rows<const T> grad_lse;                               // element (n, i); no data = zero
   Rows<const T> grad_scores;                            // G, in place of the gradients of the outputs and lse
   T *grad_query, *grad_key, *grad_value, *grad_weight;  // (B, Lq, H), (B, Lk, H), (B, Lk, Dv), (B, H) or null
-  // Contiguous in the mask's own shape, zeroed by the caller, or null; double, since a mask may broadcast over
+  // Contiguous in the mask's own shape, zeroed by the caller, or null. In double, since a mask may broadcast over
   // thousands of rows.
   double* grad_mask;
   const std::int64_t* grad_mask_offset;
@@ -139,29 +140,29 @@ struct KeepEntries {
   bool* kept;  // (entries, rows, keys)
 };
 
-// The keys as steps read them.
+// Prepares keys for decoder steps (kernels/prepared_keys.h).
 template <class T>
 struct PreparedKeys {
   std::int64_t batch, keys, hidden;
   StoredRows<T> key;
-  Rows<const T> weight;   // that steps will bring, or no data
+  Rows<const T> weight;   // of the steps to come, or no data
   T* prepared;            // (B, Lk, H)
-  std::uint16_t* narrow;  // the same of keys in 16 bits; one of the two is null
+  std::uint16_t* narrow;  // the same for keys in 16 bits; one of the two is null
 };
 
-// A step's query and scores alone: what is shared by all steps is left to Backward with grad_scores. Lq = 1.
+// The gradients of a step's query and scores; Lq = 1. Backward with grad_scores computes those that all steps share.
 template <class T>
 struct StepBackward : Problem<T> {
   Rows<const T> weights;                           // element (n, 0, j): what the step returned
   Rows<const T> grad_out, grad_weights, grad_lse;  // no data = zero
   T *grad_query, *grad_scores;                     // (B, H), (B, Lk)
   T* kept;                                         // (B, Lk): the weights after dropout, or null
-  // With a location: added to, or null; (B, Lk, H).
+  // With a location only. grad_key (B, Lk, H) is added to, or null.
   T* grad_key;
   T *grad_weight, *grad_location, *grad_location_weight;  // (B, H), (B, F, Lk), (B, F, H)
 };
 
-// What sums over the features of pairs in forward mode and second derivatives; all tensors are contiguous.
+// The sums over features of pairs in forward mode and second derivatives; all tensors are contiguous.
 template <class T>
 struct Pairs {
   std::int64_t batch, queries, keys, hidden;
@@ -176,8 +177,8 @@ struct PairGradients : Pairs<T> {
   T *grad_query, *grad_key, *grad_weight;  // the tangents, or null
 };
 
-// The items [0, count) of one parallel pass, handed out one by one to whichever thread is free: items differ in cost
-// where masks skip work. Results never depend on who takes which.
+// The items [0, count) of one parallel pass. Free threads take them one by one, since items differ in cost where masks
+// skip work. No result depends on which thread takes an item.
 class Tasks {
  public:
   explicit Tasks(std::int64_t count) : count_(count) {}
@@ -239,13 +240,13 @@ struct Kernels {
   void pair_gradients(const PairGradients<double>& p, const ParallelFor& f) const { pair_gradients64(p, f); }
 };
 
-// Null where this build or this processor has no such instructions.
+// Null where this build or this processor lacks the instructions.
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* baseline_kernels();  // SSE2, NEON or whatever the compiler targets; always there
 
 // The fastest kernels, or those that ADDITIVE_ATTN_CPU names, until select_kernels chooses others. An empty name
-// returns to the former. Both throw std::runtime_error where this processor or this build lacks the kernels.
+// restores the former. Both throw std::runtime_error where this processor or this build lacks the kernels.
 const Kernels& kernels();
 const Kernels& select_kernels(const std::string& name);
 

@@ -1,5 +1,5 @@
-// The arguments that all operators share, in computing form. additive_attn/ops/checks.py has checked them; what could
-// harm the process is checked again here, since the operators are public.
+// The arguments that all operators share, converted for the kernels. additive_attn/ops/checks.py has checked them; what
+// could crash the process is checked again here, since the operators are public.
 #pragma once
 
 #include "tensors.h"
@@ -24,7 +24,7 @@ struct Arguments {
 
 inline const Tensor* given(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
 
-// The arguments in computing form, which must outlive the Problem that points into them.
+// The converted arguments, which must outlive the Problem that points into them.
 struct Inputs {
   ScalarType type;
   Sizes batch;
@@ -61,7 +61,7 @@ struct Inputs {
     return {static_cast<const T*>(u.const_data_ptr()), offsets.back().data(), own == 2 ? row_stride(u) : 0};
   }
 
-  // Keys or values, as they lie where they are stored in 16 bits.
+  // Keys or values. Those stored in 16 bits are not converted.
   template <class T>
   StoredRows<T> stored(const Tensor& t, const char* name) {
     const bool half = is_half(t.scalar_type()) && sizeof(T) == sizeof(float);
@@ -77,7 +77,7 @@ struct Inputs {
 
   static int64_t row_stride(const Tensor& t) { return t.size(-2) == 1 ? 0 : t.stride(-2); }
 
-  // A tensor of rank two or less is aligned at its end, as broadcasting does.
+  // A tensor of rank two or less is aligned at its last dim, as in broadcasting.
   static int64_t stride_or_zero(const Tensor& t, int64_t from_end) {
     return t.dim() < from_end || t.size(-from_end) == 1 ? 0 : t.stride(-from_end);
   }
@@ -89,7 +89,7 @@ struct Inputs {
     return rows<T>(t, own, name);
   }
 
-  // Room for a result with all leading dims; empty where it is not needed.
+  // Allocates a result with all leading dims; it is empty where it is not needed.
   template <class T>
   Tensor output(bool needed, std::initializer_list<int64_t> own, T*& to) const {
     const Tensor t = empty(needed ? with(batch, own) : Sizes{0}, compute_type(type));
@@ -97,7 +97,7 @@ struct Inputs {
     return t;
   }
 
-  // Room for the mask's gradient, zeroed. It is not needed where the mask has none.
+  // Allocates the mask's gradient, zeroed. Clears `needed` where there is none: without a mask, or if it is boolean.
   template <class T>
   Tensor mask_gradient(Backward<T>& p, const std::optional<Tensor>& attn_mask, bool& needed) {
     needed = needed && attn_mask && attn_mask->scalar_type() != ScalarType::Bool;

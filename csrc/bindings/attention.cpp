@@ -1,4 +1,4 @@
-// additive_attn::forward and backward. The schemas and the shapes for tracing stand in additive_attn/ops/schemas.py.
+// additive_attn::forward and backward. The schemas and the shapes for tracing are in additive_attn/ops/schemas.py.
 #include "arguments.h"
 
 namespace additive_attn {

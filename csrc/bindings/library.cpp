@@ -1,4 +1,4 @@
-// What Python asks the library itself: which interface it has, and which instruction set computes.
+// What Python reads of the library itself: the version of its interface, and the instruction set in use.
 #include <string>
 
 #include "tensors.h"

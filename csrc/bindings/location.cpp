@@ -1,10 +1,11 @@
-// additive_attn::location_features and location_features_backward: what a decoder sees of its earlier weights.
+// additive_attn::location_features and location_features_backward: features made of a decoder's earlier
+// weights.
 #include "tensors.h"
 
 namespace additive_attn {
 namespace {
 
-// (entry, row, key) of a tensor of three dims, as numbers of the computing type that lie in a row.
+// A tensor (entry, row, key) in the computing type, with stride 1 along the keys.
 template <class T>
 struct Planes {
   Tensor held;

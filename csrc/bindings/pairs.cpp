@@ -1,10 +1,11 @@
-// additive_attn::pair_scores and pair_gradients: what sums over features in forward mode and second derivatives.
+// additive_attn::pair_scores and pair_gradients: the sums over features in forward mode and second
+// derivatives.
 #include "tensors.h"
 
 namespace additive_attn {
 namespace {
 
-// Contiguous tensors (entries, ...), in the computing dtype.
+// The data of a tensor, which must be contiguous, of the expected shape and in the dtype of query.
 template <class T>
 const T* checked(const Tensor& t, const Sizes& expected, const Tensor& query, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == query.scalar_type(), name,

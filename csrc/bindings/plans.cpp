@@ -1,6 +1,6 @@
-// Launch plans of calls on a GPU (additive_attn/backends/triton/plans.py), repeated without Python. Triton has compiled
-// the kernels, and Python hands over their functions. The driver is found when the first plan runs: nothing of CUDA is
-// needed to build this.
+// Runs launch plans of calls on a GPU (additive_attn/backends/triton/plans.py) without Python. Triton has compiled the
+// kernels, and Python passes their functions. The driver is loaded when the first plan runs, so building this needs no
+// part of CUDA.
 #include "tensors.h"
 
 #if __has_include(<dlfcn.h>)
@@ -24,7 +24,7 @@ struct Config {
   unsigned count;
 };
 
-// What of the driver is used; int is its CUresult, 0 for success.
+// The functions of the driver that are used; int is its CUresult, 0 for success.
 struct Driver {
   int (*launch)(const Config*, void*, void**, void**) = nullptr;
   int (*current)(void**) = nullptr;
@@ -61,8 +61,8 @@ struct Driver {
     STD_TORCH_CHECK(false, "The driver of the GPU refuses a launch: ", problem ? problem : "for no known reason", ".");
   }
 
-  // A thread has no context before it uses a device, and may have that of another device. One of this device stays,
-  // whether or not it is the device's own.
+  // A thread has no context before it uses a device, and may have that of another device. A context of
+  // this device is kept, whether or not it is the primary one.
   void enter(int number) const {
     void* context = nullptr;
     int handle = 0, entered = 0;
@@ -82,7 +82,7 @@ const Driver& driver() {
   return found;
 }
 
-// A parameter is a number, or an address: so many bytes from the begin of the tensor of this number.
+// A parameter is a number (then tensor = -1), or the address `value` bytes behind the beginning of a tensor.
 struct Parameter {
   int64_t tensor, value;
 };
@@ -101,7 +101,7 @@ struct Result {
 
 constexpr int64_t most_parameters = 256, most_plans = 1024;
 
-// Tensors have numbers: the given ones, the shared allocation, the results. Reads what `plans._program` writes.
+// Tensors are numbered: the given ones, the shared allocation, the results. `plans._program` writes the format.
 struct Plan {
   int64_t given, pool;
   std::vector<Result> results;
@@ -178,7 +178,7 @@ struct Plan {
     std::array<void*, most_parameters + 2> places;
     size_t n = 0;
     for (const auto& [tensor, value] : launch.parameters) values[n++] = tensor < 0 ? value : addresses[tensor] + value;
-    // Triton's own two parameters follow, memory that these kernels do not take.
+    // Triton's own two parameters follow: pointers to memory that these kernels do not use.
     values[n++] = 0;
     values[n++] = 0;
     for (size_t i = 0; i < n; ++i) places[i] = &values[i];
@@ -187,7 +187,8 @@ struct Plan {
   }
 };
 
-// What a plan holds for: all but where tensors lie and what they hold. Python has a number for the rest of the call.
+// What a plan depends on: all of the tensors but their contents and, up to alignment, their addresses. `state` is
+// Python's number for the rest of the call.
 Numbers key_of(int64_t state, const Tensors& tensors) {
   Numbers key;
   key.reserve(64);
@@ -229,13 +230,13 @@ std::shared_ptr<const Plan> find(int64_t state, const Tensors& tensors) {
   return found == plans.end() ? nullptr : found->second;
 }
 
-// The results of the call, by its plan; nothing where it has none.
+// Runs the plan of the call, and returns its results; returns nothing where there is no plan.
 std::vector<Tensor> replay(int64_t state, int64_t stream, Tensors tensors) {
   const auto plan = find(state, tensors);
   return plan ? plan->run(tensors, stream) : std::vector<Tensor>{};
 }
 
-// The same of the usual forward: to make lists would take a quarter of its time.
+// The same for the usual forward: building lists would take a quarter of its time.
 using Three = std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
 Three replay_forward(int64_t state, int64_t stream, Tensor query, Tensor key, Tensor value, Tensor weight) {
   const Tensors tensors{std::move(query), std::move(key), std::move(value), std::move(weight)};

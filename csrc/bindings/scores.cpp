@@ -1,4 +1,4 @@
-// additive_attn::scores and scores_backward: what comes before the softmax.
+// additive_attn::scores and scores_backward: the masked scores, without a softmax.
 #include "arguments.h"
 
 namespace additive_attn {

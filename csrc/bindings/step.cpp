@@ -4,7 +4,7 @@
 namespace additive_attn {
 namespace {
 
-// Where each entry's weight begins; nothing where entries of keys would need several.
+// Where each entry's weight begins; nothing where an entry of keys has several weights.
 std::optional<Offsets> weight_offsets(const Sizes& batch, const Tensor& weight) {
   const int64_t leading = weight.dim() - 1, missing = static_cast<int64_t>(batch.size()) - leading;
   for (int64_t d = 0; d < leading; ++d)
@@ -14,9 +14,9 @@ std::optional<Offsets> weight_offsets(const Sizes& batch, const Tensor& weight) 
 
 template <class T>
 Tensor prepare_as(const Tensor& key, const std::optional<Tensor>& weight) {
-  // Keys of 16 bits are read as they lie.
-  const bool lie = key.size(-1) <= 1 || key.stride(-1) == 1;
-  const Tensor same = lie ? key : torch::stable::contiguous(key);
+  // Keys of 16 bits are not converted.
+  const bool dense = key.size(-1) <= 1 || key.stride(-1) == 1;
+  const Tensor same = dense ? key : torch::stable::contiguous(key);
   const Storage storage = key.scalar_type() == ScalarType::Half       ? Storage::float16
                           : key.scalar_type() == ScalarType::BFloat16 ? Storage::bfloat16
                                                                       : Storage::computed;
@@ -63,14 +63,14 @@ void fill_location(Problem<T>& p, const Arguments& a, Inputs& inputs) {
   p.location.weight = inputs.rows<T>(weight, 2, "location_weight");
 }
 
-// What both operators check, and the keys' other form.
+// Checks what both operators check, and fills in the location or the prepared keys.
 template <class T>
 void fill_step(Problem<T>& p, const Arguments& a, Inputs& inputs, const std::optional<Tensor>& prepared) {
   STD_TORCH_CHECK(a.query.dim() >= 2 && a.query.size(-2) == 1, "query must be (..., 1, H): a step has one query.");
   STD_TORCH_CHECK(!a.location == !a.location_weight, "location and location_weight go together; one is missing.");
   inputs.fill(p, a);
   if (a.location) return fill_location(p, a, inputs);
-  // Plain PyTorch prepares nothing, and says so by an empty tensor.
+  // Plain PyTorch prepares nothing: there the tensor is empty.
   if (!prepared || (prepared->dim() == 1 && prepared->size(0) == 0) || p.hidden == 0) return;
   STD_TORCH_CHECK(sizes(*prepared) == sizes(a.key), "prepared must have the shape of key: prepare_keys(key).");
   const bool narrow = is_half(a.key.scalar_type()) && sizeof(T) == sizeof(float);
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& query, const Tensor& key, 
   return inputs.type == ScalarType::Double ? step_as<double>(a, inputs, prepared) : step_as<float>(a, inputs, prepared);
 }
 
-// What is added to in place.
+// The data of grad_key, which is added to in place.
 template <class T>
 T* buffer(const Tensor& t, const Sizes& expected, ScalarType type) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == compute_type(type) && sizes(t) == expected && t.is_contiguous(),

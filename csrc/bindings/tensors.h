@@ -1,4 +1,4 @@
-// What every binding needs of torch tensors, against torch's stable ABI: broadcasting, allocation, casts, threads.
+// What every binding needs of torch's stable ABI: broadcasting, allocation, casts, threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -87,14 +87,14 @@ inline bool is_half(ScalarType type) { return type == ScalarType::Half || type =
 
 inline ScalarType compute_type(ScalarType type) { return is_half(type) ? ScalarType::Float : type; }
 
-// Large memory comes fresh from the system, page by page, which can take longer than to compute what is written there.
-// Larger pages are asked for.
+// The system provides large memory page by page, which can take longer than computing what is written there. This
+// requests huge pages.
 inline void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-  constexpr int64_t large = 1 << 23;  // what malloc reuses more often than not is smaller
+  constexpr int64_t large = 1 << 23;  // malloc mostly reuses memory of smaller sizes
   constexpr uintptr_t page = 4096;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  // A refusal changes nothing.
+  // If madvise fails, nothing changes.
   if (memory && bytes >= large) madvise(reinterpret_cast<void*>(begin), bytes - page, MADV_HUGEPAGE);
 #endif
 }
@@ -125,7 +125,7 @@ inline Tensor cast(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-// In the computing type, with neighbouring elements along the last dim.
+// In the computing type, with stride 1 along the last dim.
 inline Tensor ready(const Tensor& t, ScalarType type) {
   const Tensor same = cast(t, compute_type(type));
   return same.dim() == 0 || same.size(-1) <= 1 || same.stride(-1) == 1 ? same : torch::stable::contiguous(same);

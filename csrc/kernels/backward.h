@@ -14,9 +14,9 @@
 // P and G are kept for a bounded number of query rows at a time. Three passes over them follow, each of which owns what
 // it writes, so that nothing is atomic and every sum has a fixed order:
 //     rows -> P, G        keys -> dV        features -> dq, dk, dw (lanes run over features)
-// Where the caller gives G, only the last one is left.
+// Where the caller passes G, only the last of them runs.
 
-// The mask's gradient is G, summed over what the mask broadcasts; each task owns a range of columns.
+// The mask's gradient is G, summed over the dims that the mask broadcasts; each task owns a range of columns.
 template <class T>
 void mask_pass(const Backward<T>& p, const Workspace<T>& ws, std::int64_t key0, std::int64_t count) {
   constexpr int K = block_keys<T>;
@@ -54,7 +54,7 @@ class BackwardPiece {
  private:
   static constexpr std::int64_t TK = tile_keys<T>;
 
-  // The gradients of keys that no row of the first piece of their entries may attend to: later pieces add to them.
+  // Zeroes the gradients of keys that no row of their entries' first piece may attend to: later pieces add to them.
   void clear_others() {
     for (std::int64_t n = ws.entry0; n < ws.entry0 + ws.entries; ++n)
       for (const auto& [begin, end] : {std::pair(std::int64_t(0), ws.key_begin()), std::pair(ws.key_end(), p.keys)}) {

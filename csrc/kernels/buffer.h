@@ -15,7 +15,7 @@ class Buffer {
     if (n > size_) {
       std::free(memory_);
       size_ = 0;
-      // malloc keeps small pieces at hand, aligned_alloc does not.
+      // malloc caches small blocks, aligned_alloc does not.
       const std::int64_t bytes = round_up(n * std::int64_t(sizeof(T)), alignment);
       const bool small = bytes <= small_bytes;
       memory_ = small ? std::malloc(bytes + alignment) : std::aligned_alloc(alignment, bytes);

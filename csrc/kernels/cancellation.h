@@ -1,28 +1,30 @@
-// Pairs whose q and k cancel: q near c, k near -c in every feature. Their scores are far below what the rounding of
-// e^{-2q} and e^{2k} does to them, while the plain layer rounds q + k alone. A row with such a pair takes the direct form
-// (math.md, 2.2).
+// Pairs whose q and k cancel: q is near c and k near -c in every feature. Their scores are far below the error that the
+// rounding of e^{-2q} and e^{2k} causes, while the plain layer rounds q + k alone. A row with such a pair takes the
+// direct form (math.md, 2.2).
 
-constexpr int probe_group = 8, most_probes = 16;  // the second group serves where many pairs pass the first
-constexpr int probes_together = 4;                // no processor could foresee after which one no key is left
+constexpr int probe_group = 8, most_probes = 16;  // the second group is compared where pairs pass the first
+constexpr int probes_together = 4;                // a branch after each of them would be mispredicted
 
-// q and k cancel where all terms |w (q + k)| are at most this part of the largest |w|, in the centred form times the
-// largest |q| and |k|.
+// q and k cancel where all terms |w (q + k)| are at most this part of the largest |w|. The centred form multiplies that
+// by the largest of all |q| and |k|.
 constexpr float small_energy_other = 0.1f, small_energy_centred = 0.15f;
-constexpr float small_energy = 0.4f;  // of the first and the last attended key: where both cancel, others do
+constexpr float small_energy = 0.4f;  // for the first and the last attended key: where both cancel, others probably do
 
-// It matters where a rounding of every tanh changes the scores by more than that of the softmax, which is about this.
+// Cancellation matters where rounding every tanh changes the scores by more than the rounding of the softmax does,
+// which is about this.
 constexpr double rounding_of_softmax = 1;
 
-// Few pairs of ordinary rows and keys agree in a handful of features of large weight, the probes. The axis of a probe's
-// terms w k is cut into intervals as wide as the limit. For each of them, bits tell which keys of a tile have their term
-// there or beside. Only the keys whose bits are set for all terms -w q of a row are compared in every feature.
+// Few pairs of ordinary rows and keys agree in a handful of features of large weight, the probes. The range of a
+// probe's terms w k is divided into intervals as wide as the limit. For each of them, bits mark the keys of a tile
+// whose term lies in it or in a neighbour. Only keys whose bits are set for all terms -w q of a row are compared in
+// every feature.
 template <class T>
 class Cancellation {
  public:
   static constexpr int TK = tile_keys<T>, L = lanes<T>;
   using Bits = typename Simd<T>::Bits;
 
-  // Takes the normalised weights of an entry, the largest of them, and how much a rounding of every tanh changes scores.
+  // Takes the normalised weights of an entry, their largest magnitude, and how much rounding every tanh changes scores.
   void begin(const T* weight, std::int64_t features, T most, double rounding_of_scores) {
     w = weight;
     hidden = features;
@@ -38,12 +40,12 @@ class Cancellation {
     for (int i = probes; i < most_probes; ++i) probe[i] = 0;
   }
 
-  // Forgets the rows of another block.
+  // Discards what is stored of the rows of another block.
   void begin_rows() {
     for (Screen& screen : screens) screen.width = 0;
   }
 
-  // Begins with a tile of keys, key_row apart.
+  // Begins a tile of keys, which lie key_row apart.
   void tile(const T* first_key, std::int64_t key_row, std::int64_t keys) {
     key = first_key;
     row = key_row;
@@ -52,8 +54,8 @@ class Cancellation {
     for (std::int64_t j = 0; j < count && matters; ++j) gather(0, key + j * row, first_group + j * probe_group);
   }
 
-  // The form of row r, which would take `form` but for cancelling pairs. size: its largest |q|; most: that or the
-  // largest |k| that it attends to; attended(j): does it attend to key j of the tile? .whole(): to all?
+  // Returns direct if row r has a cancelling pair, else `form`. size: its largest |q|; most: the largest of its |q| and
+  // of the |k| that it attends to; attended(j): whether it attends to key j of the tile; attended.whole(): to all keys.
   template <class Attended>
   ALWAYS_INLINE Form row_form(Form form, std::int64_t r, const T* q, Bits size, Bits most, const Attended& attended) {
     if (form == direct || !matters) return form;
@@ -72,18 +74,18 @@ class Cancellation {
 
  private:
   static constexpr int words = (TK + 63) / 64, intervals = 32;
-  static constexpr T slack = T(0.999);  // terms a limit apart may round to more
-  // So many intervals apart lie terms within small_energy at most: so far reach the bits of a tile's first and last key.
+  static constexpr T slack = T(0.999);  // the difference of terms a limit apart may be rounded up
+  // Terms within small_energy lie at most so many intervals apart: bits of a tile's first and last key reach so far.
   static constexpr int ends_reach = int(slack * small_energy / std::min(small_energy_other, small_energy_centred)) + 1;
 
   struct Screen {
     T width = 0, inverse = 0;                            // of the intervals
-    int packed = 0;                                      // groups of probes
-    unsigned char known[most_rows];                      // per row: groups of probes
+    int packed = 0;                                      // groups of probes in `near`
+    unsigned char known[most_rows];                      // per row: groups of probes in `row_place`
     unsigned char row_place[most_rows][most_probes];     // of a row's interval in `near`
     std::uint64_t near[most_probes][intervals * words];  // [probe][interval][word]
 
-    // Intervals that are wider than needed serve too.
+    // Intervals may be wider than the limit.
     void prepare(T limit) {
       if (limit <= width) return;
       width = limit;
@@ -92,7 +94,8 @@ class Cancellation {
       std::memset(known, 0, sizeof known);
     }
 
-    // Clears the bits of keys whose terms of this group of probes differ from the row's. Are any left?
+    // Clears the bits of keys whose terms of this group of probes differ from the row's. Returns
+    // whether any are left.
     ALWAYS_INLINE bool narrow(const Cancellation& c, int group, std::int64_t r, const T* q, std::uint64_t* left) {
       if (packed <= group) pack(c, group);
       if (known[r] <= group) place(c, group, r, q);
@@ -138,7 +141,7 @@ class Cancellation {
       packed = group + 1;
     }
 
-    // The intervals of `sign` times the terms of x, [row][probe]. The outermost hold what lies beyond.
+    // The intervals of `sign` times the terms of x, [row][probe]. The outermost ones include all beyond.
     void find_intervals(const Cancellation& c, int group, const T* x, std::int64_t rows, T sign, Bits* interval) const {
       constexpr T magic = T(3) * T(Bits(1) << (Simd<T>::mantissa - 1));  // x + magic holds x, rounded, in its last bits
       constexpr int run = std::max(L, probe_group);
@@ -150,13 +153,13 @@ class Cancellation {
       for (std::int64_t n = 0; n < rows * probe_group; n += L) {
         const Vec<T> middle = load(x + n) * load(factor + n % run) + T(intervals / 2);
         const UVec<T> rounded =
-            as_bits<T>(clamp<T>(middle, 0, intervals - 1) + magic) & Bits(intervals - 1);  // NaN: any
+            as_bits<T>(clamp<T>(middle, 0, intervals - 1) + magic) & Bits(intervals - 1);  // any interval for NaN
         std::memcpy(interval + n, &rounded, sizeof rounded);
       }
     }
   };
 
-  // x[probe of the group]
+  // Copies x[h] of the probes h of a group.
   void gather(int group, const T* x, T* to) const {
     for (int i = 0; i < probe_group; ++i) to[i] = x[probe[group * probe_group + i]];
   }
@@ -167,7 +170,7 @@ class Cancellation {
     return std::ldexp(T(1), exponent);
   }
 
-  // Do the first and the last key that the row attends to cancel with it?
+  // Whether both the first and the last key that the row attends to cancel with it.
   template <class Attended>
   ALWAYS_INLINE bool ends_cancel(const T* q, Bits q_size, bool relative, const Attended& attended) const {
     const T usual = small_energy * largest_weight;
@@ -178,7 +181,7 @@ class Cancellation {
     return cancels(q, q_size, to, usual, relative);
   }
 
-  // Does any of these keys cancel with a row?
+  // Whether any of these keys cancels with the row.
   template <class Attended>
   bool any_cancels(std::uint64_t* near, const T* q, Bits q_size, T limit, bool relative,
                    const Attended& attended) const {
@@ -190,7 +193,7 @@ class Cancellation {
     return false;
   }
 
-  // Are all |w (q + k)| of key j within the limit? Most calls end at once.
+  // Whether all |w (q + k)| of key j are within the limit. Most calls return at the first vector.
   bool cancels(const T* q, Bits q_size, std::int64_t j, T limit, bool relative) const {
     const T* k = key + j * row;
     if (relative) limit *= as_number<T>(std::max(q_size, largest(k, hidden)));

@@ -1,13 +1,13 @@
 // The features of a location, x_fj = sum_cd filter_fcd input_c(j + d - K/2), and their gradients (math.md, eq. 19, 20).
 // All three are correlations, out_r(j) += sum_m taps_r(m) in(j + m): of the inputs with the filters, of the gradient
-// with the filters turned round, and of the inputs with the gradient.
+// with the filters reversed, and of the inputs with the gradient.
 
 constexpr int correlate_rows = 4;  // outputs side by side in registers
 constexpr int correlate_vectors = VECTOR_BYTES == 64 ? 4 : 2;
 constexpr std::int64_t taps_summed = 256;  // of a partial sum
 constexpr std::int64_t filter_parts = 16;  // partial sums over entries of the filters' gradient
 
-// Rows of outputs are whole blocks of vectors; so much may be read beyond what they need.
+// Columns of a block of vectors: rows of outputs are whole blocks, and their inputs are read as far.
 template <class T>
 constexpr std::int64_t correlate_columns = correlate_vectors * lanes<T>;
 
@@ -48,8 +48,9 @@ void correlate_all(const T* in, Taps<T> taps, std::int64_t count, T* out, std::i
   }
 }
 
-// Up to correlate_rows rows of outputs, added to `sums`. One or two rows alone would load a vector for every one or two
-// multiply-adds: they are computed in four or two phases. Phase s counts from output s on; store_outputs adds them up.
+// Adds up to correlate_rows rows of outputs to `sums`. One or two rows alone would load a vector for every one or two
+// multiply-adds: they are computed in four or two phases. Phase s has its part of output j at column j + s;
+// store_outputs adds the phases.
 template <class T>
 void correlate(const T* in, Taps<T> taps, std::int64_t rows, std::int64_t count, T* sums, std::int64_t row,
                std::int64_t length) {
@@ -58,7 +59,7 @@ void correlate(const T* in, Taps<T> taps, std::int64_t rows, std::int64_t count,
   const std::int64_t S = correlate_rows / rows, rest = count % S, end = length + S - 1;
   if (rows == 2) correlate_all<T, 4, 2>(in, taps, count / S, sums, row, end);
   if (rows == 1) correlate_all<T, 4, 4>(in, taps, count / S, sums, row, end);
-  // Taps beyond the last are not zeros: NaN times zero would reach outputs that do not see it.
+  // Taps are not padded with zeros: NaN times zero would reach outputs that do not depend on the NaN.
   in += count - rest;
   taps.data += (count - rest) * taps.step;
   if (rows == 2 && rest == 1) correlate_all<T, 2, 1>(in, taps, 1, sums, 2 * row, end);
@@ -79,7 +80,7 @@ void store_outputs(const T* sums, std::int64_t row, std::int64_t rows, T* out, s
     }
 }
 
-// Room for a row between zeros: `before` of them, and what correlate may read behind it.
+// A copy of a row between zeros: `before` of them, and behind it as many as correlate may read.
 template <class T>
 class PaddedRow {
  public:
@@ -130,8 +131,8 @@ void inputs_gradient(const LocationFeaturesBackward<T>& p, std::int64_t n, std::
   std::fill(sums, sums + correlate_rows * row, T(0));
   for (std::int64_t f = 0; f < p.filters; ++f) {
     const T* in = padded.fill(p.grad.at(n, f), p.keys, p.width / 2);
-    const Taps<T> turned = {p.filter + (f * p.channels + c0 + 1) * p.width - 1, p.width, -1};
-    correlate(in, turned, some, p.width, sums, row, p.keys);
+    const Taps<T> reversed = {p.filter + (f * p.channels + c0 + 1) * p.width - 1, p.width, -1};
+    correlate(in, reversed, some, p.width, sums, row, p.keys);
   }
   store_outputs(sums, row, some, p.grad_inputs + (n * p.channels + c0) * p.keys, p.keys, p.keys);
 }

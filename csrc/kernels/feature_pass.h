@@ -1,7 +1,7 @@
 // The gradients of query, key and weight from G.
 
 constexpr std::int64_t rows_summed = 64;  // rows of a partial sum
-constexpr std::int64_t keys_ahead = 8;    // fetched so early, as are queries: few features of one lie together
+constexpr std::int64_t keys_ahead = 8;    // prefetch distance of keys and queries: few features of each lie together
 
 template <class T>
 inline void reciprocals(const Vec<T>* y, Vec<T>* r) {
@@ -10,8 +10,8 @@ inline void reciprocals(const Vec<T>* y, Vec<T>* r) {
   r[1] = both * y[0];
 }
 
-// A query row (a = e^{-2q}) against keys [begin, end) (b = e^{2k}) with their G: adds G b r^2 to sum_query (dq = 4 w a
-// sum_query), G a r^2 to sum_key (dk = 4 w b sum_key), G t to sum_weight. Some divide: units that multiply wait less.
+// A query row (a = e^{-2q}) against keys [begin, end) (b = e^{2k}): adds G b r^2 to sum_query (dq = 4 w a sum_query),
+// G a r^2 to sum_key (dk = 4 w b sum_key), G t to sum_weight. Some reciprocals divide: that relieves multiply units.
 template <int vectors, class T>
 void row_factored(const T* a, const T* b, const T* g, std::int64_t begin, std::int64_t end, T* sum_query, T* sum_key,
                   T* sum_weight) {
@@ -48,13 +48,13 @@ void row_factored(const T* a, const T* b, const T* g, std::int64_t begin, std::i
   }
 }
 
-// Stores e^x and its error. The rounding of b and a is alike for all pairs of a key or a row, so that it adds
-// up in dw, where t is small above all. But to first order
+// Stores e^x and its error. The rounding of b and a is the same for all pairs of a key or a row, so it accumulates in
+// dw, above all where t is small. To first order
 //
 //     t(a + da, b + db) = t + (1 - t^2) / 2 (db / b - da / a)
 //
-// and sum_i G (1 - t^2) is what dk is made of: adding 2 (db sum_key - da sum_query) to sum_weight takes the errors out,
-// at no cost per pair.
+// and dk is made of sum_i G (1 - t^2): adding 2 (db sum_key - da sum_query) to sum_weight removes the errors, without a
+// cost per pair.
 template <class T>
 inline void store_exp(Vec<T> x, T* to, T* error) {
   Vec<T> e, lost;
@@ -63,7 +63,7 @@ inline void store_exp(Vec<T> x, T* to, T* error) {
   store(error, lost);
 }
 
-// The same for one pair of any q and k, z = G (1 - t^2) / 4 is the share of dq and dk, without a or b.
+// The same for one pair of any q and k, without a or b. Its share of dq and dk is z = G (1 - t^2) / 4.
 template <class T>
 inline void pair_direct(const T* q, const T* k, T g, Vec<T>* z, T* sum_weight) {
   constexpr int L = lanes<T>;
@@ -73,23 +73,23 @@ inline void pair_direct(const T* q, const T* k, T g, Vec<T>* z, T* sum_weight) {
     y[v] = e[v] + T(2);
   }
   reciprocals<T>(y, r);
-  // G comes last: beside large exponentials, the other factors are small together, but not one by one.
+  // G is multiplied last: with large exponentials, the product of the other factors is small, but not each of them.
   for (int v = 0; v < feature_vectors; ++v) {
     store(sum_weight + v * L, load(sum_weight + v * L) + r[v] * e[v] * g);
     z[v] = (e[v] + T(1)) * r[v] * r[v] * g;
   }
 }
 
-// |G| between these loses nothing in row_factored: its products with r^2 neither underflow nor overflow.
+// row_factored loses nothing of |G| between these: products with r^2 neither underflow nor overflow.
 template <class T>
 constexpr T factored_least = T(sizeof(T) == 4 ? 0x1p-60 : 0x1p-400);
 template <class T>
 constexpr T factored_most = T(sizeof(T) == 4 ? 0x1p50 : 0x1p400);
 
-// dw is computed again where its square is below so many times less than `slopes_`: tanh is below 1 / 128.
+// dw is computed again where its square times this is below the sum of `slopes_`: then tanh is below 1 / 128.
 constexpr double cancelling = 0x1p10;
 
-// For keys [key_begin, key_end): dk for good, and the keys' share of dq and dw for add_feature_parts.
+// Computes dk of keys [key_begin, key_end), and their share of dq and dw, which add_feature_parts adds up.
 template <class T>
 class FeaturePass {
  public:
@@ -117,7 +117,7 @@ class FeaturePass {
   }
 
  private:
-  // Every key is used once: nothing is packed, and memory is read and written in its own order.
+  // Every key is used once, so nothing is packed, and memory is read and written in order.
   void single_row(std::int64_t first, std::int64_t count, std::int64_t key0, std::int64_t keys, T* part_query,
                   double* part_weight) {
     T *q = a_.get(3 * count), *sum_query = q + count, *sum_weight = sum_query + count;
@@ -151,7 +151,7 @@ class FeaturePass {
     if (found_ == 0) return clear_keys(h, key0, keys);
     load_keys(h, key0, keys);
     for (std::int64_t f = 0; f < found_; ++f) {
-      // Rows lie pages apart, which hardware prefetchers do not cross.
+      // Rows lie pages apart, and hardware prefetchers do not cross pages.
       if (f + 1 < found_) prefetch(rows_.get(0)[f + 1].gradient, keys);
       if (f + keys_ahead < found_) prefetch(p.query.at(entry, ws.row0 + rows_.get(0)[f + keys_ahead].r) + h, F);
       if ((f + 1) % rows_summed == 0) flush_rows(keys);
@@ -164,7 +164,7 @@ class FeaturePass {
     for (int l = 0; l < F; ++l) part_weight[h + l] += weight_[l];
   }
 
-  // A row with a G other than 0 in the tile: what it holds of the tile.
+  // A row that attends to the tile and has a G other than 0: its workspace, from the tile on.
   struct TileRow {
     std::int64_t r;
     const T* gradient;
@@ -187,13 +187,13 @@ class FeaturePass {
     }
   }
 
-  // The gradient of keys without such a row.
+  // Zeroes the gradient of keys without such a row.
   void clear_keys(std::int64_t h, std::int64_t key0, std::int64_t keys) const {
     const Vec<T> nothing[feature_vectors] = {};
     for (std::int64_t j = 0; j < keys && p.grad_key && ws.row0 == 0; ++j) add_grad_key(key0 + j, h, nothing, true);
   }
 
-  // The exponentials of the keys within the factored form's range, and sums of zero.
+  // Computes the exponentials of keys within the factored form's range, and zeroes the sums.
   void load_keys(std::int64_t h, std::int64_t key0, std::int64_t keys) {
     const std::int64_t size = gradient_keys * used_ * L;
     b_ = keys_.get(6 * size);
@@ -293,8 +293,8 @@ class FeaturePass {
     for (int l = 0; l < F; ++l) weight_[l] += 2 * correction_[l];
   }
 
-  // Is this tile's share of dw so small beside its sums of G (1 - t^2) that what the correction leaves of the errors of
-  // a and b would show? That is below 1 / 16 ulp, and less for small q, and so for the k that cancel with them.
+  // Whether this tile's share of dw is so small beside its sums of G (1 - t^2) that what the correction leaves of the
+  // errors of a and b would show. It is below 1 / 16 ulp, and less for small q and so for the k that cancel with them.
   bool weight_cancels(std::int64_t h) {
     const int some = int(std::min<std::int64_t>(F, p.hidden - h));
     double share = 0, all = 0, limited = 0;
@@ -317,7 +317,7 @@ class FeaturePass {
     return limited > cancelling * share;
   }
 
-  // The tile's share of dw again, from q + k.
+  // Computes the tile's share of dw again, from q + k.
   void direct_weight(std::int64_t h, std::int64_t key0, std::int64_t keys) {
     std::memset(weight_, 0, sizeof weight_);
     for (std::int64_t f = 0; f < found_; ++f) {
@@ -332,7 +332,7 @@ class FeaturePass {
     }
   }
 
-  // Key sums over rows_summed rows go into those over all rows: single precision is for short sums.
+  // Adds the keys' sums over rows_summed rows to those over all rows: long sums in single precision lose digits.
   T* sum_rows() const { return sum_key_ + gradient_keys * used_ * L; }
   void flush_rows(std::int64_t keys) {
     for (T* sum : {sum_key_, any_direct_pair_ ? sum_direct_ : nullptr})
@@ -343,7 +343,7 @@ class FeaturePass {
       }
   }
 
-  // q, padded, and e^{-2q} with its error if wanted; true if q is out of the factored form's range.
+  // Loads q, padded, and e^{-2q} with its error unless a is null; returns whether q is out of the factored range.
   bool load_query(std::int64_t r, std::int64_t h, T* q, T* a) const {
     const T* x = load_features(p.query.at(entry, ws.row0 + r), h, q);
     if (x != q) std::memcpy(q, x, F * sizeof(T));
@@ -351,13 +351,13 @@ class FeaturePass {
     return out_of_range(x);
   }
 
-  // Does the factored form not serve these F features?
+  // Whether any of these F features is out of the factored form's range.
   static bool out_of_range(const T* x) {
     const UVec<T> m0 = magnitude<T>(load(x)), m1 = magnitude<T>(load(x + L));
     return any<T>((UVec<T>)((m0 > m1 ? m0 : m1) > ordered_bits<T>(Range<T>::safe)));
   }
 
-  // A group of a row's features: where it lies, or a copy padded with zeros at the end of the row.
+  // Points to F features of a row, or at its end to a copy padded with zeros.
   const T* load_features(const T* row, std::int64_t h, T* copy) const {
     if (h + F <= p.hidden) return row + h;
     for (std::int64_t v = 0, left = p.hidden - h; v < F; v += L, left -= L)
@@ -390,11 +390,11 @@ class FeaturePass {
   bool any_direct_pair_ = false;
   alignas(64) T correction_[F], slopes_[F];       // of dw; sums over rows and keys of (sum of G (1 - t^2) / 4)^2
   alignas(64) double weight_[F];                  // the tile's share of dw
-  std::int64_t used_ = feature_vectors;           // vectors with a feature that does not only pad
+  std::int64_t used_ = feature_vectors;           // vectors that are not only padding
   T *b_ = nullptr, *b_error_ = nullptr;           // [key][used_ L]
   T *sum_key_ = nullptr, *sum_direct_ = nullptr;  // [all rows, the last rows][key][used_ L]
   Buffer<T> a_, keys_;                            // a_: [row][a, its error][F]
-  Buffer<unsigned char> known_;  // of a_, per row: 0 not yet, 1 known, 2 and out of the factored form's range
+  Buffer<unsigned char> known_;  // of a_, per row: 0 unknown, 1 known, 2 known and out of the factored form's range
   Buffer<TileRow> rows_;
   std::int64_t found_ = 0;  // of them
 };

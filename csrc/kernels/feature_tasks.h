@@ -1,4 +1,4 @@
-// How the pass over features is shared out, and what becomes of its sums.
+// How the pass over features is divided into tasks, and how their sums are combined.
 
 constexpr std::int64_t gradient_keys = strip_keys;              // of a tile in the pass over features
 constexpr std::int64_t part_elements = 2 * workspace_elements;  // of dq, over the splits
@@ -7,12 +7,12 @@ constexpr std::int64_t part_elements = 2 * workspace_elements;  // of dq, over t
 constexpr std::int64_t few_tasks = 4, few_split_keys = 256;
 
 // The pass over features works on two vectors of features at once, which share a reciprocal. It joins factors of a
-// single pair (i, j), so no pair depends on what another one holds, not even by rounding.
+// single pair (i, j), so no pair depends on another one, not even by rounding.
 constexpr int feature_vectors = 2;
 
-// What the sums over pairs are multiplied by: G by `early` in the direct form, the sums by `late` and then by w, in the
-// plain layer's order. The scale comes early where it is extreme. A weight that is not finite has made G NaN wherever
-// it matters; as a factor it is 0, so that sums of nothing stay 0.
+// The factors of sums over pairs: G is multiplied by `early` in the direct form, the sums by `late` and then by w, in
+// the plain layer's order. An extreme scale is part of `early`. A nonfinite weight has already made G NaN wherever it
+// matters; as a factor it is replaced by 0, so that empty sums stay 0.
 template <class T>
 struct FeatureFactors {
   T early, late;       // G times early, in the direct form alone; dq, dk = late w sum
@@ -36,8 +36,8 @@ struct FeatureFactors {
   }
 };
 
-// By groups of features and, where these are few, by ranges of keys, whose shares of dq and dw are added up afterwards.
-// A function of the shape, and of which keys rows may attend to.
+// Tasks are groups of features and, where these are few, ranges of keys, whose shares of dq and dw are added up
+// afterwards. They depend on the shape, and on which keys rows may attend to.
 template <class T>
 struct FeatureTasks {
   std::int64_t pieces, piece;  // of the features
@@ -58,7 +58,7 @@ struct FeatureTasks {
   }
 };
 
-// dq and dw from their sums over ranges of keys, in their order; dw goes to weight_sum until the last rows are done.
+// Adds up dq and dw over the ranges of keys, in order; dw accumulates in weight_sum until the last rows are done.
 template <class T>
 void add_feature_parts(const Backward<T>& p, const Workspace<T>& ws, const FeatureTasks<T>& share,
                        const FeatureFactors<T>& factors, std::int64_t n, const T* part_query, const double* part_weight,

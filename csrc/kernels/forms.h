@@ -6,7 +6,7 @@
 //
 //     t = (b - a) / (b + a) = 1 - 2 a / (a + b)
 //
-// so that a feature costs one addition, y = b + a, and a share of one division: the fractions of four features are
+// so that a feature costs one addition, y = b + a, and a quarter of a division: the fractions of four features are
 // joined, n0/y0 + n1/y1 = (n0 y1 + n1 y0) / (y0 y1), twice. Joining needs products of four y that neither overflow nor
 // underflow, and differences that do not cancel; four forms of numerator and denominator cover every input:
 //
@@ -16,16 +16,16 @@
 //     matched     the same              of two features    of two features     sum z/y    (matched.h)
 //     direct      otherwise, NaN, Inf   w P(q + k)         Q(q + k)            sum z/y    tanh = P / Q
 //
-// (math.md, eq. 4 to 7 and 29). All of them keep sums as small as the scores. `matched` is the fastest for many features.
-// With few of them, or without fused multiply-add, which spares the joining its roundings, `difference` rounds less.
-// `centred` keeps the relative error where q and k are small, and with many features serves up to a quarter alone.
-// `direct` evaluates a tanh per pair, so it keeps the relative error of q + k. It serves beyond the range of the others,
-// for NaN and Inf, and where q and k cancel: if q is near c and k near -c for all pairs, the errors of the other forms
-// would exceed the plain layer's (cancellation.h). The form is chosen per query row and key tile, from attended keys
-// alone. So neither masked keys nor the number of threads change a result.
+// (math.md, eq. 4 to 7 and 29). All of them keep sums as small as the scores. `matched` is the fastest form for many
+// features. With few, or without fused multiply-add, which saves roundings of the joins, `difference` rounds less.
+// `centred` keeps the relative error where q and k are small; with many features it is used up to a quarter only.
+// `direct` evaluates a tanh per pair, so it keeps the relative error of q + k. It is used beyond the range of the
+// others, for NaN and Inf, and where q and k cancel: if q is near c and k near -c in every feature, the errors of the
+// other forms would exceed the plain layer's (cancellation.h). The form is chosen per query row and key tile, from
+// attended keys alone. So neither masked keys nor the number of threads change a result.
 //
-// The weights are divided by a power of two so that |w| <= 2 and no numerator overflows. What the roundings of w b
-// leave out is one number per key. Those of w a move all scores of a row alike, which a softmax does not see.
+// The weights are divided by a power of two so that |w| <= 2 and no numerator overflows. The rounding errors
+// of w b add up to one number per key. Those of w a shift all scores of a row equally, which a softmax ignores.
 //
 // Lanes run over keys: a tile is packed as [block of 2 vectors of keys][h][constant][key], a query row as
 // [4 features][constant][feature]; matched.h has its own order.
@@ -61,7 +61,7 @@ T weight_normaliser(const T* weight, std::int64_t hidden) {
   return std::ldexp(T(1), -std::max(std::min(e, Simd<T>::bias - 2), 2 - Simd<T>::bias));
 }
 
-// Features of a query row in one form, w normalised: for every four features, [constant][feature].
+// Packs features of a query row in one form, w normalised: for every four features, [constant][feature].
 template <class T>
 void pack_query(Form form, const T* q, const T* w, std::int64_t hidden, T* packed) {
   constexpr int L = lanes<T>, C = query_constants, run = std::min(L, group);
@@ -73,7 +73,7 @@ void pack_query(Form form, const T* q, const T* w, std::int64_t hidden, T* packe
       z = -u * alpha;
       y = alpha + T(2);
     } else if (form == difference) {
-      Vec<T> lost = {};  // of all scores of the row alike
+      Vec<T> lost = {};  // shifts all scores of the row equally
       exp_and_multiple<T>(x * T(-2), -u, y, z, lost);
     }
     T constant[C][L];
@@ -85,7 +85,8 @@ void pack_query(Form form, const T* q, const T* w, std::int64_t hidden, T* packe
   }
 }
 
-// Features of a block of keys in one form, w normalised: what to add to their sums, and from K on [h][constant][key].
+// Packs features of a block of keys in one form, w normalised: what is added to their sums, and from K on
+// [h][constant][key].
 template <class T>
 void pack_keys(Form form, const T* key, std::int64_t row, std::int64_t count, const T* w, std::int64_t hidden,
                T* packed) {
@@ -119,7 +120,7 @@ ALWAYS_INLINE void join_fractions(const Vec<T>* z, const Vec<T>* y, Vec<T>& nume
   denominator = y01 * y23;
 }
 
-// How add_energies reads what is packed (of the matched form: matched.h).
+// The packed layout that add_energies reads (of the matched form: matched.h).
 template <class T, Form form>
 struct Terms {
   static constexpr int query = group * query_constants;                     // numbers of a group of features
@@ -147,19 +148,19 @@ struct Terms {
   }
 };
 
-// Where scores lie, [row][key]; what they are before, and what the last of their features are followed by.
+// Scores, [row][key]: `before` loads the sum of earlier features, `set` stores the new sum, times `factor`.
 template <class T>
 struct ScoreRows {
   T* at;
   std::int64_t row;
-  bool first;  // of the features: nothing is there yet
-  T factor;    // of the sum of all features
+  bool first;  // of the features: no sum is stored yet
+  T factor;    // of the sum of all features; 1 before the last ones
 
   Vec<T> before(int r, int j) const { return first ? Vec<T>{} : load(at + r * row + j); }
   void set(int r, int j, Vec<T> sum) const { store(at + r * row + j, sum * factor); }
 };
 
-// Adds the terms of a group of features of each row and vector of keys to `part`, and goes on to the next one.
+// Adds the terms of a group of features of each row and vector of keys to `part`, and advances to the next one.
 template <class T, Form form, bool divides, int R, int V>
 inline void add_group(const T*& query, std::int64_t query_row, const T*& keys, Vec<T> (&part)[R][V]) {
 #pragma GCC unroll 4
@@ -173,7 +174,7 @@ inline void add_group(const T*& query, std::int64_t query_row, const T*& keys, V
 }
 
 // Adds sum_h z/y of R query rows, query_row apart, and one block of keys; groups of features [0, groups). Every other
-// group of the fast forms divides, so that the units that multiply wait less.
+// group of the fast forms divides, which relieves the units that multiply.
 template <class T, Form form, int R>
 void add_energies(const T* query, std::int64_t query_row, const T* keys, std::int64_t groups,
                   const ScoreRows<T>& scores) {
@@ -189,7 +190,7 @@ void add_energies(const T* query, std::int64_t query_row, const T* keys, std::in
       for (std::int64_t g = std::min<std::int64_t>(left, run); g > 0; g -= 2) {
         add_group<T, form, form != direct>(q, query_row, k, part);
         if (g == 1) break;
-        asm volatile("" ::: "memory");  // else GCC loads the keys of both groups first, and runs out of registers
+        asm volatile("" ::: "memory");  // else GCC loads the keys of both groups first, and spills registers
         add_group<T, form, form != direct && !quick_reciprocal>(q, query_row, k, part);
       }
 #pragma GCC unroll 4
@@ -201,7 +202,7 @@ void add_energies(const T* query, std::int64_t query_row, const T* keys, std::in
 }
 
 // One score in the direct form with lanes over features: a single query row would use every packed key only once. With
-// `located`, location * term is added to the key. Meanwhile memory is fetched.
+// `located`, location * term is added to the key. `value` and `next_key` are prefetched meanwhile.
 template <class T, bool located = false>
 T energy(const T* query, const T* key, const T* weight, std::int64_t hidden, T location = 0, const T* term = nullptr,
          Fetch* value = nullptr, Fetch* next_key = nullptr) {

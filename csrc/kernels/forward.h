@@ -6,8 +6,8 @@ constexpr std::int64_t values_widened = 16;  // keys whose values are widened at
 constexpr std::int64_t tasks_wanted = 64;    // split the keys when there are fewer blocks of rows than this...
 constexpr std::int64_t split_keys = 2048;    // ...but into no shorter pieces than this
 
-// The ranges of keys that blocks of rows are split into. Their number decides the order of the additions, so it is a
-// function of the shape alone.
+// The ranges of keys that blocks of rows are split into. Their number determines the order of additions, so it
+// depends on the shape alone.
 template <class T>
 struct KeySplits {
   std::int64_t keys, splits = 1, split;
@@ -22,11 +22,11 @@ struct KeySplits {
   std::int64_t end(std::int64_t k) const { return std::min((k + 1) * split, keys); }
 };
 
-// The values are summed with weights below 2^-k, 2^k >= Lk: so no sum overflows that the normalised weights would not.
+// Values are summed with weights below 2^-k, 2^k >= Lk: a sum overflows only if it does with the normalised weights.
 inline int value_bits(std::int64_t keys) { return int(std::ceil(std::log2(double(std::max<std::int64_t>(keys, 1))))); }
 
 // One block of rows over one range of keys: unnormalised out, running maximum and running sum. A row whose attended
-// scores are all -Inf has a sum of 1, an empty row one of 0. Where weights bound the scores, the maximum is 0 instead.
+// scores are all -Inf has a sum of 1, an empty row one of 0. Where energy weights bound the scores, the maximum is 0.
 template <class T>
 class ForwardBlock {
  public:
@@ -68,13 +68,13 @@ class ForwardBlock {
 
   const Forward<T>& p;
   const std::int64_t width;
-  int bits = 0;  // above 0: no maximum is looked for, and the sums are those of e^score 2^-bits
+  int bits = 0;  // above 0: no maximum is computed, and the sums are those of e^score 2^-bits
 
  private:
-  const bool bounded;  // rows of several tiles, not split: bounds may take the place of maxima
+  const bool bounded;  // rows of several tiles, not split: bounds may replace maxima
   const T scale_of_values = std::ldexp(T(1), -value_bits(p.keys));
 
-  // Exponentials in place of the scores of rows [begin, end). No maximum is looked for.
+  // Replaces the scores of rows [begin, end) by their exponentials, without a maximum.
   void bounded_rows(std::int64_t begin, std::int64_t end, T* maximum, double* sum_) {
     constexpr int L = lanes<T>;
     const bool masked = !s.complete || s.count % L != 0;
@@ -130,7 +130,8 @@ class ForwardBlock {
     for (std::int64_t j = 0; j < s.count; j += lanes<T>) store(row + j, load(row + j) * load(keep + j));
   }
 
-  // The scores wait in `weights` for the whole row's lse; an attended -Inf as NaN, to tell it from a masked one.
+  // Stores the scores in `weights` until the row's lse is known; an attended -Inf as NaN, to distinguish it from a
+  // masked one.
   void keep_scores(std::int64_t r, std::int64_t key0, const T* row) {
     T* to = p.weights + ((s.entry_of(r) * p.queries + s.row_of(r)) * p.keys + key0);
     std::memcpy(to, row, s.count * sizeof(T));
@@ -138,7 +139,7 @@ class ForwardBlock {
       if (row[j] == T(-INFINITY) && !s.masked(r, key0 + j, key0)) to[j] = T(NAN);
   }
 
-  // The values of a tile, as add_values takes them.
+  // Reads the values of a tile in the layout that add_values uses.
   void read_values(std::int64_t key0) {
     narrow = s.complete && p.queries < gemm_row_block && p.value.storage != Storage::computed;
     if (p.values == 0 || narrow) return;
@@ -151,7 +152,7 @@ class ForwardBlock {
     if (p.values == 0) return;
     if (narrow) return add_narrow(key0, out);
     if (!shielding) return add_rows(begin, end - begin, v, reader.row, out);
-    // 0 * NaN: each row takes a copy in which its masked keys have no values, the same way as others.
+    // 0 * NaN is NaN: each row reads a copy in which the values of its masked keys are 0, and is summed like others.
     for (std::int64_t r = begin; r < end; ++r) {
       T* copy = shielded.get(s.count * p.values);
       for (std::int64_t j = 0; j < s.count; ++j)
@@ -162,8 +163,8 @@ class ForwardBlock {
     }
   }
 
-  // The same for few rows and a complete tile of values in 16 bits: as they lie, or widened into the cache where the
-  // last vector is none of its own.
+  // The same for few rows and a complete tile of values in 16 bits. They are widened in registers, or, where Dv is no
+  // multiple of a vector, into a copy in the cache.
   void add_narrow(std::int64_t key0, T* out) {
     T* tile = p.keys <= TK ? out : sums.get(s.rows * width);
     if (tile != out) std::fill(tile, tile + s.rows * width, T(0));
@@ -185,9 +186,9 @@ class ForwardBlock {
       store(out + d, load(out + d) + load(tile + d));
   }
 
-  // P V of rows [first, first + rows) of the tile. Each tile is summed apart, for a long sum in one float loses digits.
+  // Adds P V of rows [first, first + rows) of the tile. Each tile is summed apart: long sums in one float lose digits.
   void add_rows(std::int64_t first, std::int64_t rows, const T* v, std::int64_t v_row, T* out) {
-    if (p.queries < gemm_row_block) {  // not `rows`: threads must not decide the order of additions
+    if (p.queries < gemm_row_block) {  // not `rows`: no order of additions may depend on the number of threads
       const auto [from, to] = attended_keys(first, rows);
       const bool only = p.keys <= TK;
       T *total = out + first * width, *tile = only ? total : sums.get(rows * width);
@@ -218,8 +219,8 @@ class ForwardBlock {
   }
 
   ScoreBlock<T> s;
-  const T* v = nullptr;                    // the tile's values, in panels where a product of panels takes them
-  bool narrow = false, shielding = false;  // values are taken in 16 bits; copies of them
+  const T* v = nullptr;                    // the tile's values, in panels where gemm reads them
+  bool narrow = false, shielding = false;  // values are read in 16 bits; from copies
   Buffer<T> panels, shielded, sums;
   StoredReader<T> reader;
 };
@@ -230,7 +231,7 @@ void write_row(const Forward<T>& p, std::int64_t at, const T* out, T maximum, do
   constexpr int L = lanes<T>;
   const bool none = maximum == T(-INFINITY), empty = none && sum == 0;
   const T inverse = empty ? T(0) : none ? T(NAN) : T(std::ldexp(1 / sum, -bits));
-  const int scaled = bits > 0 ? 0 : value_bits(p.keys);  // the sum is not
+  const int scaled = bits > 0 ? 0 : value_bits(p.keys);  // `out` is scaled, the sum is not
   const T share = empty ? T(0) : none ? T(NAN) : T(std::ldexp(1 / sum, scaled));
   p.lse[at] = empty ? T(-INFINITY) : T(double(maximum) + std::log(std::ldexp(sum, bits)));
   for (std::int64_t d = 0; d < p.values; d += L)
@@ -247,7 +248,7 @@ void write_row(const Forward<T>& p, std::int64_t at, const T* out, T maximum, do
   }
 }
 
-// How many consecutive entries share keys, values and weight, as the beams of a sequence do, so that these are read once
+// How many consecutive entries share keys, values and weight, as the beams of a sequence do: these are then read once
 // for all of them.
 template <class T>
 std::int64_t entries_sharing(const Forward<T>& p) {

@@ -4,7 +4,7 @@
 template <class T>
 constexpr int panel_columns = 2 * lanes<T>;
 
-// x (count x columns, rows `row` apart) in panels, the last vector filled with zeros.
+// Packs x (count x columns, rows `row` apart) in panels; the last vector is padded with zeros.
 template <class T>
 const T* pack_panels(const T* x, std::int64_t row, std::int64_t count, std::int64_t columns, Buffer<T>& buffer) {
   constexpr int L = lanes<T>;
@@ -35,7 +35,7 @@ inline void gemm_block(const T* a, std::int64_t a_row, std::int64_t a_column, co
 }
 
 constexpr int gemm_row_block = 4;
-constexpr std::int64_t values_cached = 256;  // so many values of a tile's keys are turned at a time
+constexpr std::int64_t values_cached = 256;  // so many values of a tile's keys are transposed at a time
 
 template <class T, int R>
 inline void gemm_panels(const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, std::int64_t panel, T* c,
@@ -45,8 +45,8 @@ inline void gemm_panels(const T* a, std::int64_t a_row, std::int64_t a_column, c
   if (columns > 0) gemm_block<T, R, 1>(a, a_row, a_column, b, c, c_row, inner);
 }
 
-// Up to gemm_row_block rows of C, whose rows are whole panels wide; of the last one, columns beyond a vector that holds
-// the last column are not touched. The panels of B are `panel` elements apart.
+// Up to gemm_row_block rows of C, whose rows are whole panels wide; in the last panel, vectors behind the last column
+// are not touched. The panels of B are `panel` elements apart.
 template <class T>
 void gemm(const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, std::int64_t panel, T* c,
           std::int64_t c_row, std::int64_t rows, std::int64_t columns, std::int64_t inner) {
@@ -56,7 +56,7 @@ void gemm(const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, std
   if (rows == 1) gemm_panels<T, 1>(a, a_row, a_column, b, panel, c, c_row, columns, inner);
 }
 
-// A vector of numbers as they are stored.
+// Loads a vector of stored numbers as T.
 template <Storage storage, class T>
 inline Vec<T> load_stored(const T* x) {
   return load(x);
@@ -66,8 +66,8 @@ inline Vec<float> load_stored(const std::uint16_t* x) {
   return widen<storage>(x);
 }
 
-// C += A B for R rows of A and C, and B as it lies in memory, read once and in order; columns beyond the last are not
-// touched. Of B in 16 bits, `columns` are whole vectors.
+// C += A B for R rows of A and C. B is not packed, and is read once and in order; columns beyond the last are not
+// touched. With B in 16 bits, `columns` is a multiple of a vector.
 template <class T, int R, Storage storage, class E>
 void gemv_rows(const T* a, std::int64_t a_row, const E* b, std::int64_t b_row, T* c, std::int64_t c_row,
                std::int64_t columns, std::int64_t inner) {

@@ -1,7 +1,7 @@
-// G of the query rows where the caller gives it (math.md, eq. 10 and 11 alone).
+// G of the query rows where the caller passes it (of math.md, only eq. 10 and 11 remain).
 
-// Copies G into the workspace: 0 where a pair is masked, whatever is given there. Blocks without any gradient count as
-// masked, so that the later passes leave them out.
+// Copies G into the workspace: 0 where a pair is masked, whatever the caller passes there. Blocks without any gradient
+// count as masked, so that the later passes skip them.
 template <class T>
 void given_row(const Backward<T>& p, const Workspace<T>& ws, std::int64_t n, std::int64_t i, T* bias) {
   constexpr int K = block_keys<T>, W = strip_keys;

@@ -1,6 +1,6 @@
-// Keys with their location term, E_jh = k_jh + sum_f x_fj M_fh (math.md, eq. 17), a tile at a time. E is new at every
-// step, so exponentials prepared once are of no use: a tile takes the direct form, on rows of E in a scratch that stays
-// in the cache. Lanes run over features h.
+// Keys with their location term, E_jh = k_jh + sum_f x_fj M_fh (math.md, eq. 17), a tile at a time. E differs at every
+// step, so prepared exponentials are of no use: a tile takes the direct form, on rows of E in a scratch that stays in
+// the cache. Lanes run over features h.
 
 constexpr int location_keys = 16;  // keys of a tile
 constexpr int location_rows = 4;   // keys, or rows of M, side by side in registers
@@ -15,7 +15,7 @@ class LocatedKeys {
   LocatedKeys(const StoredRows<T>& keys, const Location<T>& from, std::int64_t features)
       : key(keys), location(from), hidden(features), width(round_up(features, 2 * L)), row(width + L) {}
 
-  // Packs the weight M of entry n, unless it is there.
+  // Packs the weight M of entry n, unless it is packed already.
   void begin(std::int64_t n) {
     entry = n;
     const T* from = location.weight.at(n, 0);
@@ -34,7 +34,7 @@ class LocatedKeys {
     T* to = rows_memory_.get(location_keys * row);
     const T* keys = load_keys(key0, count);
     for (std::int64_t j = 0; j < count; j += R) {
-      const T* from[R];  // the last key stands for those beyond it
+      const T* from[R];  // beyond the last key, the last key again
       for (int r = 0; r < R; ++r) from[r] = keys + std::min(j + r, count - 1) * reader_.row;
       std::int64_t h = 0;
       for (; h + V * L <= hidden; h += V * L) block<V>(from, j, h, to);
@@ -43,7 +43,7 @@ class LocatedKeys {
     return to;
   }
 
-  // The keys without their term, and their location in x: where there is one feature, its term stays in registers.
+  // Loads the keys without their term, and their location into x. With one feature, the term stays in registers.
   const T* load_keys(std::int64_t key0, std::int64_t count) {
     load_location(key0, count);
     return reader_.read(key, entry, key0, count, hidden);

@@ -3,10 +3,10 @@
 //     t_jh = tanh(q_h + E_jh)         dE_jh = scale G_j w_h (1 - t_jh^2)
 //     dx_fj = sum_h dE_jh M_fh        dM_fh = sum_j x_fj dE_jh              dk_jh = dE_jh        dq_h = sum_j dE_jh
 //
-// (math.md, eq. 18). dE takes the place of E in the scratch. dk is added to what earlier steps have left.
+// (math.md, eq. 18). dE replaces E in the scratch. dk accumulates over steps.
 
-// How the pass over keys is shared out: by entries and, where these are few, by ranges of keys, whose sums are added up
-// afterwards. A function of the shape alone.
+// How the pass over keys is divided into tasks: entries and, where these are few, ranges of keys, whose sums are added
+// up afterwards. It depends on the shape alone.
 template <class T>
 struct LocationTasks {
   std::int64_t splits, split;  // of the keys
@@ -63,7 +63,7 @@ class LocationPass {
   const StepBackward<T>& p;
 
  private:
-  // Query and weight, padded. A weight that is not finite has made G NaN wherever it matters, and counts as 0.
+  // Loads query and weight, padded. A nonfinite weight has already made G NaN wherever it matters: 0 replaces it.
   void load_row(std::int64_t n) {
     query_ = row_memory_.get(5 * e.width);
     factor_ = query_ + e.width;
@@ -91,7 +91,7 @@ class LocationPass {
       T* row = rows + j * e.row;
       if (j < count && g[j] != T(0)) {
         if (p.grad_key) add_key(row, p.grad_key + (n * p.keys + key0 + j) * p.hidden);
-      } else {  // a pair with G = 0 contributes exactly 0, whatever its key and location hold
+      } else {  // a pair with G = 0 contributes exactly 0, whatever its key and location are
         std::fill(row, row + e.width, T(0));
         for (std::int64_t f = 0; f < p.location.features; ++f) e.x[f * J + j] = 0;
       }
@@ -106,7 +106,7 @@ class LocationPass {
     add_products(e.x, std::int64_t(J), 1, rows, e.row, grad_weight, e.row, p.location.features, count, e.width);
   }
 
-  // From E to dE, in place, of a vector of features of the tile's keys with G != 0, a few keys at a time.
+  // Replaces E by dE in a vector of features of the tile's keys with G != 0, a few keys at a time.
   ALWAYS_INLINE void slopes(T* rows, std::int64_t n, std::int64_t key0, std::int64_t h, const T* g, const int* found,
                             int count) {
     constexpr int S = slopes_together;
@@ -125,7 +125,7 @@ class LocationPass {
     Vec<T> x[S], z[S], m[S];
     for (int i = 0; i < S; ++i) {
       const std::int64_t j = key0 + some[i];
-      // Memory that is asked for in one burst is waited for: the next tile's keys, and dk of this one.
+      // Prefetches the next tile's keys and this tile's dk little by little: one burst would stall.
       if (j + J < p.keys) prefetch_stored(p.key, n, j + J, L, h);
       if (p.grad_key) prefetch(p.grad_key + (n * p.keys + j) * p.hidden + h, L);
       x[i] = load(rows + some[i] * e.row) + q;
@@ -144,12 +144,12 @@ class LocationPass {
     std::int64_t j;
     const T* key;  // without its term
     T* grad_key;
-    const T *next, *next_grad;  // what is asked for in time: of a key to come, or anything
+    const T *next, *next_grad;  // prefetched: of a later key, or any address
     T g, x;
   };
 
-  // The same where there is one feature, of a few keys at a time: E and dE stay in registers, and memory is read nearly
-  // in its own order.
+  // The same for a location of one feature, a few keys at a time: E and dE stay in registers, and memory is read nearly
+  // in order.
   void one_feature(std::int64_t n, std::int64_t key0, std::int64_t count, const T* g, T* grad_weight) {
     constexpr int R = location_rows;
     const T* keys = e.load_keys(key0, count);
@@ -172,7 +172,7 @@ class LocationPass {
     for (int r = 0; r < found; ++r) located_keys<1>(n, some + r, grad_weight);
   }
 
-  // What all keys share. Of copies on the stack the compiler knows that no store changes them.
+  // What all keys share. These copies lie on the stack, so the compiler knows that no store changes them.
   struct Columns {
     const T *query, *factor, *weight;
     T *sum_query, *sum_weight, *grad_weight;
@@ -236,7 +236,7 @@ class LocationPass {
       std::memset(p.grad_location + (n * p.location.features + f) * p.keys + key0, 0, count * sizeof(T));
   }
 
-  // Single precision is for short sums.
+  // Long sums in single precision lose digits.
   void flush(T* grad_query, double* part_weight) {
     for (std::int64_t h = 0; h < e.width; ++h) {
       grad_query[h] += sum_query_[h];
@@ -248,7 +248,7 @@ class LocationPass {
   T early_, late_, unit_;
   double of_weight_;
   LocatedKeys<T> e;
-  T *query_, *factor_, *sum_query_, *sum_weight_, *unwanted_;  // the last takes a key's gradient that nobody wants
+  T *query_, *factor_, *sum_query_, *sum_weight_, *unwanted_;  // the last receives dk where no grad_key is wanted
   Buffer<T> row_memory_, location_memory_;
 };
 
@@ -263,7 +263,7 @@ void add_rows(const S* rows, std::int64_t step, std::int64_t splits, std::int64_
   }
 }
 
-// The results of entry n, from its ranges of keys.
+// Adds up the results of entry n over its ranges of keys.
 template <class T>
 void add_location_parts(const StepBackward<T>& p, const LocationTasks<T>& share, std::int64_t n, const T* part,
                         const double* part_weight, std::int64_t width, std::int64_t row) {

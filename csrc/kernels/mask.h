@@ -1,4 +1,4 @@
-// Masks of any type as terms to add to the scores.
+// Masks of any type, as terms that are added to the scores.
 
 inline float half_to_float(std::uint16_t bits) {
   const std::uint32_t sign = std::uint32_t(bits & 0x8000) << 16, number = std::uint32_t(bits & 0x7fff) << 13;
@@ -20,7 +20,7 @@ inline float bfloat_to_float(std::uint16_t bits) {
   return x;
 }
 
-// Columns [first, first + count) of a mask row as terms to add to the scores; false becomes -Inf.
+// Loads columns [first, first + count) of a mask row as terms that are added to the scores; false becomes -Inf.
 template <class T>
 void load_mask(const Mask& mask, std::int64_t n, std::int64_t i, std::int64_t first, std::int64_t count, T* bias) {
   const std::int64_t base = mask.offset[n] + i * mask.row + first * mask.column, step = mask.column;
@@ -48,7 +48,7 @@ void load_mask(const Mask& mask, std::int64_t n, std::int64_t i, std::int64_t fi
   }
 }
 
-// Does the block table keep every pair of rows [row0, row0 + rows) and keys [first, first + count), or any?
+// Whether the block table keeps all pairs of rows [row0, row0 + rows) and keys [first, first + count), some or none.
 enum class Kept { none, some, all };
 
 inline Kept kept_pairs(const BlockTable& blocks, std::int64_t n, std::int64_t row0, std::int64_t rows,
@@ -63,7 +63,7 @@ inline Kept kept_pairs(const BlockTable& blocks, std::int64_t n, std::int64_t ro
   return all ? Kept::all : any ? Kept::some : Kept::none;
 }
 
-// Makes the terms of keys [first, first + count) of row i -Inf where the block table keeps no pair.
+// Sets the terms of keys [first, first + count) of row i to -Inf where the block table keeps no pair.
 template <class T>
 void narrow_by_blocks(const BlockTable& blocks, std::int64_t n, std::int64_t i, std::int64_t first, std::int64_t count,
                       T* bias) {
@@ -80,7 +80,7 @@ void narrow_by_blocks(const BlockTable& blocks, std::int64_t n, std::int64_t i, 
   }
 }
 
-// The terms of a row's mask and block table together.
+// Loads the terms of a row's mask and block table together.
 template <class T>
 void load_terms(const Problem<T>& p, std::int64_t n, std::int64_t i, std::int64_t first, std::int64_t count, T* bias) {
   if (p.mask.type == MaskType::none)

@@ -1,17 +1,17 @@
 // The matched form: two features of about the same weight, a match, share a numerator (math.md, eq. 29).
 //
-// tanh is odd, so signs go from the weights into q and k: u_0 >= u_1 >= 0. With y = b + a and d = u_0 - u_1,
+// tanh is odd, so the signs of weights move into q and k: u_0 >= u_1 >= 0. With y = b + a and d = u_0 - u_1,
 //
 //     u_0 t_0 + u_1 t_1 = (p - c + b_0 g) / (y_0 y_1) - d      p = 2 u_0 b_0 b_1     c = 2 u_1 a_0 a_1     g = 2 d a_1
 //
-// where p belongs to a key, c and g to a query row. That costs what the factored form does (eq. 4), and keeps small sums
-// exact: p - c is rounded relative to itself, and d is small. What the roundings of p leave out is one number per key.
+// where p belongs to a key, c and g to a query row. That costs as much as the factored form (eq. 4), and keeps small
+// sums exact: p - c is rounded relative to itself, and d is small. Rounding errors of p add up to one number per key.
 //
 // A feature of far more weight than the next is split into two halves, which match. Features are matched within each
 // slab of features_cached. The form relies on fused multiply-add.
 
-// e^x_0, e^x_1 and their product with `factor`, for |x| <= 2 safe; anything, where x is beyond. Adds to `lost` what the
-// roundings of the product leave out, relative to e^{x_0 + x_1}, if that is wanted.
+// e^x_0, e^x_1 and their product with `factor`, for |x| <= 2 safe; undefined numbers beyond. With `corrected`, adds the
+// rounding error of the product, relative to e^{x_0 + x_1}, to `lost`.
 template <bool corrected, class T>
 inline void exp_product(const Vec<T>* x, Vec<T> factor, Vec<T>* e, Vec<T>& product, Vec<T>& lost) {
   Vec<T> power[2], v[2];  // e^x = power (1 + v)
@@ -35,7 +35,7 @@ class Matching {
   static constexpr int L = lanes<T>, K = block_keys<T>;
   static constexpr int run = features_per_sum / 2;  // matches of a partial sum
 
-  // The features of an entry: their normalised weights w, all finite, and the norm of these; whether to correct sums.
+  // Matches the features of an entry. w: normalised weights, finite, of this norm; corrects: whether to correct sums.
   void begin(const T* w, std::int64_t hidden, double norm, bool corrects) {
     corrects_ = corrects;
     slabs_ = std::max<std::int64_t>(1, (hidden + features_cached - 1) / features_cached);
@@ -57,16 +57,16 @@ class Matching {
   // How many groups of features a slab has: two matches each.
   std::int64_t groups(std::int64_t s) const { return slab_[s].count / 2; }
   std::int64_t place(std::int64_t s) const { return slab_[s].place; }  // of its part of a packed query row
-  // Of a block of keys, and of a place for its columns.
+  // Of a packed block of keys, and of memory for its columns.
   std::int64_t key_width() const { return (3 * most_ + 1) * K + features_cached * L; }
 
-  // A query row: of every slab, for every `run` matches, [a_0, a_1, g, c][match].
+  // Packs a query row: of every slab, for every `run` matches, [a_0, a_1, g, c][match].
   void pack_query(const T* q, T* packed) const {
     for (std::int64_t s = 0; s < slabs_; ++s) {
       const Slab& slab = slab_[s];
       const T* x = q + s * features_cached;
       T* to = packed + slab.place;
-      T own[2][round_up(features_cached, run)];  // all of them before the first is read as a vector
+      T own[2][round_up(features_cached, run)];  // all stores come before the first vector is loaded
       for (int i = 0; i < 2; ++i)
         for (std::int64_t m = 0; m < round_up(slab.count, L); ++m) own[i][m] = x[slab.member(i)[m]];
       for (std::int64_t m = 0; m < slab.count; m += L) {
@@ -82,7 +82,7 @@ class Matching {
     }
   }
 
-  // A block of keys of one slab: what to add to the sums of each, and for every match [b_0, b_1, p][key].
+  // Packs a block of keys of one slab: what is added to the sums of each, and for every match [b_0, b_1, p][key].
   void pack_keys(const T* key, std::int64_t row, std::int64_t count, std::int64_t hidden, std::int64_t s,
                  T* packed) const {
     corrects_ ? pack_keys<true>(key, row, count, hidden, s, packed)
@@ -128,7 +128,7 @@ class Matching {
     T* excess() const { return numbers + 4 * room; }                   // 2 d
   };
 
-  // Matches features [0, count), which it sorts by their weights, roughly.
+  // Sorts features [0, count) roughly by |w|, and matches neighbours.
   static void match(const T* w, std::int64_t count, T limit, Slab& slab) {
     int begin[buckets + 1] = {}, bucket[features_cached];
     unsigned char order[features_cached + 1];
@@ -179,7 +179,7 @@ struct Terms<T, matched> {
   static constexpr int K = block_keys<T>, run = Matching<T>::run;
   static constexpr int query = 2, keys = 6 * K, gap = 3 * run;
 
-  // Of two matches.
+  // Joins two matches.
   static ALWAYS_INLINE void join(const T* q, const T* k, Vec<T>& z, Vec<T>& y) {
     Vec<T> numerator[2], denominator[2];
     for (int i = 0; i < 2; ++i, ++q, k += 3 * K) {

@@ -30,8 +30,8 @@ inline Vec<T> series(Vec<T> r) {
   return p;
 }
 
-// x = n ln 2 + r with |r| <= ln(2)/2: power = 2^n and e^r = 1 + high + low, with high exact, so that e^x can be had to
-// little more than its own rounding.
+// x = n ln 2 + r with |r| <= ln(2)/2: power = 2^n and e^r = 1 + high + low, with high exact, so that e^x can be
+// computed with little more than its own rounding error.
 template <class T, int degree = Simd<T>::exp_degree>
 inline void exp_parts(Vec<T> x, Vec<T>& power, Vec<T>& high, Vec<T>& low) {
   using S = Simd<T>;
@@ -74,8 +74,8 @@ inline Vec<double> exp2_series(Vec<double> r) {
   return (series<double>(r * ln2) * (r * ln2) + 1.0) * ln2;
 }
 
-// e^x 2^-bits for exp_low + bits ln 2 <= x <= exp_high or NaN, to 1.2 ulp and a third of what half an ulp of x does: with
-// half the instructions of exp.
+// e^x 2^-bits for exp_low + bits ln 2 <= x <= exp_high or NaN, to 1.2 ulp and a third of what half an ulp of x changes.
+// It takes half the instructions of exp.
 template <class T>
 inline Vec<T> exp_in_range(Vec<T> x, int bits) {
   using S = Simd<T>;
@@ -92,7 +92,7 @@ inline Vec<T> exp_in_range(Vec<T> x, int bits) {
   return power * e + power;
 }
 
-// The same of smaller x too: 0.
+// The same with bits = 0, and 0 for smaller x.
 template <class T>
 inline Vec<T> exp_scaled(Vec<T> x) {
   const Vec<T> e = exp_in_range<T>(x, 0);
@@ -107,7 +107,7 @@ inline Vec<T> expm1(Vec<T> x) {
   return power * (high + low) + (power - T(1));
 }
 
-// What the rounding of x y leaves out, exactly, without fused multiply-add (Dekker 1971).
+// The exact rounding error of x y, without fused multiply-add (Dekker 1971).
 template <class T>
 inline Vec<T> product_error(Vec<T> x, Vec<T> y, Vec<T> product) {
   constexpr T split = T(typename Simd<T>::Bits(1) << (Simd<T>::mantissa / 2 + 1)) + 1;
@@ -116,8 +116,8 @@ inline Vec<T> product_error(Vec<T> x, Vec<T> y, Vec<T> product) {
   return ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low;
 }
 
-// y = e^x and z = factor e^x, each 0.75 ulp, for exp_low <= x <= exp_high or NaN. Adds to `lost` what the rounding of z
-// leaves out, divided by e^x.
+// y = e^x and z = factor e^x, each 0.75 ulp, for exp_low <= x <= exp_high or NaN. Adds the rounding error of z, divided
+// by e^x, to `lost`.
 template <class T>
 inline void exp_and_multiple(Vec<T> x, Vec<T> factor, Vec<T>& y, Vec<T>& z, Vec<T>& lost) {
   Vec<T> power, high, low;
@@ -132,14 +132,14 @@ inline void exp_and_multiple(Vec<T> x, Vec<T> factor, Vec<T>& y, Vec<T>& z, Vec<
     const Vec<T> product = factor * v;
     error = (product - added) + product_error<T>(factor, v, product);
   }
-  lost += error * (v * T(-0.8) + T(1));  // about divided by 1 + v
+  lost += error * (v * T(-0.8) + T(1));  // about error / (1 + v)
 }
 
 template <class T>
 struct Range;
 template <>
 struct Range<float> {
-  // y^4 < 2^120;  tanh(9) rounds to 1;  1 - tanh(20)^2 is nothing, and (e^40)^2 < 2^120
+  // y^4 < 2^120;  tanh(9) rounds to 1;  1 - tanh(20)^2 is negligible, and (e^40)^2 < 2^120
   static constexpr float safe = 10.f, saturated = 9.f, flat = 20.f;
 };
 template <>
@@ -147,8 +147,8 @@ struct Range<double> {
   static constexpr double safe = 80.0, saturated = 20.0, flat = 40.0;
 };
 
-// tanh(x) = z / y with 1 <= y < 2^58 for any x, 5.5 | 2.5 ulp with the division; NaN stays NaN. n vectors side by side,
-// for the steps of one wait for each other.
+// tanh(x) = z / y with 1 <= y < 2^58 for any x, 5.5 | 2.5 ulp with the division; NaN stays NaN. n vectors at a time,
+// because the steps of one depend on each other.
 template <int n>
 inline void tanh_fractions(const Vec<double>* x, Vec<double>* z, Vec<double>* y) {
   for (int i = 0; i < n; ++i) {
@@ -202,11 +202,11 @@ inline void expm1_twice(const Vec<float>* x, Vec<float>* e) {
   }
 }
 
-constexpr int slopes_together = VECTOR_BYTES == 64 ? 4 : 2;  // vectors side by side, as registers allow
+constexpr int slopes_together = VECTOR_BYTES == 64 ? 4 : 2;  // vectors at a time, as registers allow
 
 // m = 1 / (e^{2|x|} + 1), and e = e^{2|x|} - 1 with the sign of x, for any x; NaN stays NaN. Then tanh(x) = e m, and
-// (1 - tanh(x)^2) / 4 = m - m^2. Of n vectors side by side, for the steps of one wait for each other. Two of them share
-// a reciprocal.
+// (1 - tanh(x)^2) / 4 = m - m^2. It takes n vectors at a time, because the steps of one depend on each other. Two of
+// them share a reciprocal.
 template <int n, class T>
 inline void tanh_parts(const Vec<T>* x, Vec<T>* e, Vec<T>* m) {
   constexpr auto sign = typename Simd<T>::Bits(1) << (8 * sizeof(T) - 1);

@@ -1,22 +1,22 @@
-// Rows of memory turned so that lanes run over rows.
+// Transposes rows of memory, so that lanes run over rows.
 
 constexpr int group = 4;        // features that share a division
 constexpr int tile_blocks = 4;  // key blocks of a tile
-constexpr int most_rows = 512;  // query rows that meet a tile
+constexpr int most_rows = 512;  // query rows of a block
 
 template <class T>
 constexpr int block_keys = 2 * lanes<T>;
 template <class T>
 constexpr int tile_keys = tile_blocks * block_keys<T>;
 
-// The identity. (Function objects: a lambda would not be compiled for the instruction set everywhere.)
+// The identity, as a function object: not every compiler compiles a lambda for the instruction set.
 template <class T>
 struct Unchanged {
   Vec<T> operator()(Vec<T> x) const { return x; }
 };
 
-// `count` rows of x as columns: packed[c * ld + row], for `columns` columns (padded with zeros up to a multiple of
-// `group`) and whole vectors of rows (padded with zeros).
+// Stores `count` rows of x as columns: packed[c * ld + row], for `columns` columns (padded with zeros up to a multiple
+// of `group`) and whole vectors of rows (padded with zeros).
 template <class T, class Function>
 void pack_transposed(const T* x, std::int64_t row, std::int64_t count, std::int64_t columns, T* packed, std::int64_t ld,
                      Function function) {

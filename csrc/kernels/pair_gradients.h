@@ -77,7 +77,7 @@ class PairGradientsPass {
     }
   }
 
-  // Sums over rows_summed rows go into those over all rows: single precision is for short sums.
+  // Adds the sums over rows_summed rows to those over all rows: long sums in single precision lose digits.
   void flush(std::int64_t keys) {
     for (std::int64_t l = 0; l < keys * F; l += L) {
       T* from = sum_key + gradient_keys * F + l;

@@ -38,7 +38,7 @@ class PairScores {
     std::fill(to + p.hidden, to + width, T(0));
   }
 
-  // Short sums: of some features, then of those.
+  // Adds up sums of a few features: long sums in single precision lose digits.
   void keys_of_row(std::int64_t j, Vec<T>& score, Vec<T>& tangent) const {
     constexpr std::int64_t features_per_sum = 32;
     const T *moved_q = q + width, *w = q + 2 * width, *moved_w = q + 3 * width;
@@ -63,7 +63,7 @@ class PairScores {
   const Pairs<T>& p;
   const std::int64_t width;
   Buffer<T> memory_;
-  T *k = nullptr, *moved_k = nullptr, *q = nullptr;  // [feature][key]; of q its tangent, w and its tangent follow
+  T *k = nullptr, *moved_k = nullptr, *q = nullptr;  // [feature][key]; q's tangent, w and w's tangent follow q
 };
 
 template <class T>

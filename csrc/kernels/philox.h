@@ -4,7 +4,7 @@
 typedef std::uint64_t Words __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int word_lanes = VECTOR_BYTES / 8;
 
-// The 64-bit products of the low halves of the lanes; what the high halves hold does not matter.
+// The 64-bit products of the low halves of the lanes; the high halves are ignored.
 inline Words multiply_low(Words a, std::uint32_t b) {
 #if defined(__x86_64__) && VECTOR_BYTES == 64
   return (Words)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
@@ -31,8 +31,8 @@ inline void interleave(Words& a, Words& b, std::integer_sequence<int, l...>) {
   a = low;
 }
 
-// Words of the keys [first, first + 4 * counters), first a multiple of four. A counter takes a 64-bit lane: of its four
-// 32-bit parts only the low halves count, so products need no unpacking.
+// Words of the keys [first, first + 4 * counters), first a multiple of four. Each of a counter's
+// four 32-bit parts takes a 64-bit lane, of which only the low half counts, so products need no unpacking.
 template <int counters>
 void philox(std::uint64_t seed, std::uint64_t entry, std::uint64_t row, std::uint64_t first, std::uint32_t* words) {
   constexpr int n = counters / word_lanes;
@@ -70,7 +70,7 @@ void dropout_factors(const Problem<T>& p, std::int64_t entry, std::int64_t row, 
   std::uint32_t words[tile_keys<T>];
   philox<tile_keys<T> / 4>(std::uint64_t(p.seed[p.seed_offset[entry]]), std::uint64_t(entry), std::uint64_t(row),
                            std::uint64_t(key0), words);
-  const std::uint32_t drop_below = p.drop_below;  // members could be among the factors, for all that the compiler knows
+  const std::uint32_t drop_below = p.drop_below;  // copies: to the compiler, the members may alias `factors`
   const T keep_scale = p.keep_scale;
   for (int j = 0; j < tile_keys<T>; ++j) factors[j] = words[j] < drop_below ? T(0) : keep_scale;
 }

@@ -1,9 +1,9 @@
 // A decoder's queries against prepared keys (prepared_keys.h).
 
-constexpr int rows_together = VECTOR_BYTES == 64 ? 4 : 2;  // queries that meet a key at a time
+constexpr int rows_together = VECTOR_BYTES == 64 ? 4 : 2;  // queries that are scored against a key at a time
 
 // Queries against one prepared key after the other: several keys at a time would share the queries' constants, but
-// memory is read fastest in its own order.
+// memory is read fastest in order.
 template <class T>
 class PreparedQueries {
  public:
@@ -25,7 +25,7 @@ class PreparedQueries {
     first_ = splat<T>(T(1));
     first_[0] = T(1) / lift<T>;
   }
-  // After `begin`, of each row.
+  // Takes the query of a row, after `begin`.
   void take(std::int64_t r, const T* query) {
     Row& row = rows_[r];
     row.query = query;
@@ -73,7 +73,7 @@ class PreparedQueries {
     std::memset(sums, 0, 3 * width * sizeof(T));
     for (int form = 0; form < 3; ++form) sum_[form] = sums + form * width;
   }
-  // Of row 0: adds G (1 - t^2) of one key, but for what `finish_slopes` multiplies by.
+  // Adds G (1 - t^2) of row 0 and one key, without the factors that `finish_slopes` multiplies by.
   void add_slopes(const Problem<T>& p, std::int64_t n, std::int64_t j, T g) {
     if (prepared_) {
       const void* prepared = p.prepared.at(n, j);
@@ -102,7 +102,7 @@ class PreparedQueries {
   static constexpr int row_constants = 2;
   struct Row {
     const T *query, *factor[2];
-    T limit[2], correction[2];  // the latter: what the roundings of the factors leave out
+    T limit[2], correction[2];  // correction: of the rounding errors of the factors
     bool wide_fits;
   };
 
@@ -110,7 +110,7 @@ class PreparedQueries {
     return stored_row(p.key, n, j, 0, hidden, row_.get(width));
   }
 
-  // False, and nothing is computed, unless the key has the same form for R rows.
+  // Returns false, and computes nothing, unless the key has the same form for R rows.
   template <int R>
   bool some(const Problem<T>& p, std::int64_t n, std::int64_t j, std::int64_t r, Fetch& fetch, T* to,
             std::int64_t stride) const {
@@ -147,7 +147,7 @@ class PreparedQueries {
     return form == wide && !row.wide_fits ? unprepared : form;
   }
 
-  // With `edge`, at the first features or beyond the last whole group.
+  // `edge`: these are the first features, or those of a last, partial group.
   template <KeyForm form, bool edge, class E>
   ALWAYS_INLINE Vec<T> load_key(const E* x, std::int64_t h) const {
     if (!edge) return load_prepared<form>(x + h);
@@ -169,7 +169,8 @@ class PreparedQueries {
     y = form == small ? k * factor + T(1) : k + factor;
   }
 
-  // Is a term w t of this pair so large that the rounding of its form does not show? Mostly the first vector tells.
+  // Whether a term w t of this pair is so large that the rounding of its form is negligible. Mostly the first vector
+  // decides.
   template <KeyForm form, class E>
   bool is_clear(const E* x, const Row& row) const {
     for (std::int64_t h = 0; h < hidden; h += L) {

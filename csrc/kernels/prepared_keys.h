@@ -6,14 +6,14 @@
 //     wide    |k| <= safe     b = e^{2k}    (b - a) / (b + a), a = e^{-2q}    4 a b / (a + b)^2
 //     direct  otherwise       NaN           tanh(q + k) from the key itself
 //
-// (math.md, eq. 6, 7 and 21.) `small` keeps the relative error of small energies, whatever the query is. The form of
-// a key shows in its first feature: |c| < 1, and b is multiplied there by `lift`, which makes it more than 1. A pair
-// takes the direct form too where the query is out of the range of `wide`, and where query and key cancel. So the form
-// depends on this pair alone.
+// (math.md, eq. 6, 7 and 21.) `small` keeps the relative error of small energies, whatever the query is. The
+// first feature encodes the form of a key: |c| < 1, and b is multiplied there by `lift`, which makes it more than 1. A
+// pair also takes the direct form where the query is out of the range of `wide`, and where query and key cancel. So the
+// form depends on this pair alone.
 //
-// What rounding adds to the scores of small energies is the same for all queries, sum_h w_h rho_h / 2 (eq. 8). With the
-// weight at hand, some features are rounded the other way, until little of it is left. For any other weight the key is as
-// exact as if all had been rounded to the nearest.
+// What rounding adds to the scores of small energies is the same for all queries, sum_h w_h rho_h / 2 (eq. 8). If the
+// weight is known, some features are rounded the other way, until little of that is left. For any other weight the key
+// is as exact as if all had been rounded to the nearest.
 //
 // Keys of 16 bits are prepared in 16 bits, with 11 binary digits, small up to 1. c is a half-precision number, after a
 // multiplication with 2^16 that keeps it normal. b has no sign and 6 bits of exponent, 2^-32 to 2^31. The lowest bit of
@@ -31,7 +31,7 @@ KeyForm key_form(const T* prepared) {
 
 typedef std::uint16_t Narrow;
 constexpr Narrow narrow_unprepared = 0x7e00;  // NaN
-constexpr float narrow_least = 0x1p-12f;      // a small key with less in all features is not prepared
+constexpr float narrow_least = 0x1p-12f;      // a small key whose features are all below this is not prepared
 constexpr float narrow_scale = 0x1p16f;
 constexpr std::uint32_t narrow_bias = 127 - 32;
 
@@ -55,11 +55,11 @@ inline Vec<T> left_of_product(Vec<T> c, Vec<T> a, Vec<T> b) {
   return ((c - a1 * b1) - a1 * (b - b1)) - (a - a1) * b;
 }
 
-// tanh x for |x| <= 1/2, and what its rounding leaves out; of larger x its tanh, and no error.
+// tanh x and, for |x| <= 1/2, what its rounding leaves out; for larger x the error is 0.
 template <class T>
 inline void tanh_with_error(Vec<T> x, Vec<T>& t, Vec<T>& error) {
   Vec<T> power, high, low;
-  // One more term, for an error that all features share is not lost among their roundings.
+  // One more term, because an error that all features share does not average out as their roundings do.
   exp_parts<T, Simd<T>::exp_degree + 1>(clamp<T>(x, -Range<T>::flat, Range<T>::flat) * T(2), power, high, low);
   const Vec<T> one = power - T(1), sum = power * high + one;
   low = power * low + (power * high - (sum - one));  // e^{2x} - 1 = sum + low
@@ -99,7 +99,7 @@ inline void store_prepared(KeyForm form, Vec<float> x, std::int64_t count, Narro
   for (std::int64_t l = 0; l < std::min<std::int64_t>(count, lanes<float>); ++l) to[l] = Narrow(buffer[l]);
 }
 
-// The neighbour on the other side of x where the lowest bit is not that of the form.
+// Takes the neighbour on the other side of x where the lowest bit is not that of the form.
 inline void mark_form(KeyForm form, float x, Narrow* prepared) {
   if ((*prepared & 1) == (form == wide)) return;
   Narrow all[lanes<float>] = {*prepared};
@@ -108,8 +108,8 @@ inline void mark_form(KeyForm form, float x, Narrow* prepared) {
   *prepared = Narrow(up ? *prepared + 1 : *prepared - 1);
 }
 
-// What is prepared of a key k; adds what its rounding leaves out of the scores of small energies. unit: by how much these
-// grow with a unit in the last place.
+// The prepared features of k. Adds what their rounding leaves out of the scores of small energies to `lost`. unit: by
+// how much these scores grow with a unit in the last place.
 template <class T>
 inline Vec<T> prepare_features(KeyForm form, Vec<T> k, Vec<T> weight, Vec<T>& lost, Vec<T>& unit) {
   Vec<T> x, error, growth;
@@ -128,8 +128,8 @@ inline Vec<T> prepare_features(KeyForm form, Vec<T> k, Vec<T> weight, Vec<T>& lo
 
 constexpr int most_turned = 32;  // so many features may be rounded the other way
 
-// The first features of some keys, side by side: by how much a unit in the last place of each changes the scores, and
-// what the roundings of all of a key's features leave out of them.
+// Of some keys: by how much a unit in the last place of each of the first features changes the scores (`unit`), and
+// what the roundings of all features leave out of them (`lost`).
 template <class T>
 struct Roundings {
   static constexpr int L = lanes<T>;
@@ -138,7 +138,7 @@ struct Roundings {
   alignas(64) T unit[L][most_turned] = {}, lost[L] = {};
 
   // Changes features of the keys, `row` apart, by a unit in the last place, until the scores have changed by what is
-  // lost: feature after feature, while lanes run over keys, without branches, which no processor could foresee.
+  // lost: feature after feature, with lanes over keys, and without branches, which would be mispredicted.
   void turn(std::int64_t keys, std::int64_t count, std::int64_t hidden, T* prepared, std::int64_t row) const {
     Vec<T> left = load(lost);
     for (std::int64_t h0 = 0; h0 < count; h0 += L) {
@@ -166,7 +166,7 @@ struct Roundings {
   }
 };
 
-// E is T, or Narrow; the weight is that of `normalised_copy`. Takes note of the roundings as those of key l.
+// E is T, or Narrow; the weight is that of `normalised_copy`. Stores the roundings as those of key l.
 template <class T, class E>
 KeyForm prepare_key(const T* key, const T* weight, std::int64_t hidden, std::int64_t turned, E* prepared,
                     std::int64_t l, Roundings<T>& roundings) {
@@ -196,13 +196,13 @@ KeyForm prepare_key(const T* key, const T* weight, std::int64_t hidden, std::int
   return form;
 }
 
-// Up to as many keys as there are lanes, `row` apart.
+// Prepares up to as many keys as there are lanes, `row` apart.
 template <class T, class E>
 void prepare_some(const T* key, std::int64_t row, std::int64_t keys, const T* weight, std::int64_t hidden,
                   E* prepared) {
   constexpr bool narrow = sizeof(E) < sizeof(T);
   if (hidden == 0) return;
-  // Of many features more are turned: lost grows with their root.
+  // With more features, more are turned: `lost` grows with the square root of their number.
   const std::int64_t turned = std::min<std::int64_t>({hidden, most_turned, 4 + hidden / 24});
   Roundings<T> roundings;
   KeyForm form[lanes<T>];

@@ -1,6 +1,6 @@
-// The masked scores themselves, in place of what a softmax makes of them.
+// The masked scores themselves, without a softmax.
 
-// Tiles are independent: blocks of rows are shared out, and ranges of keys where rows are few.
+// Tiles are independent: tasks are blocks of rows and, where rows are few, ranges of keys.
 template <class T>
 void scores(const Scores<T>& p, const ParallelFor& parallel_for) {
   constexpr std::int64_t TK = tile_keys<T>;

@@ -1,6 +1,6 @@
 // P and G of the query rows, from their scores (math.md, eq. 9).
 
-constexpr std::int64_t rows_ahead = 4;  // whose P and G are fetched: they lie pages apart
+constexpr std::int64_t rows_ahead = 4;  // prefetch distance: P and G of rows lie pages apart
 
 template <class T>
 class RowPass {
@@ -54,7 +54,7 @@ class RowPass {
     }
   }
 
-  // dO V^T over values [d0, d0 + count): these are turned so that lanes run over keys.
+  // dO V^T over values [d0, d0 + count): these are transposed, so that lanes run over keys.
   void add_products(std::int64_t n, std::int64_t row0, std::int64_t rows, const T* v, std::int64_t d0,
                     std::int64_t count) {
     const std::int64_t panel = round_up(count, group) * K;
@@ -89,7 +89,7 @@ class RowPass {
       const T* upstream = p.grad_weights.at(n, i) + key0;
       for (std::int64_t j = 0; j < s.count; ++j) g[j] += upstream[j];
     }
-    const int end = int(round_up(s.count, K));  // finish_row takes whole blocks
+    const int end = int(round_up(s.count, K));  // finish_row reads whole blocks
     for (int j = 0; j < end && s.may_overflow; ++j) {
       const bool masked = j >= s.count || s.masked(r, key0 + j, key0);
       weights[j] = masked ? T(0) : std::exp(score[j] - lse);
@@ -104,7 +104,7 @@ class RowPass {
         const Vec<T> x = load(score + j);
         const auto masked = x == T(-INFINITY);
         store(weights + j, w = masked ? (Vec<T>){} : exp_scaled<T>(x - lse));
-        store(g + j, upstream = masked ? (Vec<T>){} : upstream);  // whatever a masked value holds
+        store(g + j, upstream = masked ? (Vec<T>){} : upstream);  // whatever a masked value is
       }
       part += w * upstream;
       total += w;
@@ -124,7 +124,7 @@ class RowPass {
     const typename Workspace<T>::Row& row = row_[i - s.row0];
     const auto [weights, gradient, attended, width, place] = row;
     const std::int64_t blocks = width / K;
-    // P sums to 1: dividing by the sum takes out the rounding of lse, which all keys of the row share.
+    // P sums to 1: dividing by the sum removes the rounding error of lse, which all keys of the row share.
     const double total = total_[i - s.row0];
     double delta = delta_[i - s.row0];
     const T normaliser = total == 0 ? T(0) : T(1 / total);
@@ -136,7 +136,7 @@ class RowPass {
     for (std::int64_t b = 0; b < blocks; ++b) {
       if (!attended[b]) continue;
       for (int j = b * K; j < (b + 1) * K; j += L) {
-        const Vec<T> raw = load(weights + j), x = raw == T(0) ? raw : raw * normaliser;  // 0 stays 0 beside NaN
+        const Vec<T> raw = load(weights + j), x = raw == T(0) ? raw : raw * normaliser;  // 0 * NaN must stay 0
         const Vec<T> positive = x < T(0) ? -x : x;
         if (finite) store(gradient + j, x == T(0) ? (Vec<T>){} : positive * (load(gradient + j) - T(delta)));
         const UVec<T> size = magnitude<T>(load(gradient + j));
@@ -147,7 +147,8 @@ class RowPass {
     ws.largest_gradient[ws.index(n, i)] = as_number<T>(largest_lane<T>(most));
   }
 
-  // G where delta is NaN or Inf: that reaches all attended keys of the row, those with P = 0 too, and no masked one.
+  // Computes G where delta is NaN or Inf, which all attended keys of the row get, also those with P = 0; masked keys do
+  // not.
   void spread_nonfinite(const typename Workspace<T>::Row& row, std::int64_t r, T delta) {
     for (std::int64_t j = 0; j < round_up(p.keys, K); ++j) {
       const std::int64_t column = row.column(j);

@@ -1,12 +1,12 @@
 // The masked scores of a block of query rows, one tile of keys after the other: what forward and backward share.
 
-constexpr int usual_rows = 128;        // of a block...
-constexpr int few_features = 64;       // ...but up to so many features, most_rows share what is prepared of a tile...
-constexpr int few_features_rows = 32;  // ...of which so many are computed at a time, whose scores the cache holds
+constexpr int usual_rows = 128;        // of a block
+constexpr int few_features = 64;       // up to so many features, most_rows rows share a packed tile
+constexpr int few_features_rows = 32;  // of these, so many are computed at a time: the cache holds their scores
 constexpr int score_rows = VECTOR_BYTES == 64 ? 4 : 1;  // rows whose scores are computed together, of the fast forms
-constexpr double most_bound = 16;                       // of scores whose exponentials need no maximum taken off
+constexpr double most_bound = 16;                       // of scores whose exponentials need no maximum subtracted
 
-// Rows of a block: fewer where that is needed to keep every thread busy, or where masks may leave out keys of some.
+// Rows of a block: fewer where that is needed to keep every thread busy, or where masks may exclude keys of some rows.
 template <class T>
 std::int64_t rows_per_block(const Problem<T>& p, std::int64_t batch, std::int64_t queries) {
   const bool masked = p.blocks || p.starts || p.left >= 0 || p.right >= 0 || p.mask.type != MaskType::none;
@@ -21,8 +21,8 @@ class ScoreBlock {
  public:
   static constexpr int K = block_keys<T>, TK = tile_keys<T>;
 
-  // With `sharing` above 1, so many entries of one query each have the same keys, values and weight: they are the rows
-  // of a block, whose number `begin` takes as the entry.
+  // With `sharing` above 1, so many consecutive entries of one query share keys, values and weight. They are rows of
+  // blocks, and `begin` takes the number of their group as the entry.
   explicit ScoreBlock(const Problem<T>& problem, std::int64_t sharing = 1)
       : p(problem),
         sharing(sharing),
@@ -32,7 +32,7 @@ class ScoreBlock {
         query_width_((std::max<std::int64_t>(features, 1) + slab - 1) / slab * slab_width_),
         located_(problem.key, problem.location, problem.hidden) {}
 
-  // Begins with rows [first_row, first_row + count) of entry n.
+  // Begins rows [first_row, first_row + count) of entry n.
   void begin(std::int64_t n, std::int64_t first_row, std::int64_t count) {
     entry = n * sharing;
     row0 = first_row;
@@ -79,8 +79,8 @@ class ScoreBlock {
     return true;
   }
 
-  // Computes scale * score + mask of the tile for rows from `begin` to the one that it returns, -Inf where a key is
-  // masked or beyond the last.
+  // Computes scale * score + mask of the tile for rows from `begin` to the end that it returns, -Inf where a key
+  // is masked or beyond the last.
   std::int64_t compute(std::int64_t begin) {
     computed_ = begin;
     const std::int64_t end = std::min(begin + rows_at_once(), rows);
@@ -103,10 +103,10 @@ class ScoreBlock {
     return end;
   }
 
-  // The scores that were computed last, of row r; the next row's follow after TK.
+  // The last computed scores of row r; those of the next row follow after TK.
   T* row(std::int64_t r) { return scores_.get(0) + (r - computed_) * TK; }
 
-  // Is key j masked for row r? `masked` answers for the present tile, which begins at key0, `attends` for any key.
+  // `masked`: key j of the present tile, which begins at key0, is masked for row r. `attends`: any key j is not.
   bool masked(std::int64_t r, std::int64_t j, std::int64_t key0) const {
     return j < start[r] || j >= stop[r] || (bias_rows_ && bias_rows_[r * TK + j - key0] == T(-INFINITY));
   }
@@ -142,7 +142,7 @@ class ScoreBlock {
     const T* w = prepared_ = p.weight.at(entry, 0);
     weight_largest_ = largest(w, p.hidden);
     normaliser_ = weight_normaliser(w, p.hidden);
-    // By the scale later, if their product overflows although neither does with the energy.
+    // The scale is applied later if the product is not normal, although neither factor overflows with the energy.
     factor_ = T(1) / normaliser_ * p.scale;
     scale_last_ = !std::isnormal(factor_);
     if (scale_last_) factor_ = T(1) / normaliser_;
@@ -227,8 +227,8 @@ class ScoreBlock {
     }
   }
 
-  // A single row where keys have a location term. Meanwhile the values are fetched, and the keys to come: those of the
-  // next tile where a tile is read at once. Memory that is asked for in one burst is waited for.
+  // A single row whose keys have a location term. Values and later keys are prefetched meanwhile, keys of the next tile
+  // where a tile is read at once: one burst of loads would stall.
   void located_row(std::int64_t key0) {
     form_[0] = direct;
     const bool one = p.location.features == 1;
@@ -253,7 +253,7 @@ class ScoreBlock {
     finish_row(0, key0, factor_);
   }
 
-  struct Attended {  // (not a lambda, which would not be compiled for the instruction set everywhere)
+  struct Attended {  // (not every compiler compiles a lambda for the instruction set)
     const ScoreBlock& s;
     std::int64_t r, key0;
     bool operator()(std::int64_t j) const { return s.complete || !s.masked(r, key0 + j, key0); }
@@ -262,7 +262,7 @@ class ScoreBlock {
     bool whole() const { return s.complete; }
   };
 
-  // The form of each row. A masked key must not matter, not even to the form.
+  // Chooses the form of each row. No masked key may change a result, not even by the form.
   void choose_forms(std::int64_t key0) {
     const T* k = keys_;
     const std::int64_t row = key_reader_.row;
@@ -301,7 +301,7 @@ class ScoreBlock {
     query_packed_[f] = true;
   }
 
-  // Features [h0, h0 + slab) of a block of keys, in the forms in use. They stay in the cache.
+  // Packs features [h0, h0 + slab) of a block of keys, in the forms in use. They stay in the cache.
   void pack_block(int b, std::int64_t h0) {
     if (!block_attended_[b]) return;
     const T* k = keys_ + b * K * key_reader_.row + h0;
@@ -316,8 +316,8 @@ class ScoreBlock {
     return key_[f].get((few() ? tile_blocks : 1) * width) + (few() ? b * width : 0);
   }
 
-  // Adds features [h0, h0 + slab) of row r and some of the next ones before `end`, which attend to the block too, in
-  // the same form. How many rows these are.
+  // Adds features [h0, h0 + slab) of row r and of next rows before `end` that attend to the block in the same form.
+  // Returns the number of rows.
   int add(std::int64_t r, std::int64_t end, int b, std::int64_t h0) {
     const Form f = form_[r];
     const T* k = packed_block(f, b);
@@ -338,7 +338,7 @@ class ScoreBlock {
     return add_energies<T, form, score_rows>(q, width, k, groups, to), score_rows;
   }
 
-  // Multiplies the row's scores by what is missing, `first` before the scale, and adds the masks' terms.
+  // Multiplies the row's scores by `first`, then by the scale where it comes last, and adds the masks' terms.
   void finish_row(std::int64_t r, std::int64_t key0, T first) {
     const std::int64_t low = start[r] - key0, high = std::min(stop[r], key0 + count) - key0;
     const T* bias = bias_rows_ ? bias_rows_ + r * TK : nullptr;
@@ -370,7 +370,7 @@ class ScoreBlock {
   typename Simd<T>::Bits query_largest_[most_rows], weight_largest_ = 0;
   const T* prepared_ = nullptr;    // weights
   T normaliser_ = 1, factor_ = 1;  // of the weights; of scores of normalised weights
-  bool scale_last_ = false;        // of those too
+  bool scale_last_ = false;        // the scale is not part of factor_
   PreparedQueries<T> single_queries_;
   LocatedKeys<T> located_;
   Matching<T> matching_;

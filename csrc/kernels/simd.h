@@ -3,7 +3,7 @@
 // No file of kernels/ has an include guard: every file of targets/ includes each once, inside the namespace and under
 // the compiler target of its instruction set, after defining VECTOR_BYTES. Arithmetic is that of the GCC/Clang vector
 // extensions, so one source serves AVX-512, AVX2, NEON and plain SSE2; a * b + c becomes a fused multiply-add where the
-// target has one. Intrinsics stand only where the compiler's own code is slow: `reciprocal`, parts of vectors, `any`.
+// target has one. Intrinsics are used only where the compiler's code is slow: `reciprocal`, parts of vectors, `any`.
 
 template <class T>
 struct Simd;
@@ -62,7 +62,7 @@ inline Vec<T> splat(T x) {
 inline unsigned first_lanes(std::int64_t n) { return n > 0 ? (1u << n) - 1 : 0; }
 #endif
 
-// The first n lanes from memory, the rest filled.
+// Loads the first n lanes, and fills the rest.
 template <class T>
 inline Vec<T> load_part(const T* p, std::int64_t n, T fill) {
   if (n >= lanes<T>) return load(p);
@@ -87,7 +87,7 @@ inline void store_part(T* p, Vec<T> v, std::int64_t n) {
   for (int l = 0; l < n; ++l) p[l] = buffer[l];
 }
 
-// The halves are added, then theirs, and so on.
+// Adds the two halves, then the halves of the result, and so on.
 template <class T>
 inline T sum(Vec<T> v) {
 #if VECTOR_BYTES == 64
@@ -190,7 +190,7 @@ T as_number(typename Simd<T>::Bits bits) {
   return x;
 }
 
-// GCC takes this for a function without effects, and drops calls that it has not inlined early.
+// Always inlined: GCC takes it for a function without effects, and drops calls that it has not inlined early.
 template <class T>
 ALWAYS_INLINE void prefetch(const T* row, std::int64_t columns) {
   for (std::int64_t c = 0; c < columns; c += 64 / sizeof(T)) __builtin_prefetch(row + c);

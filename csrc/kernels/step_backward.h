@@ -1,5 +1,5 @@
-// The gradients of a decoder step that its predecessor waits for: those of the query and of the scores (math.md, eq. 9
-// and 10). P is what the step returned. Nothing of the size of keys or values is written.
+// The gradients of a decoder step that the previous step's backward needs: those of the query and of the scores
+// (math.md, eq. 9 and 10). P is the weights that the step returned. Nothing of the size of keys or values is written.
 //
 //     range of keys -> dP, its share of delta        then        range of keys -> G, its share of dq
 //
@@ -13,7 +13,7 @@ class StepPass {
 
   explicit StepPass(const StepBackward<T>& problem) : p(problem) {}
 
-  // Keys [key_begin, key_end): dP in place of G, and sums of P dP and of P.
+  // For keys [key_begin, key_end): stores dP in the place of G, and sums P dP and P.
   void upstream(std::int64_t n, std::int64_t key_begin, std::int64_t key_end, double& delta, double& total) {
     delta = total = 0;
     for (std::int64_t key0 = key_begin; key0 < key_end; key0 += TK) {
@@ -54,7 +54,7 @@ class StepPass {
     }
   }
 
-  // The same keys: G, and a quarter of sum G (1 - t^2) in sum_query[width].
+  // For the same keys: computes G, and a quarter of sum G (1 - t^2) in sum_query[width].
   void query(std::int64_t n, std::int64_t key_begin, std::int64_t key_end, double delta, T* sum_query) {
     std::memset(sum_query, 0, width() * sizeof(T));
     typename Simd<T>::Bits most = 0;
@@ -93,7 +93,7 @@ class StepPass {
     for (std::int64_t j = 0; j < TK; ++j) weights[j] = j < count && attended_[j] ? from[j] : T(0);
   }
 
-  // G from dP; the largest |G|. Nonfinite values reach all attended keys, those with P = 0 too.
+  // Computes G from dP; returns the largest |G|. A nonfinite delta reaches all attended keys, also those with P = 0.
   typename Simd<T>::Bits scores_gradient(std::int64_t n, std::int64_t key0, std::int64_t count, T delta) {
     if (!find_attended(n, key0, count)) return 0;
     T weights[TK], *g = p.grad_scores + n * p.keys + key0;
@@ -106,7 +106,7 @@ class StepPass {
     return largest(g, count);
   }
 
-  // Long sums are sums of short ones: a tile's.
+  // Sums each tile by itself: long sums in single precision lose digits.
   void slopes(std::int64_t n, std::int64_t key0, std::int64_t key_end, int shift, T* sum_query) {
     const T* g = p.grad_scores + n * p.keys;
     query_.begin_slopes();
@@ -127,7 +127,7 @@ void finish_query(const StepBackward<T>& p, std::int64_t n, const T* sums, std::
   for (std::int64_t h = 0; h < p.hidden; ++h) {
     double sum = 0;
     for (std::int64_t k = 0; k < splits; ++k) sum += sums[k * stride + h];
-    // A nonfinite weight has made G NaN wherever it matters.
+    // A nonfinite weight has already made G NaN wherever it matters.
     p.grad_query[n * p.hidden + h] = std::isfinite(w[h]) ? T(sum * 4 * double(p.scale) * double(w[h])) : T(sum * 0);
   }
 }
@@ -174,5 +174,5 @@ void query_and_scores(const StepBackward<T>& p, const ParallelFor& parallel_for)
 template <class T>
 void step_backward(const StepBackward<T>& p, const ParallelFor& parallel_for) {
   query_and_scores(p, parallel_for);
-  if (p.location) location_backward(p, parallel_for);  // the query's gradient too
+  if (p.location) location_backward(p, parallel_for);  // overwrites the query's gradient
 }

@@ -1,5 +1,5 @@
-// Keys and values as they are computed with, from 16 bits where they are stored in these: converted a few rows at a time
-// into memory that stays in the cache.
+// Keys and values in the computing type. Those stored in 16 bits are converted a few rows at a time, into memory that
+// stays in the cache.
 
 #if VECTOR_BYTES > 16 && defined(__x86_64__)
 inline Vec<float> widen_half(const std::uint16_t* x) {
@@ -48,7 +48,7 @@ inline void widen_row(const std::uint16_t* from, std::int64_t count, float* to) 
   store_part<float>(to + i, widen<storage>(rest), count - i);
 }
 
-// Columns [first, first + count) of row i: where they lie, or in `copy`.
+// Points to columns [first, first + count) of row i, or to their conversion in `copy`.
 template <class T>
 inline const T* stored_row(const StoredRows<T>& rows, std::int64_t n, std::int64_t i, std::int64_t first,
                            std::int64_t count, T* copy) {
@@ -63,7 +63,7 @@ inline const T* stored_row(const StoredRows<T>& rows, std::int64_t n, std::int64
   return copy;
 }
 
-// Whole rows [i, i + count), `row` apart.
+// Reads whole rows [i, i + count), `row` apart.
 template <class T>
 class StoredReader {
  public:
@@ -82,18 +82,18 @@ class StoredReader {
   Buffer<T> memory_;
 };
 
-// Columns [first, first + columns) of row i.
+// Prefetches columns [first, first + columns) of row i.
 template <class T>
 ALWAYS_INLINE void prefetch_stored(const StoredRows<T>& rows, std::int64_t n, std::int64_t i, std::int64_t columns,
                                    std::int64_t first = 0) {
   prefetch(static_cast<const char*>(rows.at(n, i)) + first * rows.element(), columns * rows.element());
 }
 
-// A row of memory that is fetched while scores are computed, a few lines of 64 bytes at a time: scores are
+// Prefetches a row of memory while scores are computed, a few lines of 64 bytes at a time: scores are
 // compute-bound, the weighted sum is memory-bound.
 class Fetch {
  public:
-  // In so many calls of `some`.
+  // Divides a row of so many bytes over so many calls of `some`.
   Fetch(std::int64_t bytes, std::int64_t times)
       : bytes_(bytes), share_(64 * ((bytes + 64 * times - 1) / std::max<std::int64_t>(64 * times, 1))) {}
   void begin(const void* row) {

@@ -35,7 +35,7 @@ class ValuePass {
     const unsigned char* on = first.attended + column / K;
     const T* kept = first.weights + column;
     for (std::int64_t stop; i < end; i = stop) {
-      // Rows that attend to the same blocks go together; what a row holds of its other blocks is undefined.
+      // Rows that attend to the same blocks go together; P of a row's other blocks is undefined.
       const unsigned char* next = on;
       for (stop = i; stop < end && std::memcmp(on, next, blocks) == 0; ++stop) next += first.width / K;
       const T* grad = nullptr;

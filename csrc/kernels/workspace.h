@@ -1,15 +1,15 @@
 // P and G of a bounded number of rows, kept for the keys that the rows may attend to.
 
-constexpr std::int64_t workspace_elements = std::int64_t(1) << 21;  // of P, and as many of G
-constexpr std::int64_t cached_elements = workspace_elements / 4;    // of fewer keys: so many, in which caches help...
-constexpr std::int64_t piece_rows = 256;                            // ...but no fewer rows, for a piece reads all keys
+constexpr std::int64_t workspace_elements = std::int64_t(1) << 21;  // most of P, and as many of G
+constexpr std::int64_t cached_elements = workspace_elements / 4;    // least, where keys are few: caches hold them
+constexpr std::int64_t piece_rows = 256;                            // between these limits: each piece reads all keys
 constexpr std::int64_t most_piece_rows = 8192;
 constexpr std::int64_t most_places = std::int64_t(1) << 18;  // of the strips of all groups
 constexpr std::int64_t strip_keys = 128;
 constexpr int group_rows = 128;
 
-// Rows [row0, row0 + rows) of the entries [entry0, entry0 + entries): a piece. So many rows of an entry are a group. It
-// keeps the strips of keys that some row of it may attend to by intervals and block table, one after the other.
+// A piece: rows [row0, row0 + rows) of the entries [entry0, entry0 + entries). group_rows rows of an entry are a group,
+// which keeps the strips of keys that some of its rows may attend to by intervals and block table, one after the other.
 template <class T>
 class Workspace {
  public:
@@ -27,7 +27,7 @@ class Workspace {
         group_(groups_.get(most_groups_)),
         place_(places_.get(most_groups_ * strips)) {}
 
-  // The first piece, or the next one; false after the last.
+  // Goes to the first piece, or to the next one; returns false after the last.
   bool next() {
     entry0 += row0 + rows < p.queries ? 0 : entries;
     row0 = row0 + rows < p.queries ? row0 + rows : 0;
@@ -55,10 +55,10 @@ class Workspace {
     return true;
   }
 
-  // Where row i of entry n is kept. `place` says which of its strips holds keys [s * W, (s + 1) * W); -1 = none.
+  // Where row i of entry n is kept. place[s]: which of its strips has the keys [s * W, (s + 1) * W); -1 = none.
   struct Row {
     T *weights, *gradient;
-    unsigned char* attended;    // per key block: does it have an attended key?
+    unsigned char* attended;    // per key block: whether it has an attended key
     std::int64_t width;         // keys that are kept, or a block more
     const std::int32_t* place;  // of each strip
 
@@ -106,7 +106,7 @@ class Workspace {
     return taken;
   }
 
-  // Rows that lie a power of two apart share few places of a cache.
+  // Pads the width: rows that lie a power of two apart map to few sets of a cache.
   static std::int64_t spaced(std::int64_t width) {
     return width + (width > 0 && width * std::int64_t(sizeof(T)) % 2048 == 0 ? K : 0);
   }

@@ -17,10 +17,10 @@
 
 #include "../problem.h"
 
-// Of functions that pass vectors through memory where the compiler thinks them too large.
+// For functions that the compiler may find too large to inline, and would then pass vectors through memory.
 #define ALWAYS_INLINE __attribute__((always_inline)) inline
 
-// Everything between the two is compiled for these instructions.
+// Everything between BEGIN_TARGET and END_TARGET is compiled for these instructions.
 #define PRAGMA(tokens) _Pragma(#tokens)
 #if defined(__clang__)
 #define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
