@@ -1,4 +1,4 @@
-"""Additive attention as a layer, in place of the plain one and with its parameters."""
+"""Additive attention as a layer that replaces the plain one and has its parameters."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ class AdditiveAttention(ProjectingAttention):
     state_dicts load. With normalize=True, v is ``energy_layer.weight``, g is ``energy_gain (1)``,
     b is ``energy_offset (hidden_dim)``, and there is no ``energy_layer.bias``.
 
-    ``query_layer`` and ``key_layer`` are called. Of ``energy_layer``, a Linear, the weight is
-    read; under hooks, or replaced by another affine module (an adapter, a quantised or sharded
-    Linear), it is called once per call, with the ``hidden_dim + 1`` rows of an identity matrix and
-    zero. A module that is not affine, or drops out, raises ValueError: what is called is checked
-    at the first call, and at the first one after each change of its parameters or hooks. Backward
-    hooks raise it too. Under FSDP2, ``fully_shard(layer)`` needs
+    ``query_layer`` and ``key_layer`` are called. ``energy_layer`` is a Linear whose weight is
+    read. If it has hooks, or is replaced by another affine module (an adapter, a quantised or
+    sharded Linear), it is called once per call, with the ``hidden_dim + 1`` rows of an identity
+    matrix and zero. Such a module is checked at the first call, and at the first one after each
+    change of its parameters or hooks: one that is not affine, or drops out, raises ValueError.
+    Backward hooks raise it too. Under FSDP2, ``fully_shard(layer)`` needs
     ``register_fsdp_forward_method(layer, "project")`` and ``(layer, "step")``.
 
     Raises:
-        TypeError: a dimension is no integer.
-        ValueError: a dimension is below 1, dropout is no number in [0, 1], or scale is no finite
-            number.
+        TypeError: a dimension is not an integer.
+        ValueError: a dimension is below 1, dropout is not a number in [0, 1], or scale is not a
+            finite number.
 
     Example:
         >>> attention = AdditiveAttention(input_dim=20, hidden_dim=32)
@@ -111,8 +111,8 @@ class AdditiveAttention(ProjectingAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises the parameters that are the layer's own, those of normalize=True. Its
-        Linears have their own ``reset_parameters``."""
+        """Initialises the layer's own parameters, which are those of normalize=True. Its Linears
+        have their own ``reset_parameters``."""
         if self.normalize:
             nn.init.constant_(self.energy_gain, self.hidden_dim**-0.5)
             nn.init.zeros_(self.energy_offset)
@@ -194,17 +194,17 @@ class AdditiveAttention(ProjectingAttention):
             query: ``(B, query_dim)``, or ``(query_dim,)`` with an unbatched memory; or several
                 queries per sequence, ``(B, n, query_dim)``, or ``(n, query_dim)`` unbatched; or
                 ``(B * beams, query_dim)`` with a memory that was expanded for beams.
-            memory: from :meth:`project`, of this layer; what ``_replace`` puts there is checked
-                as :meth:`forward` checks its arguments.
+            memory: from :meth:`project`, of this layer; fields that ``_replace`` has changed are
+                checked as :meth:`forward` checks its arguments.
             need_weights: whether to return the weights.
 
         Returns:
             context ``(B, Dv)`` and weights ``(B, Lk)``, or None, with the leading dims of query.
 
-        The gradients of keys, values and parameters are made once for all steps of a memory, when
-        backward has passed the last of them (math.md, eq. 16). Under ``create_graph``,
+        The gradients of keys, values and parameters are computed once for all steps of a memory,
+        after the backward of all of them (math.md, eq. 16). Under ``create_graph``,
         ``torch.func``, autocast and tracing, and where hooks or tools have changed the layers or
-        ``_replace`` the memory, every step makes its own.
+        ``_replace`` the memory, every step computes its own.
 
         Raises:
             TypeError, ValueError, RuntimeError: query and memory do not fit, or as
@@ -219,7 +219,7 @@ class AdditiveAttention(ProjectingAttention):
         return step(self, query, memory, need_weights)
 
     def _sources(self, query: Tensor, key: Tensor) -> Sources | None:
-        """What projections and energy are made from, where the parameters are all that matters."""
+        """What projections and energy are computed from; None unless bare Linears compute them."""
         modules: Any = self._modules
         of_query = bare_parameters(modules["query_layer"])
         of_key = bare_parameters(modules["key_layer"])
@@ -244,7 +244,7 @@ class AdditiveAttention(ProjectingAttention):
                 q, k, weight = projections(sources)
                 return q, k, value, weight
             except RuntimeError:
-                pass  # is explained below
+                pass  # _project raises an error that says why
         return self._project("query", query), *self._project_keys(key, value), None
 
     def _attend(
@@ -253,17 +253,17 @@ class AdditiveAttention(ProjectingAttention):
         need_weights: bool, key_padding_mask: Tensor | None = None,
         starts: Integers | None = None, compute: Any = attend, weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Of projected queries and keys, batch first. ``weight`` is the energy's vector where
-        ``compute`` knows its source."""
+        """Attends with projected queries and keys, batch first. ``weight`` is the energy's vector
+        where ``compute`` has its source."""
         bias = None
         if weight is None:
-            # Three lookups in _modules: nn.Module's __getattr__ would show in a decoder step.
+            # From _modules, since the cost of nn.Module's __getattr__ shows in a decoder step.
             energy_layer: Any = self._modules["energy_layer"]
             weight, bias = energy_of(energy_layer, query.shape[-1], query)
             if self.normalize:
                 weight = self.energy_gain * weight / weight.norm()
             if query.dim() == 2:
-                # The first dim of (1, hidden_dim) would count as heads, of which there are none.
+                # The first dim of (1, hidden_dim) would count as heads, but there are no heads.
                 weight = weight.squeeze(0)
         out, weights, _ = masked_attention(
             (query, key, value, weight), attn_mask, lengths, is_causal, window,

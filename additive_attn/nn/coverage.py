@@ -12,14 +12,14 @@ from additive_attn.ops.layer_checks import check_coverage
 
 
 class CoverageAttention(HistoryAttention):
-    r"""Attention with coverage (See et al. 2017, arXiv:1704.04368): each key also sees the sum of
-    the weights that it got from the steps before.
+    r"""Attention with coverage (See et al. 2017, arXiv:1704.04368): a key's score also depends on
+    the sum of the weights that earlier steps gave to it.
 
     .. math::
         s_{tj} = \mathrm{scale} \cdot w^\top \tanh(W q_t + b_q + U k_j + b_k + c_{tj} m), \quad
         c_{tj} = \sum_{u<t} a_{uj}
 
-    No tensor ``(B, Lk, hidden_dim)`` is made per step.
+    No step computes a tensor ``(B, Lk, hidden_dim)``.
 
     Args:
         query_dim, key_dim: features of queries and of keys.
@@ -28,7 +28,7 @@ class CoverageAttention(HistoryAttention):
             sequence, as in ESPnet's AttCov.
         dropout: probability of dropping a weight, in training only.
         bias: whether the layers of queries, keys and energies have biases. The layer of the
-            coverage never has one: beside those it would change nothing.
+            coverage never has one, which would only add to those.
         scale: factor on the scores.
         batch_first: keys and values are (B, Lk, D) if True, (Lk, B, D) if False.
         device, dtype: of the parameters.
@@ -37,9 +37,9 @@ class CoverageAttention(HistoryAttention):
     ``coverage_layer.weight (hidden_dim, 1)``.
 
     Raises:
-        TypeError: a dimension is no integer.
-        ValueError: a dimension is below 1, initial names something else, dropout is no number in
-            [0, 1], or scale is no finite number.
+        TypeError: a dimension is not an integer.
+        ValueError: a dimension is below 1, initial is another string, dropout is not a number in
+            [0, 1], or scale is not a finite number.
 
     Example:
         >>> attention = CoverageAttention(20, 16, 32)
@@ -87,16 +87,16 @@ def coverage_loss(weights: Tensor, coverage: Tensor) -> Tensor:
     attended to already, ``sum_j min(weights_j, coverage_j)``.
 
     Args:
-        weights: of the step, ``(B, Lk)``, or of any leading dims.
+        weights: of the step, ``(B, Lk)``, or with any leading dims.
         coverage: the sum of the weights of the steps before it, of the same shape:
-            ``state.cumulative`` of the state that the step took.
+            ``state.cumulative`` of the state that was passed to the step.
 
     Returns:
         ``(B,)``, one loss per sequence, not reduced: take the mean over the steps of each
         sequence, then over the sequences. Padding and empty rows add 0.
 
     Raises:
-        TypeError: they are no float tensors.
+        TypeError: they are not float tensors.
         ValueError: the shapes differ.
         RuntimeError: they are on different devices.
     """

@@ -1,4 +1,4 @@
-"""What a decoder attends to, step after step."""
+"""The memory that a decoder attends to, and its steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from additive_attn.ops.memory_checks import explain_memory
 from additive_attn.ops.writes import Watched, count_writes, parameter_state
 
 _is_compiling = torch.compiler.is_compiling
-# Of one memory in a step: beyond, an ordinary call is as fast.
+# Queries per sequence in a step of prepared keys. With more, an ordinary call is as fast.
 MOST_ROWS = 16
 
 
@@ -46,23 +46,23 @@ class _Memory(NamedTuple):
 
 
 class ProjectedMemory(_Memory):
-    """Keys and values that are attended to again and again, prepared by
+    """Keys and values that all steps of a decoder attend to, prepared by
     :meth:`AdditiveAttention.project`: a named tuple.
 
     Attributes:
         key: projected keys ``(B, Lk, hidden_dim)``, or ``(Lk, hidden_dim)`` unbatched.
         value: values ``(B, Lk, Dv)``, or ``(Lk, Dv)`` unbatched.
-        lengths: number of leading keys to attend to, int64 ``(B, 1)``, or ``()`` unbatched. Made
-            by hand, also ``(B,)`` and of any integer dtype.
+        lengths: number of leading keys to attend to, int64 ``(B, 1)``, or ``()`` unbatched. You
+            may also pass ``(B,)``, and any integer dtype.
         attn_mask: keys to attend to, bool ``(B, 1, Lk)``, or ``(1, Lk)`` unbatched; True =
-            attend. Made by hand, also float, added to the scores.
-        beams: queries per sequence, 1 unless :meth:`expand` says more.
+            attend. You may also pass float, which is added to the scores.
+        beams: queries per sequence, 1 unless :meth:`expand` has set more.
     """
 
     beams: int = 1
     prepared: Prepared | None = None
 
-    # The compiler of torch 2.10 reads no attribute of a named tuple but its fields and methods.
+    # The compiler of torch 2.10 reads only the fields and methods of a named tuple.
     def _beams(self) -> int:
         return type(self).beams
 
@@ -74,15 +74,15 @@ class ProjectedMemory(_Memory):
         return _memory_of, (tuple(self), self.beams)
 
     def _replace(self, **fields: Any) -> ProjectedMemory:
-        """A copy with other fields, whose steps are ordinary calls."""
+        """Returns a copy with other fields. Its steps are ordinary calls."""
         return _memory_of(super()._replace(**fields), self._beams())
 
     def expand(self, beams: int) -> ProjectedMemory:
-        """The memory of a beam search: a step takes ``(B * beams, query_dim)``, the queries of a
-        sequence side by side, and reads the keys of a sequence once for all of them.
+        """Returns the memory for a beam search: a step takes ``(B * beams, query_dim)``, the
+        queries of a sequence side by side, and reads the keys of a sequence once for all of them.
 
         Raises:
-            TypeError: beams is no integer.
+            TypeError: beams is not an integer.
             ValueError: beams is below 1, or the memory has been expanded already.
         """
         if isinstance(beams, bool) or not isinstance(beams, (Integral, torch.SymInt)):
@@ -91,7 +91,7 @@ class ProjectedMemory(_Memory):
         own = self._beams()
         if beams < 1 or own != 1:
             raise ValueError(
-                f"A memory of {own} beams per sequence is expanded to {beams}. Expand the "
+                f"A memory of {own} beams per sequence cannot be expanded to {beams}. Expand the "
                 "memory that project() returned, to 1 or more beams."
             )
         memory = _memory_of(self, beams)
@@ -99,19 +99,19 @@ class ProjectedMemory(_Memory):
         return memory
 
     def reorder(self, index: Tensor) -> ProjectedMemory:
-        """The memory after beams were chosen.
+        """Returns the memory after beams were chosen.
 
         Args:
-            index: integers ``(N,)``: for each query to come, the number of the query before it
-                among the ``B * beams``. Beams of one sequence that stay in its place change
-                nothing, and no key is copied.
+            index: integers ``(N,)``: for each query to come, the number among the ``B * beams`` of
+                the query that it continues. If every sequence stays in its place, no key is
+                copied.
 
         Returns:
             This memory, or one of the chosen sequences.
 
         Raises:
-            TypeError: index is no tensor of integers.
-            ValueError: index is not of rank 1, is out of range, or holds no whole number of beams
+            TypeError: index is not a tensor of integers.
+            ValueError: index is not of rank 1, is out of range, or does not hold ``beams`` numbers
                 for each sequence.
         """
         check_memory("reorder", *self)
@@ -141,7 +141,7 @@ class ProjectedMemory(_Memory):
         return _memory_of(self._chosen(sequences, chosen), beams)
 
     def _chosen(self, sequences: int, chosen: Tensor) -> Iterator[Tensor | None]:
-        """The fields of some sequences."""
+        """Yields the fields of the chosen sequences."""
         for name, x in self._asdict().items():
             other = x is not None and (x.dim() == 0 or x.shape[0] != sequences)
             if other and x.dim() and x.shape[0] != 1 and (x.shape[0] < 1 or sequences != 1):
@@ -154,8 +154,8 @@ class ProjectedMemory(_Memory):
 
 
 class _AnyBeams(ProjectedMemory):
-    """In a graph that is made for any number of beams. The number does not leave the graph: what
-    takes a named tuple apart keeps its class and its fields alone."""
+    """A memory in a graph for any number of beams. The number does not leave the graph: a named
+    tuple that is flattened and rebuilt keeps only its class and its fields."""
 
     _number: int
 
@@ -167,14 +167,14 @@ class _AnyBeams(ProjectedMemory):
         if "_number" not in self.__dict__:
             raise ValueError(
                 "This memory comes from a program that was exported for any number of beams, and "
-                "does not know its own. Return the memory before expand, and expand it outside."
+                "its own number is lost. Return the memory before expand, and expand it outside."
             )
         return self._number
 
 
 def _memory_of(fields: Iterable[Any], beams: int) -> ProjectedMemory:
     if _is_compiling():
-        # Imported here, for it imports sympy.
+        # Imported here, since it imports sympy.
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
         if not has_static_value(beams):
@@ -188,8 +188,8 @@ _classes: dict[int, type[ProjectedMemory]] = {}  # by beams
 
 
 def _class_of(beams: int) -> type[ProjectedMemory]:
-    """Beams make a class: where torch takes a named tuple apart and puts it together again, as in
-    FSDP2, torch.func and torch.export, it keeps the class and the fields, and nothing else."""
+    """Returns the class for a number of beams. Where torch flattens and rebuilds a named tuple, as
+    in FSDP2, torch.func and torch.export, it keeps only the class and the fields."""
     _make_class(beams)
     return _classes[beams]
 
@@ -202,11 +202,11 @@ def _make_class(beams: int) -> None:
             _register_namedtuple(made, serialized_type_name=name)
 
 
-# As torch.compiler.assume_constant_result does, which imports the compiler: that calls it then,
-# for it cannot make classes.
+# As torch.compiler.assume_constant_result sets it, which imports the compiler. A trace then calls
+# the function, since the compiler cannot create classes.
 _make_class._dynamo_marked_constant = True  # type: ignore[attr-defined]
-# For torch.export.save and load, of memories as inputs and outputs. A fresh process knows the
-# classes of so many beams.
+# For torch.export.save and load of memories as inputs and outputs. A fresh process has the classes
+# of up to 64 beams.
 _register_namedtuple(ProjectedMemory, serialized_type_name="additive_attn.ProjectedMemory")
 _register_namedtuple(_AnyBeams, serialized_type_name="additive_attn.ProjectedMemory.any_beams")
 for _beams in range(2, 65):
@@ -215,8 +215,8 @@ torch.serialization.add_safe_globals([_memory_of])
 
 
 def counting_writes(project: Callable[..., ProjectedMemory]) -> Callable[..., ProjectedMemory]:
-    """Makes a memory outside inference mode, whose tensors do not count the writes to them, of
-    which steps must know."""
+    """Runs ``project`` outside of inference mode, whose tensors do not count writes: steps must
+    detect writes to a memory."""
 
     @functools.wraps(project)
     def run(*arguments: Any) -> ProjectedMemory:
@@ -229,13 +229,13 @@ def counting_writes(project: Callable[..., ProjectedMemory]) -> Callable[..., Pr
 
 
 class Prepared(NamedTuple):
-    """A memory's lent form, and the parameters that it was made with in the state of then."""
+    """A memory's lent form, the parameters that it was made with, and their state at that time."""
 
     lent: Lent
     parameters: tuple[nn.Parameter | None, ...]
     state: tuple[int, ...]
     trained: bool  # whether the lent form was made with gradients
-    copied: Watched | None = None  # of parameters that it holds copies of
+    copied: Watched | None = None  # of the parameters of which it has copies
 
     def is_of(self, layer: Any) -> bool:
         """Whether ``layer`` still has these parameters, unchanged, and steps may use them."""
@@ -251,13 +251,14 @@ class Prepared(NamedTuple):
         )
 
     def _has_fresh_copies(self, copied: Watched) -> bool:
-        """An optimizer's step comes after a backward pass, on a GPU too."""
+        """Whether no byte has changed, and no backward pass has run, without which no optimizer
+        steps: on a GPU only the latter is checked."""
         node = self.lent.node
         return copied.unchanged() and (node is None or not node.spent)
 
 
 def lent_of(layer: Any, memory: ProjectedMemory) -> Lent:
-    """What ``attend_step`` takes: of a memory that was expanded, with entries (B, beams)."""
+    """Returns what ``attend_step`` takes. An expanded memory has entries (B, beams)."""
     prepared, entries = memory._prepared(), _Memory(*memory)
     if memory._beams() > 1 and memory.key.dim() == 3:
         rows: Any = (x if x is None else x.unsqueeze(1) for x in memory)
@@ -275,8 +276,8 @@ def lent_of(layer: Any, memory: ProjectedMemory) -> Lent:
 
 
 def prepare(layer: Any, memory: _Memory) -> Prepared | None:
-    """Lends a memory with the layer's parameters, so that the gradients of all steps are made at
-    once; None where tools have made other modules of them, which every step must call, and where
+    """Lends a memory with the layer's parameters, so that the gradients of all steps are computed
+    at once; None where tools have replaced the modules, which every step must call, and where
     plain PyTorch computes small steps."""
     if computed_whole(memory.key):
         return None
@@ -298,7 +299,7 @@ def prepare(layer: Any, memory: _Memory) -> Prepared | None:
     if computing is not None or layer.normalize:
         copied += [x for x in parameters if x is not None]
     if not count_writes(copied):
-        return None  # they do not tell whether they have been written to
+        return None  # writes to them could not be detected
     watched = [energy] if computing is not None or layer.normalize else []
     if layer.normalize:
         watched += [layer.energy_gain, layer.energy_offset, parameters[3]]
@@ -338,7 +339,7 @@ def step(
         check_beams(layer._caller("step"), query, key, beams)
     if several and query.is_nested:
         refuse_layouts(query=query)
-    # Rows of queries per sequence, (B, n, hidden_dim): several were given, or are beams, or one.
+    # Queries per sequence: of beams, or several; 0 where it has one query, without a dim for it.
     number = beams if flat else query.shape[-2] if several else 0
     if prepared is not None and 0 < number <= MOST_ROWS and prepared.is_of(layer):
         rows = query.unflatten(0, (-1, beams)) if flat else query
@@ -352,7 +353,7 @@ def step(
     key, value = widened(key, q.dtype), widened(value, q.dtype)
     try:
         masking = attn_mask, lengths, False, None
-        # Looked at under dropout alone, for a graph is then made for these numbers.
+        # ``number`` is compared only under dropout, since a graph is then specialised to it.
         apart = layer.training and layer.dropout > 0.0 and 0 < number <= MOST_ROWS
         more = {"compute": attend_apart} if apart else {}
         out, weights = layer._attend(q, key, value, *masking, need_weights, **more)
@@ -367,7 +368,7 @@ def step(
 
 
 def flat_beams(x: Tensor) -> Tensor:
-    """``(B, beams, ...)`` as ``(B * beams, ...)``."""
+    """Returns ``(B, beams, ...)`` as ``(B * beams, ...)``."""
     if _is_compiling():  # flatten(0, 1) alone makes torch.export before 2.13 guard on the sizes
         return x.flatten().view(x.shape[0] * x.shape[1], *x.shape[2:])
     return x.flatten(0, 1)

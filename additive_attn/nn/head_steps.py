@@ -1,4 +1,4 @@
-"""A decoder's steps with several heads: gradients once for all steps, or an ordinary call."""
+"""Decoder steps with several heads: with gradients once for all steps, or as ordinary calls."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from additive_attn.ops.masking import attended_keys
 from additive_attn.ops.memory import computed_whole, lend, widened
 from additive_attn.ops.writes import Watched, count_writes, parameter_state
 
-# Queries per sequence up to which a step of prepared keys is faster than an ordinary call, with
-# heads of this many features and more, and with smaller ones.
+# A step of prepared keys is faster than an ordinary call up to so many queries per sequence: the
+# first with heads of MANY_FEATURES or more, the last with smaller heads.
 MOST_ROWS, MANY_FEATURES, MOST_ROWS_OF_FEW = 8, 32, 2
 
 
@@ -36,7 +36,7 @@ def project_heads(
     layer: Any, key: Tensor, value: Tensor, lengths: Integers | None,
     key_padding_mask: Tensor | None, dtype: torch.dtype | None,
 ) -> ProjectedMemory:  # fmt: skip
-    """:meth:`MultiheadAdditiveAttention.project`, of tensors whose shapes fit."""
+    """:meth:`MultiheadAdditiveAttention.project`, after the checks of shapes."""
     _, k, v = layer._projected(None, key, value)
     batched = k.dim() == 3
     if not batched:
@@ -49,7 +49,7 @@ def project_heads(
         merged: Any = merged_masks(None, key_padding_mask, k.shape[0], 1)
         mask = merged.squeeze(1)
         if mask.dtype != torch.bool:
-            mask = mask.clone()  # not the caller's
+            mask = mask.clone()  # the caller may write to its own
     if lengths is not None:
         counts = as_integers("lengths", lengths, k.device, k.shape[1])
         counts = counts if batched else counts.unsqueeze(0)
@@ -71,8 +71,8 @@ def project_heads(
 
 
 def prepare_heads(layer: Any, memory: ProjectedMemory) -> Prepared | None:
-    """Lends a memory with the parameters of all heads; None where tools have made others of them,
-    which every step must use, and where plain PyTorch computes small steps."""
+    """Lends a memory with the parameters of all heads; None where tools have replaced these, which
+    every step must read anew, and where plain PyTorch computes small steps."""
     if computed_whole(memory.key):
         return None
     parameters = layer._lent_parameters()
@@ -91,7 +91,7 @@ def prepare_heads(layer: Any, memory: ProjectedMemory) -> Prepared | None:
         copied.append(layer.energy_weight)
         watched = Watched([layer.energy_weight])
     if not count_writes(copied):
-        return None  # they do not tell whether they have been written to
+        return None  # writes to them could not be detected
     if key.dim() == 3:
         lengths = None if lengths is None else lengths.unsqueeze(1)
         mask = None if mask is None else mask.unsqueeze(1)
@@ -122,11 +122,11 @@ def step_heads(
         prepared is None
         or not several <= number <= most
         or (beams > 1 and number == 0)
-        # The weights after dropout come from the ordinary call alone.
+        # Only the ordinary call returns the weights after dropout.
         or (need_weights and dropout_p > 0.0)
         or not prepared.is_of(layer)
     ):
-        # Looked at under dropout alone, for a graph is then made for these numbers.
+        # ``number`` is compared only under dropout, since a graph is then specialised to it.
         apart = dropout_p > 0.0 and 0 < number <= most
         return _rows(layer, query, memory, several, dropout_p, need_weights, averaged, apart)
     if flat:
@@ -149,7 +149,7 @@ def _rows(
     layer: Any, query: Tensor, memory: ProjectedMemory, several: bool, dropout_p: float,
     need_weights: bool, averaged: bool, apart: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """A step as an ordinary call with a row per query."""
+    """Computes a step as an ordinary call with a row per query."""
     key, value, lengths, mask = memory
     batched = key.dim() == 3
     q = layer._projected(query)[0]
@@ -172,8 +172,8 @@ def _rows(
 
 
 def _of_rows(weights: Tensor, averaged: bool, flat: bool) -> Tensor:
-    """Weights ``(N, heads, n, S)`` as ``(N, [heads,] n, S)``; or flat, of one query per beam, as
-    ``(N * n, [heads,] S)``."""
+    """Returns weights ``(N, heads, n, S)`` as ``(N, [heads,] n, S)``; or, if ``flat``, with one
+    query per beam, as ``(N * n, [heads,] S)``."""
     if averaged:
         weights = weights.mean(dim=-3)
     elif flat:

@@ -1,4 +1,4 @@
-"""Heads beside each other: masks as nn.MultiheadAttention takes them, one call for all heads."""
+"""Attends with all heads in one call, under masks as nn.MultiheadAttention takes them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from additive_attn.spec.formula import keep_factors
 
 
 def split(packed: Tensor, heads: int) -> Tensor:
-    """``(..., L, heads * n)`` as a view ``(..., heads, L, n)``."""
+    """Returns ``(..., L, heads * n)`` as a view ``(..., heads, L, n)``."""
     *batch, size = packed.shape
     return packed.view(*batch, heads, size // heads).transpose(-3, -2)
 
@@ -30,8 +30,8 @@ def split(packed: Tensor, heads: int) -> Tensor:
 def merged_masks(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, heads: int
 ) -> Tensor | None:
-    """Both masks as one, which broadcasts to ``(N, heads, L, S)``: bool, True = attend; or float,
-    to be added. They come with True = do not attend."""
+    """Merges both masks, in which True = do not attend, to one that broadcasts to ``(N, heads, L,
+    S)``: bool, True = attend; or float, to be added."""
     pairs = padding = None
     if attn_mask is not None:
         pairs = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads))
@@ -53,8 +53,8 @@ def merged_masks(
 def is_causal_mask(
     layer: Any, attn_mask: Tensor | None, key_padding_mask: Tensor | None, need_weights: bool
 ) -> bool:
-    """Whether the hint ``is_causal`` may take the mask's place. It is believed where
-    nn.MultiheadAttention believes it; elsewhere the mask is read."""
+    """Whether the hint ``is_causal`` may replace the mask. It is trusted where
+    nn.MultiheadAttention trusts it; elsewhere the mask is read."""
     if attn_mask is None:
         refuse_hint()
     if layer.bias_k is not None or layer.add_zero_attn:
@@ -72,9 +72,9 @@ def is_causal_mask(
 def append_keys(
     layer: Any, key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What add_bias_kv and add_zero_attn put after packed keys and values ``(N, S, n)``: every
-    query may attend to it. Lengths, ``(N,)`` or ``(N, 1)``, become a mask, since they would end
-    before it."""
+    """Appends the keys and values of add_bias_kv and add_zero_attn to those of all heads, ``(N, S,
+    n)``. Every query may attend to them. Lengths, ``(N,)`` or ``(N, 1)``, become a mask, since
+    they would leave the appended keys out."""
     if layer.bias_k is None and not layer.add_zero_attn:
         return key, value, mask, lengths
     size = key.shape[1]
@@ -99,9 +99,9 @@ def attend_heads(
     lengths: Tensor | None, is_causal: bool, dropout_p: float, need_weights: bool,
     apart: bool = False, blocks: Any = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Of packed queries, keys and values ``(N, L, heads * n)``: out ``(N, heads, L, n)``, and the
-    weights ``(N, heads, L, S)`` after dropout, as nn.MultiheadAttention returns them. ``apart``:
-    dropped as in a step of prepared keys."""
+    """Attends with queries, keys and values ``(N, L, heads * n)``. Returns out ``(N, heads, L,
+    n)``, and the weights ``(N, heads, L, S)`` after dropout, as nn.MultiheadAttention does.
+    ``apart``: weights are dropped as in a step of prepared keys."""
     heads = weight.shape[0]
     inputs = split(query, heads), split(key, heads), split(value, heads), weight
     compute: Any = attend_dropped if need_weights and dropout_p > 0.0 else attend
@@ -118,7 +118,7 @@ def attend_heads(
 
 
 def split_blocks(layer: Any, attn_mask: Any, is_causal: bool) -> tuple[Any, Any, bool]:
-    """A BlockMask, or a mask of another kind, and the hint: a BlockMask is looked at without."""
+    """Returns a BlockMask or a mask of another kind, and the hint, which no BlockMask needs."""
     if not is_block_mask(attn_mask):
         return None, attn_mask, is_causal
     check_blocks(layer)
@@ -128,7 +128,7 @@ def split_blocks(layer: Any, attn_mask: Any, is_causal: bool) -> tuple[Any, Any,
 def _with_blocks(
     compute: Any, table: Tensor, tiles: Tensor, call: Call, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``compute`` with a block table beside the mask."""
+    """Calls ``compute`` with a block table beside the mask."""
     results: tuple[Tensor, Tensor, Tensor] = compute(
         call._replace(block_table=table, block_tiles=tiles), *options
     )
@@ -136,7 +136,7 @@ def _with_blocks(
 
 
 def attend_dropped(call: Call, need_weights: bool, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``attend`` with the weights that multiplied the values."""
+    """Calls ``attend``, and returns the weights after dropout, which multiplied the values."""
     out, weights, lse = attend(call, need_weights, *options)
     keep = torch.ops.additive_attn.keep_mask(
         call.seed, weights.shape[:-2], *weights.shape[-2:], call.dropout_p
@@ -150,8 +150,8 @@ def attend_dropped(call: Call, need_weights: bool, *options: Any) -> tuple[Tenso
 
 
 def padded(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Nested tensors ``(N, L*, E)`` with zeros after the end of each sequence; the lengths of
-    queries and of keys. A tensor that is passed twice stays one."""
+    """Pads nested tensors ``(N, L*, E)`` with zeros after the end of each sequence. Returns them,
+    and the lengths of queries and of keys. A tensor that is passed twice stays one."""
     query, key = (_lengths(tensors[name]) for name in ("query", "key"))
     if tensors["value"] is not tensors["key"]:
         check_pairs(key, _lengths(tensors["value"]))
@@ -168,10 +168,10 @@ def _lengths(nested: Any) -> Tensor:
 
 
 def nested_like(out: Tensor, nested: Any, lengths: Tensor) -> Tensor:
-    """``out (N, L, E)`` without its padding, nested as the queries are."""
+    """Returns ``out (N, L, E)`` without its padding, nested as the queries are."""
     made: Tensor
     if nested.layout is torch.jagged and nested.lengths() is None:
-        # The same offsets: so it can be added to the queries.
+        # The same offsets, so that it can be added to the queries.
         kept = torch.arange(out.shape[1], device=out.device) < lengths.unsqueeze(-1)
         made = torch.nested.nested_tensor_from_jagged(out[kept], nested.offsets())
     else:

@@ -47,8 +47,8 @@ class AttentionState(NamedTuple):
     cumulative: Tensor
 
     def reorder(self, index: Tensor) -> AttentionState:
-        """The state after beams were chosen: ``index (B * beams,)`` holds, for each query to come,
-        the number of the query that it continues."""
+        """Returns the state after beams were chosen: ``index (B * beams,)`` holds, for each query
+        to come, the number of the query that it continues."""
         if not all(isinstance(x, Tensor) for x in self):
             refuse_types(previous=self.previous, cumulative=self.cumulative)
         if self.previous.dim() != 2 or self.cumulative.dim() != 2:
@@ -60,7 +60,7 @@ class AttentionState(NamedTuple):
         return AttentionState(*(x.index_select(0, index.long()) for x in self))
 
     def detach(self) -> AttentionState:
-        """The state without its graph, for truncated back-propagation."""
+        """Returns the state without its graph, for truncated back-propagation."""
         return AttentionState(*(x.detach() for x in self))
 
 
@@ -72,7 +72,7 @@ torch.serialization.add_safe_globals([AttentionState])
 class HistoryAttention(ProjectingAttention):
     """A step adds a term inside the tanh: features of the weights so far, through a Linear."""
 
-    _term_layer: ClassVar[str]  # its name
+    _term_layer: ClassVar[str]  # the Linear's name
     initial: str
 
     def __init__(self, *arguments: Any, initial: str, **options: Any) -> None:
@@ -82,8 +82,8 @@ class HistoryAttention(ProjectingAttention):
         self.initial = initial
 
     def _location(self, state: AttentionState) -> tuple[Tensor, Tensor | None]:
-        """Of a state ``(N, Lk)``: features ``(N, F, Lk)``, and None; or what filters make
-        features of ``(N, C, Lk)``, and the filters. Of a state ``(Lk,)``, N is 1."""
+        """Returns the features ``(N, F, Lk)`` of a state ``(N, Lk)``, and None; or the inputs of
+        filters ``(N, C, Lk)``, and the filters. For a state ``(Lk,)``, N is 1."""
         raise NotImplementedError
 
     def forward(
@@ -93,11 +93,11 @@ class HistoryAttention(ProjectingAttention):
         return self.step(query, memory, state)
 
     def initial_state(self, memory: ProjectedMemory) -> AttentionState:
-        """The state before the first step of a memory: zeros; or, with initial="uniform", 1 / n
-        for each of the n keys of a sequence that may be attended to.
+        """Returns the state before the first step of a memory: zeros; or, with initial="uniform",
+        1 / n for each of the n keys of a sequence that may be attended to.
 
         Raises:
-            TypeError: memory is no ProjectedMemory.
+            TypeError: memory is not a ProjectedMemory.
         """
         if not isinstance(memory, ProjectedMemory):
             if not is_symbolic(memory):
@@ -132,10 +132,10 @@ class HistoryAttention(ProjectingAttention):
 
         Returns:
             context ``(B, Dv)``, weights ``(B, Lk)`` and the state after this step. The weights,
-            and what the state holds of them, are before dropout.
+            also those in the state, are before dropout.
 
-        The gradients of keys, values and parameters are made once for all steps of a memory, as
-        by :meth:`AdditiveAttention.step`.
+        The gradients of keys, values and parameters are computed once for all steps of a memory,
+        as by :meth:`AdditiveAttention.step`.
 
         Raises:
             TypeError, ValueError, RuntimeError: query, memory and state do not fit, or as
@@ -186,9 +186,9 @@ class HistoryAttention(ProjectingAttention):
     def _term(
         self, lent: Lent, state: AttentionState, batch: torch.Size
     ) -> tuple[Lent, Tensor | None, Tensor | None, Tensor | None]:
-        """The memory, location, location_weight and filters that ``attend_step`` takes for queries
-        of this batch. Where tools have made something else of the term's layer, it is called, and
-        the memory's keys have the term already."""
+        """Returns the memory, location, location_weight and filters that ``attend_step`` takes for
+        queries of this batch. Where tools have replaced the term's layer, it is called, and its
+        term is added to the memory's keys."""
         location, filters = self._location(state)
         layer: Any = self._modules[self._term_layer]
         bare, dtype = bare_parameters(layer), lent.shared.weight.dtype
@@ -218,7 +218,7 @@ class HistoryAttention(ProjectingAttention):
             )
         wanted, key = (*query.shape[:-1], memory.key.shape[-2]), memory.key
         for x in state:
-            # Fast path: what the step before returned.
+            # Fast path: a state that the step before returned.
             if not (
                 type(x) is Tensor
                 and is_dense(x)

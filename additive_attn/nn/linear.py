@@ -1,5 +1,6 @@
-"""Linears of a layer: projected with, and read as the energy's vector, without nn.Module's cost
-where nothing hooks into them, and with what tools have made of them where something does."""
+"""Projects with the Linears of a layer, and reads the energy's vector from one. Linears without
+hooks avoid the cost of nn.Module; any other module is called, so that hooks and tools take effect.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ from additive_attn.ops.writes import Watched, parameter_state, version
 _linear_forward = nn.Linear.forward
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
-# State in which a module was last found to be affine, and its parameters of then.
+# The state in which a module was last found to be affine, and its parameters at that time.
 _affine: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Watched]] = WeakKeyDictionary()
 
 
 def _bare(layer: nn.Module, forward: Any = _linear_forward) -> bool:
-    """Whether it computes what nn.Linear does, and nothing hooks into it."""
+    """Whether a module computes what nn.Linear does, and has no hooks."""
     own = layer.__dict__
     return (
         type(layer).forward is forward
@@ -39,7 +40,7 @@ def _bare(layer: nn.Module, forward: Any = _linear_forward) -> bool:
 
 
 def projected(layer: Any, tensor: Tensor) -> Tensor:
-    """``layer(tensor)``; a third of a Linear's time on few rows is spent in nn.Module."""
+    """Returns ``layer(tensor)``. On few rows, a third of a Linear's time is spent in nn.Module."""
     if type(layer) is nn.Linear and _bare(layer) and not _is_compiling():
         parameters: dict[str, Any] = layer._parameters
         # A replica of nn.DataParallel has them as attributes; a trace records the modules.
@@ -52,7 +53,7 @@ def projected(layer: Any, tensor: Tensor) -> Tensor:
 def bare_parameters(
     layer: Any, kind: type[nn.Module] = nn.Linear
 ) -> tuple[nn.Parameter, nn.Parameter | None] | None:
-    """Weight and bias of a Linear, or another ``kind``, into which nothing hooks; None for any
+    """Returns weight and bias of a Linear, or another ``kind``, that has no hooks; None for any
     other module."""
     if type(layer) is not kind or not _bare(layer, kind.forward):
         return None
@@ -63,10 +64,11 @@ def bare_parameters(
 
 
 def energy_of(layer: nn.Module, features: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight ``(1, features)`` of an affine module, and the bias that is to get a zero gradient.
+    """Returns the weight ``(1, features)`` of an affine module, and the bias that must get a zero
+    gradient.
 
-    A Linear's weight is read. Any other module is called, with the unit vectors and with zero: so
-    hooks, adapters, quantisation, offloading and sharding do what they do.
+    A Linear's weight is read. Any other module is called, with the unit vectors and with zero, so
+    that hooks, adapters, quantisation, offloading and sharding take effect.
     """
     if _bare(layer):
         parameters = layer._parameters
@@ -91,7 +93,7 @@ def _called(layer: nn.Module, features: int, like: Tensor) -> Tensor:
     check_energy(layer, getattr(outputs, "shape", ()), (features + 1, 1))
     weight, bias = (outputs[:-1] - outputs[-1:]).transpose(0, 1), outputs[-1]
     if has_values(like) and not _is_known(layer):
-        # By luck, few rows may lose nothing to dropout.
+        # Dropout modules are searched for, since on few rows they may drop nothing by chance.
         if any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in layer.modules()):
             refuse_energy(layer)
         with torch.no_grad():
@@ -108,14 +110,14 @@ def _called(layer: nn.Module, features: int, like: Tensor) -> Tensor:
 
 
 def _is_known(layer: nn.Module) -> bool:
-    """Whether it was found to be affine, and has not changed since."""
+    """Whether a module was found to be affine, and has not changed since."""
     state, parameters = _affine.get(layer, ((), None))
     return parameters is not None and state == _state(layer) and parameters.unchanged()
 
 
 def _state(layer: nn.Module) -> tuple[int, ...]:
-    """Changes with what may end that a module is affine: an adapter that starts at zero starts as
-    one, and a hook that clamps does nothing to small numbers."""
+    """Numbers that change when a module may cease to be affine. An adapter that starts at zero is
+    affine at first, and a hook that clamps leaves small numbers as they are."""
     state = [*nn_module._global_forward_hooks, *nn_module._global_forward_pre_hooks]
     for module in layer.modules():
         forward = type(module).forward, module.__dict__.get("forward")
@@ -130,8 +132,8 @@ def _plain_parameters(layer: nn.Module) -> tuple[Tensor, ...]:
 
 
 def renew_parameters(layer: nn.Module) -> None:
-    """Pruning and the older norms of torch make parameters anew in a pre-hook of ``forward``; so
-    they do here, before another method."""
+    """Pruning and the older norms of torch recompute parameters in a pre-hook of ``forward``. This
+    runs these hooks before another method."""
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm)):
             hook(layer, ())

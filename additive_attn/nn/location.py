@@ -14,14 +14,14 @@ from additive_attn.ops.layer_checks import checked_number
 
 
 class LocationSensitiveAttention(HistoryAttention):
-    r"""Location-sensitive attention (Chorowski et al. 2015, arXiv:1506.07503): each key also sees
-    the weights that the steps before gave to the keys around it.
+    r"""Location-sensitive attention (Chorowski et al. 2015, arXiv:1506.07503): a key's score also
+    depends on the weights that earlier steps gave to the keys around it.
 
     .. math::
         s_{tj} = \mathrm{scale} \cdot w^\top
             \tanh(W q_t + b_q + U k_j + b_k + M f_{tj}), \quad f_t = F * [a_{t-1}; \sum_{u<t} a_u]
 
-    No tensor ``(B, Lk, hidden_dim)`` is made per step.
+    No step computes a tensor ``(B, Lk, hidden_dim)``.
 
     Args:
         query_dim, key_dim: features of queries and of keys.
@@ -34,7 +34,7 @@ class LocationSensitiveAttention(HistoryAttention):
             sequence.
         dropout: probability of dropping a weight, in training only.
         bias: whether the layers of queries, keys and energies have biases. The convolution and the
-            layer of its features never have one: beside those it would change nothing.
+            layer of its features never have one, which would only add to those.
         scale: factor on the scores.
         batch_first: keys and values are (B, Lk, D) if True, (Lk, B, D) if False.
         device, dtype: of the parameters.
@@ -48,9 +48,9 @@ class LocationSensitiveAttention(HistoryAttention):
     (hidden_dim, filters)``.
 
     Raises:
-        TypeError: a dimension is no integer.
-        ValueError: a dimension is below 1, kernel_size is even, inputs or initial name something
-            else, dropout is no number in [0, 1], or scale is no finite number.
+        TypeError: a dimension is not an integer.
+        ValueError: a dimension is below 1, kernel_size is even, inputs or initial have other
+            values, dropout is not a number in [0, 1], or scale is not a finite number.
 
     Example:
         >>> attention = LocationSensitiveAttention(20, 16, 32)
@@ -121,7 +121,7 @@ class LocationSensitiveAttention(HistoryAttention):
 
 
 def _is_same_padded(conv: Any) -> bool:
-    """Whether it is the convolution that the layer was made with."""
+    """Whether ``conv`` is the convolution that the layer was constructed with."""
     return (
         type(conv) is nn.Conv1d
         and conv.padding == (conv.kernel_size[0] // 2,)

@@ -53,7 +53,7 @@ class MultiheadAdditiveAttention(nn.Module):
         s^h_{ij} = w_h^\top \tanh(W^h_q q_i + b^h_q + W^h_k k_j + b^h_k), \quad
         \mathrm{out}_i = W_o \, [\textstyle\sum_j p^h_{ij} (W^h_v v_j + b^h_v)]_h + b_o
 
-    All heads are one call, without the tensor ``(N, heads, L, S, hidden_dim / heads)``.
+    One call computes all heads, without the tensor ``(N, heads, L, S, hidden_dim / heads)``.
 
     Args:
         embed_dim: features of queries and outputs, a multiple of num_heads.
@@ -80,15 +80,15 @@ class MultiheadAdditiveAttention(nn.Module):
     it has no energy_weight.
 
     As ``self_attn`` of an nn.TransformerEncoderLayer, or ``self_attn`` and ``multihead_attn`` of
-    an nn.TransformerDecoderLayer, it is called in evaluation too: their fast path, which computes
-    dot products, does not take it. It is no nn.MultiheadAttention for isinstance, for the same
-    reason. Under FSDP2, ``fully_shard(layer)`` needs ``register_fsdp_forward_method(layer,
-    "project")`` and ``(layer, "step")``.
+    an nn.TransformerDecoderLayer, it is called in evaluation too, because their fast path, which
+    computes dot products, is switched off. For the same reason it is not an instance of
+    nn.MultiheadAttention. Under FSDP2, ``fully_shard(layer)`` needs
+    ``register_fsdp_forward_method(layer, "project")`` and ``(layer, "step")``.
 
     Raises:
-        TypeError: a dimension is no integer.
-        ValueError: a dimension is below 1 or no multiple of num_heads, or dropout is no number in
-            [0, 1].
+        TypeError: a dimension is not an integer.
+        ValueError: a dimension is below 1 or not a multiple of num_heads, or dropout is not a
+            number in [0, 1].
 
     Example:
         >>> attention = MultiheadAdditiveAttention(32, num_heads=4, batch_first=True)
@@ -102,7 +102,7 @@ class MultiheadAdditiveAttention(nn.Module):
         torch.Size([8, 9, 32])
     """
 
-    # nn.TransformerEncoderLayer asks for it before it computes dot products by itself.
+    # nn.TransformerEncoderLayer reads this before it computes dot products by itself.
     _qkv_same_embed_dim = False
     polarity_checked = False
     scale = 1.0
@@ -165,7 +165,7 @@ class MultiheadAdditiveAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises the parameters, but for ``out_proj.weight``, which ``out_proj`` does."""
+        """Initialises all parameters except ``out_proj.weight``, which ``out_proj`` does."""
         for weight in (
             self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         ):  # fmt: skip
@@ -206,8 +206,8 @@ class MultiheadAdditiveAttention(nn.Module):
                 float, to be added, ``-inf`` = do not attend; or a BlockMask (**True = attend**).
             average_attn_weights: whether the weights are the mean of all heads'.
             is_causal: says that attn_mask, which must be passed too, masks the keys after each
-                query and changes nothing else. It is believed where nn.MultiheadAttention does:
-                without key_padding_mask and need_weights. Elsewhere the mask is looked at.
+                query and changes nothing else. It is trusted where nn.MultiheadAttention trusts
+                it: without key_padding_mask and need_weights. Elsewhere the mask is read.
 
         Returns:
             out, of query's shape, and weights ``(N, L, S)``, unbatched ``(L, S)``, with a dim of
@@ -216,7 +216,7 @@ class MultiheadAdditiveAttention(nn.Module):
             attend to has weights 0, and 0 before out_proj: nn.MultiheadAttention gives NaN.
 
         With batch_first, all three may be nested tensors (strided or jagged) without masks: the
-        output is nested, the weights are padded. They are computed padded.
+        output is nested, the weights are padded. The computation is on padded tensors.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :func:`additive_attention`.
@@ -311,14 +311,14 @@ class MultiheadAdditiveAttention(nn.Module):
                 memory that was expanded for beams.
             memory: from :meth:`project`, of this layer.
             need_weights: whether to return the weights.
-            average_attn_weights: whether they are the mean of all heads'.
+            average_attn_weights: whether the weights are the mean of all heads'.
 
         Returns:
             out, of query's shape, and weights ``(N, S)``, or ``(N, num_heads, S)`` unless
             averaged, or ``(N, [num_heads,] n, S)`` for several queries; or None.
 
-        The gradients of keys, values and parameters are made once for all steps of a memory, as
-        those of :meth:`AdditiveAttention.step` are.
+        The gradients of keys, values and parameters are computed once for all steps of a memory,
+        as by :meth:`AdditiveAttention.step`.
 
         Raises:
             TypeError, ValueError, RuntimeError: query and memory do not fit, or as
@@ -355,7 +355,7 @@ class MultiheadAdditiveAttention(nn.Module):
     def _projected(
         self, query: Tensor | None, key: Tensor | None = None, value: Tensor | None = None
     ) -> list[Any]:
-        """Packed queries, keys and values; neighbours that are one tensor in one product."""
+        """Returns queries, keys and values of all heads. Equal neighbours share a product."""
         sizes, packed = (self.hidden_dim, self.hidden_dim, self.embed_dim), self.in_proj_weight
         bias = self.in_proj_bias
         if packed is not None and query is key is value is not None:
@@ -389,7 +389,7 @@ class MultiheadAdditiveAttention(nn.Module):
         return made
 
     def _lent_parameters(self) -> tuple[nn.Parameter | None, ...] | None:
-        """Those that a lent memory is made with; None where tools have made others of them."""
+        """The parameters that a lent memory is made with; None where tools have replaced them."""
         names = "energy_weight", "in_proj_weight", "q_proj_weight", "in_proj_bias"
         missing = object()
         found: Any = tuple(self._parameters.get(name, missing) for name in names)

@@ -1,4 +1,4 @@
-"""The plain layer: what this package replaces."""
+"""The plain layer, which this package replaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the layers share: their projections, and the memory that a decoder attends to."""
+"""The base of the layers: their projections, and the memory that a decoder attends to."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _is_compiling = torch.compiler.is_compiling
 
 
 class ProjectingAttention(nn.Module):
-    """Three Linears: of queries, of keys, and of the energies."""
+    """A layer with three Linears: of queries, of keys, and of the energies."""
 
     normalize = False
     energy_offset: nn.Parameter  # of normalize=True
@@ -97,8 +97,8 @@ class ProjectingAttention(nn.Module):
 
         Returns:
             The projected keys, the values, and lengths and mask in the form that :meth:`step`
-            passes on. The values are not copied unless dtype or autocast converts them: steps see
-            what is written to them later. The other arguments may be written to.
+            passes on. The values are not copied unless dtype or autocast converts them: later
+            writes to them change the steps. Writes to the other arguments do not.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`forward`.
@@ -171,7 +171,7 @@ class ProjectingAttention(nn.Module):
         return f"{type(self).__name__}.{method}"
 
     def _check_polarity(self, attn_mask: Any, key_padding_mask: Any) -> None:
-        # Once per layer, for it reads the masks.
+        # Once per layer, since it reads the masks.
         if not (torch.compiler.is_compiling() or self._polarity_checked):
             warn_of_polarity(attn_mask, key_padding_mask)
             self._polarity_checked = True
@@ -186,7 +186,7 @@ class ProjectingAttention(nn.Module):
             raise
 
     def _project_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected keys, and the values, which may be the keys before."""
+        """Returns projected keys, and the values, which may be the same tensor as ``key``."""
         if worth_sharing(key, value):
             parameters = bare_parameters(self._modules["key_layer"])
             if parameters is not None:
@@ -196,8 +196,8 @@ class ProjectingAttention(nn.Module):
         return self._project("key", key), value
 
     def _lent_parameters(self) -> tuple[nn.Parameter | None, ...] | None:
-        """Weight and bias of energy and query, and those of normalize; None unless the energy is
-        that of a bare Linear. A query layer that is none projects at every step."""
+        """Returns weight and bias of energy and query, and those of normalize; None unless the
+        energy layer is a bare Linear. A query layer that is not one is called at every step."""
         modules: Any = self._modules
         energy = bare_parameters(modules["energy_layer"])
         if energy is None:
@@ -211,7 +211,8 @@ class ProjectingAttention(nn.Module):
 
 
 def _shared(batch: torch.Size, masking: Any) -> torch.Size:
-    """A memory of one sequence may have lengths or a mask for each of the queries to come."""
+    """The batch of a memory and its masks. A memory of one sequence may have lengths or a mask for
+    each query to come."""
     if tuple(batch) == (1,) and isinstance(masking, Tensor) and is_dense(masking):
         return masking.shape[:1] or batch
     return batch

@@ -14,7 +14,7 @@ def is_symbolic(*arguments: Any) -> bool:
 
 
 def symbolic_call(layer: nn.Module, method: str, *arguments: Any) -> Any:
-    """A node that calls ``method`` of ``layer``, for it cannot be traced through."""
+    """Returns a node that calls ``method`` of ``layer``, which cannot be traced through."""
     tracer: Any = next(each.tracer for each in arguments if isinstance(each, fx.Proxy))
     path = tracer.path_of_module(layer)
     if not path:
