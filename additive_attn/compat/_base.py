@@ -1,7 +1,7 @@
 """What the classes of this package share: a memory that is lent once for the steps of a sequence.
 
-The layers that they replace hand over keys and values at every step. A memory is found again by
-the identity of those tensors, which are not held: their owner alone decides how long they live.
+The layers that they replace take keys and values at every step. A memory is looked up by the
+identity of those tensors. No reference to them is held, so that they can be freed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class Linear(nn.Module):
-    """A Linear under the name ``linear_layer``, initialised as speech synthesis does it."""
+    """A Linear under the name ``linear_layer``, initialised as in speech synthesis."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, gain: str = "linear"
@@ -44,17 +44,17 @@ class Linear(nn.Module):
 
 
 class Modules(NamedTuple):
-    """Parts of a layer with one head. ``filters`` and ``dense`` make the location term; without
+    """Parts of a layer with one head. ``filters`` and ``dense`` compute the location term; without
     filters its inputs are the features."""
 
     energy: nn.Module
-    query: nn.Module | None  # None: queries come projected
+    query: nn.Module | None  # None: queries are projected already
     dense: nn.Module | None = None
     filters: nn.Module | None = None
 
 
 class Lease(NamedTuple):
-    """A lent memory, and what its steps take with it."""
+    """A lent memory, and what else its steps take."""
 
     lent: Lent
     location_weight: Tensor | None = None  # (F, H)
@@ -80,7 +80,8 @@ class Leases:
         scale: float,
         build: Callable[[], Lease],
     ) -> Lease:
-        """The lease of these tensors, unchanged since it was built, or a new one."""
+        """Returns the lease of these tensors if they are unchanged since it was built, or a new
+        one."""
         floats = [x for x in (*sources, *parameters) if x is not None and x.is_floating_point()]
         if not eager(floats, floats[0]) or saving() is not None or not count_writes(sources):
             return build()
@@ -112,29 +113,29 @@ class Leases:
         graded, watched = torch.is_grad_enabled(), Watched((*sources, *parameters))
         entry = self._entry = held, tuple(parameters), state, watched, graded, scale, kept
         if lease.output is not None and lease.output.node is not None:
-            # A backward pass frees the graph that it was made by.
+            # A backward pass frees the graph that made the output weight.
             owner = ref(self)
-            lease.output.source.register_hook(lambda _: _forget(owner))
+            lease.output.source.register_hook(lambda _: _drop(owner))
         return lease
 
 
 def saving() -> Any:
-    """Hooks on what is saved for backward, as under checkpointing, where a step is to do the same
-    each time it runs."""
+    """Returns hooks on what is saved for backward. Checkpointing sets them, and needs a step to do
+    the same each time it runs."""
     return _hooks_of_saving(True)
 
 
-def _forget(owner: ref[Leases]) -> None:
+def _drop(owner: ref[Leases]) -> None:
     found = owner()
     if found is not None:
         found._entry = None
 
 
 def _kept(lease: Lease) -> Any:
-    """A lease that holds none of its sources; None where each step is an ordinary call."""
+    """Returns the lease without its sources; None where each step is an ordinary call."""
     lent = lease.lent
     if lent.node is not None:
-        # The graph of the steps holds it, as long as there is one.
+        # The graph of the steps holds the memory, as long as there is one.
         return lease._replace(lent=ref(lent))  # type: ignore[arg-type]
     if lent.prepared is None:
         return None
@@ -145,14 +146,14 @@ def _kept(lease: Lease) -> Any:
 
 
 def _state(x: Tensor | None) -> tuple[int, ...] | None:
-    """Changes where a tensor is written to or gets other memory."""
+    """Numbers that change when a tensor is written to, frozen, or gets other memory."""
     if x is None:
         return None
     return version(x), x.requires_grad, x.data_ptr()
 
 
 def _revived(lease: Any) -> Lease | None:
-    """None where the lent memory is gone, or has had its backward pass."""
+    """Returns a kept lease; None where its memory is freed, or its backward pass has run."""
     lent = lease.lent
     if isinstance(lent, Lent):
         found: Lease = lease
@@ -189,8 +190,8 @@ def step(
         key: ``(B, Lk, H)``, projected; with value ``(B, Lk, Dv)`` the memory.
         padding, attended: bool ``(B, Lk)``, one of them: True = ignore, or True = attend.
         inputs: ``(B, C, Lk)``, of the location term.
-        window: bool, broadcastable to ``(B, 1, Lk)``: what this step attends to, at most.
-        need_context: if not, the same for all steps, the values are not read.
+        window: bool, broadcastable to ``(B, 1, Lk)``: True = this step may attend.
+        need_context: if False, the values are not read. It is the same for all steps.
 
     Returns:
         context ``(B, Dv)``, or ``(B, 0)``, and weights ``(B, Lk)``.
@@ -210,7 +211,7 @@ def step(
         weight, bias = energy or energy_of(modules.energy, key.shape[-1], key)
         query_weight, query_bias = projection or (None, None)
         if dense is not None and dense[1] is not None and query_weight is not None:
-            # The same for all keys: as well added to the query.
+            # The bias is the same for all keys, so it can be added to the query.
             query_bias = dense[1] if query_bias is None else query_bias + dense[1]
         lengths, attn_mask = masks(key, padding, attended)
         read = value if need_context else key.detach().narrow(-1, 0, 0)
@@ -238,13 +239,13 @@ def step(
 
 
 def vector(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The energy's ``(H,)``; its bias gets a zero gradient, as the plain layer gives."""
+    """Returns the energy's vector ``(H,)``. The bias gets a zero gradient, as a plain layer's."""
     weight = weight.squeeze(0)
     return weight if bias is None else torch.add(weight, bias, alpha=0)
 
 
 def narrowed(lent: Lent, window: Tensor) -> Lent:
-    """The same memory for one step that attends to fewer keys."""
+    """Returns the memory for one step that attends to fewer keys."""
     one = copy.copy(lent)
     one.attn_mask = window if lent.attn_mask is None else lent.attn_mask & window
     return one
@@ -253,8 +254,8 @@ def narrowed(lent: Lent, window: Tensor) -> Lent:
 def masks(
     key: Tensor, padding: Tensor | None, attended: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """lengths ``(B, 1)`` or attn_mask ``(B, 1, Lk)``. The kernel skips keys beyond a length; on
-    a GPU it would wait to know whether there is one."""
+    """Returns lengths ``(B, 1)`` or attn_mask ``(B, 1, Lk)``. The kernel skips keys beyond a
+    length. A mask on a GPU stays one: to find lengths in it would wait."""
     if attended is None:
         if padding is None:
             return None, None
@@ -273,7 +274,7 @@ def unhooked(module: nn.Module) -> bool:
 
 
 def affine(module: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a Linear, or of a module that passes on to one, if nothing hooks in."""
+    """Returns weight and bias of a Linear without hooks, or of a module that only calls one."""
     if module is None:
         return None
     inner = module._modules.get("linear_layer")
@@ -283,7 +284,7 @@ def affine(module: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
 
 
 def filters_of(module: nn.Module | None) -> Tensor | None:
-    """Weight of a convolution along the keys that keeps their number, if nothing hooks in."""
+    """Returns the weight of a convolution that keeps the number of keys and has no hooks."""
     if module is None:
         return None
     inner = module._modules.get("conv")
@@ -309,7 +310,7 @@ def filters_of(module: nn.Module | None) -> Tensor | None:
 
 
 def kernels(weight: Tensor | None) -> Tensor | None:
-    """``(F, C, K)``, of a convolution for one dim or two."""
+    """Returns the weight ``(F, C, K)`` of a convolution over one dim or two."""
     return weight.squeeze(2) if weight is not None and weight.dim() == 4 else weight
 
 

@@ -1,5 +1,5 @@
-"""The layers that :func:`replace_attention` knows: how to read their sizes, and a trial that
-shows whether two of them compute the same."""
+"""The layers that :func:`replace_attention` swaps: how to read their sizes, and a trial that shows
+whether two of them compute the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Known(NamedTuple):
 
 
 def _shape(module: Any) -> tuple[int, ...]:
-    """Of a weight: (out, in, ...)."""
+    """The shape of a layer's weight: (out, in, ...)."""
     while not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
         module = next(module.children())
     return tuple(module.weight.shape)
@@ -152,7 +152,7 @@ def _coqui_trial(layer: Any, randn: Callable[..., Tensor]) -> list[Any]:
     memory = randn(2, KEYS, embedding)
     layer.init_states(memory)
     for name in ("attention_weights", "attention_weights_cum", "alpha", "u"):
-        if hasattr(layer, name):  # of the default dtype, whatever the parameters have
+        if hasattr(layer, name):  # in the default dtype, whatever that of the parameters is
             setattr(layer, name, getattr(layer, name).to(memory.dtype))
     key, mask, outputs = layer.preprocess_inputs(memory), ~_ignored(memory), []
     for _ in range(2):

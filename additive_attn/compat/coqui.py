@@ -65,7 +65,7 @@ class LentValues:
         return LentValues, ()
 
     def of(self, values: Tensor) -> LentWeight | None:
-        """What was lent of these values, unchanged."""
+        """Returns what was lent of these values; None if they have changed."""
         same = self.values is values and self.version == values._version
         return self.lent if same else None
 
@@ -74,8 +74,8 @@ class OriginalAttention(nn.Module):
     """Additive attention, with a location term (Shen et al. 2018, arXiv:1712.05884), forward
     attention (Zhang et al. 2018, arXiv:1807.06736) and windowing in evaluation.
 
-    ``norm="softmax"`` is one fused call per step. ``"sigmoid"`` and windowing change the scores,
-    which are then made by themselves.
+    ``norm="softmax"`` is one fused call per step. ``"sigmoid"`` and windowing need the scores,
+    which are then computed on their own.
     """
 
     @explained()
@@ -141,19 +141,20 @@ class OriginalAttention(nn.Module):
         self.attention_weights_cum += alignments
 
     def apply_windowing(self, attention: Tensor, inputs: Tensor) -> Tensor:
-        """Scores with all but a window around the last largest one masked, which moves it."""
+        """Masks the scores outside of a window around the last largest one, and moves the window
+        to the largest score within."""
         assert self.win_idx is not None, "call init_states() first"
         keys = torch.arange(inputs.shape[1], device=attention.device)
         start, stop = self.win_idx - self.win_back, self.win_idx + self.win_front
         attention = attention.masked_fill((keys < start) | (keys >= stop), -torch.inf)
         if self.win_idx == -1:
-            # The first key counts as much as the best of the first window.
+            # The first key gets the largest score of the first window.
             attention[:, 0] = attention.max()
         self.win_idx = int(attention[0].argmax())
         return attention
 
     def apply_forward_attention(self, alignment: Tensor) -> Tensor:
-        """Weights that stay at a key or move on by one, as ``u`` says."""
+        """Returns weights that move on by one key with probability ``u``, or stay."""
         shifted = pad(self.alpha[:, :-1], (1, 0))
         alpha = ((1 - self.u) * self.alpha + self.u * shifted + 1e-8) * alignment
         if not self.training and self.forward_attn_mask:
@@ -226,14 +227,14 @@ class OriginalAttention(nn.Module):
             modules = modules._replace(
                 dense=location.location_dense, filters=location.location_conv1d
             )
-        # Forward attention makes another context, of other weights.
+        # Forward attention computes another context, from other weights.
         return step(
             self, modules, query, processed_inputs, inputs, attended=mask, inputs=weighs,
             need_context=not self.forward_attn,
         )  # fmt: skip
 
     def _weighted_sum(self, alignment: Tensor, inputs: Tensor) -> Tensor:
-        """The gradient of the inputs, which all steps share, is made once."""
+        """Sums the inputs. Their gradient, which all steps share, is computed once."""
         if (
             not (inputs.requires_grad and torch.is_grad_enabled())
             or not eager((alignment, inputs), inputs)

@@ -33,7 +33,7 @@ class Cached(nn.Module):
     han_mode: bool
 
     def reset(self) -> None:
-        """Forgets the sequence."""
+        """Drops what the layer keeps of the sequence."""
         for name in self.kept:
             setattr(self, name, None)
 
@@ -41,13 +41,13 @@ class Cached(nn.Module):
         self.enc_h, self.h_length = enc_hs_pad, enc_hs_pad.size(1)
 
     def start(self, enc_hs_pad: Tensor, dec_z: Tensor | None) -> Tensor:
-        """The query ``(B, dunits)``."""
+        """Returns the query ``(B, dunits)``."""
         if dec_z is None:
             return enc_hs_pad.new_zeros(len(enc_hs_pad), self.dunits)
         return dec_z.view(len(enc_hs_pad), self.dunits)
 
     def ignored(self, enc_hs_len: Lengths) -> Tensor:
-        """Padding, True = ignore; made once per sequence."""
+        """Returns the padding, True = ignore. It is computed once per sequence."""
         if self.mask is None:
             self.mask = _attended(self.enc_h, enc_hs_len)[0].logical_not()
         mask: Tensor = self.mask
@@ -55,7 +55,7 @@ class Cached(nn.Module):
 
 
 def uniform(enc_hs_pad: Tensor, enc_hs_len: Lengths) -> Tensor:
-    """The weights before the first step."""
+    """Returns the weights before the first step."""
     attended, lengths = _attended(enc_hs_pad, enc_hs_len)
     return attended.to(enc_hs_pad.dtype) / lengths.to(enc_hs_pad.dtype)
 
@@ -96,7 +96,7 @@ class _Single(Cached):
         return Modules(self.gvec, self.mlp_dec)
 
     def begin(self, enc_hs_pad: Tensor, dec_z: Tensor | None) -> Tensor:
-        """The query, once the sequence is remembered."""
+        """Keeps and projects the sequence at its first step, and returns the query."""
         if self.pre_compute_enc_h is None or self.han_mode:
             self.remember(enc_hs_pad)
             self.pre_compute_enc_h: Any = self.mlp_enc(enc_hs_pad)
@@ -219,10 +219,10 @@ class _Covered:
         return out, att_prev_list
 
     def _sum(self, weights: list[Tensor]) -> Tensor:
-        """One addition per step, where the list has grown by the last step's weights."""
+        """Adds once per step, where the list has grown by the last step's weights."""
         if self._last is not None:
-            seen, coverage = self._last
-            if len(weights) == len(seen) + 1 and all(map(operator.is_, seen, weights)):
+            earlier, coverage = self._last
+            if len(weights) == len(earlier) + 1 and all(map(operator.is_, earlier, weights)):
                 found: Tensor = coverage + weights[-1]
                 return found
         return sum(weights[1:], weights[0])
@@ -271,6 +271,6 @@ class AttLocRec(_Located):
         weights, states = att_prev_states
         responses = features(self.loc_conv, weights.view(len(enc_hs_pad), 1, enc_hs_pad.shape[1]))
         states = self.att_lstm(responses.relu().amax(-1), states)
-        # The state is added to all keys: as well to the query.
+        # The state is the same for all keys, so it is added to the query.
         out, weights = self.attend(self.mlp_dec(query) + states[0], enc_hs_len, scaling)
         return out, (weights, states)

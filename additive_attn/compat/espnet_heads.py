@@ -1,8 +1,8 @@
-"""ESPnet's attention with several heads: AttMultiHeadAdd, AttMultiHeadLoc. All heads are one call.
+"""ESPnet's attention with several heads, all in one call: AttMultiHeadAdd, AttMultiHeadLoc.
 
-ESPnet keeps a Linear per head. Their weights are put side by side once per sequence. Where it
-costs less, values are not projected: a step sums the memory itself, and one product takes the sums
-of all heads to the output.
+ESPnet has a Linear per head. Their weights are concatenated once per sequence. Where it costs
+less, values are not projected: a step sums the memory itself, and one product maps the sums of all
+heads to the output.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Heads(Cached):
 
     @property
     def pre_compute_v(self) -> list[Tensor] | None:
-        """Projected values, a list of heads: those of the steps, or made for who reads them."""
+        """Projected values, a list of heads: those of the steps, or else computed when read."""
         if self._values is not None or self.enc_h is None:
             return self._values
         return list(_projected(self.mlp_v, self.enc_h).unbind(-2))
@@ -75,9 +75,9 @@ class _Heads(Cached):
         self._values = heads
 
     def begin(self, enc_hs_pad: Tensor) -> tuple[Tensor, Tensor, list[Affine] | None]:
-        """Keys ``(B, heads, Lk, n)``, and projected values likewise. Or the memory ``(B, 1, Lk,
-        eprojs)`` for values, with the Linears that its sums pass: of the heads, then the output's.
-        ESPnet's names keep lists of heads."""
+        """Returns keys ``(B, heads, Lk, n)`` and projected values like them; or, as values, the
+        memory ``(B, 1, Lk, eprojs)`` with the Linears to apply to its sums: those of the heads,
+        then the output's. ESPnet's attributes hold lists of heads."""
         if (
             self.pre_compute_k is None
             or (self._values is None and self.enc_h is None)
@@ -224,20 +224,20 @@ class AttMultiHeadLoc(_Heads):
 
 
 def _affine(modules: Iterable[nn.Module]) -> list[Affine] | None:
-    """Weights and biases of Linears; None unless all of them are bare."""
+    """Returns weights and biases of Linears; None unless all of them are bare."""
     found = [affine(x) for x in modules]
     bare = [x for x in found if x is not None]
     return bare if len(bare) == len(found) else None
 
 
 def _beside(pairs: list[Affine]) -> tuple[Tensor, Tensor | None]:
-    """One Linear for all heads."""
+    """Joins a Linear per head to one for all heads."""
     biases = [x for _, x in pairs if x is not None]
     return torch.cat([x for x, _ in pairs]), torch.cat(biases) if biases else None
 
 
 def _projected(modules: nn.ModuleList, x: Tensor) -> Tensor:
-    """``(..., heads, n)``"""
+    """Returns ``(..., heads, n)``, by one Linear per head."""
     pairs = _affine(modules)
     if pairs is None:
         return torch.stack([module(x) for module in modules], dim=-2)
@@ -245,7 +245,7 @@ def _projected(modules: nn.ModuleList, x: Tensor) -> Tensor:
 
 
 def _product(pairs: list[Affine]) -> Tensor:
-    """``(out, heads * in)``: what a Linear per head and the Linear after them make together."""
+    """Returns ``(out, heads * in)``: a Linear per head times the Linear after them."""
     *heads, after = (weight for weight, _ in pairs)
     outputs = after.unflatten(1, (len(heads), -1)).transpose(0, 1)
     return torch.bmm(outputs, torch.stack(heads)).transpose(0, 1).flatten(1)

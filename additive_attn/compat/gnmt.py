@@ -17,8 +17,8 @@ from additive_attn.ops.memory import lend
 
 class BahdanauAttention(nn.Module):
     """Additive attention with a normalised energy (Salimans & Kingma 2016, arXiv:1602.07868),
-    time-major unless batch_first. The memory of single queries, as in decoding, is projected once
-    while they come with the same keys."""
+    time-major unless batch_first. While single queries are passed with the same keys, as in
+    decoding, these are projected once."""
 
     normalize_scalar: nn.Parameter | None
     normalize_bias: nn.Parameter | None
@@ -60,11 +60,11 @@ class BahdanauAttention(nn.Module):
     @explained(query="(Lq, B, query_size) or (B, query_size)", keys="(Lk, B, key_size)")
     def forward(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Attends with queries ``(Lq, B, query_size)``, or ``(B, query_size)``, to keys
-        ``(Lk, B, key_size)``; with batch_first, B stands first.
+        ``(Lk, B, key_size)``; with batch_first, B is first.
 
         Returns:
             context ``(Lq, B, key_size)`` and weights ``(Lq, B, Lk)``, or without Lq; with
-            batch_first, B stands first.
+            batch_first, B is first.
         """
         value = keys if self.batch_first else keys.transpose(0, 1)
         swap = query.dim() == 3 and not self.batch_first

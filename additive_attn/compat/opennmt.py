@@ -16,8 +16,8 @@ from additive_attn.ops.memory import lend
 class GlobalAttention(nn.Module):
     """Additive attention, whose context and query are projected together (OpenNMT-py 3).
 
-    A memory is projected once while single queries come with the same ``enc_out``, which the
-    original projects at every call.
+    While single queries are passed with the same ``enc_out``, it is projected once. The original
+    projects it at every call.
 
     Raises:
         ValueError: attn_type is not "mlp", or attn_func is not "softmax".
@@ -39,7 +39,7 @@ class GlobalAttention(nn.Module):
             )
         if attn_func != "softmax":
             raise ValueError(
-                f"attn_func is {attn_func!r}, but this class has a softmax only, 'softmax'. Keep "
+                f"attn_func is {attn_func!r}, but this class computes only 'softmax'. Keep "
                 "OpenNMT-py's own class for 'sparsemax'."
             )
         self.dim, self.attn_type, self.attn_func = dim, attn_type, attn_func

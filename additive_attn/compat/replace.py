@@ -31,7 +31,7 @@ def replace_attention(model: nn.Module) -> list[Swap]:
     """Swaps the layers of ``model`` that :mod:`additive_attn.compat` has classes for.
 
     A layer stays the same object, with its parameters, buffers, hooks, device, dtype and training
-    flag: only what it computes with changes. Optimisers, references to the layer and
+    flag: only the code that computes it changes. Optimisers, references to the layer and
     ``isinstance`` stay valid. Layers are found by the names of their classes; no other project is
     imported.
 
@@ -43,7 +43,7 @@ def replace_attention(model: nn.Module) -> list[Swap]:
         one entry for each layer that has a known class, in the order of ``named_modules()``.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module.")
@@ -61,7 +61,7 @@ def replace_attention(model: nn.Module) -> list[Swap]:
 
 
 def _known(module: nn.Module) -> str | None:
-    """The name of the known class that a module is of, or is derived from."""
+    """Returns the name of the known class that a module has, or is derived from."""
     if isinstance(module, torch.jit.ScriptModule):
         name = getattr(module, "original_name", "")
         return name if name in KNOWN else None
@@ -70,7 +70,7 @@ def _known(module: nn.Module) -> str | None:
 
 
 def _reason(module: nn.Module, name: str) -> str | None:
-    """Why a module is left; None if it can be swapped."""
+    """Says why a module is left; None if it can be swapped."""
     cls, known = type(module), KNOWN[name]
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript has compiled it; swap before scripting"
@@ -84,7 +84,7 @@ def _reason(module: nn.Module, name: str) -> str | None:
     if given != ours:
         return f"its forward takes ({', '.join(given)}), ours ({', '.join(ours)})"
     if any(type(x) not in (nn.Parameter, Tensor) for x in _tensors(module).values()):
-        return "its parameters are sharded, quantised or otherwise no plain tensors"
+        return "its parameters are sharded, quantised or otherwise not plain tensors"
     if any(x.is_meta for x in _tensors(module).values()):
         return "its parameters have no values yet; swap after loading them"
     try:
@@ -106,7 +106,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _tried(module: nn.Module, known: Known) -> str | None:
-    """Runs both on the same inputs."""
+    """Runs both on the same inputs, and says why they differ; None if they do not."""
     try:
         layer = copy.deepcopy(module)
     except Exception as error:
@@ -138,7 +138,7 @@ def _tried(module: nn.Module, known: Known) -> str | None:
 
 
 def _join(ours: type[nn.Module], original: type[nn.Module]) -> Any:
-    """A class that computes as ours does and is still the original for ``isinstance``."""
+    """Creates a class that computes as ours does and is still the original for ``isinstance``."""
 
     def reduce(layer: nn.Module, protocol: Any) -> Any:
         return _rebuilt, (ours, original), layer.__dict__.copy()

@@ -1,7 +1,7 @@
 """SpeechBrain's attention: ContentBasedAttention and LocationAwareAttention.
 
-As there, a layer projects the encoder's states at the first call after ``reset()`` and keeps
-them.
+As in SpeechBrain, a layer projects the encoder's states at the first call after ``reset()`` and
+keeps them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ContentBasedAttention(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the sequence."""
+        """Drops what the layer keeps of the sequence."""
         self.enc_len = self.precomputed_enc_h = self.mask = None
         self._padding = None, None
 
@@ -57,7 +57,7 @@ class ContentBasedAttention(nn.Module):
     def begin(self, enc_states: Tensor, enc_len: Tensor) -> None:
         self.precomputed_enc_h = self.mlp_enc(enc_states)
         keys = torch.arange(enc_states.size(1), device=enc_len.device, dtype=enc_len.dtype)
-        # 1 = attend, in the dtype of the lengths, for whom reads it.
+        # 1 = attend, in the dtype of the lengths, for code that reads it.
         attended = (keys < enc_len.unsqueeze(1)).to(enc_states.device)
         self.mask = attended.to(enc_len.dtype)
         self._padding = self.mask, attended.logical_not()
@@ -73,7 +73,7 @@ class ContentBasedAttention(nn.Module):
         )  # fmt: skip
         return self.mlp_out(context), weights
 
-    _padding: Any = (None, None)  # the mask, and what it says with True = ignore
+    _padding: Any = (None, None)  # the mask, and the same with True = ignore
 
 
 class LocationAwareAttention(ContentBasedAttention):

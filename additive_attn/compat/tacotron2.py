@@ -55,7 +55,7 @@ class LocationLayer(nn.Module):
 
 
 class _LocationLayer(LocationLayer):
-    """The same, as torchaudio names its parts."""
+    """The same, with torchaudio's names of its parts."""
 
     def __init__(
         self, attention_n_filter: int, attention_kernel_size: int, attention_hidden_dim: int
@@ -131,7 +131,7 @@ class Attention(_Stepwise):
 
 
 class _Attention(_Stepwise):
-    """torchaudio's."""
+    """torchaudio's location-sensitive attention."""
 
     _size_names: ClassVar[dict[str, str]] = {
         "encoder_embedding_dim": "embedding_dim", "attention_hidden_dim": "attention_dim"
