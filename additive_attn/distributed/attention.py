@@ -27,14 +27,14 @@ from additive_attn.ops.checks import (
 from additive_attn.ops.second_order import has_tangents
 from additive_attn.spec.call import Call, Inputs, Options
 
-# Bytes of all processes together up to which every process gathers keys and values, or queries:
-# so little takes longer to send in turns than to send.
+# Up to so many bytes of all processes together, every process gathers keys and values, or queries:
+# sending so little in turns takes longer than gathering it.
 GATHER_BYTES = 4 * 2**20
 _TRANSFORMED = (
     "context_parallel_additive_attention was called under torch.func (vmap, grad, jvp) or with "
-    "tangents of forward mode, but takes part in .backward() and torch.autograd.grad alone. "
-    "Leading dims take the place of vmap. For the rest call additive_attention, of the whole "
-    "sequence."
+    "tangents of forward mode, but is differentiable only by .backward() and "
+    "torch.autograd.grad. Leading dims take the place of vmap. For the rest call "
+    "additive_attention, on the whole sequence."
 )
 _EXCHANGES = ("auto", "ring", "keys", "queries")
 
@@ -61,8 +61,8 @@ def context_parallel_additive_attention(
     """:func:`additive_attention` of a sequence that is sharded over the processes of a mesh: each
     calls it with its shards, and gets the outputs of its queries over the keys of all processes.
 
-    Masks and dropout go by positions in the whole sequence, so results and gradients are those of
-    one process. Memory follows the shard: a process holds a few blocks as large as its own.
+    Masks and dropout depend on positions in the whole sequence, so results and gradients are those
+    of one process. Memory follows the shard: a process holds a few blocks as large as its own.
 
     Args:
         query: ``(..., Lq, H)``, the queries of this process. DTensors are taken too, sharded along
@@ -72,7 +72,8 @@ def context_parallel_additive_attention(
         weight: ``(H,)``, or ``(heads, H)``, the same on all processes. Each gets a part of its
             gradient, as of all parameters of a model whose sequence is sharded: the sum is the
             whole, which DistributedDataParallel and FSDP make.
-        mesh: of one dim; of a mesh of several dims that of the sequence, ``mesh["sequence"]``.
+        mesh: of one dim. Of a mesh of several dims pass that of the sequence,
+            ``mesh["sequence"]``.
         attn_mask: bool or float, as in :func:`additive_attention`: it broadcasts to
             ``(..., Lq, keys of all processes)``, for the queries of this process.
         lengths, starts: as in :func:`additive_attention`, counted in the whole sequence: ``(B,)``,
@@ -83,9 +84,9 @@ def context_parallel_additive_attention(
         scale, need_lse: as in :func:`additive_attention`.
         balanced: whether shards are those of ``shard_sequence(..., balanced=True)``. Otherwise
             the processes hold successive parts of the sequence.
-        exchange: "ring": blocks of keys and values are sent from process to process while others
-            are computed with; "keys": every process gets all of them first; "queries": every
-            process gets all queries, and attends to its own keys. "auto": keys where those of all
+        exchange: "ring": blocks of keys and values are sent from process to process while another
+            is computed; "keys": every process gets all of them first; "queries": every process
+            gets all queries, and attends to its own keys. "auto": keys where those of all
             processes take 4 MiB or less, else queries where they and their outputs do, else ring.
 
     Returns:
@@ -94,8 +95,8 @@ def context_parallel_additive_attention(
         of times; with create_graph=True every process gathers keys and values first.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`additive_attention`; or the processes call
-            with different shapes, dtypes or options, which all of them raise.
+        TypeError, ValueError, RuntimeError: as :func:`additive_attention`. All processes raise
+            where they call with different shapes, dtypes or options.
     """
     group = checked_group(mesh)
     try:
@@ -123,7 +124,8 @@ def context_parallel_additive_attention(
 def _masking(
     call: Call, attn_mask: Any, starts: Any, lengths: Any, is_causal: bool, window: Any
 ) -> tuple[Masks, int, bool]:
-    """Checked masks by position, the keys of attn_mask, and whether a mask is one of queries."""
+    """Returns checked masks by position, the number of keys of attn_mask, and whether any mask
+    differs between queries."""
     if has_tangents((attn_mask,)):
         raise RuntimeError(_TRANSFORMED)
     left, right = (-1, -1) if window is None else checked_window(window)
@@ -136,7 +138,7 @@ def _masking(
 
 
 def _local(name: str, tensor: Any, mesh: DeviceMesh, balanced: bool) -> Any:
-    """The shard of a DTensor; other tensors are shards."""
+    """Returns the shard of a DTensor. Other tensors are shards already."""
     if not hasattr(tensor, "device_mesh"):
         return tensor
     from torch.distributed.tensor import Partial, Replicate, Shard
@@ -152,7 +154,7 @@ def _local(name: str, tensor: Any, mesh: DeviceMesh, balanced: bool) -> Any:
 
 
 def _sharded(local: Tensor, mesh: DeviceMesh, size: int, dim: int) -> Tensor:
-    """A DTensor, sharded along ``dim``, which has ``size`` positions in all."""
+    """Returns a DTensor, sharded along ``dim``, which has ``size`` positions in all."""
     from torch.distributed.tensor import DTensor, Shard
 
     shape = list(local.shape)
@@ -168,7 +170,7 @@ def _checked(
     inputs: Any, mesh: DeviceMesh, is_causal: bool, dropout_p: float, scale: float,
     need_lse: bool, balanced: bool,
 ) -> Call:  # fmt: skip
-    """The call of this process's shards, without masks, cast under autocast, with a seed."""
+    """Returns the call of this process's shards: no masks, cast under autocast, with a seed."""
     if has_tangents(inputs):
         raise RuntimeError(_TRANSFORMED)
     named = zip(Inputs._fields, inputs, strict=True)
@@ -188,7 +190,7 @@ def _checked(
 
 
 def _aligned(given: Integers, name: str, call: Call) -> Tensor:
-    """Checked but for the number of keys, which no process knows yet."""
+    """Checks all but the number of keys, since the processes have not exchanged theirs yet."""
     anywhere = call.key.new_empty(1, 1).expand(2**62, 1)
     if (lowest := _extreme(as_integers(name, given, torch.device("cpu")), min)) < 0:
         raise ValueError(f"{name} holds {lowest}, but counts keys from 0.")
@@ -196,7 +198,8 @@ def _aligned(given: Integers, name: str, call: Call) -> Tensor:
 
 
 def _masked_keys(attn_mask: Any, call: Call) -> int:
-    """The size of a checked mask's dim of keys, whose number no process knows yet."""
+    """Checks a mask, and returns the size of its dim of keys. It is compared later, when the
+    processes have exchanged the numbers of their keys."""
     if is_block_mask(attn_mask) or hasattr(attn_mask, "device_mesh"):
         raise TypeError(
             f"attn_mask is a {type(attn_mask).__name__}, but must be a tensor (..., Lq, keys of "
@@ -213,7 +216,7 @@ def _is_per_query(given: Integers, call: Call) -> bool:
 
 
 def _extreme(numbers: Tensor | None, of: Any) -> int:
-    """The smallest or the largest of 0 and integers that are cheap to look at."""
+    """The smallest or the largest of 0 and those integers that can be read without waiting."""
     readable = numbers is not None and numbers.numel() and is_readable(numbers)
     return of(0, *(int(x) for x in numbers.aminmax())) if readable else 0  # type: ignore[union-attr]
 
@@ -222,7 +225,7 @@ def _agreed(
     group: dist.ProcessGroup, call: Call, masks: Masks, masked: int, per_query: bool,
     balanced: bool, exchange: str,
 ) -> Plan:  # fmt: skip
-    """What all processes call with."""
+    """Raises unless all processes call with equal arguments. Returns the plan of the call."""
     query, key, value, weight = call.inputs
     common = {
         "leading dims of query, key and value": [tuple(x.shape[:-2]) for x in call.inputs[:3]],
@@ -241,17 +244,17 @@ def _agreed(
     drawn = 0 if call.seed is None else int(call.seed)
     highest = (_extreme(x, max) for x in masks[2:])
     sizes = query.shape[-2], key.shape[-2]
-    told = agree(group, key.device, common, (*sizes, drawn, *highest, per_query, masked))
-    per_row = any(x[5] for x in told)
-    rows = layout_of([x[0] for x in told], balanced, "queries")
-    keys = layout_of([x[1] for x in told], balanced, "keys")
-    total = sum(x[1] for x in told)
+    agreed = agree(group, key.device, common, (*sizes, drawn, *highest, per_query, masked))
+    per_row = any(x[5] for x in agreed)
+    rows = layout_of([x[0] for x in agreed], balanced, "queries")
+    keys = layout_of([x[1] for x in agreed], balanced, "keys")
+    total = sum(x[1] for x in agreed)
     for name, number in (("starts", 3), ("lengths", 4)):
-        if (most := max(x[number] for x in told)) > total:
+        if (most := max(x[number] for x in agreed)) > total:
             raise ValueError(
                 f"{name} holds {most}, but the keys of all processes have {total} positions."
             )
-    for process, numbers in enumerate(told):
+    for process, numbers in enumerate(agreed):
         if numbers[6] not in (1, total):
             raise ValueError(
                 f"attn_mask has {numbers[6]} keys on process {process}, but the keys of all "
@@ -259,10 +262,10 @@ def _agreed(
             )
     seed, dropout_p, scale = call.options
     if seed is not None:
-        seed = torch.full_like(seed, told[0][2])
+        seed = torch.full_like(seed, agreed[0][2])
     if exchange == "auto":
         features = _row(key) + _row(value), _row(query) + call.batch().numel() * value.shape[-1]
-        elements = total * features[0], sum(x[0] for x in told) * features[1]
+        elements = total * features[0], sum(x[0] for x in agreed) * features[1]
         small = [number * key.element_size() <= GATHER_BYTES for number in elements]
         exchange = "keys" if small[0] else "queries" if small[1] and not per_row else "ring"
     elif exchange == "queries" and per_row:

@@ -1,4 +1,4 @@
-"""What processes tell and send each other, by torch.distributed."""
+"""Exchanges numbers and tensors between processes, by torch.distributed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 def checked_group(mesh: Any) -> dist.ProcessGroup:
-    """The process group of a mesh of one dim that contains this process."""
+    """Returns the process group of a mesh of one dim that contains this process."""
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(
             f"mesh is a {type(mesh).__name__}, but must be a DeviceMesh of one dim. Make one with "
@@ -28,13 +28,13 @@ def checked_group(mesh: Any) -> dist.ProcessGroup:
     if mesh.get_coordinate() is None:
         raise ValueError(
             f"mesh holds the processes {mesh.mesh.tolist()}, and this is process "
-            f"{dist.get_rank()}. Call it on the processes of the mesh alone."
+            f"{dist.get_rank()}. Call it only on the processes of the mesh."
         )
     return mesh.get_group()
 
 
 def sending_device(mesh: DeviceMesh, query: Any) -> torch.device:
-    """One that the group can send from, whatever was passed."""
+    """Returns a device that the group can send from, whatever was passed."""
     if isinstance(query, Tensor) and query.device.type == mesh.device_type:
         return query.device
     current = mesh.device_type != "cpu" and torch.accelerator.current_device_index()
@@ -47,17 +47,17 @@ def agree(
     common: dict[str, Any] | BaseException,
     numbers: Sequence[int],
 ) -> list[list[int]]:
-    """The numbers of every process. Raises on all processes unless what is ``common`` is equal on
+    """Returns the numbers of every process. Raises on all processes unless ``common`` is equal on
     all; a process that has failed already passes its exception, so that none waits for it."""
     failed = isinstance(common, BaseException)
     mine = f"{type(common).__name__}: {common}" if failed else common
     digest = zlib.crc32(repr(mine).encode())
     processes = dist.get_world_size(group)
-    with torch._C._DisableFuncTorch():  # a process that stopped within a transform says so too
-        told = torch.tensor([failed, digest, *numbers], dtype=torch.int64, device=device)
-        heard = told.new_empty(processes, told.numel())
-        dist.all_gather(list(heard), told, group=group)
-        rows: list[list[int]] = heard.tolist()
+    with torch._C._DisableFuncTorch():  # a process that failed within a transform sends that too
+        own = torch.tensor([failed, digest, *numbers], dtype=torch.int64, device=device)
+        of_all = own.new_empty(processes, own.numel())
+        dist.all_gather(list(of_all), own, group=group)
+        rows: list[list[int]] = of_all.tolist()
         if any(row[0] for row in rows) or len({row[1] for row in rows}) > 1:
             described: list[Any] = [None] * processes
             dist.all_gather_object(described, mine, group=group)
@@ -68,11 +68,11 @@ def agree(
 
 def _refuse(described: list[Any]) -> None:
     """Raises on a process that has not failed itself."""
-    for process, said in enumerate(described):
-        if isinstance(said, str):
-            raise RuntimeError(f"Process {process} of the mesh stopped: {said}")
+    for process, error in enumerate(described):
+        if isinstance(error, str):
+            raise RuntimeError(f"Process {process} of the mesh stopped: {error}")
     for name in described[0]:
-        given = [said[name] for said in described]
+        given = [common[name] for common in described]
         if any(x != given[0] for x in given):
             found = ", ".join(f"{x} on process {i}" for i, x in enumerate(given))
             raise ValueError(
@@ -81,13 +81,13 @@ def _refuse(described: list[Any]) -> None:
 
 
 def packed(tensors: Sequence[Tensor | None]) -> Tensor:
-    """Tensors (..., L, n) as one (L, features), so that a block is one message."""
+    """Joins tensors (..., L, n) to one (L, features), so that a block is one message."""
     rows = [x.movedim(-2, 0).flatten(1) for x in tensors if x is not None]
     return torch.cat(rows, 1) if len(rows) > 1 else rows[0].contiguous()
 
 
 def unpacked(rows: Any, like: Sequence[Tensor | None]) -> list[Any]:
-    """The inverse, for tensors with the leading dims and features of ``like``."""
+    """The inverse of ``packed``, for tensors with the leading dims and features of ``like``."""
     sizes = [0 if x is None else x[..., :1, :].shape[:-2].numel() * x.shape[-1] for x in like]
     return [
         None if x is None
@@ -97,7 +97,7 @@ def unpacked(rows: Any, like: Sequence[Tensor | None]) -> list[Any]:
 
 
 def gathered(tensor: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """The tensors of all processes, which differ in their first dim, of these sizes."""
+    """Returns the tensors of all processes, whose first dims have these sizes."""
     most = max(max(sizes), 1)
     padded = tensor.new_zeros(most, *tensor.shape[1:])
     padded[: tensor.shape[0]] = tensor
@@ -107,7 +107,8 @@ def gathered(tensor: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> 
 
 
 class Exchange:
-    """A message to one process and one from another, under way; None = no message."""
+    """Sends a message to one process and receives one from another, asynchronously; None = no
+    message."""
 
     def __init__(
         self, group: dist.ProcessGroup, send: tuple[int, Tensor] | None = None,
@@ -146,13 +147,13 @@ class Ring:
         return (self.rank + step) % self.processes
 
     def blocks(self, own: Sequence[Tensor]) -> Iterator[Any]:
-        """At step 0 the own block, then that of each process before; None where it is not needed.
-        The next one is under way meanwhile."""
+        """Yields this process's block at step 0, then that of each process before it; None where
+        it is not needed. The next block is received meanwhile."""
         message = packed(own) if self.processes > 1 else None
         coming = self._coming(1, message)
         yield own if self.needed(self.rank, self.rank) else None
         for step in range(1, self.processes):
-            # Popped, so that the caller alone holds it, and can free it.
+            # Popped, so that only the caller holds it, and can free it.
             received = [coming.wait()]
             coming = self._coming(step + 1, message)
             yield None if received[0] is None else unpacked(received.pop(), own)
@@ -168,8 +169,8 @@ class Ring:
         return Exchange(self.group, send, receive)
 
     def give_back(self, step: int, gradient: Tensor | None, own: Tensor) -> Exchange:
-        """Sends the gradient of the block of this step to where the block came from, and receives
-        one of the own block."""
+        """Sends the gradient of this step's block to the process that the block came from, and
+        receives one of this process's block."""
         after = self.after(step)
         return Exchange(
             self.group,

@@ -12,8 +12,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from additive_attn.distributed.exchange import checked_group
 from additive_attn.nn.multihead import MultiheadAdditiveAttention
 
-# The features of q_proj_weight and its like, and what out_proj reads, are those of the heads side
-# by side. in_proj_weight holds three of them one below the other, so every process has it whole.
+# The features of q_proj_weight and the like, and the inputs of out_proj, are those of the heads
+# side by side. in_proj_weight stacks three of them, so every process has it whole.
 _SHARDED = {
     "energy_weight": Shard(0), "q_proj_weight": Shard(0), "k_proj_weight": Shard(0),
     "v_proj_weight": Shard(0), "out_proj.weight": Shard(1),
@@ -27,12 +27,13 @@ class HeadParallel(ParallelStyle):
 
     ``energy_weight``, ``out_proj.weight`` and, with kdim or vdim, the projections become DTensors
     sharded by heads; other parameters are replicated. ``forward`` takes and returns tensors of
-    this process, equal on all; ``project`` and ``step`` take and return DTensors. Dropout works on
-    the heads gathered, since weights are dropped by their position among all.
+    this process, equal on all; ``project`` and ``step`` take and return DTensors. Dropout gathers
+    the heads, since weights are dropped by their position among all.
 
     Raises:
-        TypeError: the module is no MultiheadAdditiveAttention.
-        ValueError: num_heads is no multiple of the size of the mesh, or this has several dims.
+        TypeError: the module is not a MultiheadAdditiveAttention.
+        ValueError: num_heads is not a multiple of the size of the mesh, or the mesh has several
+            dims.
 
     Example:
         >>> parallelize_module(model, mesh, {"attention": HeadParallel()})  # doctest: +SKIP
@@ -65,7 +66,7 @@ class HeadParallel(ParallelStyle):
             return x
 
         def enter(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            # One tensor stays one: queries that are keys are projected together.
+            # A tensor that is passed twice stays one, so that one product projects it.
             made = {id(x): replicated(x) for x in (*given, *named.values())}
             return tuple(made[id(x)] for x in given), {n: made[id(x)] for n, x in named.items()}
 

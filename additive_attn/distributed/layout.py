@@ -13,21 +13,21 @@ Ranges = tuple[tuple[int, int], ...]  # [start, stop) of positions, in ascending
 
 
 def chunks(total: int, count: int) -> Ranges:
-    """``total`` positions in ``count`` chunks whose sizes differ by one at most, as
-    ``torch.tensor_split`` makes them."""
+    """Splits ``total`` positions into ``count`` chunks whose sizes differ by one at most, as
+    ``torch.tensor_split`` does."""
     size, rest = divmod(total, count)
     bounds = [size * i + min(i, rest) for i in range(count + 1)]
     return tuple(pairwise(bounds))
 
 
 def balanced_layout(total: int, processes: int) -> tuple[Ranges, ...]:
-    """Of 2N chunks, process r of N holds r and 2N - 1 - r: causal attention costs all the same."""
+    """Of 2N chunks, process r of N holds r and 2N - 1 - r: causal attention costs each as much."""
     parts = chunks(total, 2 * processes)
     return tuple((parts[r], parts[-1 - r]) for r in range(processes))
 
 
 def layout_of(sizes: Sequence[int], balanced: bool, name: str) -> tuple[Ranges, ...]:
-    """The layout of shards of these sizes, one per process."""
+    """Returns the layout of shards of these sizes, one per process."""
     total = sum(sizes)
     if not balanced:
         return tuple((part,) for part in pairwise(accumulate(sizes, initial=0)))
@@ -65,7 +65,7 @@ class Masks(NamedTuple):
     lengths: Tensor | None
 
     def bounds(self, rows: Ranges, keys: Ranges) -> Bounds:
-        """Leaves ``starts`` and ``lengths`` out: these may lie on a GPU."""
+        """Bounds by the window alone: ``starts`` and ``lengths`` may be on a GPU."""
         if not length(rows) or not length(keys):
             return Bounds(0, 0)
         held = [x for x in rows if x[0] < x[1]]
@@ -76,13 +76,13 @@ class Masks(NamedTuple):
     def intervals(
         self, rows: Ranges, keys: Ranges, bounds: Bounds, device: torch.device
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The first key of each row, and the key after its last, counted from ``bounds.first``;
-        None where that is the first and the last of all. Keys lie in ascending order, so what is
-        an interval of the sequence is one of the shard."""
+        """Returns the first key of each row, and the key after its last, counted from
+        ``bounds.first``; None where that is the first and the last of all. Keys are in ascending
+        order, so an interval of the sequence is one of the shard too."""
         starts, stops = self.starts, self.lengths
         if self.left >= 0 or self.right >= 0:
             row = positions(rows, device)
-            # Beyond the last key of all, a larger number means nothing, and might overflow.
+            # Beyond the last key of all, a larger number has no effect, and might overflow.
             end = keys[-1][1]
             if self.left >= 0:
                 window = row - min(self.left, rows[-1][1])
@@ -103,7 +103,7 @@ def _before(position: int, keys: Ranges) -> int:
 
 
 def _counted(position: Tensor, keys: Ranges) -> Tensor:
-    """The same of a tensor of positions."""
+    """The same for a tensor of positions."""
     counts = [(position - start).clamp(0, stop - start) for start, stop in keys]
     return torch.stack(counts).sum(0) if len(counts) > 1 else counts[0]
 
@@ -121,7 +121,7 @@ def cut(keys: Ranges, bounds: Bounds) -> Ranges:
 
 
 def in_order(shards: Sequence[Tensor], layout: Sequence[Ranges]) -> Tensor:
-    """The whole sequence, in the first dim, of its shards."""
+    """Joins the shards of a sequence along the first dim, in the order of positions."""
     parts = {
         ranges: part
         for shard, held in zip(shards, layout, strict=True)

@@ -1,8 +1,9 @@
-"""Attention of some rows to a part of the keys, and its gradients under what all parts give.
+"""Attention of some rows to a part of the keys, and its gradients given the results of all parts.
 
-With the lse and the gradient sums of all keys, each pair's gradient is its own (math.md, eq. 9):
-no part's forward is computed again. A backend's backward divides the weights of a call by their
-sum, so it serves only rows without keys elsewhere; others are made of scores and their backward.
+Given the lse and the gradient sums of all keys, each pair's gradient depends on that pair alone
+(math.md, eq. 9): no part's forward is computed again. A backend's backward divides the weights of
+a call by their sum, so it serves only rows without keys in other parts. The gradients of other
+rows are computed from scores and their backward.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from additive_attn.ops.second_order import reduced
 from additive_attn.spec.call import Call, Inputs, Needs, lse_dtype
 from additive_attn.spec.dropout import keep_mask
 
-# Pairs whose random words are made at a time, by plain PyTorch.
+# Pairs whose random words plain PyTorch computes at a time.
 _DROPOUT_PAIRS = 2**20
 # Pairs whose scores are kept at a time in backward.
 _PAIRS = 2**21
-# Keys whose gradients lie beside their sums.
+# Keys of a tile, whose gradients are held beside their sums.
 _KEYS = 2**11
 
 
 class Part(NamedTuple):
-    """A call without dropout, and where its rows and keys stand in the whole sequences."""
+    """A call without dropout, and the positions of its rows and keys in the whole sequences."""
 
     call: Call
     rows: Ranges
@@ -46,11 +47,11 @@ class Whole(NamedTuple):
     lse: Tensor
     grad_out: Tensor | None
     grad_lse: Tensor | None
-    base: Tensor  # the gradient of lse, less the product of out and its gradient
+    base: Tensor  # the gradient of lse, minus the product of out and its gradient
 
 
 class Sums:
-    """Gradients of inputs, added up in the dtype that is computed in; None where not needed."""
+    """Sums of gradients of inputs, in the dtype of the computation; None where not needed."""
 
     def __init__(self, inputs: Inputs, attn_mask: Tensor | None, needs: Needs) -> None:
         self.needs = needs
@@ -58,7 +59,7 @@ class Sums:
         self.mask = None if attn_mask is None else _zeros(attn_mask, needs.mask)
 
     def of_keys(self, key: Tensor, value: Tensor) -> Sums:
-        """The same sums but for other keys and values."""
+        """Returns the same sums, except that keys and values are others."""
         sums = copy.copy(self)
         sums.key, sums.value = _zeros(key, self.needs.key), _zeros(value, self.needs.value)
         return sums
@@ -66,8 +67,9 @@ class Sums:
     def add(
         self, gradients: tuple[Tensor, ...], rows: slice, keys: slice, positions: Ranges
     ) -> None:
-        """Those of query, key, value, weight and, over all pairs or in its shape, of a mask: of
-        some rows, and of keys at ``keys``, which stand at ``positions`` in the whole sequence."""
+        """Adds gradients of query, key, value, weight and, over all pairs or in its shape, of a
+        mask: those of some rows, and of ``keys``, which are at ``positions`` in the whole
+        sequence."""
         targets = (
             None if self.query is None else self.query[..., rows, :],
             None if self.key is None else self.key[..., keys, :],
@@ -90,7 +92,7 @@ class Sums:
 
 
 def forward(part: Part) -> tuple[Tensor, Tensor]:
-    """Out and lse, in the dtype that is computed in."""
+    """Returns out and lse, in the dtype of the computation."""
     outs, lses = [], []
     for _, kept, lse in _blocks(part):
         out, kept_lse = _forward(kept)
@@ -103,8 +105,8 @@ def forward(part: Part) -> tuple[Tensor, Tensor]:
 
 
 def backward(part: Part, whole: Whole, sums: Sums, keys: slice, alone: bool) -> None:
-    """Adds the gradients to ``sums``, where the keys stand at ``keys``. ``alone``: there is no
-    other part, so ``whole`` are the results of this one."""
+    """Adds the gradients to ``sums``, in which the keys are at ``keys``. ``alone``: there is no
+    other part, so ``whole`` holds the results of this one."""
     call, needs = part.call, sums.needs
     if alone and part.seed is None:
         gradients = dispatch.below_autograd(
@@ -113,7 +115,7 @@ def backward(part: Part, whole: Whole, sums: Sums, keys: slice, alone: bool) -> 
         )  # fmt: skip
         sums.add(gradients, slice(None), keys, part.keys)
         return
-    # An empty row gets none, whatever comes in for it, and its scores are -inf.
+    # An empty row has no gradient, whatever its upstream gradient is, and its scores are -inf.
     lse = whole.lse.unsqueeze(-1)
     empty = lse == -torch.inf
     lse, base = lse.masked_fill(empty, 0.0), whole.base.unsqueeze(-1).masked_fill(empty, 0.0)
@@ -130,7 +132,7 @@ def backward(part: Part, whole: Whole, sums: Sums, keys: slice, alone: bool) -> 
 def _tile_gradients(
     tile: Part, lse: Tensor, grad_out: Tensor | None, base: Tensor, needs: Needs
 ) -> tuple[Tensor, ...]:
-    """Of query, key, value, weight, and of a mask over all pairs."""
+    """Gradients of query, key, value, weight, and of a mask over all pairs."""
     query, key, value, weight, *masking = tile.call[:11]
     scored = query, key, weight, *masking, tile.call.scale
     scores = dispatch.below_autograd(dispatch.scores_directly, *scored)
@@ -144,7 +146,7 @@ def _tile_gradients(
         if needs.value:
             grad_value = kept.mT @ grad_out
         grad_scores = grad_scores.add_(base)
-    # A masked pair has none, whatever its value holds.
+    # A masked pair has no gradient, whatever its value holds.
     grad_scores = weights.mul_(grad_scores).masked_fill_(scores == -torch.inf, 0.0)
     given = grad_scores.sum_to_size(scores.shape)
     grad_query, grad_key, grad_weight, _ = dispatch.below_autograd(
@@ -155,8 +157,8 @@ def _tile_gradients(
 
 
 def _tiles(part: Part) -> Iterator[tuple[slice, slice, Part]]:
-    """Some rows and some keys at a time, in the dtype that is computed in, without those that
-    ``is_causal`` or ``window`` hides."""
+    """Yields some rows and some keys at a time, in the dtype of the computation, without keys that
+    ``is_causal`` or ``window`` masks for all of the rows."""
     call = part.call
     num_rows, num_keys = call.query.shape[-2], call.key.shape[-2]
     pairs = max(_PAIRS // max(call.batch().numel(), 1), 1)
@@ -184,7 +186,7 @@ def _zeros(like: Tensor, need: bool) -> Tensor | None:
 
 
 def share(lse: Tensor, whole: Tensor) -> Tensor:
-    """What a part's weights are worth in the whole; 0 where its row is empty."""
+    """The share of a part's weights in the whole; 0 where its row is empty."""
     return torch.where(lse == -torch.inf, 0.0, (lse - whole).exp())
 
 
@@ -198,7 +200,7 @@ def _forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def kept_pairs(part: Part, batch: torch.Size) -> Tensor:
-    """What dropout keeps, by position in the whole sequences."""
+    """Returns which pairs dropout keeps, by position in the whole sequences."""
     rows = [
         torch.cat([keep_mask(part.seed, batch, x, y, part.dropout_p) for y in part.keys], -1)  # type: ignore[arg-type]
         for x in part.rows
@@ -208,8 +210,8 @@ def kept_pairs(part: Part, batch: torch.Size) -> Tensor:
 
 
 def _blocks(part: Part) -> Iterator[tuple[slice, Call, Tensor | None]]:
-    """The call; with dropout, for each block of rows, the call on the keys that are kept, and the
-    lse over all keys: what is kept is a set of keys with a share of its own."""
+    """Yields the call. With dropout, yields for each block of rows the call on the keys that are
+    kept, and the lse over all keys: the kept keys are a set with a share of its own."""
     call = part.call
     if part.seed is None:
         yield slice(None), call, None
@@ -254,7 +256,7 @@ def _of_keys(call: Call, keys: slice) -> Call:
 
 
 def _widened(call: Call) -> Call:
-    """Scores of 16 bits would be too coarse for weights."""
+    """Casts a call to the dtype of the computation: scores of 16 bits would be too coarse."""
     dtype, mask = lse_dtype(call.query.dtype), call.attn_mask
     if mask is not None and mask.is_floating_point():
         mask = mask.to(dtype)

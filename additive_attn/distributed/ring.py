@@ -44,7 +44,8 @@ class Plan(NamedTuple):
     def part(
         self, inputs: Inputs, keys: Ranges, rows: Ranges | None = None
     ) -> tuple[parts.Part, slice] | None:
-        """The call of rows, this process's unless given, and keys; and which keys are used."""
+        """Returns the call of rows, this process's unless given, and keys, and which keys are
+        used; None where no row may attend to any."""
         rows, (seed, dropout_p, scale) = rows or self.rows[self.rank], self.options
         bounds = self.masks.bounds(rows, keys)
         if bounds.first >= bounds.last:
@@ -66,7 +67,7 @@ class Plan(NamedTuple):
 
 
 class ContextParallel(torch.autograd.Function):
-    """Attention of this process's rows to the keys of all; takes a plan without a mask, the mask
+    """Attention of this process's rows to the keys of all. Takes a plan without a mask, the mask
     and the inputs."""
 
     @staticmethod
@@ -102,7 +103,7 @@ class ContextParallel(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> list[Tensor | None]:
-    """Of the mask, query, key, value and weight."""
+    """Gradients of the mask, query, key, value and weight."""
     attn_mask, *inputs, out, lse, all_lse = ctx.saved_tensors
     plan: Plan = ctx.plan._replace(attn_mask=attn_mask)
     need_mask, *need_inputs = ctx.needs_input_grad[1:6]
@@ -125,7 +126,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> li
 
 
 def _empty(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Out and lse of rows that no key is for."""
+    """Out and lse of rows without keys to attend to."""
     query, masks = inputs.query, plan.masks
     batch = Call(*inputs, plan.attn_mask, masks.lengths, masks.starts).batch()
     shape, dtype = (*batch, query.shape[-2]), lse_dtype(query.dtype)
@@ -137,7 +138,7 @@ Blocks = Iterator[tuple[Ranges, Any]]
 
 
 def _blocks(plan: Plan, key: Tensor, value: Tensor) -> Blocks:
-    """Keys and values that this process gets one after another, and their positions."""
+    """Yields the keys and values that this process receives, and their positions."""
     if plan.exchange == "keys":
         yield _whole(plan.keys), gather(plan, (key, value), plan.keys)
         return
@@ -182,7 +183,7 @@ def _by_queries(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def _query_gradients(
     plan: Plan, inputs: list[Tensor], whole: parts.Whole, sums: parts.Sums
 ) -> None:
-    """Those of keys are made where they are; those of queries are added up."""
+    """Each process computes the gradients of its keys. Those of queries are added up."""
     query, key, value, weight = inputs
     grad_out, base = whole.grad_out, whole.base
     if grad_out is None:
@@ -203,8 +204,8 @@ def _query_gradients(
 def _ring_gradients(
     plan: Plan, inputs: list[Tensor], whole: parts.Whole, sums: parts.Sums
 ) -> None:
-    """Gradients of a block of keys go back to the process that it came from, while the next block
-    is computed with."""
+    """Sends the gradients of a block of keys back to the process that it came from, while those of
+    the next block are computed."""
     query, key, value, weight = inputs
     ring, returning = plan.ring(), None
     alone = sum(plan.needed(plan.rank, other) for other in range(ring.processes)) == 1
@@ -212,7 +213,7 @@ def _ring_gradients(
     message = packed(own) if sums.needs.key or sums.needs.value else None
 
     def gradient_of(block: Any, step: int) -> Tensor | None:
-        """In a function, which frees what it needs before the next block arrives."""
+        """A function, so that its tensors are freed before the next block arrives."""
         keys, totals = plan.keys[ring.before(step)], sums
         if step > 0:
             totals = sums.of_keys(*block)

@@ -1,6 +1,6 @@
 """The gradients of a call as a graph, to be differentiated again. Every process then attends to
-the keys of all, which are gathered first. To gather, and to add up what all processes give to this
-one's positions, are each other's derivative."""
+the keys of all, which are gathered first. The derivative of gathering is the sum over processes at
+this one's positions, and the derivative of that sum is gathering."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from additive_attn.spec.call import Call, Inputs
 
 
 def gather(plan: Any, own: Sequence[Tensor], layout: Sequence[Ranges]) -> list[Any]:
-    """Tensors (..., L, n) of the whole sequence, out of this process's."""
+    """Gathers tensors (..., L, n) of the whole sequence from those of all processes."""
     shards = gathered(packed(own), [length(x) for x in layout], plan.group)
     return unpacked(in_order(shards, layout), own)
 
 
 def own_positions(plan: Any, whole: Tensor, layout: Sequence[Ranges]) -> Tensor:
-    """This process's positions (..., L, n) of the whole sequence."""
+    """Returns this process's positions (..., L, n) of the whole sequence."""
     return torch.cat([whole[..., slice(*x), :] for x in layout[plan.rank]], -2)
 
 
 class _Gathered(torch.autograd.Function):
-    """Of keys and values."""
+    """Keys and values of all processes."""
 
     @staticmethod
     def forward(ctx: Any, plan: Any, *own: Tensor) -> tuple[Tensor, ...]:
@@ -43,7 +43,7 @@ class _Gathered(torch.autograd.Function):
 
 
 class _Added(torch.autograd.Function):
-    """What all processes give, at this process's positions."""
+    """The sum over all processes, at this process's positions."""
 
     @staticmethod
     def forward(ctx: Any, plan: Any, *given: Tensor) -> tuple[Tensor, ...]:
@@ -58,7 +58,8 @@ class _Added(torch.autograd.Function):
 
 
 class _Zeros(torch.autograd.Function):
-    """Depends on its arguments, so that this process takes part where others have more."""
+    """Zeros that depend on their arguments, so that backward reaches the same exchanges as on the
+    other processes."""
 
     @staticmethod
     def forward(ctx: Any, like: Tensor, *_: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def gradients(
     plan: Any, tensors: Sequence[Tensor | None], needs: Sequence[bool],
     grad_out: Tensor | None, grad_lse: Tensor | None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Of the mask, query, key, value and weight, each as far as it is needed."""
+    """Gradients of the mask, query, key, value and weight, each if it is needed."""
     # Views, since an input may depend on another one.
     views: list[Any] = [None if x is None else x.view_as(x) for x in tensors]
     mask, query, key, value, weight = views
@@ -113,7 +114,7 @@ def _attend(plan: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
     out, _, lse = attend(call)
     if seed is None:
         return out, lse
-    # What dropout keeps is a set of keys with a share of its own.
+    # The keys that dropout keeps are a set with a share of its own.
     part = parts.Part(call, rows, keys, plan.masks, seed, dropout_p)
     kept = parts.kept_pairs(part, call.batch())
     if mask is not None:

@@ -1,4 +1,4 @@
-"""A sequence and its shards."""
+"""Shards a sequence over processes, and joins the shards again."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from additive_attn.ops.checks import is_dense, refuse_flags, refuse_types
 def shard_sequence(
     tensor: Tensor, mesh: DeviceMesh, dim: int = -2, *, balanced: bool = False
 ) -> Tensor:
-    """The part of a sequence that this process holds, of a tensor that every process has whole.
+    """Returns this process's shard of a sequence that every process has whole.
 
     Args:
         tensor: any tensor; token ids, positions or features.
         mesh: of one dim.
-        dim: that of the positions.
+        dim: the dim of the positions.
         balanced: whether a process holds a chunk of the head and one of the tail, so that causal
             attention costs every process the same: of 2N chunks r and 2N - 1 - r. Otherwise
             process r of N holds chunk r of N. Chunks differ by one position at most.
@@ -32,8 +32,8 @@ def shard_sequence(
         its positions.
 
     Raises:
-        TypeError, ValueError: the mesh is none of one dim, or does not contain this process; the
-            tensor is none, or has no such dim; balanced is no bool.
+        TypeError, ValueError: the mesh does not have one dim, or does not contain this process;
+            tensor is not a tensor, or has no such dim; balanced is not a bool.
     """
     group = checked_group(mesh)
     dim = _checked_dim(tensor, dim, balanced)
@@ -51,15 +51,15 @@ def shard_sequence(
 def unshard_sequence(
     tensor: Tensor, mesh: DeviceMesh, dim: int = -2, *, balanced: bool = False
 ) -> Tensor:
-    """The whole sequence on every process, of the shards that each process has: the inverse of
-    :func:`shard_sequence`. The result carries no gradient: it is for outputs and evaluation.
+    """Returns the whole sequence on every process, from the shards of all: the inverse of
+    :func:`shard_sequence`. The result has no gradient: it is for outputs and evaluation.
 
     Raises:
-        TypeError, ValueError: the mesh is none of one dim, shapes differ between processes, or
-            balanced shards have other sizes than :func:`shard_sequence` gives them; the tensor is
-            none, or has no such dim; balanced is no bool.
-        RuntimeError: that, on another process; or torch.func transforms the call, or the tensor
-            is on meta.
+        TypeError, ValueError: the mesh does not have one dim, shapes differ between processes, or
+            balanced shards have other sizes than :func:`shard_sequence` gives them; tensor is not
+            a tensor, or has no such dim; balanced is not a bool.
+        RuntimeError: another process raised; or torch.func transforms the call, or the tensor is
+            on meta.
     """
     group = checked_group(mesh)
     try:
@@ -81,7 +81,7 @@ def unshard_sequence(
 
 
 def _checked_dim(tensor: Any, dim: Any, balanced: Any) -> int:
-    """The dim of positions, counted from the first."""
+    """Returns the dim of positions, counted from the first."""
     if not isinstance(tensor, Tensor):
         refuse_types(tensor=tensor)
     if hasattr(tensor, "device_mesh") or not is_dense(tensor):
