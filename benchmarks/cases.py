@@ -124,7 +124,7 @@ def parse(text: str) -> list[tuple[str, Case]]:
 
 
 def name_of(shape: tuple[int, ...], options: str) -> str:
-    """What a shape is, for rows that do not say."""
+    """What a shape is, for rows without a description."""
     known = {(case.shape, case.options): case.what for case in SPEED + SCALING + MASKS + GPU}
     return known.get((shape, options), "")  # type: ignore[arg-type]
 

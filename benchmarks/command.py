@@ -70,8 +70,8 @@ def write(
     args: Namespace,
     cases: Collection[str],
 ) -> None:
-    """Writes the rows of a run. With --save, what git tracks of other cases stays, and so do the
-    profiles of a case of which times alone were measured; rows stand in the order of the cases."""
+    """Writes the rows of a run. With --save, the tracked rows of other cases stay, and so do the
+    profiles of a case if only its times were measured. Rows are in the order of the cases."""
     before: list[Row] = []
     if args.save and args.output is None and path.exists():
         with path.open(newline="") as file:
@@ -89,8 +89,8 @@ def write(
 
 
 def shown_rows(path: Path, name: str, cases: Collection[str]) -> list[Row]:
-    """The rows that ``benchmarks.NAME`` has written to a file, of whose machine a line is
-    printed."""
+    """Returns the rows that ``benchmarks.NAME`` has written to a file, and prints a line about
+    their machine."""
     try:
         with path.open(newline="") as file:
             found: list[Row] = [row for row in csv.DictReader(file) if row.get("case") in cases]

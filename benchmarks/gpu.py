@@ -1,4 +1,4 @@
-"""What only a GPU can answer, before speed is measured (benchmarks.run).
+"""Questions that only a GPU can answer, before speed is measured (benchmarks.run).
 
     python -m benchmarks.gpu                       on a GPU (a minute or two)
     python -m benchmarks.gpu --question host       what the host spends on a call
@@ -6,9 +6,9 @@
                                                    (ADDITIVE_ATTN_CPU=triton TRITON_INTERPRET=1)
 
 barriers: the loop over features, through shared memory and without (benchmarks/score_loop.py).
-kernels: the time of each Triton kernel in a call, and what share of all instructions that the
-GPU could issue in it the kernel did issue, by the counts of machine-code.csv, which the same
-Triton must have compiled for the same GPU.
+kernels: the time of each Triton kernel in a call, and the instructions that it issued as a share
+of those that the GPU could issue in that time. The counts are those of machine-code.csv, which the
+same Triton must have compiled for the same GPU.
 host: microseconds until a call returns, and until the GPU has finished, several calls in a row.
 """
 
@@ -72,7 +72,7 @@ def runner(case: Case, device: torch.device, name: str, mode: str) -> Callable[[
 
 @contextmanager
 def recorded(launches: list[tuple[str, Any, Any]]) -> Iterator[None]:
-    """Every launch of a Triton kernel, between two events."""
+    """Records every launch of a Triton kernel, between two events."""
     run = JITFunction.run
 
     def timed(kernel: Any, *arguments: Any, **options: Any) -> Any:
@@ -134,7 +134,7 @@ def kernels(case: Case, mode: str, device: torch.device) -> Iterator[Row]:
     for name, seconds in total.items():
         yield {"what": name, "value": f"{seconds * 1e6:.4g}", "unit": "us on the GPU"}
         if name in counts:
-            # A warp's instruction takes one of four places per processor and clock.
+            # A processor has four issue slots per clock; a warp's instruction takes one.
             pairs = case.batch * case.query_len * case.key_len
             share = counts[name] * pairs / 32 / (4 * processors * clock * seconds)
             yield {"what": name, "value": f"{share:.3f}", "unit": "of all places to issue"}
@@ -172,7 +172,7 @@ def answers(names: list[str], device: torch.device, quick: bool) -> Iterator[Row
                 try:
                     with torch.set_grad_enabled(mode == "full"):
                         found = list(QUESTIONS[name](case, mode, device))
-                except Exception as error:  # the other questions are to be answered
+                except Exception as error:  # the other questions still run
                     message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                     found = [{"what": "failed", "value": message}]
                     if device.type == "cuda" and "CUDA error" in message:

@@ -4,10 +4,10 @@
     python -m benchmarks.heads --case call call-full
     python -m benchmarks.heads --table FILE.csv
 
-All providers of a case run in this process and take turns. Each is compared with the plain layer
-of its own sizes before anything is timed. Times are CPU times of all threads together. Rows go to
-a new file in benchmarks/results/local/, which git ignores; --save replaces the rows of these cases
-in the file that git tracks.
+All providers of a case are timed round-robin in this process. Each is compared with the plain
+layer of its own sizes before anything is timed. Times are CPU times of all threads together. Rows
+go to a new file in benchmarks/results/local/, which git ignores; --save replaces the rows of these
+cases in the file that git tracks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Run = Callable[[], Any]
 
 
 class Pair(NamedTuple):
-    """What is timed, and the plain layer that it must agree with; None where it is that itself."""
+    """What is timed, and the plain layer that it must agree with; None for the plain layer."""
 
     run: Run
     plain: Run | None
@@ -141,7 +141,7 @@ def decoder(sizes: tuple[int, ...], full: bool, whole: bool) -> dict[str, Pair]:
     theirs.self_attn, theirs.multihead_attn = map(
         PlainHeads, (mine.self_attn, mine.multihead_attn)
     )
-    # The plain attentions leave gradients in the parameters of ours; those of inputs are compared.
+    # The plain attentions share the parameters of ours, so only gradients of inputs are compared.
     leaves, pair = [target.requires_grad_(), memory.requires_grad_()], []
     state = torch.get_rng_state()
     for layer in (mine, theirs):

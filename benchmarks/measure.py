@@ -1,4 +1,4 @@
-"""How it is measured: a check against fp64 first, then interleaved timing and peak memory."""
+"""Measures: a check against fp64 first, then interleaved timing and peak memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from benchmarks.providers.runner import Runner
 SAMPLE_SECONDS = 0.05
 CHECKED_ELEMENTS = 2**25  # of the fp64 energy tensor
 # Largest error allowed, relative to the largest element: this guards against timing something
-# that computes something else. How accurate the layer is, the tests say.
+# that computes something else. The tests check how accurate the layer is.
 TOLERANCE = {torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -32,7 +32,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def action(runner: Runner, inputs: Inputs, mode: str) -> Callable[[], object]:
-    """What one measured call does. Forward alone is to be called under ``torch.no_grad()``."""
+    """The measured call. Forward alone must be called under ``torch.no_grad()``."""
     if mode == "forward":
         return runner.forward
     return lambda: runner.backward(runner.forward(), inputs.grad_out)
@@ -89,7 +89,7 @@ def interleave(
     actions: dict[str, Callable[[], object]], device: torch.device, budget: float, rounds: int
 ) -> dict[str, list[float]]:
     """Seconds per call of every action, one sample each per round, so that a slow minute of the
-    machine meets all alike. A sample is a loop of enough calls to be timed well; an action that
+    machine affects all alike. A sample is a loop of enough calls to be timed well; an action that
     has used up its budget stops after three samples, or two if one call takes so long."""
 
     def sample(call: Callable[[], object], count: int) -> float:
@@ -140,8 +140,8 @@ def resident(field: str) -> int:
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     """Memory that one call needs beyond its inputs, results included.
 
-    On a CPU this is the growth of the resident set as Linux counts it, so no allocator, workspace
-    or thread can hide; None on systems that do not count it.
+    On a CPU this is the growth of the resident set as Linux counts it, so it covers every
+    allocator, workspace and thread; None on systems that do not count it.
     """
     gc.collect()
     if device.type == "cuda":
@@ -153,7 +153,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
         return torch.cuda.max_memory_allocated(device) - before
     if not os.access("/proc/self/clear_refs", os.W_OK):
         return None
-    # What the allocator has kept from earlier calls would hide a part of this one.
+    # Memory that the allocator has kept from earlier calls would not be counted.
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as clear:
         clear.write("5")  # reset the peak
@@ -164,7 +164,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
 
 def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what torch keeps for later counts as taken
+        torch.cuda.empty_cache()  # torch's cache counts as used memory
         return torch.cuda.mem_get_info(device)[0]
     if sys.platform == "linux":
         with open("/proc/meminfo") as meminfo:

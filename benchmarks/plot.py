@@ -1,4 +1,4 @@
-"""Draws time and memory over the length from csv rows, beside the csv.
+"""Draws time and memory over the length from csv rows, to a file beside the csv.
 
 python -m benchmarks.plot [FILE.csv ...]          the newest run of this checkout
 python -m benchmarks.plot FILE.csv --figure scaling   docs/figures/scaling.png, for the README
@@ -60,8 +60,8 @@ def scaling_of(measurements: list[Measurement]) -> list[Measurement]:
 
 
 def draw_series(axes: Any, series: list[Measurement], column: str) -> None:
-    """One curve per provider over the length; crosses where memory does not suffice: of bytes at
-    what would be needed, of milliseconds on the upper edge."""
+    """Draws one curve per provider over the length. Crosses mark where memory does not suffice: in
+    bytes at what would be needed, in milliseconds on the upper edge."""
     on_edge = column == "median_ms"
     for provider, style in STYLES.items():
         points, crosses = [], []
@@ -89,8 +89,8 @@ def draw_series(axes: Any, series: list[Measurement], column: str) -> None:
 
 
 def draw_scaling(measurements: list[Measurement], path: Path) -> bool:
-    """Time and memory of forward and backward beside each other, on white, which light and dark
-    pages show alike."""
+    """Time and memory of forward and backward beside each other, on white, which suits
+    light and dark pages."""
     series = [each for each in scaling_of(measurements) if each.mode == "full"]
     series = [each for each in series if each.dtype == series[0].dtype]
     if len(series) < 2:

@@ -1,5 +1,5 @@
-"""The csv rows: how they are written, where they lie, and how they are read back. Tables and
-figures are made from them and nothing else."""
+"""Writes csv rows, finds them and reads them back. Tables and figures are made from them
+alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Row = dict[str, Any]  # by column; what is not measured is missing
 
 
 def machine(device: torch.device) -> Row:
-    """The columns that say where and with what is measured."""
+    """The columns about the machine and the versions that are measured."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         isa = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
@@ -87,7 +87,7 @@ def write(
     merge: Callable[[list[Row]], Iterable[Row]] | None = None,
 ) -> None:
     """Writes rows as they come to a file beside the path, and moves it there at the end: a run
-    that is stopped replaces nothing. ``merge`` makes of all of them the rows that remain."""
+    that is stopped replaces nothing. ``merge`` gets all rows and returns those to keep."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.csv")
     try:
@@ -169,7 +169,7 @@ def read(path: Path) -> list[Measurement]:
 
 
 def measured_on(measurements: list[Measurement]) -> str:
-    """One line on where and with what the rows were measured."""
+    """One line about the machine and the versions of the rows."""
     return machine_line(next(iter(measurements[0].rows.values())))
 
 

@@ -33,11 +33,10 @@ from benchmarks.cases import FIRST_PAGE, SUITES, Case, make_inputs, parse
 from benchmarks.providers import PROVIDERS, Provider, Runner
 from benchmarks.rows import Row
 
-# What a path asks for in the environment. Below the machine's best, PyTorch, torch.compile and
+# The environment variables of a path. Below the machine's best, PyTorch, torch.compile and
 # the libraries that multiply matrices are limited to the same instructions.
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-# torch.compile's cache does not tell instruction sets apart: what it keeps of another computes
-# garbage.
+# torch.compile's cache ignores the instruction set: an entry of another one computes garbage.
 UNCACHED = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
 PATHS: dict[str, dict[str, str]] = {
     "avx512": {},
@@ -56,7 +55,7 @@ def measure_case(
     rounds: int,
     providers: list[Provider],
 ) -> Iterator[tuple[str, str, Row]]:
-    """(provider, mode, measured columns) for every provider that knows this case."""
+    """(provider, mode, measured columns) for every provider that supports this case."""
     # Each case compiles anew, for its own sizes: the best that torch.compile can do.
     torch.compiler.reset()
     inputs = make_inputs(case, dtype, device)
@@ -133,7 +132,7 @@ def measured(
 
 
 def require_kernel(device: torch.device, path: str | None) -> bool:
-    """Whether our rows are those of the plain PyTorch path; stops where nobody asked for it."""
+    """Returns whether our rows are those of plain PyTorch; exits unless ``path`` names it."""
     if device.type == "cuda":
         kernels, reason = dispatch.gpu_path()
         actual = "pytorch" if kernels is None else "triton"

@@ -6,9 +6,9 @@
 
 The other provider is the plain formula, differentiated by torch.func a block of rows at a time, so
 that it fits in the same memory. Both are compared with each other at a small size before anything
-is timed, and take turns. Times are of forward, gradients and their gradients, or of one jvp. Rows
-go to a new file in benchmarks/results/local/, which git ignores; --save replaces the rows of these
-cases in the file that git tracks.
+is timed, and are timed round-robin. Times are of forward, gradients and their gradients, or of one
+jvp. Rows go to a new file in benchmarks/results/local/, which git ignores; --save replaces the
+rows of these cases in the file that git tracks.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def double(function: Callable[..., Tensor], length: int) -> Callable[..., Tensor
 
 
 def parts(function: Callable[..., Tensor], length: int) -> Iterator[slice]:
-    """Blocks of rows whose energies fit in the memory; all rows of what keeps none."""
+    """Blocks of rows whose energies fit in the memory; all rows where none are kept."""
     step = length if function is additive_attention else max(1, MEMORY // (512 * length * KEPT))
     return (slice(row, row + step) for row in range(0, length, step))
 

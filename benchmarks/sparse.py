@@ -7,8 +7,8 @@
 Block masks keep about a tenth of the blocks of 8192 queries and keys, and the other provider is
 the same call without a mask. Packed sequences have 10 to 1000 positions, and the other provider is
 the same call on padded sequences with their lengths. Results are compared before anything is
-timed, and both take turns. Rows go to a new file in benchmarks/results/local/, which git ignores;
---save replaces the rows of these cases in the file that git tracks.
+timed, and both are timed round-robin. Rows go to a new file in benchmarks/results/local/, which
+git ignores; --save replaces the rows of these cases in the file that git tracks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MODES = "forward", "full"
 
 
 class Runs(NamedTuple):
-    """Each with its inputs, which are leaves; ``share`` of the pairs is what sparse computes."""
+    """Both calls with their inputs, which are leaves. Sparse computes ``share`` of the pairs."""
 
     whole: Callable[..., Tensor]
     whole_inputs: list[Tensor]
@@ -125,7 +125,7 @@ def packed(spread: Callable[[Tensor], Tensor]) -> Callable[[bool], Runs]:
 
 
 def skewed(uniform: Tensor) -> Tensor:
-    """Lengths whose logarithms are uniform, as those of sentences are more or less."""
+    """Lengths whose logarithms are uniform, roughly as those of sentences."""
     return (100**uniform - 1) / 99
 
 
