@@ -1,9 +1,9 @@
 """The path that a program takes through its machine code: basic blocks, loops, and the cheapest
 way from entry to exit through the loops that do the work.
 
-Compilers move what is rare behind the loop that it belongs to, so the text between a loop's first
-and last instruction is not what one iteration executes. Loops here are natural loops of the
-control-flow graph, and what is counted is what the cheapest path executes.
+Compilers move rare code behind its loop, so the text between a loop's first and last instruction
+is not what one iteration executes. Loops here are natural loops of the control-flow graph, and the
+instructions of the cheapest path are counted.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Through:
     """What a path must pass: a loop, or blocks where ``trips`` is empty, that holds instructions
     whose names begin with these (regular expressions), at least so many of each; 0: none.
 
-    Of the loops that do, and have one less around them than ``trips`` has numbers, the cheapest
-    runs ``trips[0]`` times, the loop around it ``trips[1]`` times and so on. A loop within it is
-    rare, and passed by. Of the iterations of a loop a ``share`` passes blocks."""
+    Of the loops that do, inside ``len(trips) - 1`` others, the cheapest runs ``trips[0]`` times,
+    the loop around it ``trips[1]`` times and so on. A loop within it is rare, and skipped. A
+    ``share`` of a loop's iterations passes the blocks."""
 
     holds: Mapping[str, int]
     trips: tuple[float, ...] = ()
@@ -40,7 +40,7 @@ class Through:
 
 
 def number(counted: Mapping[str, int], pattern: str) -> int:
-    """How many of the instructions have a name that begins so (a regular expression)."""
+    """How many instructions have a name that begins with ``pattern`` (a regular expression)."""
     return sum(times for name, times in counted.items() if re.match(pattern, name))
 
 
@@ -51,7 +51,7 @@ class Loop:
 
 
 class Graph:
-    """Of one kernel, from what ``nvdisasm -c`` prints."""
+    """The control-flow graph of one kernel, from the output of ``nvdisasm -c``."""
 
     def __init__(self, text: str) -> None:
         self.instructions: list[str] = []
@@ -64,7 +64,7 @@ class Graph:
         targets: dict[int, int] = {}
         leaders = {0, *labels.values()}
         for place, code in enumerate(self.instructions):
-            # Calls of functions come back, and count as one instruction.
+            # Calls of functions return, and count as one instruction.
             if jump := re.search(r"\b(?:BRA|CALL)\b.*`\((\.L_x_\d+)\)", code):
                 targets[place] = labels[jump[1]]
                 leaders.add(place + 1)
@@ -96,8 +96,8 @@ class Graph:
 
     @functools.cached_property
     def loops(self) -> list[Loop]:
-        """Natural loops, those of one head together. Such as wait for a barrier are none: they are
-        passed once."""
+        """Natural loops; those with one head are one. Loops that wait for a barrier are left out:
+        they are passed once."""
         dominators = self._dominators()
         latches: dict[int, set[int]] = {}
         for block, following in enumerate(self.successors):
@@ -157,7 +157,7 @@ class Graph:
         return self.names(_Paths(self, ()).iteration(loop))
 
     def loop(self, through: Through) -> Counter[str]:
-        """One iteration of the loop that ``through`` means."""
+        """One iteration of the loop that ``through`` selects."""
         return self.iteration(_Paths(self, ()).choose(through))
 
     def executed(self, through: tuple[Through, ...]) -> Counter[str]:
@@ -186,7 +186,7 @@ class _Paths:
                 self.bits[block] |= 1 << number
 
     def choose(self, each: Through) -> Loop:
-        """The loop that ``each`` means; notes how often it and those around it run."""
+        """Returns the loop that ``each`` selects; stores how often it and those around it run."""
         graph, found, others = self.graph, [], []
         for loop in graph.loops:
             around = [outer for outer in graph.loops if loop.blocks <= outer.blocks]
@@ -258,7 +258,7 @@ class _Paths:
         again = {bits: cost for (to, bits), cost in ways.items() if to == block}
         leaving = {way: cost for way, cost in ways.items() if way[0] != block}
         times = self.trips.get(block)
-        if times is None:  # what such a loop holds has not been passed: nobody knows how often
+        if times is None:  # how often it runs is unknown: what it holds does not count as passed
             return {(to, 0): cost for (to, _), cost in leaving.items()}
         most = max(again, key=int.bit_count)
         usual = self._iteration(again, most)
@@ -275,7 +275,7 @@ class _Paths:
         return steps
 
     def _iteration(self, again: Mapping[int, Cost], passed: int) -> Cost:
-        """Of a loop, on average: what an iteration executes, by the ways through it."""
+        """What an iteration of a loop executes on average, by the ways through it."""
         cost = again[passed]
         for bit, each in enumerate(self.through):
             without = again.get(passed & ~(1 << bit))

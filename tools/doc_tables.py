@@ -2,7 +2,7 @@
 
 python -m tools.doc_tables
 
-A table stands between two comments, of which the first names the command that prints it:
+A table lies between two comments, of which the first names the command that prints it:
 <!-- table: python -m benchmarks.table FILE.csv --> and <!-- end of table -->.
 """
 

@@ -5,8 +5,8 @@
     python tools/gpu_check.py --dry         whether every part starts, without a GPU (minutes)
 
 Needs Python with torch, Triton, pytest and pytest-xdist; installs nothing. A part that fails, or
-takes too long, ends there, and the next begins; what failed first is said at the end. $OUT names
-another folder.
+takes too long, ends there, and the next begins; the first failure is printed at the end. $OUT
+names another folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 SAID = r"E  |.*FAILED|ERROR|passed by|skipped \d|left out|=*.* (passed|failed|error)"
-# What is about the CPU, or is only compiled, and runs on any machine.
+# Tests of the CPU, and tests that only compile: any machine runs them.
 NOT_ON_A_GPU = {
     "test_memory.py", "test_library.py", "test_architecture.py", "test_plot.py", "test_errors.py",
     "test_import.py", "test_triton_code.py", "test_triton_races.py", "test_onnx.py",
@@ -38,7 +38,7 @@ NOT_ON_A_GPU = {
 
 @dataclass
 class Check:
-    """Where everything goes, and how long it may take."""
+    """The output folder, the time limit, and the results so far."""
 
     folder: Path
     seconds: float
@@ -93,8 +93,8 @@ def execute(
     arguments: tuple[str, ...], limit: float, environment: dict[str, str] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> tuple[int | None, str]:  # fmt: skip
-    """The exit code, None where time ran out, and the output. First the command is asked to stop,
-    as by Ctrl-C, so that it can say what it has done."""
+    """The exit code, None where time ran out, and the output. Then the command is first
+    interrupted, as by Ctrl-C, so that it can print what it has done."""
     process = subprocess.Popen(
         arguments, cwd=ROOT, env={**os.environ, **(environment or {})},
         text=True, errors="replace",
@@ -108,7 +108,7 @@ def execute(
         for line in process.stdout:
             lines.append(line.rstrip("\n"))
             if say is not None and (not interrupted or line.startswith("stopped")):
-                say(f"    {lines[-1]}"[:400])  # where it was interrupted says nothing
+                say(f"    {lines[-1]}"[:400])  # the traceback of the interrupt is useless
 
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read)
@@ -123,7 +123,7 @@ def execute(
             except subprocess.TimeoutExpired:
                 pass
         try:
-            os.killpg(process.pid, signal.SIGKILL)  # what it has left behind holds the pipe open
+            os.killpg(process.pid, signal.SIGKILL)  # its remaining children keep the pipe open
         except ProcessLookupError:
             pass
         reading.result()
@@ -135,7 +135,7 @@ def reason(code: int | None, limit: float) -> str:
 
 
 def explained(code: int | None, limit: float, output: str) -> str:
-    """With the end of the output, unless that says where it was interrupted."""
+    """The reason, and the end of the output unless the command was interrupted."""
     lines = output.splitlines()[-25:] if code is not None else []
     return "\n".join([reason(code, limit), *lines])
 
@@ -154,8 +154,8 @@ def pytest(*arguments: str) -> tuple[str, ...]:
 
 
 def tests(check: Check) -> Callable[[float], str]:
-    """The tests, in processes side by side. One whose GPU work has failed is replaced
-    (tests/conftest.py). Each is named as it ends: a run that is cut off makes no summary."""
+    """The tests, in parallel processes. A process whose GPU work has failed is replaced
+    (tests/conftest.py). Each test is named as it ends: a run that is cut off prints no summary."""
     chosen = files()
     if check.dry:
         chosen = [x for x in chosen if x.endswith(("test_triton_probe.py", "test_merge.py"))]
@@ -178,8 +178,8 @@ def tests(check: Check) -> Callable[[float], str]:
 
 
 def sanitizer(check: Check, program: str, tool: str) -> Callable[[float], str]:
-    """Each tensor is an allocation of its own: what lies between tensors would else be the
-    cache's."""
+    """Runs without torch's cache: each tensor is an allocation of its own, so that accesses
+    between tensors are found."""
     few = ("-x", "-p", "no:xdist", "tests/kernels/test_triton.py", "-k", "sizes or strides")
     command = (program, "--tool", tool, "--error-exitcode", "9", *pytest(*few))
     names = ("PYTORCH_NO_CUDA_MEMORY_CACHING", "ADDITIVE_ATTN_TEST_UNCHECKED")
@@ -196,7 +196,7 @@ def sanitizer(check: Check, program: str, tool: str) -> Callable[[float], str]:
 
 
 def compilers(check: Check) -> Callable[[float], str]:
-    """What torch.compile makes of the cases is kept on disk, so that it costs less time later."""
+    """Compiles the cases with torch.compile, whose cache on disk saves time later."""
 
     def run(limit: float) -> str:
         commands = [
@@ -230,7 +230,7 @@ def build(limit: float) -> str:
 
 
 def machine(check: Check, limit: float) -> str:
-    """What is there, and whether the package's own check of its kernels passes."""
+    """Prints the configuration, and fails unless the package's self-check passes."""
     code, output = execute((PYTHON, "-m", "additive_attn"), limit, None, check.say)
     path = next((line for line in output.splitlines() if line.startswith("gpu path")), "")
     if code == 0 and (check.dry or "triton" in path):
@@ -244,10 +244,10 @@ def parts(check: Check, built: bool = False) -> None:
     interpreter = {"ADDITIVE_ATTN_CPU": "triton", "TRITON_INTERPRET": "1"} if dry else {}
     if not dry and not built:
         check.part("build", 0.2, build)
-        if check.first:  # without the library Python starts the kernels
+        if check.first:  # without the library Python launches the kernels
             os.environ["ADDITIVE_ATTN_CPU"] = "pytorch"
     check.part("machine", 0.2, lambda limit: machine(check, limit))
-    if check.results[-1][1] != "ok":  # the tests say which kernels compute something else
+    if check.results[-1][1] != "ok":  # the tests then show which kernels are wrong
         os.environ["ADDITIVE_ATTN_TEST_UNCHECKED"] = "1"
     if not dry:
         os.environ.setdefault("ADDITIVE_ATTN_GPU", "triton")

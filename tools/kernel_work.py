@@ -23,12 +23,12 @@ class Work:
     tanh: int = 0
 
 
-# What they do grows with the rows or the keys, not with the pairs.
+# Their work grows with the rows or the keys, not with the pairs.
 PER_ROW = {"prepare_kernel", "merge_kernel"}
 
 
 def _scores(a: SimpleNamespace, *around: float) -> Through:
-    """The loop over features, which takes eight at a time, with such trips around it."""
+    """The loop over features, eight at a time, inside loops with these trips."""
     pairs = a.RM * a.RN
     if a.DIFFERENCE:  # the direct form has as many special functions, but few additions
         return Through({"MUFU": 2 * pairs, "FADD": 8 * pairs}, (a.padded / 8, *around))
@@ -43,7 +43,7 @@ def attend_kernel(a: SimpleNamespace) -> Work:
     """The loop around all others runs again only where a value is not finite."""
     tanh = 8 * a.RM * a.RN
     tiles = min(a.keys_per_split, a.keys) / (a.RN * a.TN)
-    told = min(a.TOLD, tiles)  # so many tiles at once whether they hold special pairs
+    told = min(a.TOLD, tiles)  # so many tiles are searched at once for special pairs
     hot = _scores(a, tiles, 1)
     # The product of their sketches is of float16 on all targets, that with values is not counted
     # where these are.
@@ -70,8 +70,8 @@ def row_gradient_kernel(a: SimpleNamespace) -> Work:
 
 
 def feature_kernel(a: SimpleNamespace) -> Work:
-    # Of four keys, two have one reciprocal for two features, and two have one for each. A turn
-    # takes two such fours, for some targets and where the kernel adds up all sums one.
+    # Of four keys, two have one reciprocal for two features, and two have one for each. An
+    # iteration takes two such fours, for some targets and where the kernel adds up all sums one.
     fours = 1 if a.arch == 100 or a.TILES else 2
     loop = {"MUFU": fours * 6 * a.RX, "MUFU.EX2": 0}
     keys = min(a.keys_per_split, a.key_count)

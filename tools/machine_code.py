@@ -1,10 +1,10 @@
-"""Compiles the Triton kernels for GPUs, which need not be there, and reads their machine code.
+"""Compiles the Triton kernels for GPUs that need not be present, and reads their machine code.
 
     python -m tools.machine_code       registers, spills and instructions per tanh, to
                                        benchmarks/results/machine-code.csv, a row per kernel
 
-Another version of Triton makes other code of the same source: the rows of the installed version,
-and of the chosen targets, are replaced, those of others stay.
+Versions of Triton compile the same source to different code: rows of the installed version and the
+chosen targets are replaced, others stay.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ AMD = ("gfx942",)
 
 # Instructions that no hot loop may hold: barriers, shared memory, local memory (spills).
 SLOW = ("BAR", "LDS", "STS", "LDL", "STL")
-# Of the hot loop: instructions per tanh, and those. In all: of everything that grows with the
+# Per tanh, and SLOW: instructions of the hot loop. In all: of everything that grows with the
 # pairs, of all threads of all launches.
 IN_ALL = "in_all_per_tanh"
 COLUMNS = (
@@ -56,7 +56,7 @@ LOCATION = 32, 1, 270, 128, 512  # with 32 filters of 31 over two channels
 
 @dataclass(frozen=True)
 class Code:
-    """Of an NVIDIA GPU, with the binary: to disassemble it takes longer than to compile it."""
+    """Machine code; of NVIDIA GPUs with the binary. Disassembling takes longer than compiling."""
 
     registers: int
     spilled: int
@@ -85,12 +85,12 @@ class Kernel:
 
     @property
     def programs(self) -> int:
-        """At most, of one launch."""
+        """The most programs of one launch."""
         return max(launch.programs for launch in self.launches)
 
     @property
     def tanh(self) -> int:
-        """What a thread computes in one iteration of the hot loop; 0 where there is none."""
+        """How many a thread computes in one iteration of the hot loop; 0 where there is none."""
         return 0 if self.name in PER_ROW else self._work(self.launches[0]).tanh
 
     def _work(self, launch: Launch) -> Work:
@@ -101,7 +101,7 @@ class Kernel:
         return self.code.graph.loop(self._work(self.launches[0]).through[0])
 
     def per_tanh(self, loop: Counter[str], name: str = "") -> float:
-        """Of the hot loop, or its instructions with this name."""
+        """Instructions of the hot loop per tanh, or those with this name."""
         return number(loop, name) / self.tanh
 
     def path(self, launch: Launch) -> Counter[str]:
@@ -126,7 +126,7 @@ def per_pair(kernels: Collection[Kernel], pairs: int) -> float:
 
 
 class _Device:
-    """What Triton asks a driver for, without a GPU."""
+    """What Triton needs of a driver to compile, without a GPU."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -144,9 +144,8 @@ class _Device:
 
 
 def compiled_calls(target: str, function: Callable[[], None]) -> list[Kernel]:
-    """The kernels that ``function`` would run on a GPU: every launch compiles for ``target``, as
-    the arguments of the call ask for, and runs nothing. What the kernels would have written is
-    left unwritten."""
+    """The kernels that ``function`` would run on a GPU: every launch compiles for ``target``,
+    by the arguments of the call, and runs nothing. Results stay uninitialised."""
     launched: dict[int, tuple[Any, Any, list[Launch]]] = {}
     run = JITFunction.run
 
@@ -243,8 +242,8 @@ def _amd(assembly: str, shared: int) -> Code:
         assert found is not None, name
         return int(found[1])
 
-    # Scalar registers spill into lanes of vector registers, not to memory: some versions reserve
-    # some for them all the same, which no instruction reads or writes.
+    # Scalar registers spill into lanes of vector registers, not to memory: some versions still
+    # reserve memory for them, which no instruction reads or writes.
     spilled = field("vgpr_spill_count")
     if re.search(r"\bscratch_(load|store)", assembly):
         spilled += field("private_segment_fixed_size")

@@ -1,5 +1,5 @@
 """What the host does for a call on a GPU, without a GPU: Triton's own launcher against a libcuda
-that writes down what is launched (``mock_libcuda.c``). Kernels compile for sm_90 and never run, so
+that records what is launched (``mock_libcuda.c``). Kernels compile for sm_90 and never run, so
 tensors lie on the CPU, and results stay unwritten."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from additive_attn.ops import dispatch
 
 _PARAMETERS, _KEPT = 128, 1024  # as in mock_libcuda.c
 _SIZES = {"1": 1, "8": 1, "16": 2, "32": 4, "64": 8}
-# What torch runs no kernel for.
+# Operators for which torch runs no kernel.
 _NO_KERNEL = {
     "empty",
     "new_empty",
@@ -44,7 +44,7 @@ _NO_KERNEL = {
 }
 
 
-# Of each function that was loaded: Triton keeps them for the whole process.
+# Which parameters of a loaded function are addresses. Triton never unloads functions.
 _pointers: dict[int, tuple[bool, ...]] = {}
 
 
@@ -119,8 +119,8 @@ class MockDriver:
         return nvidia.CudaLauncher(source, metadata)
 
     def load_binary(self, *arguments: Any) -> tuple[Any, ...]:
-        """Of the kernel that the last launcher was made for, whose parameters the library is told
-        the sizes of."""
+        """Loads the kernel that the last launcher was made for, and stores the sizes of its
+        parameters in the library."""
         loaded = tuple(self._utils.load_binary(*arguments))
         function = ctypes.cast(loaded[1], ctypes.POINTER(_Function)).contents
         function.count = len(self._types)
@@ -131,7 +131,7 @@ class MockDriver:
 
     @property
     def launched(self) -> int:
-        """How many kernels of Triton."""
+        """How many kernels of Triton were launched."""
         return self._count.value
 
     @property
@@ -155,8 +155,8 @@ class MockDriver:
 
 
 def _first_stage(backend: CUDABackend, stages: dict[str, Any], options: Any, *_: Any) -> None:
-    """Compiles no further than to Triton's own code: nobody runs what the rest would make of it,
-    and it takes most of the time."""
+    """Compiles no further than to Triton's own code: the other stages take most of the time, and
+    their result is never run."""
 
     def binary(source: Any, metadata: dict[str, Any]) -> bytes:
         code = str(source)
@@ -210,13 +210,13 @@ def mock_library() -> ctypes.CDLL:
     subprocess.run(["cc", *options, str(source), "-o", str(built)], check=True)
     triton.knobs.nvidia.libcuda_path = place
     library = ctypes.CDLL(str(built), mode=ctypes.RTLD_GLOBAL)
-    # Kernels that live until the process ends are to be unloaded by what has loaded them.
+    # Kernels that live until the process ends must be unloaded by the driver that loaded them.
     atexit.register(lambda: triton.runtime.driver.set_active(MockDriver(library)))
     return library
 
 
 def _cache() -> str:
-    """Apart from what is compiled to run, of which Triton would not know it apart."""
+    """A folder of its own, since Triton cannot distinguish these kernels from real ones."""
     made_by = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     return str(Path(__file__).parents[1] / "build" / "mock_driver" / made_by)
 
@@ -264,8 +264,8 @@ def least(function: Callable[[], Any]) -> float:
 
 
 def empty_launch(tensor: torch.Tensor) -> Callable[[], None]:
-    """Launches a kernel of the only plan and does nothing else: of all that with the most
-    arguments, where ``tensor`` takes the place of each."""
+    """Launches the kernel of the only plan that has the most arguments, and does nothing else;
+    ``tensor`` replaces each tensor."""
     (plan,) = (x for x in plans._plans.values() if isinstance(x, plans.Plan))
     found = [step.launch for step in plan.steps if step.launch is not None]
     run, _, function, metadata, arguments, places, tuples = max(found, key=lambda x: len(x[4]))

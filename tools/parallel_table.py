@@ -24,7 +24,7 @@ DEVICES = (8, 64, 512)
 
 GPU_LINK = 50e9  # bytes per second and direction: 400 Gbit/s for each device
 CPU_LINK = 1.25e9  # 10 Gbit/s for each process
-# Of one lane, that an H100 starts per second: multiprocessors, schedulers, lanes, clock.
+# Per second and for all lanes of an H100: multiprocessors, schedulers, lanes, clock.
 GPU_INSTRUCTIONS = 132 * 4 * 32 * 1.755e9
 
 
@@ -43,7 +43,7 @@ class Step(NamedTuple):
     backward_bytes: float
     computing: float  # seconds, forward and backward
     sending: float
-    together: float  # where the exchange of a block hides behind computing with another
+    together: float  # where the exchange of a block overlaps computing with another
 
 
 def step(machine: Machine, devices: int) -> Step:

@@ -5,11 +5,11 @@
     python -m tools.tune --take results.csv                what won, to backends/triton/tuned.py
 
 An offline tool: the package never tunes itself. One choice is changed at a time, every result is
-checked against fp64 before it is timed, and all choices run in turns. ``--take`` keeps, of each
-function, the choice that is faster on average over the shapes where it was timed, by more than
-noise and nowhere slower by as much; ``tiles.py`` reads what it writes. In Triton's interpreter
-(ADDITIVE_ATTN_CPU=triton TRITON_INTERPRET=1, --device cpu) it shows that every choice computes the
-same; its times say nothing.
+checked against fp64 before it is timed, and all choices are timed round-robin. ``--take`` keeps,
+of each function, the choice that is faster on average over the shapes where it was timed, by more
+than noise and nowhere slower by as much; ``tiles.py`` reads what it writes. In Triton's
+interpreter (ADDITIVE_ATTN_CPU=triton TRITON_INTERPRET=1, --device cpu) it shows that every choice
+computes the same; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def tune(
     turn = OWN, ""
 
     def begin(label: tuple[str, str]) -> None:
-        """Launch plans hold the tiles of the choice that ran before."""
+        """Discards the launch plans of another choice, which hold its tiles."""
         nonlocal turn
         if label != turn:
             plans.forget()
@@ -114,7 +114,7 @@ def tune(
             except AssertionError:
                 raise
             except Exception as error:
-                # Too much shared memory, say: the choice is not to be had here.
+                # For example too much shared memory: the choice is not available here.
                 notes[label] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
     with torch.set_grad_enabled(mode == "full"):
         samples = measure.interleave(actions, device, budget, rounds)
