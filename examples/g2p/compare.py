@@ -2,7 +2,7 @@
 
     python examples/g2p/compare.py --steps 300
 
-Both start from identical parameters and see identical batches and dropout, so the loss curves
+Both start from identical parameters and get identical batches and dropout, so the loss curves
 differ by rounding only. Prints the largest difference; draws both curves and their difference.
 Takes two minutes on one core.
 """

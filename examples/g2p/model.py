@@ -123,12 +123,12 @@ class Pronouncer(nn.Module):
         """
         batch, longest = len(letters), 2 * letters.shape[1] + 5
         encoded, state = self.encode(letters, lengths)
-        # A word's beams share its keys, so choosing among them moves no key.
+        # A word's beams share its keys, so choosing among them copies no key.
         memory = self.attention.project(encoded, lengths=lengths.to(letters.device)).expand(beam)
         h, c = (part.repeat_interleave(beam, dim=1) for part in state)
         history = letters.new_full((batch * beam, 1), BOUNDARY)
         ended = torch.zeros(batch * beam, dtype=torch.bool, device=letters.device)
-        # All hypotheses of a word start alike: only the first one may be extended at first.
+        # All hypotheses of a word are equal at first: only the first one may be extended then.
         score = encoded.new_full((batch, beam), float("-inf"))
         score[:, 0] = 0.0
         first_row = beam * torch.arange(batch, device=letters.device)[:, None]
@@ -170,7 +170,7 @@ def load(path: Path, layer: str | None = None) -> tuple[Pronouncer, dict[str, An
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
         same = checkpoint["phones"] == PHONES
-    except Exception as error:  # whatever a file of another kind makes torch raise
+    except Exception as error:  # torch raises many kinds for files of other formats
         raise SystemExit(f"{path} is no model of train.py ({type(error).__name__}).") from None
     if not same:
         raise SystemExit(f"{path} was trained on other phones than those of data.py: train again.")

@@ -3,7 +3,7 @@
     python examples/g2p/train.py                    the full training, fused layer: half an hour
     python examples/g2p/train.py --layer plain      the same with the layer written out
     python examples/g2p/train.py --time-limit 20    within 20 minutes
-    python examples/g2p/train.py --demo             about a minute, and it already reads
+    python examples/g2p/train.py --demo             about a minute; it pronounces words by then
 
 Reports the error rates on the validation words after every epoch and saves the model.
 """

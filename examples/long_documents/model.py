@@ -60,7 +60,7 @@ class Layer(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Reads the class off the global tokens."""
+    """Predicts the class from the global tokens."""
 
     def __init__(
         self, vocabulary: int, classes: int, size: int = 64, heads: int = 2, layers: int = 2,

@@ -4,7 +4,7 @@
     python examples/long_documents/train.py --tokens 256     their beginnings alone
     python examples/long_documents/train.py --demo           half a minute, fewer documents
 
-Which subpackage of torch, sympy or networkx does a source file belong to? Prints the accuracy on
+The class of a source file is its subpackage of torch, sympy or networkx. Prints the accuracy on
 files that were not trained on after every second epoch.
 """
 

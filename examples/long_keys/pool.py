@@ -48,7 +48,7 @@ def chunks(count: int, size: int, what: str) -> list[tuple[int, int]]:
 
 
 def make_bag(path: Path, count: int, spare: int, seed: int) -> Tensor:
-    """Instances (count + spare, FEATURES) in a file; the spare ones at its end hold nothing."""
+    """Instances (count + spare, FEATURES) in a file; the spare ones at its end are NaN."""
     bag = torch.from_file(
         str(path), shared=True, size=(count + spare) * FEATURES, dtype=torch.float32
     ).view(-1, FEATURES)
@@ -59,7 +59,7 @@ def make_bag(path: Path, count: int, spare: int, seed: int) -> Tensor:
         some[marked, :MARK] += 2.0
         some[marked, MARK] += 1.5
         bag[start:stop] = some
-    bag[count:] = torch.nan  # must reach nothing
+    bag[count:] = torch.nan  # must affect no result
     return bag
 
 
