@@ -29,6 +29,7 @@ def patched(tl: Any, interpreter: Any) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", _once(interpreter._patch_lang, scopes))
         patch.setattr(interpreter, "_patch_attr", _attribute(interpreter.interpreter_semantic))
+        patch.setattr(interpreter, "_patch_lang_tensor", _indexed(interpreter._patch_lang_tensor))
         _patch(tl, interpreter, patch)
         try:
             yield
@@ -109,6 +110,16 @@ def _attribute(semantic: Any) -> Callable[..., None]:
         scope.set_attr(owner, name, call)
 
     return patch_attr
+
+
+def _indexed(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """Triton 3.6 converts arrays of one element by int(), for which NumPy 2.4 raises."""
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patch_tensor
 
 
 class _Cases:
