@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """What is attended with and to; leading dims broadcast."""
+    """Queries, keys, values and the energy's weight; leading dims broadcast."""
 
     query: Tensor  # (..., Lq, H)
     key: Tensor  # (..., Lk, H)
@@ -18,7 +18,7 @@ class Inputs(NamedTuple):
 
 
 class Masking(NamedTuple):
-    """Which keys a row may attend to; ``spec.masks`` says what each part means."""
+    """Which keys a row may attend to; ``spec.masks`` defines each part."""
 
     attn_mask: Tensor | None = None  # (..., Lq, Lk), bool or float
     lengths: Tensor | None = None  # (..., Lq or 1), int64: ends of the rows' keys
@@ -38,8 +38,8 @@ class Options(NamedTuple):
 
 
 class Call(NamedTuple):
-    """All arguments that forward and backward share. It is the flat tuple that the operators take,
-    since building one tuple costs less than three."""
+    """All arguments that forward and backward share, as the flat tuple that the operators take:
+    building one tuple costs less than three."""
 
     query: Tensor
     key: Tensor
@@ -88,7 +88,7 @@ class Upstream(NamedTuple):
     lse: Tensor | None = None
 
     def named(self) -> dict[str, Tensor | None]:
-        """As the operators name them."""
+        """Returns the gradients by the operators' names of them."""
         return {f"grad_{name}": x for name, x in self._asdict().items()}
 
 
@@ -103,8 +103,8 @@ class Needs(NamedTuple):
 
 
 class Tangents(NamedTuple):
-    """Of the inputs and of a float mask, in their shapes or over the whole batch; None counts as
-    zeros."""
+    """Tangents of the inputs and of a float mask, in their shapes or over the whole batch; None
+    counts as zeros."""
 
     query: Tensor | None = None
     key: Tensor | None = None
@@ -114,8 +114,9 @@ class Tangents(NamedTuple):
 
 
 class TangentCall(NamedTuple):
-    """One call of ``tangent``: of the outputs of ``forward``, and of the gradients that
-    ``backward`` returns. ``scores_tangent`` has the scores in the place of the outputs."""
+    """One call of ``tangent``, which returns tangents of the outputs of ``forward`` and of the
+    gradients that ``backward`` returns. ``scores_tangent`` has the scores in place of the outputs.
+    """
 
     upstream: tuple[Tensor | None, ...]
     call: Call
@@ -136,7 +137,7 @@ class TangentCall(NamedTuple):
 
     @classmethod
     def of_scores(cls, arguments: tuple[Any, ...]) -> TangentCall:
-        """From those of ``scores_tangent``."""
+        """From the flat arguments of ``scores_tangent``."""
         end = 1 + len(Call._fields) - 3
         query, key, weight, mask = arguments[end + 1 : end + 5]
         need_query, need_key, need_weight, need_mask = arguments[end + 6 :]
@@ -148,18 +149,19 @@ class TangentCall(NamedTuple):
 
 
 def backward_arguments(arguments: tuple[Any, ...]) -> tuple[Upstream, Call, Tensor, Needs]:
-    """Upstream gradients, the call, its lse and the gradients needed, from the flat arguments."""
+    """Returns upstream gradients, the call, its lse and the gradients needed, from the flat
+    arguments of ``backward``."""
     call = Call(*arguments[3:17])
     return Upstream(*arguments[:3]), call, arguments[17], Needs(*arguments[18:])
 
 
 def call_of_scores(query: Tensor, key: Tensor, weight: Tensor, *rest: Any) -> Call:
-    """The call whose scores they are, from the flat arguments of ``scores``. Its values have no
+    """Returns a call with these scores, from the flat arguments of ``scores``. Its values have no
     features."""
     masking = Masking(*rest[:7])
     return Call(query, key, key[..., :0], weight, *masking, scale=rest[7])
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Scores are accumulated, and the log-sum-exp is returned, in this dtype."""
+    """Returns the dtype in which scores are accumulated and the log-sum-exp is returned."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -26,7 +26,7 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xCD9E8D57, 0xD2511F53)  # of the third and the first word
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-# Counters up to which integers of Python cost less than some 100 operations of PyTorch.
+# Up to so many counters, integers of Python cost less than some 100 operations of PyTorch.
 _FEW = 1024
 
 
@@ -48,8 +48,9 @@ def keep_mask(
     dropout_p: float,
     entries: Tensor | None = None,
 ) -> Tensor:
-    """Which weights of a block are kept: bool ``(*batch_shape, rows, keys)``. ``seed`` broadcasts
-    to ``batch_shape``, whose entries are numbered row-major unless ``entries`` numbers them."""
+    """Returns which weights of a block are kept: bool ``(*batch_shape, rows, keys)``. ``seed``
+    broadcasts to ``batch_shape``, whose entries are numbered row-major unless ``entries`` numbers
+    them."""
     if entries is None and (few := _few_words(seed, batch_shape, rows, keys, dropout_p, 1)):
         return _block(few, torch.int32, batch_shape, rows, keys).bool()
     device = seed.device
@@ -83,7 +84,7 @@ def drawn_factors(
 
 @functools.lru_cache(maxsize=64)
 def _bits(dropout_p: float) -> int:
-    """Of the float32 that a kept weight is multiplied by."""
+    """Returns the bits of the float32 that a kept weight is multiplied by."""
     bits: int = struct.unpack("<I", struct.pack("<f", keep_scale(dropout_p)))[0]
     return bits
 
@@ -92,7 +93,7 @@ def _few_words(
     seed: Tensor, batch_shape: Sequence[int], rows: tuple[int, int], keys: tuple[int, int],
     dropout_p: float, kept: int,
 ) -> array[int] | None:  # fmt: skip
-    """``_few`` of the blocks that hold ``keys``, where that is faster."""
+    """Calls ``_few`` for the blocks that hold ``keys``; None where that is not faster."""
     if not (type(seed) is Tensor and seed.is_cpu and seed.numel() == 1) or _BIG_ENDIAN:
         return None
     entries, blocks = math.prod(batch_shape), range(keys[0] // 4, (keys[1] + 3) // 4)
@@ -114,10 +115,10 @@ def _block(
 
 
 def philox(seed: Tensor, block: Tensor, row: Tensor, entry: Tensor) -> tuple[Tensor, ...]:
-    """The four random words of each counter, as int64 tensors in [0, 2^32)."""
+    """Returns the four random words of each counter, as int64 tensors in [0, 2^32)."""
     # int64 products wrap modulo 2^64, which keeps both 32-bit halves right. Few operations on both
-    # halves of the counter at once, since small calls pay for each; what lies above 32 bits is
-    # masked once a round.
+    # halves of the counter at once, since small calls pay for each. Bits above 32 are masked once
+    # a round.
     c0, c1, c2, c3, like = torch.broadcast_tensors(block, row, entry & _WORD, entry >> 32, seed)
     ones = (1,) * like.dim()
     keys = torch.stack([seed, seed >> 32]).reshape(2, *ones[seed.dim() :], *seed.shape)
@@ -125,7 +126,7 @@ def philox(seed: Tensor, block: Tensor, row: Tensor, entry: Tensor) -> tuple[Ten
     weyl, multipliers = (
         torch.tensor(pair, device=seed.device).reshape(2, *ones) for pair in (_WEYL, _MULTIPLIERS)
     )
-    # Tensors, since PyTorch makes one of a number in every operation.
+    # Tensors, since PyTorch converts a number to one in every operation.
     word, half = torch.tensor((_WORD, 32), device=seed.device).unbind()
     turned, others = torch.stack([c2, c0]), torch.stack([c1, c3])
     product, both = torch.empty_like(turned), torch.empty_like(turned)
@@ -144,9 +145,9 @@ def philox(seed: Tensor, block: Tensor, row: Tensor, entry: Tensor) -> tuple[Ten
 def _few(
     seed: int, entries: int, rows: range, blocks: range, dropout_p: float, kept: int
 ) -> array[int]:
-    """Of each word of entries x rows x blocks the 32 bits ``kept``, or 0 if it drops. An integer
-    of Python holds a word of all counters, 64 bits apart, which no product crosses. What lies
-    above 32 bits is masked once a round."""
+    """Returns, for each word of entries x rows x blocks, the 32 bits ``kept``, or 0 if the word
+    drops. An integer of Python holds one word of all counters, 64 bits apart, which no product
+    crosses. Bits above 32 are masked once a round."""
     c0, c1, c2, c3, ones, low, weyl0, weyl1 = _counters(entries, rows, blocks)
     of_c2, of_c0 = _MULTIPLIERS
     key0, key1 = ones * (seed & _WORD), ones * (seed >> 32 & _WORD)
@@ -158,7 +159,7 @@ def _few(
         c1, c3, left, right = c2 * of_c2, c0 * of_c0, c3, c1
         c0 = (c1 >> 32 ^ right ^ key0) & low
         c2 = (c3 >> 32 ^ left ^ key1) & low
-    # The sum of a word and this has bit 32 if the word keeps.
+    # The sum of a word and ``least`` has bit 32 set if the word keeps.
     least, above = ones * (_WORD + 1 - keep_threshold(dropout_p)), ones << 32
     size = 8 * entries * len(rows) * len(blocks)
     first = (c0 + least) >> 32 & ones | (c1 & low) + least & above
@@ -171,7 +172,7 @@ def _few(
 
 @functools.lru_cache(maxsize=64)
 def _counters(entries: int, rows: range, blocks: range) -> tuple[int, ...]:
-    """The counters after the first round, but for its keys: that is the same for all seeds."""
+    """Returns the counters after the first round without its keys, which no seed changes."""
     count = entries * len(rows) * len(blocks)
     c0, c1, c2, ones = (
         int.from_bytes(array("Q", words).tobytes(), "little")

@@ -26,7 +26,7 @@ def plain_additive_attention(
     ``attended`` (bool) broadcast to ``(..., Lq, Lk)`` and are combined. ``keep`` is a bool dropout
     mask. 16-bit inputs are computed in float32.
     Returns out, weights (before dropout) and the log-sum-exp of the scores.
-    A row without keys gives 0, 0 and ``-inf``; what masked keys and values hold has no influence.
+    A row without keys gives 0, 0 and ``-inf``. Masked keys and values have no effect, even NaN.
     """
     dtype = query.dtype
     query, key, value, weight = (widened(x) for x in (query, key, value, weight))
@@ -60,12 +60,12 @@ def mask_scores(score: Tensor, attended: Tensor | None) -> Tensor:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """``tensor`` in the dtype that is computed in: float32 for 16 bits."""
+    """Returns ``tensor`` in the dtype of the computation: float32 for 16 bits."""
     return tensor.float() if tensor.itemsize == 2 else tensor
 
 
 def attended_pairs(attn_mask: Tensor | None, intervals: Tensor | None) -> Tensor | None:
-    """The pairs that neither a dense mask nor the intervals mask; None if nothing is masked."""
+    """Returns the pairs that a dense mask and the intervals both allow; None if both are None."""
     if attn_mask is None:
         return intervals
     attended = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
@@ -73,7 +73,7 @@ def attended_pairs(attn_mask: Tensor | None, intervals: Tensor | None) -> Tensor
 
 
 def energies(query: Tensor, key: Tensor, attended: Tensor | None = None) -> Tensor:
-    """``tanh(q_i + k_j)``, (..., Lq, Lk, H); of 0 where a pair is not ``attended``."""
+    """``tanh(q_i + k_j)``, (..., Lq, Lk, H); 0 where a pair is not ``attended``."""
     pair = query.unsqueeze(-2) + key.unsqueeze(-3)
     if attended is not None:
         pair = torch.where(attended.unsqueeze(-1), pair, 0.0)
@@ -130,7 +130,7 @@ def keep_scale(dropout_p: float) -> float:
 
 def weighted_sum(weights: Tensor, value: Tensor, attended: Tensor | None) -> Tensor:
     """``weights @ value``, to which masked pairs contribute 0 even where the value is not finite.
-    Whether some are not finite decides no bit of the other sums."""
+    Values that are not finite change no bit of the other sums."""
     if attended is None:
         return weights @ value
     finite = value.isfinite()

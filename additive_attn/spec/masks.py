@@ -5,12 +5,12 @@ Four parts compose by "and":
 - Query row ``i`` may attend to the keys of one interval, from ``max(i - left, starts_i)`` up to
   and without ``min(i + right + 1, lengths_i)``. A negative ``left`` or ``right`` is unbounded;
   causal attention is ``right = 0``.
-- A block table says of each block of rows and keys whether no pair is attended (0), all are (1),
+- A block table says for each block of rows and keys whether no pair is attended (0), all are (1),
   or those of tile ``t - 1`` of ``block_tiles`` (1 + t). Any other number counts as 0. Blocks at
   the ends may reach beyond the last row and key.
 - A dense ``attn_mask``: bool, True = attend; or float, added to the scores, -inf = masked.
 
-Blocks of rows and keys are described without the whole.
+The functions compute the masks of a block of rows and keys without those of the whole.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from additive_attn.spec.call import Masking
 def check_masking(
     masking: Masking, batch: torch.Size, num_rows: int, num_keys: int, device: torch.device
 ) -> None:
-    """What could give wrong results without a word, since the operators are public: types and
-    shapes. Numbers may be any."""
+    """Raises for types and shapes that would silently give wrong results, since the operators are
+    public. Lengths, starts and tables may hold any numbers."""
     attn_mask, lengths, starts, table, tiles = masking[:5]
     for name, numbers in (("lengths", lengths), ("starts", starts)):
         if numbers is not None:
@@ -88,9 +88,9 @@ def allowed_pairs(
     masking: Masking, rows: tuple[int, int], keys: tuple[int, int], device: torch.device,
     keep: bool = False,
 ) -> Tensor | None:  # fmt: skip
-    """Which pairs of a block the intervals and the block table allow, ``(..., rows, keys)``, rows
-    or 1 where all are alike; None if they allow all. ``keep``: positions and windows serve the
-    next calls too, which ask for few pairs on the CPU, outside of tracing."""
+    """Returns which pairs of a block the intervals and the block table allow, ``(..., rows,
+    keys)``, rows or 1 where all are alike; None if they allow all. ``keep``: positions and windows
+    are cached for later calls. Only for few pairs on the CPU, outside of tracing."""
     _, lengths, starts, table, tiles, left, right = masking
     allowed = interval_mask(lengths, starts, left, right, rows, keys, device, keep)
     if table is None or tiles is None:
@@ -131,7 +131,7 @@ def _positions(keys: tuple[int, int], device: torch.device) -> Tensor:
 def _window(
     left: int, right: int, rows: tuple[int, int], keys: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Of which a side is bounded."""
+    """Returns the pairs in a window with a bounded side."""
     # Differences of positions: row + right would overflow for a huge right.
     after = _positions(keys, device) - _positions(rows, device).unsqueeze(-1)
     if left < 0:
@@ -140,7 +140,7 @@ def _window(
 
 
 def _kept(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Not of inference mode, since other calls keep the tensors for their backward."""
+    """Caches tensors. They are no inference tensors, since other calls save them for backward."""
     return functools.lru_cache(maxsize=16)(torch.inference_mode(False)(function))
 
 
@@ -171,7 +171,7 @@ def block_mask(
 
 
 def mask_block(attn_mask: Tensor, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
-    """The view of ``attn_mask`` that belongs to a block; broadcast dims stay as they are."""
+    """Returns the view of ``attn_mask`` for a block; broadcast dims stay as they are."""
     if attn_mask.dim() > 0 and attn_mask.shape[-1] != 1:
         attn_mask = attn_mask[..., slice(*keys)]
     if attn_mask.dim() > 1 and attn_mask.shape[-2] != 1:

@@ -19,9 +19,8 @@ _SHIELDED = 2**19  # elements of (..., rows, Lk, Dv)
 
 
 class Masks(NamedTuple):
-    """The float mask, the attended pairs, and the dropout factors. With ``shield``, which is
-    ``attended`` then, nothing that masked pairs hold takes part. Without, they get factors of 0.
-    """
+    """The float mask, the attended pairs, and the dropout factors. With ``shield``, which equals
+    ``attended`` then, masked pairs are left out. Without it, they are multiplied by 0."""
 
     attn_mask: Tensor | None = None
     attended: Tensor | None = None
@@ -40,7 +39,7 @@ class Masks(NamedTuple):
         return pairs if self.factors is None else pairs * self.factors
 
     def weighted(self, pairs: Tensor, vectors: Tensor | None) -> Tensor | None:
-        """``pairs @ vectors``. A few rows at a time where masked ones are not to be touched."""
+        """``pairs @ vectors``. With a shield, a few rows at a time, without the masked pairs."""
         if vectors is None or self.shield is None:
             return None if vectors is None else pairs @ vectors
         batch = pairs.shape[:-2].numel()
@@ -51,7 +50,7 @@ class Masks(NamedTuple):
 
 
 class Pairs(Protocol):
-    """What is summed over features: the scores, and what they give back."""
+    """The sums over features: the scores, and the gradients that follow from theirs."""
 
     def scores(self) -> tuple[Tensor, Tensor]:
         """``w . energy`` and its tangent, equation 22 without scale and mask."""
@@ -65,7 +64,7 @@ class Pairs(Protocol):
 
 
 class FormulaPairs:
-    """In tensors (..., Lq, Lk, H)."""
+    """``Pairs`` in tensors (..., Lq, Lk, H)."""
 
     def __init__(self, inputs: Inputs, tangents: Tangents, masks: Masks) -> None:
         query, key, _, self.weight = inputs
@@ -112,8 +111,8 @@ def score_tangents(
     pairs: Pairs, mask_tangent: Tensor | None, grad: Tensor | None, grad_tangent: Tensor | None,
     masks: Masks, scale: float, need_scores: bool, needs: Needs,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Of the scores, then of the gradients that given ones of the scores have; that of the value
-    is None."""
+    """Tangents of the scores, then of the gradients that follow from ``grad``, that of the scores;
+    None for the value."""
     score = None
     if need_scores:
         score = masks.cleared(add_bias(scale * pairs.scores()[1], mask_tangent))
@@ -131,8 +130,8 @@ def attention_tangents(
     upstream_tangents: Upstream, masks: Masks, scale: float, need_outputs: tuple[bool, ...],
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Of out, weights and lse (equation 23), then of the gradients of query, key, value, weight,
-    and of the scores, which is that of the mask."""
+    """Tangents of out, weights and lse (equation 23), then of the gradients of query, key, value
+    and weight, and of the scores, which is that of the mask."""
     score, score_tangent = pairs.scores()
     weights = softmax(add_bias(scale * score, masks.attn_mask), masks.attended)
     score_tangent = masks.cleared(add_bias(scale * score_tangent, tangents.mask))
@@ -207,7 +206,7 @@ def _score_gradients(
 
 
 def total(*terms: Tensor | None) -> Tensor | None:
-    """The sum of the terms that are there."""
+    """Returns the sum of the terms that are not None."""
     found = None
     for term in terms:
         if term is not None:
