@@ -12,9 +12,9 @@ from additive_attn.ops import dispatch
 
 
 def show_config() -> str:
-    """Prints, and returns, the versions in use, which implementation computes on which device, and
+    """Prints and returns the versions in use, which implementation computes on which device and
     why, and on what hardware the implementations have run."""
-    # That of the code that runs; the metadata may belong to another, installed copy.
+    # The version of the code that runs; the metadata may belong to another, installed copy.
     from additive_attn import __version__
 
     lines = {

@@ -55,13 +55,13 @@ def additive_attention(
         query: ``(..., Lq, H)``, projected. float64, float32, bfloat16 or float16. None counts as
             zeros ``(..., 1, H)``, which pools the keys: no query is made or read.
         key: ``(..., Lk, H)``, projected; leading dims broadcast, as in PyTorch's attention.
-        value: ``(..., Lk, Dv)``. None if only the weights are wanted, to be edited for example.
+        value: ``(..., Lk, Dv)``. None returns only the weights, for example to edit them.
         weight: ``(H,)``, or ``(heads, H)`` where dim -3 of query is heads; ``(1, H)`` broadcasts
             over it.
         attn_mask: broadcastable to ``(..., Lq, Lk)``: bool, **True = attend**; or the dtype of
             query, or float32 beside 16 bits, added to the scores, where ``-inf`` = do not attend.
-            Or a BlockMask of ``torch.nn.attention.flex_attention``: time and memory follow the
-            blocks that it keeps.
+            Or a BlockMask of ``torch.nn.attention.flex_attention``: time and memory grow with the
+            number of blocks that it keeps.
         lengths: ``(B,)`` or ``(B, Lq)`` integers in [0, Lk], B the first leading dim (without
             leading dims: ``()`` or ``(Lq,)``), each dim also 1: the number of leading keys to
             attend to. A tensor, list, tuple or NumPy array; checked, or clamped on a GPU.
@@ -78,14 +78,14 @@ def additive_attention(
         bias: a number, ``()`` or ``(1,)``, or one per head, ``(heads,)``, added to all scores. It
             cancels in the softmax: only lse depends on it. It gets the gradient, of zeros, that
             DistributedDataParallel and optimizers expect.
-        key_weight: ``(H, Dk)``, projects keys ``(..., Lk, Dk)`` first. A bias goes with the query.
+        key_weight: ``(H, Dk)``, projects keys ``(..., Lk, Dk)`` first. Add a bias to the query.
             Faster where key and value are one tensor.
 
     Returns:
         out ``(..., Lq, Dv)``; then weights ``(..., Lq, Lk)`` if need_weights; then lse
         ``(..., Lq)`` if need_lse, float32 (float64 for float64). A row without a key to attend to
         has out 0, weights 0 and lse ``-inf``.
-        With value=None there is no out: weights, whatever need_weights says; then lse if need_lse.
+        With value=None there is no out: weights, whatever need_weights is; then lse if need_lse.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -99,7 +99,7 @@ def additive_attention(
         attn_mask, lengths, is_causal, window, dropout_p, scale,
         True if value is None else need_weights, None, need_lse, key_padding_mask, starts, bias,
     )  # fmt: skip
-    return _asked_for(out, weights, lse, value, need_weights, need_lse)
+    return _needed(out, weights, lse, value, need_weights, need_lse)
 
 
 def additive_attention_step(
@@ -149,10 +149,10 @@ def additive_attention_step(
         attn_mask, lengths, dropout_p, scale, True if value is None else need_weights, need_lse,
         key_padding_mask, starts, bias,
     )  # fmt: skip
-    return _asked_for(out, weights, lse, value, need_weights, need_lse)
+    return _needed(out, weights, lse, value, need_weights, need_lse)
 
 
-def _asked_for(
+def _needed(
     out: Tensor, weights: Tensor, lse: Tensor, value: Any, need_weights: bool, need_lse: bool
 ) -> Any:
     if value is None:
@@ -176,8 +176,8 @@ def additive_scores(
     starts: Integers | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    r"""The scores of :func:`additive_attention` before the softmax: for pointer networks, losses
-    on log-probabilities, or another normalisation.
+    r"""Returns the scores of :func:`additive_attention` before the softmax: for pointer networks,
+    losses on log-probabilities, or another normalisation.
 
     .. math::
         s_{ij} = \mathrm{scale} \sum_h w_h \tanh(q_{ih} + k_{jh}) + \mathrm{mask}_{ij} + b
@@ -187,8 +187,8 @@ def additive_scores(
 
     Returns:
         scores ``(..., Lq, Lk)``, ``-inf`` where a query may not attend. Upstream gradients of
-        these, whatever they are, count as 0. A row without a key to attend to is all ``-inf``, of
-        which torch.softmax makes NaN.
+        these, whatever they are, count as 0. A row without a key to attend to is all ``-inf``, for
+        which torch.softmax returns NaN.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`additive_attention`.

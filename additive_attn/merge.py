@@ -1,4 +1,4 @@
-"""Attention over disjoint sets of keys, combined."""
+"""Merges attention over disjoint sets of keys."""
 
 from __future__ import annotations
 

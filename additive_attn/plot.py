@@ -1,4 +1,4 @@
-"""Attention weights as a picture."""
+"""Draws attention weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy
     from matplotlib.axes import Axes
 
-# Few enough that no screen or page shrinks the image again, which would lose thin lines.
+# Few enough that no screen or page scales the image down again, which would lose thin lines.
 MAX_PIXELS = 512
 EMPTY_COLOR = "lightgrey"
 NAN_COLOR = (0.84, 0.15, 0.16, 1.0)  # red
@@ -74,15 +74,16 @@ def plot_attention(
         source_length: draw only the first keys, without the padding. Default: all.
         target_length: the same for the queries.
         batch: which sequence of the batch to draw.
-        head: the number of one head, "mean" over the heads, or "grid": all of them beside each
-            other on one colour scale.
+        head: the number of one head, "mean" over the heads, or "grid": all of them side by side
+            on one colour scale.
         style: "matrix" puts targets top to bottom and sources left to right; "alignment" puts
-            targets left to right and sources bottom to top, as speech synthesis does.
+            targets left to right and sources bottom to top, as is usual in speech synthesis.
         cmap: matplotlib colour map.
         vmin, vmax: range of the colours. Default: 0 to the largest weight; with vmax="robust" to
-            what nine of ten rows do not exceed, so that outliers do not darken the others.
+            the weight that nine of ten rows do not exceed, so that outliers do not darken the
+            others.
         colorbar: whether to explain the colours.
-        max_ticks: label at most so many positions of an axis, and no more than there is room for.
+        max_ticks: label at most so many positions of an axis, and no more than fit.
         title: title of the Axes, or of the figure with ``head="grid"``.
 
     Returns:
@@ -90,8 +91,8 @@ def plot_attention(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError: weights are no real numbers, or ax is no Axes.
-        ValueError: another argument does not fit the weights, or has no such value.
+        TypeError: weights are not real numbers, or ax is not Axes.
+        ValueError: another argument does not fit the weights, or does not allow such a value.
     """
     plt = _import_pyplot()
     batch, head, max_ticks = map(as_number, (batch, head, max_ticks))
@@ -120,7 +121,7 @@ def plot_attention(
 
 
 class _Labels:
-    """Tokens and titles in characters that a font has."""
+    """Tokens and titles, in characters that an installed font has."""
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class _Labels:
         max_ticks: int,
     ) -> None:
         self.max_ticks = max_ticks
-        # What is along x and along y.
+        # The names of the x axis and the y axis.
         self.names = ("target", "source") if style == "alignment" else ("source", "target")
         texts = {"target": _texts(target_tokens), "source": _texts(source_tokens)}
         shown = "".join([*texts["target"], *texts["source"], title or ""])
@@ -150,7 +151,7 @@ class _Labels:
         self.title = title and title.translate(boxes)
 
     def width(self, name: str) -> float:
-        """Inches that the longest token needs."""
+        """Returns the inches that the longest token needs."""
         return CHARACTER_INCHES * max(map(_width, self.texts[name]), default=0)
 
     def write(
@@ -178,7 +179,7 @@ class _Labels:
     def _ticks(
         self, ax: Any, axis: str, texts: list[str], count: int, inches: float, is_shown: bool
     ) -> None:
-        """Labels as many positions as the length of the axis has room for."""
+        """Labels as many positions as fit on the axis."""
         from matplotlib.ticker import MaxNLocator
 
         ticks = ax.xaxis if axis == "x" else ax.yaxis
@@ -211,12 +212,13 @@ def _import_pyplot() -> Any:
 
 
 def _select(weights: Tensor, batch: int | None, head: int | str | None) -> Tensor:
-    """The chosen images, ``(number, target, source)``."""
+    """Returns the chosen images, ``(number, target, source)``."""
     shape = tuple(weights.shape)
     if weights.dim() < 2 or 0 in shape or any(size > 1 for size in shape[:-4]):
         raise ValueError(
             f"weights have the shape {shape}; (target, source), with dims of a batch and of heads "
-            "before them, can be drawn, without empty dims. Of more, choose one: weights[i]."
+            "before them, can be drawn, without empty dims. If there are more dims, choose one "
+            "entry: weights[i]."
         )
     weights = weights.reshape(shape[-4:])
     if len(shape) == 3 and shape[0] > 1 and (batch is None) == (head is None):
@@ -226,12 +228,12 @@ def _select(weights: Tensor, batch: int | None, head: int | str | None) -> Tenso
             'head="grid" or head=0 draw (heads, target, source).'
         )
     while weights.dim() < 4:
-        # The dim that is missing is the heads' where an entry of a batch is chosen.
+        # Where an entry of a batch is chosen, the missing dim is that of the heads.
         weights = weights.unsqueeze(1 if weights.dim() == 3 and batch is not None else 0)
     entries, heads = weights.shape[:2]
     if batch is None and entries == 1:
         batch = 0
-    # True is an int to Python, and more likely a wish for all than for the second.
+    # True is an int in Python, and more likely means all entries than the second.
     if type(batch) is not int or not -entries <= batch < entries:
         raise ValueError(
             f"batch is {batch!r}; the weights {shape} hold {_count(entries, 'sequence')}. Draw "
@@ -275,7 +277,7 @@ def _length(name: str, length: int | None, tokens: Sequence[Any] | None, availab
 
 
 def _texts(tokens: Sequence[Any] | None) -> list[str]:
-    """Tokens as they are printed: no tensors of one number, no line breaks, and not too long."""
+    """Returns tokens as text: numbers of tensors, without line breaks, and not too long."""
     if tokens is None:
         return []
     numbers = (math.prod(getattr(token, "shape", (0,))) == 1 for token in tokens)
@@ -285,14 +287,14 @@ def _texts(tokens: Sequence[Any] | None) -> list[str]:
 
 
 def _top(images: Tensor, vmin: float, part: float) -> float:
-    """The largest weight of a row, or what this part of the rows does not exceed."""
+    """Returns the weight that ``part`` of the rows do not exceed: for 1, the largest of all."""
     maxima = images.nan_to_num(nan=vmin, posinf=vmin).amax(dim=-1).flatten()
     maxima = maxima[maxima > vmin].sort().values
     return maxima[int(part * (len(maxima) - 1))].item() if len(maxima) else vmin + 1
 
 
 def _axes(plt: Any, ax: Any, images: Tensor, labels: _Labels) -> tuple[Any, list[float]]:
-    """An array of Axes, one per image, and width and height of a panel in inches."""
+    """Returns an array of Axes, one per image, and width and height of a panel in inches."""
     import numpy
 
     if ax is None:
@@ -314,10 +316,10 @@ def _axes(plt: Any, ax: Any, images: Tensor, labels: _Labels) -> tuple[Any, list
 
 
 def _new_figure(plt: Any, images: Tensor, labels: _Labels) -> tuple[Any, list[float]]:
-    """A figure whose panels have the proportions of the weights, and room for the labels."""
+    """Creates a figure whose panels have the proportions of the weights, and room for labels."""
     number = len(images)
     columns = math.ceil(math.sqrt(number))
-    # A grid without gaps, where one is nearly as wide as high.
+    # A grid without empty panels, if one is nearly as wide as high.
     columns = next((n for n in range(columns, 2 * columns) if number % n == 0), columns)
     rows = math.ceil(number / columns)
     cells = {"target": images.shape[1], "source": images.shape[2]}
@@ -341,8 +343,8 @@ def _draw(ax: Any, image: Tensor, style: str, cmap: Any, vmin: float, vmax: floa
     blank = (pixels == 0).all(dim=1, keepdim=True)
     missing = pixels.isnan() | (pixels == torch.inf)
     pixels = pixels.masked_fill(blank, torch.nan).cpu()
-    # The last block may reach beyond the last position, so the extent goes by blocks and the
-    # limits by positions.
+    # The last block may reach beyond the last position, so the extent counts blocks and the limits
+    # count positions.
     bottom, right = pixels.shape[0] * block_rows - 0.5, pixels.shape[1] * block_columns - 0.5
     limits = [(-0.5, image.shape[1] - 0.5), (image.shape[0] - 0.5, -0.5)]
     extent = (-0.5, right, bottom, -0.5)
@@ -367,13 +369,14 @@ def _draw(ax: Any, image: Tensor, style: str, cmap: Any, vmin: float, vmax: floa
 
 
 def _width(text: str) -> int:
-    """Width in characters, of which East Asian ones count twice."""
+    """Returns the width in characters, of which East Asian ones count twice."""
     return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text)
 
 
 @functools.cache
 def _families(characters: frozenset[str]) -> tuple[list[str], set[str]]:
-    """The default fonts, with installed ones for characters that they lack, and what all lack."""
+    """Returns the default fonts, those installed for characters that they lack, and the characters
+    that all fonts lack."""
     from matplotlib import font_manager
 
     def known(path: str) -> set[str]:
@@ -387,7 +390,7 @@ def _families(characters: frozenset[str]) -> tuple[list[str], set[str]]:
     for family in families:
         missing -= known(font_manager.findfont(font_manager.FontProperties(family=[family])))
     for font in font_manager.fontManager.ttflist:
-        # The former draws boxes for all characters, the latter pictures that matplotlib cannot.
+        # The former draws boxes for all characters. Matplotlib cannot draw the latter.
         if not missing or "Last Resort" in font.name or "Color" in font.name:
             continue
         found = missing & known(font.fname) if font.style == "normal" else set()

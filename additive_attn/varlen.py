@@ -27,7 +27,7 @@ def varlen_additive_attention(
     dropout_p: float = 0.0,
     need_lse: bool = False,
 ) -> Any:
-    """:func:`additive_attention` of sequences that lie one after the other, in the conventions of
+    """:func:`additive_attention` of packed sequences, one after the other, in the conventions of
     ``torch.nn.attention.varlen.varlen_attn``. No padding is computed or stored.
 
     Args:
@@ -37,12 +37,12 @@ def varlen_additive_attention(
         weight: ``(H,)``, or ``(heads, H)``.
         cu_seq_q: ``(sequences + 1,)``, int32 or int64: 0, then where each sequence of queries
             ends. Rows after the last sequence attend to nothing.
-        cu_seq_k: the same of keys. It is read on the CPU and checked; elsewhere, rows of sequences
-            that are not ordered attend to any keys, but never outside of the tensors.
+        cu_seq_k: the same for keys. On the CPU both are read and checked; elsewhere, rows of
+            sequences that are not ordered attend to any keys, but never outside of the tensors.
         max_q, max_k: the length of the longest sequence, or more.
         is_causal: query i of a sequence attends to its keys up to i, **both counted from the
             end** (lower right aligned), as in varlen_attn. That differs from additive_attention
-            where a sequence has not as many queries as keys.
+            where a sequence has more or fewer queries than keys.
         window: ``(left, right)``: keys i - left ... i + right, aligned likewise; -1 = unbounded.
         scale, dropout_p: as in :func:`additive_attention`.
         need_lse: also return the log-sum-exp of the scores.

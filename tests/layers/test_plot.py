@@ -207,7 +207,7 @@ BAD = {
     "one head": (dict(weights=torch.ones(2, 3), head=1), ValueError, "have 1 head, so"),
     "head": (dict(head=True), ValueError, "head is True"),
     "batch": (dict(batch=2), ValueError, "batch is 2"),
-    "five dims": (dict(weights=torch.ones(2, 2, 2, 2, 2)), ValueError, "Of more, choose one"),
+    "five dims": (dict(weights=torch.ones(2, 2, 2, 2, 2)), ValueError, "more dims, choose one"),
     "ragged": (dict(weights=[torch.ones(2), torch.ones(3)]), TypeError, "of one shape"),
     "few tokens": (dict(head=0, source_tokens=["a"]), ValueError, "3 source .* are 1 source_tok"),
     "many tokens": (dict(head=0, target_tokens="abc"), ValueError, "2 target .* are 3 target_tok"),
