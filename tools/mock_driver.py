@@ -44,7 +44,7 @@ _NO_KERNEL = {
 }
 
 
-# Which parameters of a loaded function are addresses. Triton never unloads functions.
+# Which parameters of a loaded function are addresses. Triton keeps functions until exit.
 _pointers: dict[int, tuple[bool, ...]] = {}
 
 
