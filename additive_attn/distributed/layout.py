@@ -21,7 +21,7 @@ def chunks(total: int, count: int) -> Ranges:
 
 
 def balanced_layout(total: int, processes: int) -> tuple[Ranges, ...]:
-    """Of 2N chunks, process r of N holds r and 2N - 1 - r: causal attention costs each as much."""
+    """Process r of N holds chunks r and 2N - 1 - r of 2N: causal attention costs each as much."""
     parts = chunks(total, 2 * processes)
     return tuple((parts[r], parts[-1 - r]) for r in range(processes))
 

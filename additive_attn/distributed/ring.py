@@ -19,7 +19,7 @@ from additive_attn.spec.call import Call, Inputs, Needs, Options, lse_dtype
 
 
 class Plan(NamedTuple):
-    """How a call is computed; equal on all processes but for masks and rank."""
+    """How a call is computed; equal on all processes except for masks and rank."""
 
     group: dist.ProcessGroup
     options: Options

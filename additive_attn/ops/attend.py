@@ -157,7 +157,7 @@ def masked_scores(
     lengths: Integers | None, is_causal: bool, window: tuple[int, int] | None, scale: float,
     key_padding_mask: Tensor | None, starts: Integers | None, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    # The scores do not read values. Where the key is no tensor, the error names the key alone.
+    # The scores do not read values. Where the key is no tensor, the error names no value.
     value: Any = key if isinstance(key, Tensor) else None
     result: Tensor = masked_attention(
         (query, key, value, weight), attn_mask, lengths, is_causal, window, 0.0, scale, False,
@@ -208,7 +208,7 @@ def _refuse_row(query: Tensor, key: Tensor) -> None:
 
 
 def _explained_rows(made: dict[str, tuple[Any, Any]]) -> str:
-    """Ends an error sentence that names other shapes than the user passed: says how they arose."""
+    """Returns the end of an error sentence that names other shapes than the user passed."""
     found = [
         f"{name} {tuple(given.shape)} as {tuple(rows.shape)}"
         for name, (given, rows) in made.items()

@@ -62,7 +62,7 @@ def _passes_all(mask_mod: Any) -> bool:
 
 
 def _kept(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """Which blocks are listed: bool (B, H, row blocks, key blocks)."""
+    """Returns which blocks are listed: bool (B, H, row blocks, key blocks)."""
     slots = torch.arange(indices.shape[-1], device=indices.device)
     listed = (slots < counts.unsqueeze(-1)) & (indices >= 0) & (indices < columns)
     kept = torch.zeros((*indices.shape[:-1], columns + 1), dtype=torch.bool, device=indices.device)

@@ -394,6 +394,6 @@ def refuse_dtypes(**tensors: Tensor) -> NoReturn:
 
 
 def refuse_ids(**tensors: Tensor) -> None:
-    """Raises TypeError where token ids were passed: not their shapes are wrong, but the dtype."""
+    """Raises TypeError where token ids were passed: their dtype is wrong, not their shape."""
     if any(tensor.dtype in INTEGERS for tensor in tensors.values()):
         refuse_dtypes(**tensors)

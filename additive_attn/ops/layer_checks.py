@@ -104,7 +104,7 @@ def check_beams(caller: str, query: Tensor, key: Tensor, beams: int) -> None:
 def check_memory(
     caller: str, key: Any, value: Any, lengths: Any = None, attn_mask: Any = None
 ) -> None:
-    """Checks types and ranks of a memory that the user constructed. No later error names them."""
+    """Checks types and ranks of a user's own memory, since no later error would name them."""
     if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
         refuse_types(key=key, value=value)
     if not (is_dense(key) and is_dense(value)):
@@ -256,7 +256,7 @@ def check_memory_dtype(dtype: Any, key: Tensor) -> None:
 
 def explain_projection(layer: nn.Module, name: str, tensor: Tensor, features: int) -> None:
     """Raises an error that says why ``layer`` could not project it, where the reason is known."""
-    # Checked only after the failure: under autocast, and in layers that users put in, more fits.
+    # Checked only after the failure: autocast, and layers that users put in, accept more dtypes.
     if not is_dense(tensor):
         refuse_layouts(**{name: tensor})
     refuse_ids(**{name: tensor})

@@ -1,5 +1,4 @@
-"""A decoder's memory as a node of autograd, which computes the gradients of the tensors that all
-steps share once.
+"""A decoder's memory as a node of autograd, which computes the steps' shared gradients once.
 
 A recurrent decoder attends T times to the same keys and values. Before the next step's backward
 only the query's gradient is needed. So a step's backward records what the others are computed
@@ -326,7 +325,7 @@ def _rows(steps: list[Any], memory: Tensor) -> Tensor:
 
 
 def _value_rows(steps: list[Any], value: Tensor) -> Tensor:
-    """The same for values. The last leading dims that share them, as heads may, count as rows."""
+    """Like :func:`_rows`, but the last leading dims that share values, as heads, are rows too."""
     rows = steps[0] if len(steps) == 1 else torch.cat(steps, dim=-2)
     batch, own, shared = rows.shape[:-2], value.shape[:-2], 0
     while shared < len(batch) and (shared >= len(own) or own[-1 - shared] == 1):

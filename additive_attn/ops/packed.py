@@ -58,7 +58,7 @@ def ranges(
 
 
 def checked_sequences(name: str, cu_seq: Any, total: int, longest: int, like: Tensor) -> Tensor:
-    """Returns ``cu_seq``, where each sequence begins and the last one ends, after its checks."""
+    """Checks and returns ``cu_seq``: where each sequence begins, and where the last one ends."""
     most, name = f"max_{name}", f"cu_seq_{name}"
     if not isinstance(cu_seq, Tensor) or cu_seq.dtype not in (torch.int32, torch.int64):
         found = cu_seq.dtype if isinstance(cu_seq, Tensor) else f"a {type(cu_seq).__name__}"
@@ -111,7 +111,7 @@ def packed_attention(
     inputs: _Inputs, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, is_causal: bool,
     window: tuple[int, int] | None, scale: float, dropout_p: float, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attends in packed sequences. They are one entry per head, whose rows have ranges of keys."""
+    """Attends within packed sequences, as one entry per head whose rows have ranges of keys."""
     if not all(isinstance(x, Tensor) for x in inputs):
         refuse_types(**Inputs(*inputs)._asdict())
     query, key, value, weight = inputs
@@ -150,7 +150,7 @@ def jagged_attention(
     window: tuple[int, int] | None, dropout_p: float, scale: float, need_lse: bool,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Attends in nested tensors ``(B, L, n)`` or ``(B, heads, L, n)``. Some may be dense."""
+    """Attends within nested tensors ``(B, L, n)`` or ``(B, heads, L, n)``. Some may be dense."""
     names = "attn_mask", "lengths", "key_padding_mask", "starts", "need_weights"
     if given := [name for name, x in zip(names, without, strict=True) if x is not None]:
         raise ValueError(

@@ -42,7 +42,7 @@ def _registrations() -> torch.library.Library:
     if earlier is not None:
         earlier._destroy()
     library = torch.library.Library("additive_attn", "FRAGMENT")
-    setattr(operators, "registrations", library)  # noqa: B010  mypy does not know operators
+    setattr(operators, "registrations", library)  # noqa: B010  operators have no types for mypy
     return library
 
 

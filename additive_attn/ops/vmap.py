@@ -131,7 +131,7 @@ def _fold(
 def _one_set_of_tiles(
     arguments: Sequence[Any], in_dims: Sequence[int | None], ranks: Sequence[int | None]
 ) -> tuple[Sequence[Any], Sequence[int | None]]:
-    """Tiles have no batch dims: mapped ones are joined, and the tables number them on."""
+    """Tiles have no batch dims: mapped ones are joined, and the tables' numbers are shifted."""
     at = ranks.index(3)
     tiles, dim = arguments[at], in_dims[at]
     if tiles is None or dim is None:

@@ -14,7 +14,8 @@ _BYTES = 1024
 
 
 def count_writes(tensors: Iterable[Tensor]) -> bool:
-    """Inference tensors do not, and tensors that a transform left have no memory to read."""
+    """Whether all tensors count writes. Inference tensors do not, and a tensor that a transform
+    left behind has no memory to read."""
     for x in tensors:  # a generator would cost as much as two tensors
         if x.is_inference() or is_wrapper(x):
             return False

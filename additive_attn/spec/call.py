@@ -127,7 +127,7 @@ class TangentCall(NamedTuple):
 
     @classmethod
     def of(cls, arguments: tuple[Any, ...]) -> TangentCall:
-        """From the flat arguments of ``tangent``."""
+        """Returns a call from the flat arguments of ``tangent``."""
         end = 3 + len(Call._fields) + 1
         rest = arguments[end:]
         return cls(
@@ -137,7 +137,7 @@ class TangentCall(NamedTuple):
 
     @classmethod
     def of_scores(cls, arguments: tuple[Any, ...]) -> TangentCall:
-        """From the flat arguments of ``scores_tangent``."""
+        """Returns a call from the flat arguments of ``scores_tangent``."""
         end = 1 + len(Call._fields) - 3
         query, key, weight, mask = arguments[end + 1 : end + 5]
         need_query, need_key, need_weight, need_mask = arguments[end + 6 :]
