@@ -166,7 +166,7 @@ def check_mask(
         require_one_device(query=query, attn_mask=attn_mask)
     full = (*batch, *scores)
     shape = attn_mask.shape
-    if not broadcasts(shape, full):
+    if shape != full and not broadcasts(shape, full):
         hint = ""
         if shape == (*batch[:1], scores[1]):
             hint = " One mask per sequence needs a dim of queries: .unsqueeze(1)."

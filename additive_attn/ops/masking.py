@@ -32,12 +32,14 @@ def with_padding(
         )
     if not is_dense(key_padding_mask):
         refuse_layouts(key_padding_mask=key_padding_mask)
-    shape, full = tuple(key_padding_mask.shape), (*batch[:1], key.shape[-2])
-    if len(shape) != len(full) or shape[-1] != full[-1] or not broadcasts(shape, full):
-        hint = " Transpose it with .t()." if shape[::-1] == full else ""
+    shape, full = key_padding_mask.shape, (*batch[:1], key.shape[-2])
+    if shape != full and not (
+        len(shape) == len(full) and shape[-1] == full[-1] and broadcasts(shape, full)
+    ):
+        hint = " Transpose it with .t()." if tuple(shape)[::-1] == full else ""
         raise ValueError(
-            f"key_padding_mask has shape {shape}, but must have one entry per key, {full}; its "
-            f"batch may also be 1.{hint}"
+            f"key_padding_mask has shape {tuple(shape)}, but must have one entry per key, {full}; "
+            f"its batch may also be 1.{hint}"
         )
     if key_padding_mask.device != key.device:
         require_one_device(key=key, key_padding_mask=key_padding_mask)

@@ -190,6 +190,7 @@ def test_an_infinite_weight_reaches_no_masked_pair():
 
 MASKINGS = {
     "causal": dict(is_causal=True),
+    "lengths": dict(lengths=torch.tensor([7, 4])),
     "window": dict(window=(2, 1), lengths=torch.tensor([7, 4])),
     "starts": dict(starts=torch.tensor([[1], [3]]).expand(2, 5)),
 }
@@ -201,6 +202,7 @@ def test_masks_first_used_in_inference_mode_serve_training(mask):
     the call before changes nothing."""
     masks._kept_positions.cache_clear()
     masks._kept_window.cache_clear()
+    masks._kept_beginnings.cache_clear()
     inputs = make((2,), 5, 7, 6, 4)
     call = lambda x: dict(out=additive_attention(*x.values(), **MASKINGS[mask]))  # noqa: E731
     upstream = {"out": torch.randn(2, 5, 4)}
@@ -211,6 +213,21 @@ def test_masks_first_used_in_inference_mode_serve_training(mask):
     again = gradients(call, inputs, upstream)
     assert_all_same(again[0], results)
     assert_all_same(again[1], grads)
+
+
+@pytest.mark.parametrize("per_query", [False, True])
+def test_lengths_may_be_written_to_between_calls(per_query):
+    """What is kept of their mask is that of the numbers, not of the tensor."""
+    inputs = list(make((2,), 5, 7, 6, 4).values())
+    lengths = torch.tensor([7, 4])
+    lengths = lengths[:, None].repeat(1, 5) if per_query else lengths
+    first = additive_attention(*inputs, lengths=lengths)
+    for other in (lengths.flip(0), lengths - 1):
+        lengths.copy_(other)
+        found = additive_attention(*inputs, lengths=lengths)
+        mask = torch.arange(7) < lengths.reshape(2, -1, 1)
+        torch.testing.assert_close(found, additive_attention(*inputs, attn_mask=mask))
+    assert not torch.equal(found, first)
 
 
 def test_masks_first_used_under_fake_tensors_serve_real_ones():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn.functional import linear
 
 from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import drawn_factors
@@ -35,6 +36,8 @@ ELEMENTS = 2**22
 _SHORT_SUM = 128
 # Pairs up to which positions and windows are kept for the next call.
 _KEPT_PAIRS = 2**14
+# Numbers up to which comparing each costs less than a sum.
+_FEW_NUMBERS = 2**12
 # A tensor, since PyTorch makes one of a number in every operation.
 _MASKED = torch.tensor(-torch.inf, device="cpu")
 _tanh_backward: Any = torch.ops.aten.tanh_backward
@@ -67,22 +70,32 @@ def attend(
     attended = factors = None
     if not (attn_mask is lengths is starts is table is None) or left >= 0 or right >= 0:
         attended = _attended(call)
-    elif not need_lse and 2 <= query.dim() <= 3 and query.itemsize > 2:
+    careful = False
+    if not need_lse and 2 <= query.dim() <= 3 and query.itemsize > 2:
         # The usual call; a small one would pay for every question below.
-        result = _scored(query, key, weight, None, None, differentiable, score_bias)
-        weights = torch.softmax(result if scale == 1.0 else result * scale, -1)
+        score = _scored(query, key, weight, None, differentiable, score_bias)
+        if scale != 1.0:
+            score = score * scale
+        if attended is None:
+            weights = torch.softmax(score, -1)
+        else:
+            weights = _weights(_masked(score, attn_mask, attended))
         batch = weights.shape[:-2]
         if batch == value.shape[:-2] and len(batch) <= 1:
             kept = weights if seed is None else weights * _factors(call, batch)
-            return torch.bmm(kept, value) if batch else kept.mm(value), weights, None
+            out = torch.bmm(kept, value) if batch else kept.mm(value)
+            if attended is None or _without_nan(out, weights, score):
+                return out, weights, None
+            careful = True
     if seed is not None:
         batch = query.shape[:-2]
         if not batch == key.shape[:-2] == value.shape[:-2]:
             batch = call.batch()
         factors = _factors(call, batch)
     out, weights, lse = formula(
-        call[:4], attn_mask, attended, factors, scale, need_lse, differentiable, score_bias
-    )
+        call[:4], attn_mask, attended, factors, scale, need_lse, differentiable, score_bias,
+        careful,
+    )  # fmt: skip
     batch = out.shape[:-2]
     if weights.shape[:-2] != batch:
         # Copies, for a caller may write to them.
@@ -111,31 +124,31 @@ def score(call: Call) -> Tensor:
     if dtype.itemsize == 2:
         query, key, weight = query.float(), key.float(), weight.float()
     differentiable = torch.is_grad_enabled() and _differentiable(query, key, weight)
-    result = _scored(query, key, weight, attended, None, differentiable)
+    result = _scored(query, key, weight, None, differentiable)
     if attended is not None and not is_finite(result.sum()):
-        result = _scored(query, key, weight, attended, attended, differentiable)
+        result = _scored(query, key, weight, attended, differentiable)
     if call.scale != 1.0:
         result = result * call.scale
     return mask_scores(add_bias(result, call.attn_mask), attended).to(dtype)
 
 
 def _attended(call: Call) -> Tensor | None:
-    attn_mask, lengths, starts, table, _, left, right = call[4:11]
-    allowed = None
-    if not (lengths is starts is table is None) or left >= 0 or right >= 0:
-        device, num_rows, num_keys = call.query.device, call.query.shape[-2], call.key.shape[-2]
-        keep = num_rows * num_keys <= _KEPT_PAIRS and device.type == "cpu"
-        block = (0, num_rows), (0, num_keys), device, keep
-        if table is None:
-            allowed = interval_mask(lengths, starts, left, right, *block)
-        else:
-            allowed = allowed_pairs(call.masking, *block)
+    query, key, _, _, attn_mask, lengths, starts, table, _, left, right = call[:11]
+    if lengths is starts is table is None and left < 0 and right < 0:
+        return attended_pairs(attn_mask, None)
+    rows, keys, device = query.shape[-2], key.shape[-2], query.device
+    keep = rows * keys <= _KEPT_PAIRS and query.is_cpu
+    if table is None:
+        block = (0, rows), (0, keys), device, keep
+        allowed = interval_mask(lengths, starts, left, right, *block)
+    else:
+        allowed = allowed_pairs(call.masking, (0, rows), (0, keys), device, keep)
     return allowed if attn_mask is None else attended_pairs(attn_mask, allowed)
 
 
 def _scored(
-    query: Tensor, key: Tensor, weight: Tensor, attended: Tensor | None, shield: Tensor | None,
-    differentiable: bool, score_bias: Tensor | None = None,
+    query: Tensor, key: Tensor, weight: Tensor, shield: Tensor | None, differentiable: bool,
+    score_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``w . tanh(q + k)``, of 0 where ``shield`` masks a pair."""
     hidden, rows, keys = query.shape[-1], query.shape[-2], key.shape[-2]
@@ -157,6 +170,8 @@ def _scored(
             score = torch.addmm(bias, energy.flatten(0, -2), column, beta=0)
             return score.view(*energy.shape[: one - 3], rows, keys)
         if bias is None and one:
+            if weight.dim() == 2 and energy.dim() == 3:
+                return linear(energy, weight).view(energy.shape[0], 1, keys)
             if few and energy.dim() == 3:  # bmm costs least, above all in backward
                 return torch.bmm(weight.expand(energy.shape[0], 1, -1), energy.mT)
             return (energy @ weight.flatten()).unsqueeze(-2)
@@ -193,31 +208,24 @@ def formula(
     dtype = query.dtype
     if dtype.itemsize == 2:
         query, key, value, weight = query.float(), key.float(), value.float(), weight.float()
-    score = _scored(query, key, weight, attended, shield, differentiable, score_bias)
+    score = _scored(query, key, weight, shield, differentiable, score_bias)
     if scale != 1.0:
         score = score * scale
-    biased = score if attn_mask is None else add_bias(score, attn_mask)
     if attended is None:
-        weights = torch.softmax(biased, -1)
+        biased, weights = score, torch.softmax(score, -1)
     elif careful:
+        biased = add_bias(score, attn_mask)
         weights = softmax(biased, attended)
     else:
-        biased = torch.where(attended, biased, _MASKED)
-        weights = torch.softmax(biased, -1)
-        if weights.requires_grad:
-            # The gradients of masked weights, all 0, end here: huge values make them infinite.
-            weights = torch.relu(weights)
+        biased = _masked(score, attn_mask, attended)
+        weights = _weights(biased)
     kept = weights if factors is None else weights * factors
     out = product(kept, value) if shield is None else weighted_sum(kept, value, shield)
-    if attended is not None and shield is None:
-        total = (out if out.numel() else weights).sum().item()  # NaN where a row is empty
-        if weights.requires_grad:  # of masked pairs too, whose energies backward reads
-            total += score.detach().sum().item()
-        if not math.isfinite(total):
-            return formula(
-                inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias,
-                True, attended if careful else None,
-            )  # fmt: skip
+    if attended is not None and shield is None and not _without_nan(out, weights, score):
+        return formula(
+            inputs, attn_mask, attended, factors, scale, need_lse, differentiable, score_bias,
+            True, attended if careful else None,
+        )  # fmt: skip
     if careful and attended is not None and out.requires_grad:
         # What comes from upstream to an empty row ends here, NaN too.
         out = torch.where(attended.any(-1, keepdim=True), out, 0.0)
@@ -225,6 +233,36 @@ def formula(
     if dtype.itemsize == 2:
         out, weights = out.to(dtype), weights.to(dtype)
     return out, weights, lse
+
+
+def _masked(score: Tensor, attn_mask: Tensor | None, attended: Tensor) -> Tensor:
+    if attn_mask is not None and attn_mask.dtype is not torch.bool:
+        score = add_bias(score, attn_mask)
+    return torch.where(attended, score, _MASKED)
+
+
+def _weights(masked: Tensor) -> Tensor:
+    """Of rows that are not empty; the weights of empty ones are NaN."""
+    weights = torch.softmax(masked, -1)
+    # The gradients of masked weights, all 0, end here: huge values make them infinite.
+    return torch.relu(weights) if weights.requires_grad else weights
+
+
+def _without_nan(out: Tensor, weights: Tensor, score: Tensor) -> bool:
+    """Whether no row is empty, and no masked value, nor in backward a masked energy, is NaN or
+    infinite in a way that a product with 0 would show."""
+    return not (
+        _holds_nan(out if out.numel() else weights)
+        # Backward reads the energies of masked pairs too.
+        or (weights.requires_grad and _holds_nan(score))
+    )
+
+
+def _holds_nan(numbers: Tensor) -> bool:
+    """Or the sum of large numbers is NaN."""
+    if numbers.is_cpu and numbers.numel() <= _FEW_NUMBERS:
+        return not torch.equal(numbers, numbers)  # a third of the time of a sum
+    return math.isnan(numbers.detach().sum().item())
 
 
 def is_finite(total: Tensor) -> bool:
