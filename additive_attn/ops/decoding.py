@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from additive_attn.ops import dispatch
 from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.checks import checked_probability
@@ -271,15 +272,11 @@ class _Step(SingleLevelFunction):
             given = (query, location, location_weight, *tensors)
             return _differentiable(ctx, upstream, seed, given)
         lent, (_, several), batch = ctx.lent, ctx.options, weights.shape[:-2]
-        running = None
+        running = grad_key = None
         if lent.node is not None and _will_run(lent.node):
             running = running_pass(lent.node)
-        grad_key = None
-        if running is not None and location is not None and needs[6]:
-            if running.grad_key is None:
-                shape = (*batch, *shared.key.shape[-2:])
-                running.grad_key = shared.key.new_zeros(shape, dtype=lse.dtype)
-            grad_key = running.grad_key
+            if needs[6]:
+                grad_key = _grad_key(running, shared.key, lse, location is not None, several)
         grad_out = None if grad_out is None else grad_out.unsqueeze(-2)
         features = _features(location, filters)
         grad_query, grad_scores, kept, grad_location, grad_location_weight, grad_weight = (
@@ -305,7 +302,8 @@ class _Step(SingleLevelFunction):
             # The projection returns all heads side by side.
             grad_query = (grad_query.transpose(-2, -3) if several else grad_query).flatten(-2)
         if running is not None:
-            content, weighs = location is None, needs[7] and grad_out is not None
+            content = location is None and grad_key is None
+            weighs = needs[7] and grad_out is not None
             running.records.append(
                 Record(
                     query=rows,
@@ -337,6 +335,20 @@ class _Step(SingleLevelFunction):
             None, None, None, None, None, None,
             grad_filters if needs[12] else None,
         )  # fmt: skip
+
+
+def _grad_key(
+    running: Any, key: Tensor, lse: Tensor, located: bool, several: bool
+) -> Tensor | None:
+    """What a step adds its gradient of the keys to; None where that is made for all steps. Plain
+    PyTorch makes the gradients of all pairs in any case."""
+    batch = lse.shape[:-1]
+    at_once = located or (
+        not several and batch == key.shape[:-2] and dispatch.on_plain_path(key.device)
+    )
+    if at_once and running.grad_key is None:
+        running.grad_key = key.new_zeros((*batch, *key.shape[-2:]), dtype=lse.dtype)
+    return running.grad_key if at_once else None
 
 
 @torch.enable_grad()

@@ -193,8 +193,9 @@ def add_feature_gradients(
     grad_score: Tensor,
     weight: Tensor,
     shield: Tensor | None,
-) -> None:
-    """Equation 10; overwrites the energies, the largest temporary."""
+) -> Tensor:
+    """Equation 10; overwrites the energies, the largest temporary. Returns the gradients of the
+    pairs, ``(..., Lq, Lk, H)``."""
     slope = torch.addcmul(energy.new_ones(()), energy, energy, value=-1, out=energy)
     slope.mul_(weight[..., None, None, :]).mul_(grad_score.unsqueeze(-1))
     if shield is not None:
@@ -204,3 +205,4 @@ def add_feature_gradients(
     if gradients.key is not None:
         grad_key = slope.squeeze(-3) if slope.shape[-3] == 1 else slope.sum(-3)
         block.write("of_keys", gradients.key, grad_key)
+    return slope

@@ -40,7 +40,7 @@ class Block(NamedTuple):
     def of_rows(self, tensor: Tensor) -> Tensor:
         return self.of_entries(tensor, 2)[..., slice(*self.rows), :]
 
-    # Of several spans, these three are copies: ``write`` writes.
+    # Of several spans, these are copies: ``write`` writes.
 
     def of_keys(self, tensor: Tensor) -> Tensor:
         tensor = self.of_entries(tensor, 2)
@@ -48,6 +48,11 @@ class Block(NamedTuple):
 
     def of_pairs(self, tensor: Tensor) -> Tensor:
         tensor = self.of_entries(tensor, 2)[..., slice(*self.rows), :]
+        return self.joined(lambda span: tensor[..., slice(*span)], -1)
+
+    def of_features(self, tensor: Tensor) -> Tensor:
+        """Of ``(..., features, keys)``."""
+        tensor = self.of_entries(tensor, 2)
         return self.joined(lambda span: tensor[..., slice(*span)], -1)
 
     def of_mask(self, attn_mask: Tensor) -> Tensor:
@@ -62,7 +67,7 @@ class Block(NamedTuple):
         return torch.cat([of_span(span) for span in self.spans], dim)
 
     def write(self, part: str, tensor: Tensor, numbers: Tensor, add: bool = True) -> None:
-        """Adds to ``of_keys``, ``of_pairs`` or ``of_mask``, or writes it anew."""
+        """Adds to ``of_keys`` or another part of keys, or writes it anew."""
         each = [numbers]
         if len(self.spans) > 1:
             sizes = [stop - start for start, stop in self.spans]

@@ -6,12 +6,21 @@ of the keys, values and weight come once, for all steps (math.md, eq. 16).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from additive_attn.backends.plain.blocks import forward, score_gradient, unnarrowed
-from additive_attn.backends.plain.whole import is_finite, shielded, weight_gradient
+from additive_attn.backends.plain.blocks import (
+    Gradients,
+    add_feature_gradients,
+    forward,
+    score_gradient,
+    unnarrowed,
+)
+from additive_attn.backends.plain.plan import Block, blocks_of
+from additive_attn.backends.plain.whole import is_finite, weight_gradient
 from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import drawn_factors, keep_mask
 from additive_attn.spec.formula import attended_pairs, energies, scores, widened
@@ -76,7 +85,9 @@ def step_backward(
     grad_key: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Equations 9 and 10. ``weights`` are those that the step returned; ``grad_key`` is added
-    to. With a location term no later pass can make the gradient of the weight, so it comes too."""
+    to, here also without a location term: making the energies once more for all steps would cost
+    more. Beside it and with a location term no later pass makes the gradient of the weight, so it
+    comes too."""
     batch, dtype = weights.shape[:-2], lse_dtype(query.dtype)
     keys = (0, key.shape[-2])
     attended = attended_pairs(
@@ -93,32 +104,68 @@ def step_backward(
     )  # fmt: skip
     kept = query.new_empty(0, dtype=dtype) if factors is None else weights * factors
 
-    shifted = widened(key)
-    if location is not None:
-        shifted = shifted + _term(location, location_weight)
-    energy = energies(widened(query), shifted)
-    shield = None
-    if attended is not None and not is_finite(scores(energy, widened(weight)).sum()):
-        energy, shield = energies(widened(query), shifted, attended), attended
-    grad_scaled = scale * grad_scores
-    slope = torch.addcmul(energy.new_ones(()), energy, energy, value=-1)
-    slope = slope * widened(weight)[..., None, None, :] * grad_scaled.unsqueeze(-1)
-    if shield is not None:
-        slope = shielded(slope, shield)
-    grad_query = slope.sum(-2)  # of one query: the dim of rows stays
-    grad_location = grad_location_weight = grad_weight = query.new_empty(0)
-    if location is not None and location_weight is not None:
-        grad_pairs = slope.squeeze(-3)
-        if grad_key is not None:
-            grad_key += grad_pairs.sum_to_size(grad_key.shape)
-        reached = location if shield is None else torch.where(shield, location, 0.0)
-        grad_location = widened(location_weight) @ grad_pairs.mT
-        grad_location_weight = widened(reached) @ grad_pairs
-        grad_weight = weight_gradient(grad_scaled, energy)
+    def zeros(needed: bool, *shape: int) -> Tensor:
+        return query.new_zeros(*batch, *shape, dtype=dtype) if needed else query.new_empty(0)
+
+    located = location is not None and location_weight is not None
+    gradients = Gradients(
+        query=zeros(True, *query.shape[-2:]),
+        key=grad_key,
+        value=None,
+        weight=zeros(True, weight.shape[-1]) if located or grad_key is not None else None,
+        mask=None,
+    )
+    term = _Term(
+        location,
+        location_weight,
+        zeros(located, *(location.shape[-2:] if location is not None else ())),
+        zeros(located, *(location_weight.shape[-2:] if location_weight is not None else ())),
+    )
+    call = Call(query, key, value, weight, attn_mask, lengths)
+    for block in blocks_of(call, batch):
+        _backward_block(block, call, batch, scale * grad_scores, attended, gradients, term)
+    grad_query, grad_weight = gradients.query, gradients.weight
+    assert grad_query is not None
     return (
-        grad_query.to(query.dtype), grad_scores, kept, grad_location, grad_location_weight,
-        grad_weight,
+        grad_query.to(query.dtype), grad_scores, kept, term.grad_location,
+        term.grad_location_weight, query.new_empty(0) if grad_weight is None else grad_weight,
     )  # fmt: skip
+
+
+class _Term(NamedTuple):
+    """What is added to the keys, and its gradients."""
+
+    location: Tensor | None  # (..., F, Lk)
+    location_weight: Tensor | None  # (..., F, H)
+    grad_location: Tensor
+    grad_location_weight: Tensor
+
+
+def _backward_block(
+    block: Block, call: Call, batch: torch.Size, grad_scores: Tensor, attended: Tensor | None,
+    gradients: Gradients, term: _Term,
+) -> None:  # fmt: skip
+    """Adds what the pairs of a block contribute to the gradients."""
+    query, key, _, weight = (widened(tensor) for tensor in block.inputs(call.inputs))
+    query = query.expand(*block.of_batch(batch), *query.shape[-2:])
+    location = location_weight = None
+    if term.location is not None and term.location_weight is not None:
+        location = widened(block.of_features(term.location))
+        location_weight = widened(block.of_entries(term.location_weight, 2))
+        key = key + location.mT @ location_weight
+    energy, shield = energies(query, key), None
+    if attended is not None and not is_finite(scores(energy, weight).sum()):
+        shield = block.of_mask(attended)
+        energy = energies(query, key, shield)
+    grad_score = block.of_pairs(grad_scores)
+    if gradients.weight is not None:
+        block.of_entries(gradients.weight, 1).add_(weight_gradient(grad_score, energy))
+    slope = add_feature_gradients(block, gradients, energy, grad_score, weight, shield)
+    if location is not None and location_weight is not None:
+        slope = slope.squeeze(-3)
+        reached = location if shield is None else torch.where(shield, location, 0.0)
+        block.write("of_features", term.grad_location, location_weight @ slope.mT)
+        block.of_entries(term.grad_location_weight, 2).add_(reached @ slope)
 
 
 def _term(location: Tensor, location_weight: Tensor | None) -> Tensor:
