@@ -12,6 +12,7 @@ from additive_attn.nn.decoding import ProjectedMemory, step
 from additive_attn.nn.linear import bare_parameters, energy_of, renew_parameters
 from additive_attn.nn.projection import ProjectingAttention
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
+from additive_attn.nn.whole_steps import whole_step
 from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.checks import Integers, refuse_types
@@ -216,6 +217,10 @@ class AdditiveAttention(ProjectingAttention):
             return symbolic_call(self, "step", query, memory, need_weights)
         if self._forward_pre_hooks:
             renew_parameters(self)
+        if memory._whole() is not None and type(need_weights) is bool:
+            found = whole_step(self, query, memory)
+            if found is not None:
+                return found if need_weights else (found[0], None)
         return step(self, query, memory, need_weights)
 
     def _sources(self, query: Tensor, key: Tensor) -> Sources | None:

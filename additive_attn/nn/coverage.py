@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from additive_attn.nn.history import AttentionState, HistoryAttention
+from additive_attn.nn.linear import bare_parameters
 from additive_attn.ops.layer_checks import check_coverage
 
 
@@ -80,6 +82,15 @@ class CoverageAttention(HistoryAttention):
     def _location(self, state: AttentionState) -> tuple[Tensor, Tensor | None]:
         coverage = state.cumulative
         return coverage.unsqueeze(-2) if coverage.dim() == 2 else coverage[None, None], None
+
+    def _with_term(self, key: Tensor, state: AttentionState) -> Tensor | None:
+        bare = bare_parameters(self._modules["coverage_layer"])
+        if bare is None or bare[1] is not None or bare[0].dtype != key.dtype:
+            return None
+        coverage = state.cumulative.unsqueeze(-1)
+        if torch.is_grad_enabled():  # its backward takes less time
+            return key + linear(coverage, bare[0])
+        return torch.addcmul(key, coverage, bare[0].t())
 
 
 def coverage_loss(weights: Tensor, coverage: Tensor) -> Tensor:

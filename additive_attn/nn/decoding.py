@@ -61,6 +61,7 @@ class ProjectedMemory(_Memory):
 
     beams: int = 1
     prepared: Prepared | None = None
+    whole: Any = None  # of whole_steps.py
 
     # The compiler of torch 2.10 reads only the fields and methods of a named tuple.
     def _beams(self) -> int:
@@ -68,6 +69,9 @@ class ProjectedMemory(_Memory):
 
     def _prepared(self) -> Prepared | None:
         return None if _is_compiling() else self.prepared
+
+    def _whole(self) -> Any:
+        return None if _is_compiling() else self.whole
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy is not a node of this graph.
@@ -96,6 +100,7 @@ class ProjectedMemory(_Memory):
             )
         memory = _memory_of(self, beams)
         memory.prepared = self._prepared()
+        memory.whole = self._whole() if beams == 1 else None
         return memory
 
     def reorder(self, index: Tensor) -> ProjectedMemory:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
+from additive_attn.backends.plain.steps import convolved
 from additive_attn.nn.decoding import ProjectedMemory, flat_beams, lent_of
 from additive_attn.nn.linear import bare_parameters
 from additive_attn.nn.projection import ProjectingAttention
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
+from additive_attn.nn.whole_steps import whole_step, with_term
 from additive_attn.ops.checks import DTYPES, is_dense, refuse_layouts, refuse_types
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.layer_checks import (
@@ -86,6 +88,17 @@ class HistoryAttention(ProjectingAttention):
         filters ``(N, C, Lk)``, and the filters. For a state ``(Lk,)``, N is 1."""
         raise NotImplementedError
 
+    def _with_term(self, key: Tensor, state: AttentionState) -> Tensor | None:
+        """The keys with the term of a state; None where tools have made something else of its
+        layer."""
+        bare = bare_parameters(self._modules[self._term_layer])
+        location, filters = self._location(state)
+        if bare is None or bare[1] is not None or not location.dtype == bare[0].dtype == key.dtype:
+            return None
+        if filters is not None:
+            location = convolved(location, filters)
+        return with_term(key, location if key.dim() == 3 else location.squeeze(0), bare[0].t())
+
     def forward(
         self, query: Tensor, memory: ProjectedMemory, state: AttentionState
     ) -> tuple[Tensor, Tensor, AttentionState]:
@@ -104,10 +117,13 @@ class HistoryAttention(ProjectingAttention):
                 refuse_memory(self._caller("initial_state"), memory)
             state: AttentionState = symbolic_call(self, "initial_state", memory)
             return state
-        check_memory(self._caller("initial_state"), *memory)
-        check_masking(*memory)
         key = memory.key
-        weights = key.new_zeros(_state_shape(memory), dtype=lse_dtype(key.dtype))
+        if memory._whole() is not None and memory.lengths is None:
+            weights = key.new_zeros(key.shape[:-1])
+        else:
+            check_memory(self._caller("initial_state"), *memory)
+            check_masking(*memory)
+            weights = key.new_zeros(_state_shape(memory), dtype=lse_dtype(key.dtype))
         if self.initial == "uniform":
             attended = attended_keys(memory.key, memory.lengths, memory.attn_mask).to(
                 weights.dtype
@@ -148,6 +164,10 @@ class HistoryAttention(ProjectingAttention):
                 self, "step", query, memory, state
             )
             return traced
+        if memory._whole() is not None and isinstance(state, AttentionState):
+            found = whole_step(self, query, memory, state)
+            if found is not None:
+                return *found, AttentionState(found[1], state.cumulative + found[1])
         if not isinstance(query, Tensor):
             refuse_types(query=query)
         if query.is_nested:

@@ -15,6 +15,7 @@ from additive_attn.nn.decoding import (
 )
 from additive_attn.nn.linear import bare_parameters, projected
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
+from additive_attn.nn.whole_steps import Whole, found_whole, projected_with_bias
 from additive_attn.ops.autocast import autocast, autocast_dtype
 from additive_attn.ops.checks import (
     DTYPES,
@@ -119,7 +120,10 @@ class ProjectingAttention(nn.Module):
         rank = key.dim()
         if not (2 <= rank <= 3 and value.dim() == rank):
             refuse_ranks(self._caller("project"), key=key, value=value)
-        k, v, attn_mask, given = self._project("key", key), value, None, lengths
+        k, carried = projected_with_bias(self, key)
+        if k is None:
+            k = self._project("key", key)
+        v, attn_mask, given = value, None, lengths
         if k.device != v.device:
             require_one_device(key=k, value=v)
         if not is_dense(v):
@@ -156,7 +160,10 @@ class ProjectingAttention(nn.Module):
             check_narrowed("value", wide, v, attended)
         memory = ProjectedMemory(k, v, lengths, attn_mask)
         if k.shape[-1] == self.hidden_dim and not _is_compiling():
-            memory.prepared = prepare(self, memory)
+            if found_whole(memory):
+                memory.whole = Whole(carried)
+            else:
+                memory.prepared = prepare(self, memory)
         return memory
 
     def extra_repr(self) -> str:

@@ -3,13 +3,16 @@ records give."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from decoders import LK, B, D, K, build
 
 from additive_attn import AdditiveAttention, MultiheadAdditiveAttention
-from additive_attn.backends.plain import whole
-from additive_attn.ops import dispatch
+from additive_attn.backends.plain import steps, whole
+from additive_attn.nn import additive
+from additive_attn.ops import attend, decoding, dispatch
 from additive_attn.ops import memory as engine
 
 KINDS = ["content", "heads", "tacotron", "pointer"]
@@ -118,3 +121,103 @@ def test_the_kernel_prepares_small_memories(monkeypatch):
     if dispatch.cpu_is_plain:
         pytest.skip("there is no kernel")
     assert made("content").project(torch.randn(B, LK, K, dtype=torch.float64)).prepared
+
+
+def counted(monkeypatch):
+    """The ordinary calls from now on."""
+    calls, ordinary = [], attend.masked_attention
+
+    def count(*arguments, **options):
+        calls.append(1)
+        return ordinary(*arguments, **options)
+
+    for module in (attend, decoding, additive):
+        monkeypatch.setattr(module, "masked_attention", count)
+    return calls
+
+
+ONE_HEAD = pytest.mark.parametrize("kind", [k for k in KINDS if k != "heads"])
+
+
+@ONE_HEAD
+@pytest.mark.parametrize("batch", [(), (B,)], ids=["unbatched", "batched"])
+def test_what_project_has_found_is_not_asked_again(kind, batch, monkeypatch):
+    on_plain_pytorch(monkeypatch)
+    calls, layer = counted(monkeypatch), made(kind)
+    key, query = torch.randn(*batch, LK, K).double(), torch.randn(*batch, D).double()
+    expected = stepped(layer, key.requires_grad_(), query.requires_grad_(), {}, 1)[1]
+    assert not calls
+    layer.query_layer.register_forward_hook(lambda *_: None)
+    found = stepped(layer, key, query, {}, 1)[1]
+    assert len(calls) == 2
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@ONE_HEAD
+def test_unusual_steps_raise_the_sentences_of_ordinary_ones(kind, monkeypatch):
+    on_plain_pytorch(monkeypatch)
+    layer = made(kind)
+    memory = layer.project(torch.randn(B, LK, K).double(), lengths=[LK, 4, 1])
+    more = (layer.initial_state(memory),) if hasattr(layer, "initial_state") else ()
+    query = torch.randn(B, D).double()
+    for wrong, sentence in (
+        (query.float(), "dtype"),
+        (query[:, 1:], "query has 5 features"),
+        (query[:2], "query"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=sentence):
+            layer.step(wrong, memory, *more)
+    memory.lengths.fill_(LK + 1)
+    with pytest.raises(ValueError, match="lengths"):
+        layer.step(query, memory, *more)
+    memory.lengths.fill_(LK)
+    layer.scale = math.inf
+    with pytest.raises(ValueError, match="scale"):
+        layer.step(query, memory, *more)
+
+
+def test_the_energy_bias_gets_zeros_from_the_keys(monkeypatch):
+    """Once for all steps, whatever it holds; each step brings them where the keys cannot."""
+    on_plain_pytorch(monkeypatch)
+    layer, query = made("content"), torch.randn(B, D).double()
+    key, bias = torch.randn(B, LK, K).double(), layer.energy_layer.bias
+    expected = layer.step(query, layer.project(key))[0].detach()
+    for setting in ("usual", "infinite", "frozen keys", "projected before"):
+        if setting == "infinite":
+            torch.nn.init.constant_(bias, math.inf)
+        if setting == "frozen keys":
+            torch.nn.init.zeros_(bias)
+            layer.key_layer.requires_grad_(False)
+        with torch.set_grad_enabled(setting != "projected before"):
+            memory = layer.project(key)
+        carried = memory.whole.carried is bias
+        assert carried == (setting in ("usual", "infinite")), setting
+        for _ in range(2):
+            out = layer.step(query, memory)[0]
+            torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+            again = not carried
+            found = torch.autograd.grad(out.sum(), bias, retain_graph=carried)[0]
+            assert found.item() == 0.0, (setting, again)
+
+
+def test_a_step_adds_its_gradient_of_the_keys_at_once(monkeypatch, request):
+    """The pairs' gradients are there, which a kernel does not make in memory."""
+    on_plain_pytorch(monkeypatch)
+    library = torch.library.Library("additive_attn", "IMPL")
+    request.addfinalizer(library._destroy)
+    for name in ("step", "step_backward"):
+        library.impl(name, getattr(steps, name), "CPU", allow_override=True)
+    monkeypatch.setattr(engine, "WHOLE_ELEMENTS", -1)
+    records, shared = [], engine._shared_gradients
+    monkeypatch.setattr(
+        engine, "_shared_gradients", lambda *a: records.extend(a[2].records) or shared(*a)
+    )
+    layer, key = made("content"), torch.randn(B, LK, K).double().requires_grad_()
+    stepped(layer, key, torch.randn(B, D).double().requires_grad_(), {}, 1)
+    assert len(records) == 2 and all(x.grad_scores is None for x in records)
+    records.clear()
+    # Of one sequence that several queries share it would take memory for each of them.
+    memory = layer.project(key[:1])
+    layer.step(torch.randn(B, D).double(), memory)[0].sum().backward()
+    assert len(records) == 1 and records[0].grad_scores is not None
