@@ -17,6 +17,7 @@ from additive_attn.backends.plain import whole
 from additive_attn.nn.linear import bare_parameters
 from additive_attn.ops import dispatch
 from additive_attn.ops.checks import check_range, is_dense
+from additive_attn.ops.masking import kept_mask
 from additive_attn.ops.memory import PLAIN_TYPES, WHOLE_ELEMENTS, alone, computed_whole
 from additive_attn.spec.call import Call
 from additive_attn.spec.dropout import draw_seed
@@ -122,7 +123,13 @@ def whole_step(
         return None
     try:
         if lengths is not None:
-            check_range("lengths", lengths, shape[-2])  # they may have been written to
+            attended = None
+            if attn_mask is None:
+                attended = kept_mask(lengths.flatten(), shape[-2])
+            if attended is None:
+                check_range("lengths", lengths, shape[-2])  # they may have been written to
+            else:
+                lengths, attn_mask = None, attended if key.dim() == 3 else attended[0]
         query = linear(query, query_weight, query_bias).unsqueeze(-2)
         if state:
             key = layer._with_term(key, state)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from additive_attn.backends.plain import whole
+from additive_attn.ops import dispatch
 from additive_attn.ops.autocast import autocast, autocast_dtype
 from additive_attn.ops.autograd import attend
 from additive_attn.ops.block_mask import block_terms, is_block_mask
@@ -27,7 +29,7 @@ from additive_attn.ops.checks import (
     refuse_rank,
     refuse_types,
 )
-from additive_attn.ops.masking import checked_bias, with_bias, with_padding
+from additive_attn.ops.masking import checked_bias, kept_mask, with_bias, with_padding
 from additive_attn.ops.scores import score
 from additive_attn.spec.call import Call, Inputs
 from additive_attn.spec.dropout import draw_seed
@@ -90,7 +92,7 @@ def masked_attention(
         else:
             check_mask(attn_mask, query, batch, (query.shape[-2], key.shape[-2]))
     if lengths is not None:
-        lengths = aligned_lengths(lengths, key, batch, query.shape[-2])
+        attn_mask, lengths = _with_lengths(attn_mask, lengths, query, key, batch)
     if starts is not None:
         starts = aligned_lengths(starts, key, batch, query.shape[-2], "starts")
     if key_padding_mask is not None:
@@ -117,6 +119,20 @@ def masked_attention(
         with torch.autocast(query.device.type, enabled=False):  # no backend narrows further
             return compute(call, need_weights, score_bias, need_lse)
     return compute(call, need_weights, score_bias, need_lse)
+
+
+def _with_lengths(
+    attn_mask: Tensor | None, lengths: Integers, query: Tensor, key: Tensor, batch: torch.Size
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask and the lengths; or, as a small call is computed with on plain PyTorch in any case,
+    the mask of the lengths."""
+    if dispatch.cpu_is_plain and attn_mask is None and key.is_cpu and len(batch) == 1:
+        num_keys = key.shape[-2]
+        if query.numel() * num_keys <= whole.ELEMENTS:
+            mask = kept_mask(lengths, num_keys)
+            if mask is not None and mask.shape[:1] == batch:
+                return mask, None
+    return attn_mask, aligned_lengths(lengths, key, batch, query.shape[-2])
 
 
 def filled(query: Any, key: Any, value: Any, weight: Any, dropout_p: float) -> Inputs:

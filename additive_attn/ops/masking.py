@@ -4,6 +4,7 @@ to attend to."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,41 @@ from additive_attn.ops.checks import (
     broadcasts,
     conversion,
     is_dense,
+    is_readable,
     refuse_layouts,
     require_one_device,
 )
 from additive_attn.spec.call import lse_dtype
+from additive_attn.spec.masks import kept
+
+# Lengths, and pairs of their mask, up to which looking for a mask that is there costs less than
+# making it.
+_FEW_LENGTHS, _KEPT_PAIRS = 64, 2**14
+
+
+def kept_mask(lengths: Any, num_keys: int) -> Tensor | None:
+    """The mask ``(B, 1, Lk)`` of a few lengths ``(B,)``, bool, if they are in range: a decoder
+    passes the same ones again at every step. It is not to be written to."""
+    if not (
+        type(lengths) is Tensor
+        and lengths.dtype is torch.int64
+        and is_dense(lengths)
+        and lengths.dim() == 1
+        and 0 < lengths.numel() <= _FEW_LENGTHS
+        and lengths.numel() * num_keys <= _KEPT_PAIRS
+        and is_readable(lengths)
+    ):
+        return None
+    found: Tensor | None = _mask_of(tuple(lengths.tolist()), num_keys)
+    return found
+
+
+@kept
+def _mask_of(numbers: tuple[int, ...], num_keys: int) -> Tensor | None:
+    if min(numbers) < 0 or max(numbers) > num_keys:
+        return None  # is refused elsewhere
+    ends = torch.tensor(numbers, device="cpu").view(-1, 1, 1)
+    return torch.arange(num_keys, device="cpu") < ends
 
 
 def with_padding(

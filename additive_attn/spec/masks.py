@@ -15,17 +15,14 @@ The functions compute the masks of a block of rows and keys without those of the
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from additive_attn.spec.call import Masking
-
-# Pairs of the mask of lengths that is kept.
-_KEPT_NUMBERS = 2**14
 
 
 def check_masking(
@@ -115,10 +112,6 @@ def interval_mask(
 ) -> Tensor | None:
     """The same for the intervals alone."""
     inside = None
-    if keep and starts is None and left < 0 and right < 0 and type(lengths) is Tensor:
-        if 0 < lengths.numel() * keys[1] <= _KEPT_NUMBERS and lengths.is_contiguous():
-            held = ctypes.string_at(lengths.data_ptr(), lengths.nbytes)
-            return _kept_beginnings(held, lengths.shape, keys[1])
     if not (lengths is starts is None):
         key = (_kept_positions if keep else _positions)(keys, device)
         if lengths is not None:
@@ -136,12 +129,6 @@ def _positions(keys: tuple[int, int], device: torch.device) -> Tensor:
     return torch.arange(*keys, device=device)
 
 
-def _beginnings(held: bytes, shape: torch.Size, num_keys: int) -> Tensor:
-    """Of lengths in the bytes ``held``, which a decoder passes again at every step."""
-    lengths = torch.frombuffer(bytearray(held), dtype=torch.int64).view(shape)
-    return torch.arange(num_keys) < _of_rows(lengths, (0, shape[-1] if shape else 1)).unsqueeze(-1)
-
-
 def _window(
     left: int, right: int, rows: tuple[int, int], keys: tuple[int, int], device: torch.device
 ) -> Tensor:
@@ -153,13 +140,12 @@ def _window(
     return after >= -left if right < 0 else (after >= -left) & (after <= right)
 
 
-def _kept(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def kept(function: Callable[..., Any]) -> Any:
     """Caches tensors. They are no inference tensors, since other calls save them for backward."""
     return functools.lru_cache(maxsize=16)(torch.inference_mode(False)(function))
 
 
-_kept_positions, _kept_window = _kept(_positions), _kept(_window)
-_kept_beginnings = _kept(_beginnings)
+_kept_positions, _kept_window = kept(_positions), kept(_window)
 
 
 def _of_rows(numbers: Tensor, rows: tuple[int, int]) -> Tensor:

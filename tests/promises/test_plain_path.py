@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from additive_attn import AdditiveAttention, additive_attention
 from additive_attn.backends.plain import blocks, whole
-from additive_attn.ops import dispatch
+from additive_attn.ops import dispatch, masking
 from additive_attn.spec import masks
 
 
@@ -202,7 +202,7 @@ def test_masks_first_used_in_inference_mode_serve_training(mask):
     the call before changes nothing."""
     masks._kept_positions.cache_clear()
     masks._kept_window.cache_clear()
-    masks._kept_beginnings.cache_clear()
+    masking._mask_of.cache_clear()
     inputs = make((2,), 5, 7, 6, 4)
     call = lambda x: dict(out=additive_attention(*x.values(), **MASKINGS[mask]))  # noqa: E731
     upstream = {"out": torch.randn(2, 5, 4)}
