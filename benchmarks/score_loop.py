@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from additive_attn.backends.triton.launch import launch, target
-from additive_attn.backends.triton.numerics import reciprocal, split4
+from additive_attn.backends.triton.numerics import reciprocal, slices
 from additive_attn.backends.triton.quads import difference_sums
 
 Call = Callable[[], object]
@@ -50,8 +50,8 @@ def loop_kernel(
         for u in range(0, features // 4):
             a4 = tl.load(a + ri[:, :, None] * features + 4 * u + f[None, None, :])
             b4 = tl.load(b + rj[:, :, None] * features + 4 * u + f[None, None, :])
-            a0, a1, a2, a3 = split4(a4, RM, TM)
-            b0, b1, b2, b3 = split4(b4, RN, TN)
+            a0, a1, a2, a3 = slices(a4, 4)
+            b0, b1, b2, b3 = slices(b4, 4)
             w = weight + 4 * u
             y0 = a0[:, None, :, None] + b0[None, :, None, :]
             y1 = a1[:, None, :, None] + b1[None, :, None, :]

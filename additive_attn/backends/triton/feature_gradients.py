@@ -28,19 +28,18 @@ from additive_attn.backends.triton.halves import (
     prepared,
     raw,
     repeated,
-    rows_of,
+    rows_last,
     slope,
     weighted,
-    where,
 )
-from additive_attn.backends.triton.numerics import number
+from additive_attn.backends.triton.numerics import number, slices
 from additive_attn.backends.triton.prepare import SAFE
 
 
 @triton.jit
 def _rare_loop(
     K_place, g_place, dk_place, q_rows, k_rows, query_row, query_h, key_row, key_h, sizes_i,
-    sizes_j, h, stored, i0, last_row, last_key, hidden, begin, end, row_padded, opposite,
+    sizes_j, h, f, stored, i0, last_row, last_key, hidden, begin, end, row_padded, opposite,
     RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
     DK: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
@@ -51,68 +50,53 @@ def _rare_loop(
     # As in ``_finish``: addresses of rare loops would take registers from the others.
     hidden = tl.maximum(hidden, -begin)
     last_row = tl.maximum(last_row, -begin)
-    zeros = tl.zeros([h.shape[0], h.shape[1], h.shape[2]], ACC)
-    dwa = zeros
-    dwb = zeros
-    dqa, dqb = repeated(zeros, RX), repeated(zeros, RX)
+    zeros = tl.zeros(f.shape, ACC)
+    dq, dw = repeated(zeros, RX), zeros
     for c in range(begin, end):
         j1 = tl.minimum(c, last_key).to(tl.int64)
         k = raw(k_rows + j1 * key_row, h, hidden, key_h, ACC)
         if not WIDE:
-            K = tl.split(prepared(K_place + tl.cast(c, tl.int64) * padded, h, padded, TILE))
+            K = prepared(K_place + tl.cast(c, tl.int64) * padded, f, padded, TILE)
             size_j = tl.load(sizes_j + j1)
             _K, K_error = exponentials(k, size_j > SAFE)
-        pa = zeros
-        pb = zeros
-        xa = zeros
-        xb = zeros
+        dk = zeros
+        share = zeros
         for x in range(RX):
             g = tl.load(g_place + tl.cast(c // 4, tl.int64) * (4 * row_padded) + (4 * x + c % 4))
+            g = g[:, :, :, None]
             i = tl.minimum(i0 + x, last_row).to(tl.int64)
             q = raw(q_rows + i * query_row, h, hidden, query_h, ACC)
             slopes, terms = direct_pairs(q, k, g, TARGET)
             if not WIDE:
                 # Pairs in range give the same bits as without such a row or key.
-                size_i = tl.load(sizes_i + i)
+                size_i = tl.load(sizes_i + i)[:, :, :, None]
                 direct = opposite | (tl.maximum(size_i, size_j) > SAFE)
                 Q, Q_error = exponentials(q, size_i > SAFE)
                 s = fractions(Q, K, False, TARGET)
-                s = where(c % 4 < APART, fractions(Q, K, True, TARGET), s)
+                s = tl.where(c % 4 < APART, fractions(Q, K, True, TARGET), s)
                 t = energies(Q, K, s, TARGET)
-                terms = (
-                    terms[0] - 2.0 * slopes[0] * (K_error[0] + Q_error[0]),
-                    terms[1] - 2.0 * slopes[1] * (K_error[1] + Q_error[1]),
-                )
-                terms = where(direct, terms, (g * t[0], g * t[1]))
+                terms -= 2.0 * slopes * (K_error + Q_error)
+                terms = tl.where(direct, terms, g * t)
                 v = slope(s)
-            xa += terms[0]
-            xb += terms[1]
-            na = ()
-            nb = ()
+            share += terms
+            sums = ()
             for y in tl.static_range(RX):
-                ya = dqa[y]
-                yb = dqb[y]
+                of_row = dq[y]
                 if WIDE:
-                    ya = tl.where(x == y, ya + slopes[0], ya)
-                    yb = tl.where(x == y, yb + slopes[1], yb)
+                    of_row = tl.where(x == y, of_row + slopes, of_row)
                 else:
-                    ya = tl.where(x == y, tl.where(direct, ya + slopes[0], ya + g * v[0]), ya)
-                    yb = tl.where(x == y, tl.where(direct, yb + slopes[1], yb + g * v[1]), yb)
-                na = na + (ya,)
-                nb = nb + (yb,)
-            dqa = na
-            dqb = nb
+                    more = tl.where(direct, of_row + slopes, of_row + g * v)
+                    of_row = tl.where(x == y, more, of_row)
+                sums = sums + (of_row,)
+            dq = sums
             if WIDE:
-                pa += slopes[0]
-                pb += slopes[1]
+                dk += slopes
             else:
-                pa = tl.where(direct, pa + slopes[0], pa + g * v[0])
-                pb = tl.where(direct, pb + slopes[1], pb + g * v[1])
-        dwa += xa
-        dwb += xb
+                dk = tl.where(direct, dk + slopes, dk + g * v)
+        dw += share
         if DK:
-            store_sum(dk_place + tl.cast(c, tl.int64) * padded, (pa, pb), stored)
-    return dqa, dqb, dwa, dwb
+            store_sum(dk_place + tl.cast(c, tl.int64) * padded, dk, stored)
+    return dq, dw
 
 
 @triton.jit
@@ -120,50 +104,51 @@ def _store_zeros(to, stored, begin, end, padded: tl.constexpr):
     """Of keys that no row of the tile attends to, if their gradient is wanted."""
     if to is not None:
         zeros = tl.zeros(stored.shape, to.dtype.element_ty)
-        for c in range(begin, end):
-            tl.store(to + tl.cast(c, tl.int64) * padded, zeros, mask=stored)
+        to += tl.cast(begin, tl.int64) * padded
+        for _ in range(begin, end):
+            tl.store(to, zeros, mask=stored)
+            to += padded
 
 
 @triton.jit
-def _places(h0, row0, zeros, RX: tl.constexpr):
-    """The first feature of each thread, both, and its first row, [TW, TX, TF] like ``zeros``."""
-    TW: tl.constexpr = zeros.shape[0]
-    TX: tl.constexpr = zeros.shape[1]
-    TF: tl.constexpr = zeros.shape[2]
+def _places(h0, row0, RX: tl.constexpr, TX: tl.constexpr, TW: tl.constexpr, TF: tl.constexpr):
+    """The first feature of each thread, both, and its first row, [TW, TX, TF]."""
+    zeros = tl.zeros([TW, TX, TF], tl.int32)
     h = h0 + 2 * TF * tl.arange(0, TW)[:, None, None] + 2 * tl.arange(0, TF)[None, None, :]
-    h += zeros.to(tl.int32)
-    r0 = row0 + RX * tl.arange(0, TX)[None, :, None] + zeros.to(tl.int32)
+    h += zeros
+    r0 = row0 + RX * tl.arange(0, TX)[None, :, None] + zeros
     return h, h[:, :, :, None] + tl.arange(0, 2), r0
 
 
 @triton.jit
 def _finish(
-    dqa, dqb, dwa, dwb, q_rows, query_row, query_h, sizes_i, weight, weight_h, grad_query,
-    weight_sums, h, f, stored, r0, row_begin, rows, row_count, stride, hidden, scale_bits,
+    dq, dw, q_rows, query_row, query_h, sizes_i, weight, weight_h, grad_query, weight_sums,
+    h, f, stored, r0, row_begin, rows, row_count, stride, hidden, scale_bits,
     RX: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Stores dq and the sums of dw. By ``rows`` and ``hidden``, the compiler cannot know that what
     is read again has the same addresses: it would keep them in registers through the loop."""
-    ACC: tl.constexpr = dwa.dtype
+    ACC: tl.constexpr = dw.dtype
     scale = number(scale_bits).to(ACC)
     w = raw(weight, h, hidden, weight_h, ACC)
-    # All rows at once, [TW, TX, TF, RX]: the compiler takes seconds for each further access.
-    ya, yb = of_rows(dqa, RX), of_rows(dqb, RX)
+    # All rows at once, [TW, TX, TF, 2, RX]: the compiler takes seconds for each further access.
+    dq = of_rows(dq, RX)
     h4, r = h[:, :, :, None], r0[:, :, :, None] + tl.arange(0, RX)
     if weight_sums is not None and not WIDE:
         # The roundings of Q, which all keys of a row share: + (1 - t^2) / 2 per unit.
         i = tl.minimum(row_begin + r, rows - 1).to(tl.int64)
-        q = raw(q_rows + i * query_row, h4, hidden, query_h, ACC)
-        _e, error = exponentials(q, tl.load(sizes_i + i) > SAFE)
-        dwa += tl.sum(2.0 * ya * error[0], 3)
-        dwb += tl.sum(2.0 * yb * error[1], 3)
+        q = rows_last(raw(q_rows + i * query_row, h4, hidden, query_h, ACC))
+        _e, error = exponentials(q, (tl.load(sizes_i + i) > SAFE)[:, :, :, None, :])
+        dw += tl.sum(2.0 * dq * error, 4)
     if grad_query is not None:
         to = grad_query[:, :, :, None] + tl.arange(0, RX) * stride
         inside = r < row_count
-        tl.store(to, weighted(ya, w[0][:, :, :, None], scale), mask=inside & (h4 < hidden))
-        tl.store(to + 1, weighted(yb, w[1][:, :, :, None], scale), mask=inside & (h4 + 1 < hidden))
+        x = weighted(dq, w[:, :, :, :, None], scale)
+        xa, xb = tl.split(rows_last(x))
+        tl.store(to, xa, mask=inside & (h4 < hidden))
+        tl.store(to + 1, xb, mask=inside & (h4 + 1 < hidden))
     if weight_sums is not None:
-        store_sum(weight_sums, (dwa * scale, dwb * scale), stored & (f < hidden))
+        store_sum(weight_sums, dw * scale, stored & (f < hidden))
 
 
 @triton.jit
@@ -194,8 +179,8 @@ def feature_tile(
     h0, row0 = part * TILE, tile * BX
     n, o, m = batch_entry(entry_begin + n, inner)
     entry = n - entry_begin
-    zeros = tl.zeros([TW, TX, TF], ACC)
-    h, f, r0 = _places(h0, row0, zeros, RX)
+    zeros = tl.zeros([TW, TX, TF, 2], ACC)
+    h, f, r0 = _places(h0, row0, RX, TX, TW, TF)
     q_rows = query + o * query_outer + m * query_inner
     k_rows = key + o * key_outer + m * key_inner + key_begin.to(tl.int64) * key_row
     gradient += entry * row_padded * key_padded + 4 * row0
@@ -212,18 +197,15 @@ def feature_tile(
     first = tl.minimum(tl.maximum(first // BLOCK * BLOCK, begin), limit)
     last = tl.maximum(tl.minimum(last, limit), first)
     Q = ()
-    dqa, dqb = repeated(zeros, RX), repeated(zeros, RX)
-    dwa, dwb, last_key = zeros, zeros, keys - 1 - key_begin
+    dq, dw, last_key = repeated(zeros, RX), zeros, keys - 1 - key_begin
     if not WIDE:
         sizes_i = query_rows.size + o * query_exp_outer + m * query_exp_inner
         at_key = o * key_exp_outer + m * key_exp_inner + key_begin
         sizes_j, K_place = key_rows.size + at_key, key_rows.exponential + at_key * padded + f
         i = tl.minimum(row_begin + r0[:, :, :, None] + tl.arange(0, RX), rows - 1).to(tl.int64)
-        q = raw(q_rows + i * query_row, h[:, :, :, None], hidden, query_h, ACC)
-        e, _error = exponentials(q, tl.load(sizes_i + i) > SAFE)
-        ea, eb = rows_of(e[0], TW, TX, TF, RX), rows_of(e[1], TW, TX, TF, RX)
-        for x in tl.static_range(RX):
-            Q = Q + ((ea[x], eb[x]),)
+        q = rows_last(raw(q_rows + i * query_row, h[:, :, :, None], hidden, query_h, ACC))
+        e, _error = exponentials(q, (tl.load(sizes_i + i) > SAFE)[:, :, :, None, :])
+        Q = slices(e, RX)
         row = tl.arange(0, BX)[None, :]
         size_i = tl.load(sizes_i + tl.minimum(row_begin + row0 + row, rows - 1))
         at_rows = 4 * row[:, :, None] + tl.arange(0, 4)[None, None, :]
@@ -239,9 +221,9 @@ def feature_tile(
     for k0 in range(first, last, BLOCK):
         end = tl.minimum(k0 + BLOCK, last)
         if WIDE:
-            qa, qb, xa, xb = _rare_loop(
+            block_dq, block_dw = _rare_loop(
                 K_place, g_place, dk_place, q_rows, k_rows, query_row, query_h, key_row, key_h,
-                sizes_i, sizes_j, h, stored, row_begin + r0, rows - 1, last_key, hidden,
+                sizes_i, sizes_j, h, f, stored, row_begin + r0, rows - 1, last_key, hidden,
                 k0, end, row_padded, False, RX, padded, TILE, True, DK, TARGET,
             )  # fmt: skip
         else:
@@ -256,33 +238,32 @@ def feature_tile(
             )  # fmt: skip
             total = tl.sum(tl.sum(G, 2)) / TX + zeros
             if skipped:
-                qa, qb, xa, xb = repeated(zeros, RX), repeated(zeros, RX), zeros, zeros
+                block_dq, block_dw = repeated(zeros, RX), zeros
                 _store_zeros(dk_place, stored, k0, end, padded)
             elif direct | opposite:
-                qa, qb, xa, xb = _rare_loop(
+                block_dq, block_dw = _rare_loop(
                     K_place, g_place, dk_place, q_rows, k_rows, query_row, query_h, key_row,
-                    key_h, sizes_i, sizes_j, h, stored, row_begin + r0, rows - 1, last_key, hidden,
-                    k0, end, row_padded, opposite, RX, padded, TILE, False, DK, TARGET,
+                    key_h, sizes_i, sizes_j, h, f, stored, row_begin + r0, rows - 1, last_key,
+                    hidden, k0, end, row_padded, opposite, RX, padded, TILE, False, DK, TARGET,
                 )  # fmt: skip
             else:
-                qa, qb, xa, xb = quick_loop(
-                    Q, K_place, g_place, dk_place, h, f < padded, k0, end, row_padded, total,
+                block_dq, block_dw = quick_loop(
+                    Q, K_place, g_place, dk_place, f, f < padded, k0, end, row_padded, total,
                     small, RX, padded, TILE, MOST, DQ or DW, DK, DW, TARGET,
                 )  # fmt: skip
         # Many equal terms added one by one would all be rounded the same way.
-        dqa, dqb = added(dqa, qa, RX), added(dqb, qb, RX)
-        dwa += xa
-        dwb += xb
+        dq = added(dq, block_dq, RX)
+        dw += block_dw
 
     # Computed anew, as in ``_finish``.
-    h, f, r0 = _places(tl.maximum(h0, -end), tl.maximum(row0, -end), zeros, RX)
+    h, f, r0 = _places(tl.maximum(h0, -end), tl.maximum(row0, -end), RX, TX, TW, TF)
     if DW:
         weight_sums += ((split * tile_count + tile) * entries + entry) * hidden + f
     if DQ:
         grad_query += ((split * entries + entry) * row_count + r0) * hidden + h
     weight += o * weight_outer + m * weight_inner
     _finish(
-        dqa, dqb, dwa, dwb, q_rows, query_row, query_h, sizes_i, weight, weight_h, grad_query,
+        dq, dw, q_rows, query_row, query_h, sizes_i, weight, weight_h, grad_query,
         weight_sums, h, f, stored, r0, row_begin, tl.maximum(rows, -end), row_count, hidden,
         tl.maximum(hidden, -end), scale_bits, RX, WIDE, TARGET,
     )  # fmt: skip

@@ -14,10 +14,10 @@ from additive_attn.backends.triton.halves import (
     fractions,
     prepared,
     repeated,
+    rows_last,
     slope,
-    where,
 )
-from additive_attn.backends.triton.numerics import tile4
+from additive_attn.backends.triton.numerics import slices
 
 APART = tl.constexpr(2)  # of four keys, so many take a reciprocal for each feature
 
@@ -27,14 +27,13 @@ def store_sum(to, p, stored):
     """The sums of both features over the rows of a tile: ``stored`` by the first lane of each. A
     tensor without the dim of the rows would first be converted to another layout, through shared
     memory."""
-    x = tl.join(tl.sum(p[0], 1, keep_dims=True), tl.sum(p[1], 1, keep_dims=True))
-    tl.store(to, tl.broadcast_to(x, stored.shape), mask=stored)
+    tl.store(to, tl.broadcast_to(tl.sum(p, 1, keep_dims=True), stored.shape), mask=stored)
 
 
 @triton.jit
 def _across(x, STEP: tl.constexpr):
     """x of the lane that is STEP rows away."""
-    pairs = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * STEP), 2, STEP, x.shape[2]])
+    pairs = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * STEP), 2, STEP, x.shape[2], 2])
     return tl.reshape(tl.flip(pairs, 2), x.shape)
 
 
@@ -42,15 +41,14 @@ def _across(x, STEP: tl.constexpr):
 def _shared_out(x, y, STEP: tl.constexpr):
     """Sums over two lanes that are STEP rows apart, of both features: the first of them has those
     of x, the second those of y."""
-    first = tl.arange(0, x[0].shape[1])[None, :, None] & STEP == 0
-    kept, given = where(first, x, y), where(first, y, x)
-    return kept[0] + _across(given[0], STEP), kept[1] + _across(given[1], STEP)
+    first = tl.arange(0, x.shape[1])[None, :, None, None] & STEP == 0
+    return tl.where(first, x, y) + _across(tl.where(first, y, x), STEP)
 
 
 @triton.jit
 def _shared_halves(x, y):
     """The first step of ``store_sum`` of two keys: each half of the lanes has one of them."""
-    return _shared_out(x, y, x[0].shape[1] // 2)
+    return _shared_out(x, y, x.shape[1] // 2)
 
 
 @triton.jit
@@ -63,33 +61,36 @@ def first_key(TX: tl.constexpr):
 def _store_sums(to, x, y, inside, padded: tl.constexpr):
     """The sums of four keys, as ``store_sum`` would add them, in fewer exchanges: lanes
     share out the keys. x: keys 0 and 2, y: 1 and 3, by halves. ``to``: of the ``first_key``."""
-    TX: tl.constexpr = x[0].shape[1]
+    TX: tl.constexpr = x.shape[1]
     if TX == 2:
-        tl.store(to, tl.join(x[0], x[1]), mask=inside)
-        tl.store(to + padded, tl.join(y[0], y[1]), mask=inside)
+        tl.store(to, x, mask=inside)
+        tl.store(to + padded, y, mask=inside)
     else:
         x = _shared_out(x, y, TX // 4)
         if TX == 8:
-            x = x[0] + _across(x[0], 1), x[1] + _across(x[1], 1)
+            x += _across(x, 1)
             inside &= tl.arange(0, TX)[None, :, None, None] % 2 == 0
-        tl.store(to, tl.join(x[0], x[1]), mask=inside)
+        tl.store(to, x, mask=inside)
 
 
 @triton.jit
-def _four_keys(place, four, h, padded: tl.constexpr, TILE: tl.constexpr):
-    """The prepared rows of four keys, a tuple of [TW, TX, TF, 2]."""
+def _four_keys(place, four, f, padded: tl.constexpr, TILE: tl.constexpr):
+    """The prepared rows of four keys, [TW, TX, TF, 4, 2]."""
     at = place + tl.cast(4 * four, tl.int64) * padded
-    return (
-        prepared(at, h, padded, TILE),
-        prepared(at + padded, h, padded, TILE),
-        prepared(at + 2 * padded, h, padded, TILE),
-        prepared(at + 3 * padded, h, padded, TILE),
-    )
+    at = at[:, :, :, None, :] + (padded * tl.arange(0, 4))[:, None]
+    # As in ``quads._load4``: an order, in which a thread has all keys.
+    at = tl.multiple_of(tl.max_contiguous(at, [2, 2, 2, 1, 4]), [1, 1, 1, 1, 8])
+    return prepared(at, f[:, :, :, None, :], padded, TILE)
 
 
 @triton.jit
-def _plus(sums, g, x):
-    return sums[0] + g * x[0], sums[1] + g * x[1]
+def _four_gradients(place, RX: tl.constexpr):
+    """G of RX rows and four keys: of each key a tuple of rows, [TW, TX, TF, 2]."""
+    x = 4 * tl.arange(0, RX)[:, None] + tl.arange(0, 4)
+    g = tl.load(tl.max_contiguous(place[:, :, :, None, None] + x, [2, 2, 2, 1, 4]))
+    g = tl.broadcast_to(g[:, :, :, None, :, :], place.shape + (2, RX, 4))
+    g0, g1, g2, g3 = slices(g, 4)
+    return slices(g0, RX), slices(g1, RX), slices(g2, RX), slices(g3, RX)
 
 
 @triton.jit
@@ -99,16 +100,17 @@ def _add_pairs(
 ):  # fmt: skip
     """The sums of a row, of a key and of dw with the share of this row and key."""
     s = fractions(Q, K, ONE_EACH, TARGET)
-    v = slope(s)
-    if DQ:
-        dq = _plus(dq, g, v)
-    if DK:
-        dk = _plus(dk, g, v)
+    # dw first: in another order the assembler of Triton 3.7 spills more numbers for sm_100.
     if DW:
         t = s
         if SMALL:
             t = energies(Q, K, s, TARGET)
-        dw = _plus(dw, g, t)
+        dw += g * t
+    v = slope(s)
+    if DQ:
+        dq += g * v
+    if DK:
+        dk += g * v
     return dq, dk, dw
 
 
@@ -118,15 +120,15 @@ def _add_by_keys(
     DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Stores dk of four keys and returns dq and dw with their share, one key after the other."""
-    zeros = tl.zeros_like(dw[0])
+    zeros = tl.zeros_like(dw)
     of_keys = ()
     for u in tl.static_range(4):
-        K = tl.split(K_four[u])
-        dk = zeros, zeros
+        K = K_four[u]
+        dk = zeros
         sums = ()
         for x in tl.static_range(len(Q)):
             of_row, dk, dw = _add_pairs(
-                Q[x], K, g[x][u], dq[x], dk, dw, u < APART, SMALL, DQ, DK, DW, TARGET
+                Q[x], K, g[u][x], dq[x], dk, dw, u < APART, SMALL, DQ, DK, DW, TARGET
             )
             sums = sums + (of_row,)
         dq = sums
@@ -143,15 +145,15 @@ def _add_by_rows(
     DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """The same, one row after the other."""
-    zeros = tl.zeros_like(dw[0])
-    dk = repeated((zeros, zeros), 4)
+    zeros = tl.zeros_like(dw)
+    dk = repeated(zeros, 4)
     sums = ()
     for x in tl.static_range(len(Q)):
         of_row = dq[x]
         of_keys = ()
         for u in tl.static_range(4):
             of_row, of_key, dw = _add_pairs(
-                Q[x], tl.split(K_four[u]), g[x][u], of_row, dk[u], dw, u < APART, SMALL,
+                Q[x], K_four[u], g[u][x], of_row, dk[u], dw, u < APART, SMALL,
                 DQ, DK, DW, TARGET,
             )  # fmt: skip
             of_keys = of_keys + (of_key,)
@@ -165,18 +167,15 @@ def _add_by_rows(
 
 @triton.jit
 def _loop(
-    Q, K_place, g_place, dk_place, h, inside, begin, end, row_padded,
+    Q, K_place, g_place, dk_place, f, inside, begin, end, row_padded,
     RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, MOST: tl.constexpr,
     SMALL: tl.constexpr, DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
     """Keys [begin, end), all pairs in range: returns dq, stores the tile's dk, and returns the
     sums of G t where ``SMALL``, of G s otherwise."""
-    TW: tl.constexpr = h.shape[0]
-    TX: tl.constexpr = h.shape[1]
-    TF: tl.constexpr = h.shape[2]
-    zeros = tl.zeros([TW, TX, TF], tl.float32)
-    dq, dw = repeated((zeros, zeros), RX), (zeros, zeros)
+    zeros = tl.zeros(f.shape, tl.float32)
+    dq, dw = repeated(zeros, RX), zeros
     # Four keys are loaded while the four before are computed with: between the stores of dk, each
     # of their loads would be waited for. Two fours in a turn need not be moved between registers,
     # but the assembler may load so much ahead that it spills: MOST fours. What spills fewest
@@ -184,18 +183,15 @@ def _loop(
     BLACKWELL: tl.constexpr = cuda_capability_geq(10)
     FOURS: tl.constexpr = 1 if SMALL or BLACKWELL else MOST
     last = tl.cdiv(end, 4) - 1
-    K_next = _four_keys(K_place, begin // 4, h, padded, TILE)
+    K_next = _four_keys(K_place, begin // 4, f, padded, TILE)
     for turn in range(begin // (4 * FOURS), tl.cdiv(end, 4 * FOURS)):
         for n in tl.static_range(FOURS):
-            share = zeros, zeros  # of dw: sums of few terms are rounded less
+            share = zeros  # of dw: sums of few terms are rounded less
             four = FOURS * turn + n
             c = 4 * four  # which the compiler knows to be a multiple of four
-            g_four = (g_place + tl.cast(c, tl.int64) * row_padded)[:, :, :, None] + tl.arange(0, 4)
-            g = ()
-            for x in tl.static_range(RX):
-                g = g + (tile4(tl.load(g_four + 4 * x), TW, TX, TF),)
-            K_four = K_next
-            K_next = _four_keys(K_place, tl.minimum(four + 1, last), h, padded, TILE)
+            g = _four_gradients(g_place + tl.cast(c, tl.int64) * row_padded, RX)
+            K_four = slices(rows_last(K_next), 4)
+            K_next = _four_keys(K_place, tl.minimum(four + 1, last), f, padded, TILE)
             to = dk_place
             if DK:
                 to += tl.cast(c, tl.int64) * padded
@@ -207,30 +203,26 @@ def _loop(
                 dq, share = _add_by_keys(
                     Q, K_four, g, to, inside, dq, share, padded, SMALL, DQ, DK, DW, TARGET
                 )
-            dw = dw[0] + share[0], dw[1] + share[1]
-    dqa, dqb = (), ()
-    for x in tl.static_range(RX):
-        dqa, dqb = dqa + (dq[x][0],), dqb + (dq[x][1],)
-    return dqa, dqb, dw[0], dw[1]
+            dw += share
+    return dq, dw
 
 
 @triton.jit
 def quick_loop(
-    Q, K_place, g_place, dk_place, h, inside, begin, end, row_padded, total, small,
+    Q, K_place, g_place, dk_place, f, inside, begin, end, row_padded, total, small,
     RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, MOST: tl.constexpr,
     DQ: tl.constexpr, DK: tl.constexpr, DW: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """``_loop``, with the sums of G t; ``total`` are those of G."""
     if small:
-        dqa, dqb, xa, xb = _loop(
-            Q, K_place, g_place, dk_place, h, inside, begin, end, row_padded,
+        dq, dw = _loop(
+            Q, K_place, g_place, dk_place, f, inside, begin, end, row_padded,
             RX, padded, TILE, MOST, True, DQ, DK, DW, TARGET,
         )  # fmt: skip
     else:
-        dqa, dqb, xa, xb = _loop(
-            Q, K_place, g_place, dk_place, h, inside, begin, end, row_padded,
+        dq, dw = _loop(
+            Q, K_place, g_place, dk_place, f, inside, begin, end, row_padded,
             RX, padded, TILE, MOST, False, DQ, DK, DW, TARGET,
         )  # fmt: skip
-        xa = total - 2.0 * xa
-        xb = total - 2.0 * xb
-    return dqa, dqb, xa, xb
+        dw = total - 2.0 * dw
+    return dq, dw

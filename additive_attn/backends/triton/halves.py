@@ -1,8 +1,9 @@
 # ruff: noqa: RUF005 (Triton has no starred expressions)
 # mypy: disable-error-code="assignment"
-"""Pairs of tensors, of even and odd features: what the pass over features computes with. They are
-[TW, TX, TF], or broadcast to that: features lie along warps and lanes, rows along the other lanes,
-and a thread has one of each, and neighbours of its features in the other tensor."""
+"""Pairs of features, an even and an odd one: what the pass over features computes with. They are
+[TW, TX, TF, 2], or broadcast to that: features lie along warps and lanes, rows along the other
+lanes, and a thread has both features of a pair. In two tensors they would be twice as many
+operations for the compiler, some of whose passes take a time that grows with their square."""
 
 from __future__ import annotations
 
@@ -15,7 +16,6 @@ from additive_attn.backends.triton.numerics import (
     reciprocal,
     tanh,
     tanh_slope,
-    tile4,
 )
 
 
@@ -38,16 +38,10 @@ def added(x, y, RX: tl.constexpr):
 
 
 @triton.jit
-def where(condition, x, y):
-    return tl.where(condition, x[0], y[0]), tl.where(condition, x[1], y[1])
-
-
-@triton.jit
 def exponentials(x, direct):
-    """e^{2x} of both, 1 in rows that take the direct form, and their relative errors."""
-    ea, ra = exp_with_error(tl.where(direct, 0.0, 2.0 * x[0]))
-    eb, rb = exp_with_error(tl.where(direct, 0.0, 2.0 * x[1]))
-    return (ea, eb), (ra / ea, rb / eb)
+    """e^{2x}, 1 in rows that take the direct form, and their relative errors."""
+    e, error = exp_with_error(tl.where(direct, 0.0, 2.0 * x))
+    return e, error / e
 
 
 @triton.jit
@@ -55,75 +49,62 @@ def fractions(x, y, APART: tl.constexpr, TARGET: tl.constexpr):
     """s = 1 / (1 + x y) of both: from one reciprocal, which is of a single pair (i, j), so that
     pairs of rows and keys stay apart; or from one each, which costs more special functions and
     fewer other instructions."""
-    ya = x[0] * y[0] + 1.0
-    yb = x[1] * y[1] + 1.0
+    z = x * y + 1.0
     if APART:
-        sa = reciprocal(ya, TARGET)
-        sb = reciprocal(yb, TARGET)
+        s = reciprocal(z, TARGET)
     else:
-        joined = reciprocal(ya * yb, TARGET)
-        sa = joined * yb
-        sb = joined * ya
-    return sa, sb
+        za, zb = tl.split(z)
+        joined = reciprocal(za * zb, TARGET)
+        s = tl.join(joined * zb, joined * za)
+    return s
 
 
 @triton.jit
 def slope(s):
-    """(1 - t^2) / 4 of both."""
-    return s[0] - s[0] * s[0], s[1] - s[1] * s[1]
+    """(1 - t^2) / 4."""
+    return s - s * s
 
 
 @triton.jit
 def energies(x, y, s, TARGET: tl.constexpr):
-    """t of both, with the digits that 1 - 2 s loses where t is small."""
-    ta = fused(x[0], y[0], -1.0, TARGET) * s[0]
-    tb = fused(x[1], y[1], -1.0, TARGET) * s[1]
-    return ta, tb
+    """t, with the digits that 1 - 2 s loses where t is small."""
+    return fused(x, y, -1.0, TARGET) * s
 
 
 @triton.jit
-def prepared(place, h, padded: tl.constexpr, TILE: tl.constexpr):
-    """Both of a prepared row; 1 beyond the last feature, since what lies there belongs to other
-    rows. Every thread loads what it needs, without a conversion between layouts."""
+def prepared(place, f, padded: tl.constexpr, TILE: tl.constexpr):
+    """Features f of a prepared row; 1 beyond the last feature, since what lies there belongs to
+    other rows. Every thread loads what it needs, without a conversion between layouts."""
     if padded % TILE == 0:
         x = tl.load(place)
     else:
-        x = tl.load(place, mask=h[:, :, :, None] + tl.arange(0, 2) < padded, other=1.0)
+        x = tl.load(place, mask=f < padded, other=1.0)
     return x
 
 
 @triton.jit
 def raw(row, h, hidden, stride, ACC: tl.constexpr):
     """Both of a row of the input; the last feature again beyond it."""
-    xa = tl.load(row + tl.minimum(h, hidden - 1).to(tl.int64) * stride).to(ACC)
-    xb = tl.load(row + tl.minimum(h + 1, hidden - 1).to(tl.int64) * stride).to(ACC)
-    return xa, xb
+    xa = tl.load(row + tl.minimum(h, hidden - 1).to(tl.int64) * stride)
+    xb = tl.load(row + tl.minimum(h + 1, hidden - 1).to(tl.int64) * stride)
+    return tl.join(xa, xb).to(ACC)
 
 
 @triton.jit
-def rows_of(x, TW: tl.constexpr, TX: tl.constexpr, TF: tl.constexpr, RX: tl.constexpr):
-    """The tuple of RX slices [TW, TX, TF] of [TW, TX, TF, RX]."""
-    if RX == 2:
-        return tl.split(x)
-    elif RX == 4:
-        return tile4(x, TW, TX, TF)
-    else:
-        even, odd = tl.split(tl.reshape(x, [TW, TX, TF, 4, 2]))
-        x0, x2, x4, x6 = tile4(even, TW, TX, TF)
-        x1, x3, x5, x7 = tile4(odd, TW, TX, TF)
-        return x0, x1, x2, x3, x4, x5, x6, x7
+def rows_last(x):
+    """[TW, TX, TF, 2, RX] of [TW, TX, TF, RX, 2], or back."""
+    return tl.permute(x, (0, 1, 2, 4, 3))
 
 
 @triton.jit
 def _joined(x, y):
     """[..., 2 N] of [..., N], one of each in turn."""
-    z = tl.join(x, y)
-    return tl.reshape(z, [z.shape[0], z.shape[1], z.shape[2], 2 * z.shape[3]])
+    return tl.reshape(tl.join(x, y), x.shape[:-1] + (2 * x.shape[-1],))
 
 
 @triton.jit
 def of_rows(x, RX: tl.constexpr):
-    """[TW, TX, TF, RX] of a tuple of slices [TW, TX, TF]."""
+    """[TW, TX, TF, 2, RX] of a tuple of slices [TW, TX, TF, 2]."""
     if RX == 2:
         return tl.join(x[0], x[1])
     elif RX == 4:
@@ -136,15 +117,11 @@ def of_rows(x, RX: tl.constexpr):
 
 @triton.jit
 def direct_pairs(x, y, g, TARGET: tl.constexpr):
-    """g (1 - t^2) / 4 and g t of both, with t = tanh(x + y); a pair with G = 0 contributes
-    exactly 0."""
-    za = x[0] + y[0]
-    zb = x[1] + y[1]
-    ta = tanh(za, TARGET)
-    tb = tanh(zb, TARGET)
+    """g (1 - t^2) / 4 and g t, with t = tanh(x + y); a pair with G = 0 contributes exactly 0."""
+    z = x + y
+    t = tanh(z, TARGET)
     counts = g != 0.0
-    slopes = g * tanh_slope(za, ta) * 0.25, g * tanh_slope(zb, tb) * 0.25
-    return where(counts, slopes, (0.0, 0.0)), where(counts, (g * ta, g * tb), (0.0, 0.0))
+    return tl.where(counts, g * tanh_slope(z, t) * 0.25, 0.0), tl.where(counts, g * t, 0.0)
 
 
 @triton.jit

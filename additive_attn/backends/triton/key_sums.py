@@ -44,8 +44,8 @@ def key_block(
     if CORRECTED:
         j = tl.minimum(key_begin + c, keys - 1).to(tl.int64)
         k = tl.load(key + j[:, None] * key_row + h[None, :] * key_h).to(ACC)
-        _K, error = exponentials((k, k), tl.load(sizes + j)[:, None] > SAFE)
-        share = tl.sum(tl.where(inside, 2.0 * total * error[0], 0.0), 0) * scale
+        _K, error = exponentials(k, tl.load(sizes + j)[:, None] > SAFE)
+        share = tl.sum(tl.where(inside, 2.0 * total * error, 0.0), 0) * scale
     return share
 
 

@@ -130,24 +130,21 @@ def tanh_slope(x, t):
 
 
 @triton.jit
-def _slices(x):
-    """The four slices [...] of [..., 2, 2]."""
-    even, odd = tl.split(x)
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
-
-
-@triton.jit
-def split4(x, R: tl.constexpr, T: tl.constexpr):
-    """The four slices [R, T] of [R, T, 4]."""
-    return _slices(tl.reshape(x, [R, T, 2, 2]))
-
-
-@triton.jit
-def tile4(x, R: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
-    """The four slices [R, TM, TN] of [R, TM, TN, 4]."""
-    return _slices(tl.reshape(x, [R, TM, TN, 2, 2]))
+def slices(x, N: tl.constexpr):
+    """The N slices [...] of [..., N], for N = 2, 4 or 8."""
+    if N == 2:
+        return tl.split(x)
+    else:
+        shape: tl.constexpr = x.shape[:-1] + (N // 2, 2)  # noqa: RUF005 (Triton has no stars)
+        even, odd = tl.split(tl.reshape(x, shape))
+        if N == 4:
+            x0, x2 = tl.split(even)
+            x1, x3 = tl.split(odd)
+            return x0, x1, x2, x3
+        else:
+            x0, x2, x4, x6 = slices(even, 4)
+            x1, x3, x5, x7 = slices(odd, 4)
+            return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit

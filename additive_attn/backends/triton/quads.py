@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, tile4
+from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, slices
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _add_differences(
 ):  # fmt: skip
     """acc + sum w (b - a) / (b + a) over a quad of features, whose weights are at w_at."""
     a0, a1, a2, a3 = _rows4(a4, RM, TM, TN)
-    b0, b1, b2, b3 = tile4(b4, RN, TM, TN)
+    b0, b1, b2, b3 = slices(b4, 4)
     z01, y01 = _join(
         _difference(a0, b0) * tl.load(w_at), _sum(a0, b0),
         _sum(a1, b1) * tl.load(w_at + 1), _difference(a1, b1),
@@ -145,7 +145,7 @@ def _add_matches(
 ):  # fmt: skip
     """acc + the fractions of the two matches of a quad, of features 0 and 1, and of 3 and 2."""
     a0, a1, a2, a3 = _rows4(a4, RM, TM, TN)
-    b0, b1, b2, b3 = tile4(b4, RN, TM, TN)
+    b0, b1, b2, b3 = slices(b4, 4)
     c01, g01, c23, g23 = _rows4(c4, RM, TM, TN)
     z, y = _join(
         _numerator(b0, p01, c01, g01), _sum(a0, b0) * _difference(a1, b1),
@@ -169,7 +169,7 @@ def matched_sums(
     first = tl.minimum(quads, 0)
     a4, c4 = _load_matched(a_rows, first, a_step)
     b4 = _load_keys(b_rows, first, b_step)
-    _p0, _p1, p2, p3 = tile4(_load_keys(b_rows, p_first, b_step), RN, TM, TN)
+    _p0, _p1, p2, p3 = slices(_load_keys(b_rows, p_first, b_step), 4)
     for u in range(0, quads, 2):
         a5, c5 = _load_matched(a_rows, u + 1, a_step)
         b5 = _load_keys(b_rows, u + 1, b_step)
@@ -181,6 +181,6 @@ def matched_sums(
         total = _add_matches(total, a4, c4, b4, p2, p3, RM, TM, RN, TN, TARGET)
         a4, c4 = _load_matched(a_rows, after, a_step)
         b4 = _load_keys(b_rows, after, b_step)
-        p0, p1, p2, p3 = tile4(p4, RN, TM, TN)
+        p0, p1, p2, p3 = slices(p4, 4)
         total = _add_matches(total, a5, c5, b5, p0, p1, RM, TM, RN, TN, TARGET)
     return tl.permute(total, (1, 0, 2, 3))
