@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
-from torch.nn.functional import linear
 
 from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import drawn_factors
@@ -167,11 +166,11 @@ def _scored(
                 matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
                 return torch.addmm(bias, matrix, energy.t(), beta=0)
             column = weight.t() if weight.dim() == 2 else weight.unsqueeze(1)
-            score = torch.addmm(bias, energy.flatten(0, -2), column, beta=0)
+            score = torch.addmm(bias, energy.reshape(-1, hidden), column, beta=0)
             return score.view(*energy.shape[: one - 3], rows, keys)
         if bias is None and one:
             if weight.dim() == 2 and energy.dim() == 3:
-                return linear(energy, weight).view(energy.shape[0], 1, keys)
+                return energy.reshape(-1, hidden).mm(weight.t()).view(-1, 1, keys)
             if few and energy.dim() == 3:  # bmm costs least, above all in backward
                 return torch.bmm(weight.expand(energy.shape[0], 1, -1), energy.mT)
             return (energy @ weight.flatten()).unsqueeze(-2)
