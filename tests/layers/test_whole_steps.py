@@ -221,3 +221,14 @@ def test_a_step_adds_its_gradient_of_the_keys_at_once(monkeypatch, request):
     memory = layer.project(key[:1])
     layer.step(torch.randn(B, D).double(), memory)[0].sum().backward()
     assert len(records) == 1 and records[0].grad_scores is not None
+
+
+@ONE_HEAD
+def test_small_steps_without_keys(kind, monkeypatch):
+    on_plain_pytorch(monkeypatch)
+    layer, query = made(kind), torch.randn(B, D).double()
+    memory = layer.project(torch.randn(B, 0, K).double(), lengths=[0] * B)
+    more = (layer.initial_state(memory),) if hasattr(layer, "initial_state") else ()
+    context, weights = layer.step(query.requires_grad_(), memory, *more)[:2]
+    assert weights.shape == (B, 0) and not context.any()
+    assert not torch.autograd.grad(context.sum(), query)[0].any()

@@ -304,6 +304,15 @@ def test_a_bias_of_heads_beside_a_shared_weight_gets_zeros():
     assert_same(torch.autograd.grad(out.sum(), bias)[0], torch.zeros(3))
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_bias_beside_keys_of_no_features(queries):
+    query, key, value, weight = make((2,), queries, 5, 0, 6).values()
+    bias = torch.randn(1, requires_grad=True)
+    out = additive_attention(query, key, value, weight.requires_grad_(), bias=bias)
+    torch.testing.assert_close(out, value.mean(-2, keepdim=True).expand_as(out))
+    assert_same(torch.autograd.grad(out.sum(), bias)[0].abs(), torch.zeros(1))
+
+
 def test_results_may_be_written_to():
     """Also those of a call whose values alone have the whole batch."""
     query, key, value, weight = make((1,), 3, 5, 8, 6).values()

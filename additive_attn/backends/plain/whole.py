@@ -152,10 +152,10 @@ def _scored(
     """``w . tanh(q + k)``, of 0 where ``shield`` masks a pair."""
     hidden, rows, keys = query.shape[-1], query.shape[-2], key.shape[-2]
     few = query.numel() * keys <= _SHORT_SUM * hidden
+    one = rows == 1
     if differentiable and not few:
         result: Tensor = _Scores.apply(query, key, weight, shield, score_bias)
         return result
-    one = rows == 1
     energy = _of_one_row(query, key, shield) if one else energies(query, key, shield)
     bias = score_bias if differentiable else None
     if weight.numel() == hidden and weight.dim() <= 2:
@@ -166,11 +166,12 @@ def _scored(
                 matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
                 return torch.addmm(bias, matrix, energy.t(), beta=0)
             column = weight.t() if weight.dim() == 2 else weight.unsqueeze(1)
-            score = torch.addmm(bias, energy.reshape(-1, hidden), column, beta=0)
+            score = torch.addmm(bias, energy.flatten(0, -2), column, beta=0)
             return score.view(*energy.shape[: one - 3], rows, keys)
         if bias is None and one:
             if weight.dim() == 2 and energy.dim() == 3:
-                return energy.reshape(-1, hidden).mm(weight.t()).view(-1, 1, keys)
+                score = energy.flatten(0, 1).mm(weight.t())
+                return score.view(energy.shape[0], 1, keys)
             if few and energy.dim() == 3:  # bmm costs least, above all in backward
                 return torch.bmm(weight.expand(energy.shape[0], 1, -1), energy.mT)
             return (energy @ weight.flatten()).unsqueeze(-2)
