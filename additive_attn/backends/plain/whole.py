@@ -153,7 +153,9 @@ def _scored(
     hidden, rows, keys = query.shape[-1], query.shape[-2], key.shape[-2]
     few = query.numel() * keys <= _SHORT_SUM * hidden
     one = rows == 1
-    if differentiable and not few:
+    # Of one row and no bias the product below is that of the plain layer, so it errs no more.
+    as_layer = one and score_bias is None and weight.shape == (1, hidden) and query.dim() == 3
+    if differentiable and not few and not as_layer:
         result: Tensor = _Scores.apply(query, key, weight, shield, score_bias)
         return result
     energy = _of_one_row(query, key, shield) if one else energies(query, key, shield)
