@@ -1,4 +1,4 @@
-"""How every test runs: on which paths, and with memory that never starts out as zeros."""
+"""Runs every test on its paths, with fresh memory that is never zeros."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from additive_attn.ops import memory as memory_of_steps
 if paths.DEVICE != "cpu":
     torch.set_default_device(paths.DEVICE)
     if os.environ.get("ADDITIVE_ATTN_TEST_UNCHECKED"):
-        # Without the self-check, after which nothing would run on Triton's kernels.
+        # Skips the self-check, which would disable Triton's kernels.
         from additive_attn.backends import triton
 
         triton.probe = lambda *_: None
 
 
-# Bytes of memory that nobody wrote: 3e38 and 0.75 as float, both far from zero as index. A kernel
-# may take large numbers another way, where they do not show.
+# The bytes of unwritten memory: 3e38 and 0.75 as float, both far from zero as index. There are two
+# since a kernel may compute large numbers in another form, in which they change no result.
 FILLS = 0x7F, 0x3F
 
 
 def poison_memory(fill: int) -> None:
     """Fills every fresh allocation with a byte.
 
-    Outputs and buffers that a kernel forgets to write usually read as zero, which hides the bug.
+    Outputs and buffers that a kernel does not write usually read as zero, which hides the bug.
     """
     perturb, mmap_threshold = -6, -3
     try:
         libc = ctypes.CDLL(None)
-        # Memory that comes fresh from mmap is not perturbed, so large blocks use the heap too.
+        # Fresh memory from mmap is not perturbed, so large blocks are also allocated on the heap.
         libc.mallopt(mmap_threshold, 2**30)
         libc.mallopt(perturb, fill ^ 0xFF)
     except (AttributeError, OSError, TypeError):  # not glibc
@@ -55,7 +55,7 @@ poison_memory(FILLS[0])
 
 
 def poison_device() -> None:
-    """Gives back blocks full of NaN, small and large, which the allocator hands out next."""
+    """Frees small and large blocks of NaN, which the allocator returns next."""
     sizes = [2**9] * 64 + [2**14] * 16 + [2**19] * 8 + [2**25]
     blocks = [torch.full((size,), 255, dtype=torch.uint8) for size in sizes]
     blocks.clear()
@@ -71,7 +71,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A suite that silently ran the fallback would prove nothing about the kernel."""
+    """Raises where the tests would run on the fallback unasked: they would not test the kernel."""
     if paths.native() == "pytorch" and paths.FORCED != "pytorch":
         reason = dispatch.cpu_reason if paths.DEVICE == "cpu" else dispatch.gpu_path()[1]
         raise pytest.UsageError(
@@ -111,7 +111,7 @@ def paths_of(marks: set[str]) -> list[str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marks = {mark.name for mark in metafunc.definition.iter_markers()}
     if marks & {"core", "kernel", "interpreter", "triton"}:
-        absent = pytest.param("", marks=pytest.mark.skip(reason="of kernels that do not run here"))
+        absent = pytest.param("", marks=pytest.mark.skip(reason="no such kernel runs here"))
         metafunc.parametrize("path", paths_of(marks) or [absent], indirect=True)
 
 
@@ -121,14 +121,15 @@ def path_of(item: pytest.Item) -> str:
 
 
 def asked_for(item: pytest.Item, compiled: bool) -> bool:
-    """With ``--compiled``: what runs on the Triton kernels, and the tests of that option."""
+    """Whether a test runs: with ``--compiled``, if it runs on Triton kernels or is of that
+    option."""
     if item.get_closest_marker("compiled"):
         return compiled
     return not compiled or path_of(item) == "triton"
 
 
 def interpreted(item: pytest.Function) -> bool:
-    """Whether ``interpreter`` asks for these values of the parameters."""
+    """Whether the marker ``interpreter`` selects these values of the parameters."""
     parameters = item.callspec.params
     wanted = item.get_closest_marker("interpreter")
     if parameters.get("path") != "triton" or wanted is None or paths.native() == "triton":
@@ -150,19 +151,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Modules and tests live until the end: no collection of garbage looks at them again."""
+    """Exempts modules and tests, which are needed until the end, from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    """Or libraries complain, at the end of the process, about what is left."""
+    """Ends the exemption. Otherwise libraries warn, at the end of the process, about what is
+    left."""
     gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What the test computes with."""
+    """The path that the test computes on."""
     name = getattr(request, "param", paths.native())
     request.node.user_properties.append(("path", name))
     with paths.running(name):
@@ -173,7 +175,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 def seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     poison_memory(FILLS[zlib.crc32(request.node.nodeid.encode()) % len(FILLS)])
     if paths.DEVICE == "cpu":
-        # torch.manual_seed keeps the stack of every call, for a GPU that is used later.
+        # torch.manual_seed saves the stack of every call, for a GPU that is used later.
         torch.default_generator.manual_seed(0)
         yield
         return
@@ -183,7 +185,7 @@ def seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     try:
         torch.get_device_module(paths.DEVICE).synchronize()
     except RuntimeError:
-        # After an illegal access nothing runs any more in a process; xdist starts another.
+        # After an illegal access no GPU work runs in this process; xdist starts another one.
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(1)
         raise
@@ -197,13 +199,13 @@ def threads() -> Iterator[Any]:
     torch.set_num_threads(before)
 
 
-# What passing tests computed, of all workers.
+# The features that passing tests of all workers computed.
 
 computed: set[features.Cell] = set()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """In the process that ran the test, after each of its phases."""
+    """Runs in the process of the test, after each of its phases."""
     if report.when == "setup":
         features.forget()
     elif report.when == "call" and report.passed:
@@ -217,7 +219,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         features.write(session.config.option.features, computed)
 
 
-# What is said at the start and at the end.
+# The lines that are printed at the start and at the end.
 
 SWEEPS = pytest.StashKey[int]()
 
@@ -263,5 +265,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture
 def steps_leave_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On plain PyTorch too, where small steps are ordinary calls (test_whole_steps.py)."""
+    """Makes plain PyTorch record small steps, which are ordinary calls there otherwise
+    (test_whole_steps.py)."""
     monkeypatch.setattr(memory_of_steps, "WHOLE_ELEMENTS", -1)

@@ -1,4 +1,4 @@
-"""A libcuda that hands what the compiled library launches to the emulator of PTX, so that launch
+"""A libcuda that runs the launches of the compiled library in the emulator of PTX, so that launch
 plans are repeated as on a GPU: from C++, with addresses."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _Parameters = ctypes.POINTER(ctypes.c_void_p)
 
 
 class _Replay:
-    """One replay of a plan, whose numbers say which memory the library makes for it."""
+    """One replay of a plan, whose numbers list the memory that the library allocates for it."""
 
     def __init__(self, program: list[int], given: int) -> None:
         numbers = iter(program)
@@ -87,7 +87,7 @@ def _flat(signature: Any) -> Iterator[str]:
 def _runs(config: Any, function: int, parameters: Any) -> int:
     try:
         _replays[-1].launch(config.contents, function, parameters)
-    except Exception as error:  # which would not pass through C++
+    except Exception as error:  # C++ cannot pass an exception on
         _replays[-1].problem = error
         return 1
     return 0
@@ -100,7 +100,7 @@ def _install() -> None:
 
 
 def replay(number: int, stream: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """In place of ``plans._replay``."""
+    """Replaces ``plans._replay``."""
     plan = plans._plans.get(plans._key(number, tensors))
     if not isinstance(plan, plans.Plan) or plan.program is None:
         return []
@@ -124,7 +124,7 @@ def replay(number: int, stream: int, tensors: list[torch.Tensor]) -> list[torch.
 
 @contextlib.contextmanager
 def plans_in_the_emulator() -> Iterator[None]:
-    """Plans are for tensors on the CPU too, and all memory that they make is known."""
+    """Gives CPU tensors launch plans too, and registers all memory that plans allocate."""
 
     def empty(*arguments: Any, **options: Any) -> torch.Tensor:
         x = torch.empty_strided(*arguments, **options)
@@ -156,13 +156,13 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def _restore(x: torch.Tensor, old: torch.Tensor) -> None:
-    if not torch.equal(_bits(x), _bits(old)):  # what is added to
+    if not torch.equal(_bits(x), _bits(old)):  # an operator has added to it
         once = tuple(slice(0, 1 if step == 0 else None) for step in x.stride())
         x[once].copy_(old[once])
 
 
 def _replays_of(plan: Any, given: list[torch.Tensor]) -> Iterator[Any]:
-    """In Python, and by the library if it can."""
+    """Yields the replays of a plan: in Python, and by the library if it supports the plan."""
     yield lambda: plan.replay(given, 0)
     if plan.program is not None and plans._library is not None:
         plans._plans[plans._key(0, given)] = plan
@@ -171,7 +171,7 @@ def _replays_of(plan: Any, given: list[torch.Tensor]) -> Iterator[Any]:
 
 
 def with_plans(operator: Any) -> Any:
-    """``operator``, whose calls are then repeated from their plans and give the same bits."""
+    """Wraps ``operator``: repeats each call from its plan, and asserts that the bits are equal."""
 
     def call(*arguments: Any) -> Any:
         given = [x for x in arguments if isinstance(x, torch.Tensor)]

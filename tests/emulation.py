@@ -1,13 +1,13 @@
-"""The Triton kernels as the compiler makes them, on CPU tensors: ``pytest --compiled 80``.
+"""Runs the compiled Triton kernels on CPU tensors: ``pytest --compiled 80``.
 
 The interpreter executes a kernel's Python. Layouts, inline assembly and barriers exist only in
-compiled code. Here an emulator of PTX is the driver. It checks every access, and what it finds
-fails the test: races, reads of bytes that nobody wrote, addresses out of bounds.
+compiled code. Here an emulator of PTX is the driver. It checks every access, and each fault fails
+the test: races, reads of unwritten bytes, addresses out of bounds.
 
-The emulator lies beside the checkout, or where ADDITIVE_ATTN_PTX says. PTX_NOISE=1 makes
+The emulator is looked for beside the checkout, or where ADDITIVE_ATTN_PTX says. PTX_NOISE=1 makes
 approximate instructions as inexact as they are documented, PTX_BACKWARDS=1 runs threads in reverse
-order, PTX_CONTRACT=1 fuses every product with the sum that takes it, and PTX_PLANS=1 repeats every
-call from its launch plan.
+order, PTX_CONTRACT=1 fuses every product with the sum that it is a term of, and PTX_PLANS=1
+repeats every call from its launch plan.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ PLACE = Path(os.environ.get("ADDITIVE_ATTN_PTX") or ROOT.parent / "shared" / "to
 SHAPE_ONLY = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 OPTIONS = ("PTX_NOISE", "PTX_BACKWARDS", "PTX_CONTRACT", "PTX_PLANS")
 
-# A ticket of ``merging.is_last``; as another kind of race it would be none.
+# A ticket of ``merging.is_last``. Without the rewriting below, the emulator would report a race.
 TICKET = re.compile(
     r"(@!?%\w+\s+)?atom\.global\.gpu\.acq_rel\.add\.u32\s+(%\w+),\s*\[([^\]]*)\],\s*(%\w+);"
 )
 STACK = re.compile(r"\.local\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\d+\];")
-# Which the emulator knows of 32 bits alone: as a product and an addition.
+# The emulator has mad.wide for 32 bits only, so 16 bits become a product and an addition.
 WIDE = re.compile(r"(@!?%\w+\s+)?mad\.wide\.([us]16)\s+(%\w+),\s*([^;]*),\s*([^,;]+);")
-ORDERED = "same value written by two programs"  # which is harmless
+ORDERED = "same value written by two programs"  # a harmless race
 
-# Whose addresses kernels may be given in place of tensors, as by launch plans; and memory that is
-# made while an operator is ``tracked``.
+# Tensors whose addresses kernels may be given in place of the tensors, as by launch plans; and
+# memory that is made while an operator is ``tracked``.
 memory: list[torch.Tensor] = []
 
 _emulator: Any = None
@@ -88,12 +88,12 @@ def install(capability: int) -> None:
 
 
 def program_class(emulate: Any) -> type:
-    """With the instructions that the emulator does not know."""
+    """Adds the instructions that the emulator lacks to its programs."""
 
     class Program(emulate.Program):
         def __init__(self, ptx: str, *more: Any, **options: Any) -> None:
-            """Programs run one after the other, so a ticket is a load, an addition and a store. A
-            stack that nothing accesses is left out."""
+            """Rewrites a ticket to a load, an addition and a store, which is the same since
+            programs run one after the other. Removes a stack that is never accessed."""
             ptx = STACK.sub(lambda found: found[0] if ptx.count(found[1]) > 1 else "", ptx)
             ptx, self.tickets = TICKET.subn(
                 r"\1ld.global.b32 \2, [\3]; \1add.u32 %ticket1, \2, \4; "
@@ -107,8 +107,9 @@ def program_class(emulate: Any) -> type:
             super().__init__(ptx, *more, **options)
 
         def _problem(self, found: Any, names: Any) -> Any:
-            """What a program does that has drawn a ticket comes after what others have stored: had
-            one of them not run yet, bytes would be read that nobody wrote."""
+            """Allows races after a program has drawn a ticket, since the stores of other programs
+            come before it. If one of those had not run yet, the emulator would report a read of
+            unwritten bytes."""
             problem = super()._problem(found, names)
             if self.tickets and "programs" in problem.kind:
                 operands = [ins.operands for ins in self.kernel.instructions]
@@ -121,7 +122,7 @@ def program_class(emulate: Any) -> type:
                 name = ins.name.replace("ld.volatile.", "ld.")
                 super()._fill(row, dataclasses.replace(ins, name=name))
                 return
-            # The sign of the first, the other bits of the second.
+            # The result has the sign of the first operand and the other bits of the second.
             result, sign, number = ins.operands
             row["op"] = emulate.operations()["lop3.b32"]
             row["o"][:4] = (
@@ -138,7 +139,7 @@ def installed() -> bool:
 
 
 def _flat(signature: Any, arguments: Any, names: Any) -> Iterator[tuple[Any, str]]:
-    """What the compiled kernel takes: the fields of tuples, without what is constant."""
+    """Yields the arguments of the compiled kernel: the fields of tuples, without constants."""
     for kind, argument, name in zip(signature, arguments, names, strict=True):
         if isinstance(kind, tuple):
             fields = getattr(argument, "_fields", range(len(kind)))
@@ -149,7 +150,7 @@ def _flat(signature: Any, arguments: Any, names: Any) -> Iterator[tuple[Any, str
 
 
 def at(address: int) -> torch.Tensor | None:
-    """The bytes from an address to the end of the tensor that holds it."""
+    """The bytes from an address to the end of the tensor that contains it."""
     if address == 0:
         return None
     for storage in (x.untyped_storage() for x in memory):
@@ -167,19 +168,19 @@ def at(address: int) -> torch.Tensor | None:
 
 
 def made(start: int, size: int) -> None:
-    """Memory that nobody has written yet."""
+    """Registers memory, of which no byte has been written."""
     _emulator.defined[start] = _driver.np.zeros(size, _driver.np.uint8)
 
 
 def gone(start: int, with_: torch.Tensor | None = None) -> None:
-    """That memory, at once or with a tensor."""
+    """Removes that memory, at once or when a tensor is freed."""
     if with_ is None:
         del _emulator.defined[start]
     else:
         weakref.finalize(with_.untyped_storage(), _emulator.defined.pop, start, None)
 
 
-# What a function of the driver stands for: a compiled kernel, and its launcher.
+# The compiled kernel of each function of the driver, and its launcher.
 functions: dict[int, tuple[Any, Any]] = {}
 
 
@@ -192,7 +193,7 @@ def run(function: int, grid: tuple[int, ...], values: list[Any], names: list[str
 
 
 def launcher_class(driver: Any) -> type:
-    """Named as what launch plans know."""
+    """Returns a launcher under the name that launch plans look for."""
 
     class CudaLauncher(driver._Launcher):
         last: Any = None
@@ -212,7 +213,7 @@ def launcher_class(driver: Any) -> type:
 def utils_class(driver: Any) -> type:
     class Utils(driver._Utils):
         def load_binary(self, *arguments: Any) -> tuple[Any, ...]:
-            """A number takes the place of the kernel that the last launcher was made for."""
+            """Returns a number instead of the kernel that the last launcher was made for."""
             module, program, *rest = super().load_binary(*arguments)
             number = len(functions) + 1
             functions[number] = program, driver.Emulator.launcher_cls.last
@@ -222,7 +223,8 @@ def utils_class(driver: Any) -> type:
 
 
 def tracker_class(driver: Any) -> type:
-    """Reads no numbers of what gives only its shape, dtype and device."""
+    """Returns a tracker that does not check tensors of which only shape, dtype and device are
+    read."""
 
     class Tracker(driver.Tracker):
         def check(self, x: torch.Tensor, what: str) -> None:
@@ -233,8 +235,8 @@ def tracker_class(driver: Any) -> type:
 
 
 def tracked(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """``operator`` while it is followed which bytes have been written: torch's own operators read
-    no others, and none of the results' is missing."""
+    """Wraps ``operator`` so that it is recorded which bytes have been written. Raises where
+    torch's own operators read other bytes, or where the results have any."""
 
     def call(*arguments: Any) -> Any:
         tracker = _driver.Tracker(_emulator)
@@ -248,21 +250,21 @@ def tracked(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def operator(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator of the package in the emulator."""
+    """Returns an operator of the package that runs in the emulator."""
     if _chosen("PTX_PLANS"):
         function = importlib.import_module("emulated_libcuda").with_plans(function)
     return tracked(function)
 
 
 def unwritten() -> type[Exception]:
-    """What is raised where an operator of torch reads what nobody wrote."""
+    """The exception for an operator of torch that reads unwritten bytes."""
     error: type[Exception] = _driver.UndefinedRead
     return error
 
 
 @contextlib.contextmanager
 def running() -> Iterator[None]:
-    """Compiled kernels run; what the emulator has found is an error."""
+    """Runs compiled kernels, and raises if the emulator has found a fault."""
     _emulator.problems.clear()
     yield
     found = [str(problem) for problem in _emulator.problems if not problem.harmless]
@@ -270,12 +272,12 @@ def running() -> Iterator[None]:
 
 
 def launched() -> list[str]:
-    """The kernels that have run."""
+    """The names of the kernels that have run."""
     return [name for name, *_ in _emulator.launches]
 
 
 def described() -> str:
-    """Of what is compiled by what, and how it is executed."""
+    """The target, the compiler and the options of the emulator."""
     version = importlib.import_module("triton").__version__
     chosen = [name for name in OPTIONS if _chosen(name)]
     return " ".join([f"compiled for sm_{_emulator.capability} by Triton {version}", *chosen])

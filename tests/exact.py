@@ -41,7 +41,8 @@ def exact(inputs, upstream, scale):
 
 @functools.lru_cache(maxsize=64)
 def _judges(key, scale, upstream_size, upstream_of):
-    """What every path is compared with: upstream gradients, the truth, and the plain layer."""
+    """Returns upstream gradients, exact results, and errors of the plain layer: the same for every
+    path."""
     inputs = _INPUTS[key]
     dtype = inputs["query"].dtype
     shapes = plain(*inputs.values())
@@ -68,9 +69,10 @@ _INPUTS: dict[int, dict[str, torch.Tensor]] = {}
 def judge(
     cases, upstream_of=OUTPUTS, scale=1.0, size=1.0, upstream_size=1.0, slope=1.0, only=None
 ):
-    """The rule: outputs within 2x, gradients within 3x the plain layer's error, and roundings of
-    terms of ``size`` (gradients: times ``upstream_size`` and ``slope``); the largest errors over
-    all cases are compared. ``only``: of one result."""
+    """Asserts the rule: the error of outputs is within 2x, of gradients within 3x the plain
+    layer's error, plus roundings of terms of ``size`` (gradients: times ``upstream_size`` and
+    ``slope``). The largest errors over all cases are compared. ``only``: the one result that is
+    judged."""
     found = {}
     for inputs in cases:
         eps = torch.finfo(inputs["query"].dtype).eps

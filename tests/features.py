@@ -1,5 +1,5 @@
-"""What passing tests computed: which features, on which paths, in which dtypes. Written to a csv
-file where pytest gets --features FILE; docs/features.md shows it."""
+"""Records which features passing tests computed, on which paths and in which dtypes. With pytest
+--features FILE they are written to a csv file, which docs/features.md shows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from additive_attn.spec.call import Call, TangentCall, backward_arguments, call_
 Cell = tuple[str, str, str, str]  # feature, path, dtype, forward or backward
 COLUMNS = ("feature", "path", "dtype", "direction")
 
-# What sums over the features in operators that are composed of others.
+# The operator that sums over the features in operators that are composed of others.
 _COMPOSED = {"tangent": "pair_scores", "scores_tangent": "pair_scores"}
-_seen: set[Cell] = set()  # by the test that runs
+_seen: set[Cell] = set()  # those of the test that runs
 _library: torch.library.Library | None = None
 _NAMES = (
     "forward", "backward", "scores", "scores_backward", "tangent", "scores_tangent", "step",
@@ -29,19 +29,19 @@ _NAMES = (
 
 
 def record() -> None:
-    """From now on, in this process: every operator tells what it was called with, once it has
-    returned, and so do calls that plain PyTorch computes as a whole."""
+    """Starts recording in this process: the features of every operator call that returns, and of
+    calls that plain PyTorch computes as a whole."""
     global _library
     if _library is not None:
         return
     _library = torch.library.Library("additive_attn", "IMPL")
     for name in _NAMES:
-        _library.impl(name, _told(name), "BackendSelect", with_keyset=True)
+        _library.impl(name, _recorded(name), "BackendSelect", with_keyset=True)
     for name, kind in (("attend", "forward"), ("score", "scores")):
-        setattr(whole, name, _told_whole(getattr(whole, name), kind))
+        setattr(whole, name, _recorded_whole(getattr(whole, name), kind))
 
 
-def _told(name: str) -> Any:
+def _recorded(name: str) -> Any:
     operator = getattr(torch.ops.additive_attn, name).default
     below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 
@@ -54,8 +54,8 @@ def _told(name: str) -> Any:
     return run
 
 
-def _told_whole(function: Any, kind: str) -> Any:
-    """Its backward is autograd's."""
+def _recorded_whole(function: Any, kind: str) -> Any:
+    """Records a function that autograd differentiates, so that its backward is found by a hook."""
 
     def run(call: Call, *arguments: Any) -> Any:
         results = function(call, *arguments)
@@ -153,7 +153,7 @@ def _add(
 
 
 def _has_kernel(path: str, operator: str) -> bool:
-    """Where there is none, plain PyTorch computes."""
+    """Whether a path has a kernel for an operator, which plain PyTorch computes otherwise."""
     if path != "triton":
         return True
     from additive_attn.backends import triton

@@ -1,5 +1,6 @@
-"""Code in processes where nothing of this package has been imported. They are forked by one that
-has imported torch and has done nothing else, since that import takes longer than most of them."""
+"""Runs code in processes where nothing of this package has been imported. They are forked by a
+process that has imported torch and has done nothing else, since that import takes longer than most
+of them."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ for line in sys.stdin:
 
 @functools.cache
 def _parent() -> subprocess.Popen[str]:
-    # Neither the package's folder nor a plugin of pytest is to be seen.
+    # The environment must not name the package's folder or a plugin of pytest.
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "ADDITIVE_ATTN_CPU")}
     process = subprocess.Popen(
         [sys.executable, "-c", PARENT], cwd=os.sep, env=env, text=True,
@@ -68,7 +69,7 @@ def python(
     env: Mapping[str, str] | None = None,
     filters: Sequence[tuple[str, str]] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """What ``python -c code`` does in the folder ``path``, with these filters of warnings."""
+    """Runs ``python -c code`` in the folder ``path``, with these filters of warnings."""
     env = dict(os.environ if env is None else env)
     if sys.platform != "linux":
         flags = [x for action, category in filters for x in ("-W", f"{action}::{category}")]

@@ -1,4 +1,4 @@
-"""The same numbers in other layouts, between numbers that nobody may read."""
+"""Other layouts of the same numbers, which lie between numbers that must not be read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NAN = float("nan")
 
 
 def around(x: Tensor, *pads: tuple[int, int]) -> Tensor:
-    """x as a slice of a larger tensor of NaN: who reads beyond it, reads NaN."""
+    """Returns x as a slice of a larger tensor of NaN: a read beyond x is a read of NaN."""
     size = [n + before + after for n, (before, after) in zip(x.shape, pads, strict=True)]
     outer = torch.full(size, NAN, dtype=x.dtype)
     inner = outer[tuple(slice(b, b + n) for n, (b, _) in zip(x.shape, pads, strict=True))]
@@ -54,7 +54,7 @@ def every_third_row(x: Tensor) -> Tensor:
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """The data begins one element into the storage."""
+    """Returns x with data that begins one element into the storage."""
     flat = torch.full((x.numel() + 1,), NAN, dtype=x.dtype)
     flat[1:] = x.flatten()
     return flat[1:].view(x.shape)

@@ -24,13 +24,13 @@ ON_KERNEL = paths.native() != "pytorch"
 PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(additive_attn.__file__)))
 INPUTS = ("query", "key", "value", "weight")
 OUTPUTS = ("out", "weights", "lse")
-SCORED = ("query", "key", "weight")  # what scores alone are made of
+SCORED = ("query", "key", "weight")  # the inputs of scores
 
 Tensors = dict[str, Tensor]
 
 
 def generator(seed: int) -> torch.Generator:
-    """For random tensors on DEVICE."""
+    """Returns a generator of random tensors on DEVICE."""
     return torch.Generator(DEVICE).manual_seed(seed)
 
 
@@ -50,14 +50,14 @@ def make(
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
-        """The same numbers on every device."""
+        """Returns the same numbers on every device."""
         return torch.randn(*shape, generator=g, device="cpu")
 
     inputs = {
         "query": spread * randn(*batch, queries, hidden),
         "key": spread * randn(*batch, keys, hidden),
         "value": randn(*batch, keys, values),
-        # Scores of a usual spread: a softmax that is nearly one-hot has one error that decides.
+        # Scores have a usual spread: in a softmax that is nearly one-hot, a single error decides.
         "weight": randn(*((batch[-1], hidden) if heads else (hidden,)))
         * min(1.0, 4 / max(hidden, 1) ** 0.5),
     }
@@ -127,8 +127,8 @@ def dense_mask(
 
 
 def fused(inputs: Mapping[str, Tensor], **options: Any) -> Tensors:
-    """All three outputs of the public function. A mask may be among the inputs, as when its
-    gradient is asked for."""
+    """All three outputs of the public function. A mask may be among the inputs, so that it gets a
+    gradient."""
     tensors = [inputs[name] for name in INPUTS]
     if "attn_mask" in inputs:
         options["attn_mask"] = inputs["attn_mask"]
@@ -154,7 +154,7 @@ def fused_scores(inputs: Mapping[str, Tensor], **options: Any) -> Tensors:
 
 
 def plain_scores(inputs: Mapping[str, Tensor], *, scale: float = 1.0, **masking: Any) -> Tensors:
-    """The formula of the same; builds the tensor (..., Lq, Lk, H)."""
+    """The scores by the plain formula; builds the tensor (..., Lq, Lk, H)."""
     query, key, weight = (inputs[name] for name in SCORED)
     if "attn_mask" in inputs:
         masking["attn_mask"] = inputs["attn_mask"]
@@ -184,7 +184,7 @@ def gradients(
         for name, x in inputs.items()
     }
     outputs = function(leaves)
-    # Upstream gradients of empty rows' lse would multiply an infinity: such rows get none.
+    # An upstream gradient of an empty row's lse would multiply an infinity: such rows get none.
     names = [name for name in upstream if outputs[name].requires_grad]
     wanted = {name: x for name, x in leaves.items() if x.requires_grad}
     grads = torch.autograd.grad(
@@ -225,15 +225,15 @@ Figures = dict[str, tuple[float, float]]
 
 
 class Truth(NamedTuple):
-    """What results are judged by. ``figures``, of outputs and of gradients: the error of the plain
-    layer in the dtype of the inputs, and the largest element."""
+    """The exact results that others are judged by. ``figures``, of outputs and of gradients: the
+    error of the plain layer in the dtype of the inputs, and the largest element."""
 
     upstream: Tensors
     exact: Results
     figures: tuple[Figures, Figures]
 
 
-_truths: dict[bytes, Truth] = {}  # of the last few cases: the paths of a test follow each other
+_truths: dict[bytes, Truth] = {}  # of the last few cases: a test runs on all paths in turn
 
 
 def truth(
@@ -242,8 +242,8 @@ def truth(
     formula: Callable[..., Tensors] = plain_masked,
     **options: Any,
 ) -> Truth:
-    """Of the plain formula in float64, with random upstream gradients. Computed once for all
-    paths."""
+    """Returns the results of the plain formula in float64, with random upstream gradients. They
+    are computed once for all paths."""
     digest = hashlib.blake2b()
     for name, x in [*inputs.items(), *options.items()]:
         digest.update(f"{formula.__name__} {name} {upstream_of} ".encode())
@@ -280,7 +280,8 @@ def check_against_plain(
     formula: Callable[..., Tensors] = plain_masked,
     **masking: Any,
 ) -> None:
-    """The accuracy rule, for outputs and gradients; errors are the maxima over all cases (seeds).
+    """Asserts the accuracy rule for outputs and gradients. Errors are the maxima over all cases
+    (seeds).
 
     The plain formula can be exact by luck (one key: its weight is 1, its gradient 0), so there is
     a floor: one rounding of the largest exact element in the dtype, and a few roundings of terms
@@ -307,7 +308,7 @@ def check_against_plain(
                 theirs, most = figures[which][name]
                 floor = torch.finfo(dtype).eps * most
                 floor += 8 * torch.finfo(computing).eps * magnitude
-                if dtype == torch.float64:  # the oracle is no more exact than what it judges
+                if dtype == torch.float64:  # the oracle is no more exact than the judged results
                     floor = 64 * torch.finfo(dtype).eps * (most + magnitude)
                 record = found.setdefault(label, [0.0, 0.0, 0.0, factor])
                 record[0] = max(record[0], error(ours[which][name], best))
@@ -323,7 +324,7 @@ def check_against_plain(
 
 
 def assert_same(ours: Tensor, other: Tensor, what: str = "") -> None:
-    """Bit for bit, NaN and the sign of zero included."""
+    """Asserts that all bits are equal, those of NaN and the sign of zero included."""
     assert ours.shape == other.shape and ours.dtype == other.dtype, what
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[ours.itemsize]
     a, b = ours.contiguous().view(integers), other.contiguous().view(integers)
@@ -337,11 +338,11 @@ def assert_all_same(ours: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> 
 
 
 def assert_layout_free(ours: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    """Another layout of the same numbers gives the same result.
+    """Asserts that another layout of the same numbers gives the same result.
 
-    The CPU's kernel reads the same numbers in the same order, so not a bit changes. On a GPU a
-    tile is spread over threads as its strides suggest, and the fallback multiplies with whatever
-    matmul suits them, so there rounding may.
+    The CPU's kernel reads the same numbers in the same order, so no bit changes. On a GPU a tile's
+    strides decide how it is spread over threads, and in the fallback they decide which matmul
+    torch calls, so that roundings may change there.
     """
     assert ours.keys() == other.keys()
     for name in ours:
@@ -352,6 +353,6 @@ def assert_layout_free(ours: Mapping[str, Tensor], other: Mapping[str, Tensor]) 
 
 
 def assert_sentence(text):
-    """What was passed, what is accepted, and an end: no assertion, no code, no bare name."""
+    """Asserts that an error is a sentence with an end: no assertion, no code, no bare name."""
     assert text.endswith(".") and len(text) > 40, text
     assert text[0].isupper() or text.split()[0].replace("_", "").split(".")[0].isidentifier(), text

@@ -1,6 +1,6 @@
-"""The paths that compute on the CPU, switched within one process: every instruction set of the
-kernel, plain PyTorch as users get it (small calls as a whole) and always in blocks, and the GPU's
-kernels in Triton's interpreter."""
+"""Switches between the paths that compute on the CPU, within one process: every instruction set of
+the kernel, plain PyTorch as users get it (small calls as a whole) and always in blocks, and the
+GPU's kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ import torch
 from additive_attn.backends.plain import steps, whole
 from additive_attn.ops import dispatch
 
-DEVICE = os.environ.get("ADDITIVE_ATTN_TEST_DEVICE", "cpu")  # where everything runs
+DEVICE = os.environ.get("ADDITIVE_ATTN_TEST_DEVICE", "cpu")  # all tests run there
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 PLAIN = ("pytorch", "blocks")
 FORCED = os.environ.get("ADDITIVE_ATTN_CPU")
 
 
 def _select(instruction_set: str) -> str:
-    """The name of the kernels that run from now on."""
+    """Selects the kernels of an instruction set, and returns their name."""
     name: str = torch.ops.additive_attn.select_cpu_isa(instruction_set)
     return name
 
@@ -43,7 +43,7 @@ def _runs(instruction_set: str) -> bool:
 
 @functools.cache
 def native() -> str:
-    """What users of this machine get, on which every test runs."""
+    """The path that users of this machine get, on which every test runs."""
     if DEVICE != "cpu":
         return "triton" if dispatch.gpu_path()[0] is not None else "pytorch"
     return dispatch.cpu_path() if FORCED is None else FORCED
@@ -51,7 +51,8 @@ def native() -> str:
 
 @functools.cache
 def available() -> tuple[str, ...]:
-    """The native path first; only that one if ADDITIVE_ATTN_CPU names it, or on a GPU."""
+    """All paths, the native one first. It is the only one if ADDITIVE_ATTN_CPU names it, or on a
+    GPU."""
     first = native()
     if DEVICE != "cpu" or FORCED is not None or first == "pytorch":
         return (first,)
@@ -62,7 +63,7 @@ def available() -> tuple[str, ...]:
 
 
 class _Override:
-    """Other implementations of the CPU's operators, whose calls are counted."""
+    """Replaces the implementations of the CPU's operators, and counts their calls."""
 
     def __init__(self, operators: dict[str, Callable[..., Any]]) -> None:
         self.calls = 0
@@ -85,8 +86,8 @@ _interpreters: dict[Any, Any] = {}
 
 @contextlib.contextmanager
 def _interpreted() -> Iterator[None]:
-    """Triton's kernels run in its interpreter, as if TRITON_INTERPRET=1 had been set before the
-    first import; afterwards they compile again."""
+    """Runs Triton's kernels in its interpreter, as if TRITON_INTERPRET=1 had been set before the
+    first import. Afterwards they compile again."""
     import triton
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
@@ -97,7 +98,7 @@ def _interpreted() -> Iterator[None]:
         return _interpreters[kernel.fn]
 
     def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        with np.errstate(all="ignore"):  # as in a GPU
+        with np.errstate(all="ignore"):  # as on a GPU
             interpreter(kernel).run(*args, **kwargs)
 
     ready: dict[Any, Callable[..., Any]] = {}
@@ -124,13 +125,13 @@ _running: list[str] = []
 
 
 def current() -> str:
-    """The path that computes now."""
+    """The path that is computed on now."""
     return _running[-1] if _running else native()
 
 
 @contextlib.contextmanager
 def running(path: str) -> Iterator[None]:
-    """Computes on ``path``."""
+    """Calls within the context compute on ``path``."""
     _running.append(path)
     try:
         with _switched(path):
@@ -141,7 +142,7 @@ def running(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _switched(path: str) -> Iterator[None]:
-    """Makes sure that nothing else computes."""
+    """Switches to ``path``, and asserts that it is what computes."""
     if path == native():
         assert DEVICE != "cpu" or FORCED == "baseline" or dispatch.cpu_path() == path
         yield

@@ -1,6 +1,6 @@
-"""Triton's interpreter in less time. For every operation of every program it makes types and
-shapes anew, converts and broadcasts. There are few cases of these: Triton's own code computes the
-first of each, and what its result is says what the others are."""
+"""Makes Triton's interpreter faster. For every operation of every program it makes types and
+shapes anew, converts and broadcasts. There are few cases of these. Triton's own code computes the
+first operation of each case, and the others reuse the type and shape of its result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BINARY: dict[str, Any] = {
     "mod": np.fmod, "lshift": np.left_shift, "rshift": np.right_shift,
     "floordiv": lambda x, y: (x - np.fmod(x, y)) // y,
 }  # fmt: skip
-INTEGERS = ("lshift__", "rshift__", "floordiv__")  # operations of no others
+INTEGERS = ("lshift__", "rshift__", "floordiv__")  # operations of integers alone
 NEW = object.__new__
 
 
@@ -40,7 +40,8 @@ def patched(tl: Any, interpreter: Any) -> Iterator[None]:
 
 def _patch(tl: Any, interpreter: Any, patch: pytest.MonkeyPatch) -> None:
     core, semantic = tl.core, interpreter.interpreter_semantic
-    # As compiled: of a number and NaN the number. The interpreter of Triton 3.6 gives NaN.
+    # As compiled, the minimum or maximum of a number and NaN is the number. The interpreter of
+    # Triton 3.6 gives NaN.
     for name, operation in (("minnumf", np.fmin), ("maxnumf", np.fmax)):
         patch.setattr(type(semantic.builder), f"create_{name}", _elementwise(operation))
     for owner, name, made in (
@@ -51,11 +52,12 @@ def _patch(tl: Any, interpreter: Any, patch: pytest.MonkeyPatch) -> None:
         (type(semantic), "broadcast_impl_value", _broadcast),
         (interpreter.ReduceOps, "generic_reduce", _reduce),
     ):
-        if hasattr(owner, name):  # what another version lacks is left as it is
+        if hasattr(owner, name):  # another version of Triton may lack it
             patch.setattr(owner, name, made(core, getattr(owner, name)))
 
     def quick(owner: Any, name: str, made: Callable[..., Any], *more: Any) -> None:
-        """The interpreter replaces builtins alone: this stays."""
+        """Replaces a member. The interpreter keeps this function, since it replaces builtins
+        only."""
         original = getattr(owner, name)
         patch.setattr(owner, name, made(core, interpreter, original, *more))
 
@@ -85,12 +87,13 @@ class _Done:
 
 
 def _once(original: Callable[[Any], Any], scopes: list[Any]) -> Callable[[Any], Any]:
-    """Patches the language once for each module of kernels, until all is restored at the end."""
-    rooms: set[int] = set()
+    """Patches the language once for each module of kernels. Patches are undone together at the
+    end."""
+    modules: set[int] = set()
 
     def patch_lang(function: Any) -> Any:
-        if id(function.__globals__) not in rooms:
-            rooms.add(id(function.__globals__))
+        if id(function.__globals__) not in modules:
+            modules.add(id(function.__globals__))
             scopes.append(original(function))
         return _Done()
 
@@ -98,7 +101,7 @@ def _once(original: Callable[[Any], Any], scopes: list[Any]) -> Callable[[Any], 
 
 
 def _attribute(semantic: Any) -> Callable[..., None]:
-    """Without looking at each call whether Triton's compiler made it."""
+    """Patches a builtin without a check, in each call, whether Triton's compiler calls it."""
 
     def patch_attr(owner: Any, name: str, member: Any, _builder: Any, scope: Any) -> None:
         function = getattr(member, "__wrapped__", member)
@@ -123,7 +126,7 @@ def _indexed(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]
 
 
 class _Cases:
-    """Of an operation: what its result is, by the shapes and dtypes of its operands."""
+    """The types and shapes of an operation's results, by the shapes and dtypes of its operands."""
 
     def __init__(self, core: Any, interpreter: Any, original: Callable[..., Any]) -> None:
         self.tensor, self.constexpr, self.bool = core.tensor, core.constexpr, core.int1
@@ -141,7 +144,7 @@ class _Cases:
 
     def first(self, key: Any, *operands: Any, **options: Any) -> Any:
         result = self.slow(*operands, **options)
-        shapes = [getattr(x, "shape", None) for x in operands]  # lest others get their ids
+        shapes = [getattr(x, "shape", None) for x in operands]  # kept, since their ids are keys
         self.found[key] = (
             result.handle.dtype, result.shape, result.numel, result.type, result.dtype, shapes
         )  # fmt: skip
@@ -155,8 +158,9 @@ class _Cases:
         return result
 
     def operand(self, x: Any, dtype: Any) -> tuple[Any, Any]:
-        """Of an operation with ``dtype``, which numpy promotes as Triton does: its case, and its
-        data or None. Those are integers of both, floats of both, and numbers."""
+        """Returns the case and the data of an operand beside one of ``dtype``, or None where numpy
+        might promote them otherwise than Triton. Both promote alike two integers, two floats, and
+        numbers."""
         kind = type(x)
         if kind is self.tensor:
             if self.kinds.get(id(x.dtype)) is self.kinds[id(dtype)]:
@@ -203,7 +207,7 @@ def _binary(
 
 @functools.cache
 def _address(core: Any, interpreter: Any, add: Callable[..., Any]) -> Callable[..., Any]:
-    """Sums of addresses and integers, beside other sums."""
+    """Adds integers to addresses; passes other sums to ``add``."""
     cases = _Cases(core, interpreter, add)
     found, made = cases.found, cases.made
 
@@ -283,7 +287,7 @@ def _cast(core: Any, interpreter: Any, original: Callable[..., Any]) -> Callable
 
 @functools.cache
 def _item(core: Any, interpreter: Any, original: Callable[..., Any]) -> Callable[..., Any]:
-    """[:, None] and the like."""
+    """Indexes with [:, None] and the like."""
     cases = _Cases(core, interpreter, original)
     whole = slice(None)
 
@@ -337,10 +341,10 @@ def _load(core: Any, interpreter: Any, original: Callable[..., Any]) -> Callable
 
 
 def _sort(core: Any, interpreter: Any, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Along the last dim; Triton's own compares and swaps in many steps."""
+    """Sorts along the last dim in one step; Triton's own sort compares and swaps in many steps."""
 
     def sort(x: Any, dim: Any = None, descending: Any = False) -> Any:
-        if dim is not None or x.dtype.is_floating():  # which may hold NaN
+        if dim is not None or x.dtype.is_floating():  # floats may hold NaN
             return original(x, dim, descending)
         data = np.sort(x.handle.data)
         if core._unwrap_if_constexpr(descending):
@@ -376,7 +380,8 @@ def _tensor(core: Any, original: Any) -> Callable[..., None]:
     block_type = core.block_type
 
     def init(self: Any, handle: Any, type: Any) -> None:
-        # What a tensor holds depends on its shape, which blocks of equal shape share, and type.
+        # A tensor's attributes depend on its type and shape alone; blocks of equal shape share
+        # one.
         key = id(type.shape) if isinstance(type, block_type) else None
         found = made.get(key)
         if found is None:
@@ -404,8 +409,7 @@ def _broadcast(core: Any, original: Any) -> Callable[..., Any]:
 
 @functools.cache
 def _reduce(core: Any, original: Any) -> Callable[..., Any]:
-    """Of all elements beside each other at once, in the order of Triton's own, which takes them
-    one by one."""
+    """Reduces whole slices, in the order of Triton's own code, which takes single elements."""
 
     def reduce(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
         if self.axis is None:
@@ -417,7 +421,7 @@ def _reduce(core: Any, original: Any) -> Callable[..., Any]:
             total = total if type(total) is tuple else (total,)
         data = [x.handle.data for x in total]
         if not inputs[0].shape[1:]:
-            data = [x[0] for x in data]  # a number is an array of one
+            data = [x[0] for x in data]  # a number is an array of one element
         if self.keep_dims:
             data = [np.expand_dims(x, self.axis) for x in data]
         return [self.to_tensor(x, y.dtype) for x, y in zip(data, inputs, strict=True)]

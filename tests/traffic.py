@@ -1,5 +1,5 @@
-"""What reaches a GPU during a call, written down by a driver that runs nothing, and whether two
-calls are the same but for their addresses."""
+"""Records what a call launches on a GPU, by a driver that runs nothing, and compares two calls
+apart from their addresses."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tools.mock_driver import MockDriver
 
 
 class Event(NamedTuple):
-    """A launch, or an operation of torch, and the memory that it takes."""
+    """A launch, or an operation of torch, and the addresses that it is given."""
 
     what: tuple[Any, ...]
     addresses: tuple[int, ...]
 
 
 class Traffic(TorchDispatchMode):
-    """What reaches the device, in order, and the allocations, which all stay alive."""
+    """The events of a device in order, and the allocations, which are all kept alive."""
 
     def __init__(self, driver: MockDriver) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def traffic(driver: MockDriver, function: Callable[[], Any]) -> Traffic:
 
 
 def replayed(driver: MockDriver, operator: Any, arguments: tuple[Any, ...]) -> list[Traffic]:
-    """Of a call that has a plan: repeated in Python, and by the library if it can."""
+    """Repeats a call that has a plan: in Python, and by the library if it supports the plan."""
     found = plans.begin(operator.__wrapped__, arguments)
     assert found is not None
     number, stream, given = found
@@ -83,12 +83,12 @@ def replayed(driver: MockDriver, operator: Any, arguments: tuple[Any, ...]) -> l
 
 
 def assert_same(ordinary: Traffic, repeated: Traffic, given: list[torch.Tensor]) -> None:
-    """The same events. Given memory is the same; other memory is as much, at places of its own
-    while it is used."""
+    """Asserts that the events are the same. The given memory has the same addresses. Other memory
+    has the same size, and overlaps with no memory that is used at the same time."""
     assert [x.what for x in ordinary.events] == [x.what for x in repeated.events]
     inputs = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in given}
-    moved: dict[int, int] = {}  # storages of the ordinary call: by how much
-    used: dict[int, list[int]] = {}  # the events that use them
+    moved: dict[int, int] = {}  # by how much storages of the ordinary call have moved
+    used: dict[int, list[int]] = {}  # the events that use each storage
 
     def storage(address: int, among: Any) -> int | None:
         inside = (start for start, size in among if start <= address < start + max(size, 1))
@@ -129,14 +129,14 @@ def outputs(traffic: Traffic) -> list[torch.Tensor]:
 
 
 def check(driver: MockDriver, operator: Any, *arguments: Any) -> None:
-    """The plan of a call does what the call does."""
+    """Asserts that the plan of a call launches what the call launches."""
     ordinary = traffic(driver, lambda: operator.__wrapped__(*arguments))
     for _ in range(3):
         operator(*arguments)
     given = [x for x in arguments if isinstance(x, torch.Tensor)]
     for repeated in replayed(driver, operator, arguments):
         assert_same(ordinary, repeated, given)
-    # The same call again, of other tensors.
+    # The same call again, with other tensors.
     others = tuple(
         torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
         if isinstance(x, torch.Tensor)
