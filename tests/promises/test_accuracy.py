@@ -9,8 +9,8 @@ from oracle import check_against_plain, fused, generator, make
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SEEDS = range(3)
 
-# (batch, Lq, Lk, H, Dv). Keys on both sides of every tile width of the kernel (8 to 128), rows
-# on both sides of its blocks, features and values that fill no vector.
+# (batch, Lq, Lk, H, Dv). Keys lie on both sides of every tile width of the kernel (8 to 128), rows
+# on both sides of its blocks. Features and values do not fill whole vectors.
 SHAPES = [
     ((), 1, 1, 1, 1),
     ((2,), 1, 40, 33, 17),
@@ -41,7 +41,7 @@ def test_no_worse_than_plain(shape, dtype):
 @pytest.mark.parametrize("hidden", [40, 100])
 @pytest.mark.parametrize("spread", [1e-3, 0.1, 5.0])
 def test_small_and_large_activations(spread, hidden, dtype):
-    """Small sums keep their relative error: 1 - 2/(1 + e^2x) alone would lose it."""
+    """Small sums have a small relative error, which 1 - 2/(1 + e^2x) would not have."""
     cases = [make((2,), 30, 50, hidden, 16, dtype=dtype, seed=s, spread=spread) for s in SEEDS]
     check_against_plain(cases, magnitude=min(spread, 1.0))
 
@@ -62,7 +62,7 @@ def test_few_queries_many_keys(queries, keys):
 
 
 def test_many_rows_and_keys():
-    """More rows times keys than the backward keeps at once, in ragged blocks."""
+    """There are more pairs than the backward stores at one time, in ragged blocks."""
     check_against_plain([make((), 700, 3100, 5, 6)])
 
 
@@ -75,16 +75,18 @@ def test_scale(scale):
 @pytest.mark.parametrize("height", [-200.0, -88.8, 120.0, 1e4])
 @pytest.mark.parametrize("keys", [33, 48, 65, 600])
 def test_scores_far_from_zero(keys, height, dtype):
-    """exp(lse) over- or underflows; a tail that counts as score 0 would show (lse = -200)."""
+    """exp(lse) over- or underflows. At lse = -200, a tail beyond the keys that counted with score
+    0 would change the results."""
     mask = torch.full((1, keys), height, dtype=dtype)
     cases = [make((8,), 6, keys, 12, 5, dtype=dtype)]
-    # The weights are recomputed from an lse of this size, rounded.
+    # The weights are recomputed from an lse of this size, which is rounded.
     magnitude = abs(height) if dtype == torch.float64 else max(1.0, abs(height) / 50)
     check_against_plain(cases, attn_mask=mask, magnitude=magnitude)
 
 
 def test_sharp_scores():
-    """Weights of size 100: the softmax is nearly one-hot, and its maximum moves along the keys."""
+    """With weights of size 100 the softmax is nearly one-hot, and the running maximum changes
+    along the keys."""
     cases = [make((2,), 20, 150, 16, 8, seed=seed) for seed in SEEDS]
     for case in cases:
         case["weight"] *= 100
@@ -109,7 +111,7 @@ def test_weight_magnitudes(weight):
     ours = fused(case)
     expected = torch.zeros(8, 40)
     if weight > 1:
-        expected[:, -1] = 1.0  # the largest tanh takes all
+        expected[:, -1] = 1.0  # the key of the largest tanh has all the weight
     else:
         expected[:] = 1 / 40
     torch.testing.assert_close(ours["weights"], expected)
@@ -138,7 +140,7 @@ def test_weights_sum_to_one():
 @pytest.mark.parametrize("queries", [1, 20])
 @pytest.mark.parametrize("keys", [400, 5000])
 def test_large_values_do_not_overflow(queries, keys):
-    """Their average is finite though their sum is not."""
+    """The average of the values is finite though their sum is not."""
     case = make((), queries, keys, 8, 3)
     case["value"] = torch.full((keys, 3), 3e36)
     expected = torch.full((queries, 3), 3e36)
@@ -149,7 +151,7 @@ def test_large_values_do_not_overflow(queries, keys):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("reach", [0.0, 0.5, 15.9, 16.1, 40.0])
 def test_scores_that_the_weights_bound(reach, dtype):
-    """The kernel looks for no maximum up to a sum of |w| of 16; rows without keys stay empty."""
+    """Up to a sum of |w| of 16 the kernel subtracts no maximum. Rows without keys stay empty."""
     cases = []
     for seed in range(2):
         inputs = make((2,), 6, 300, 16, 16, dtype=dtype, seed=seed)

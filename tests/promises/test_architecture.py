@@ -1,4 +1,4 @@
-"""Arrows run one way, public -> ops -> backends -> spec; backends do not import each other."""
+"""Imports run one way, public -> ops -> backends -> spec; backends do not import each other."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ MODULES = {
     ): file
     for file in sorted(PACKAGE.rglob("*.py"))
 }
-FLOORS = ("spec", "backends", "ops")  # whatever is above them is public
-# Who may import what beside Python's own library and torch.
+LAYERS = ("spec", "backends", "ops")  # everything above them is public
+# The modules that may import other packages than Python's own library and torch.
 OPTIONAL = {"triton": "additive_attn.backends.triton", "matplotlib": "additive_attn.plot",
             "numpy": "additive_attn.plot", "onnxscript": "additive_attn.onnx",
             "onnx": "additive_attn.onnx"}  # fmt: skip
 
 
 def imports(module: str, at_import: bool = False) -> set[str]:
-    """What ``module`` imports, anywhere in it or only while it is imported itself."""
+    """The modules that ``module`` imports, anywhere in it or only while it is imported itself."""
     found: set[str] = set()
     nodes: list[ast.AST] = [ast.parse(MODULES[module].read_text(encoding="utf-8"))]
     while nodes:
@@ -47,9 +47,9 @@ def imports(module: str, at_import: bool = False) -> set[str]:
     return found
 
 
-def floor(module: str) -> int:
-    room = module.split(".")[1] if "." in module else ""
-    return FLOORS.index(room) if room in FLOORS else len(FLOORS)
+def layer(module: str) -> int:
+    name = module.split(".")[1] if "." in module else ""
+    return LAYERS.index(name) if name in LAYERS else len(LAYERS)
 
 
 def backend(module: str) -> str | None:
@@ -61,18 +61,18 @@ def wrong(module: str, name: str) -> str | None:
     """Why ``module`` must not import ``name``."""
     top = name.split(".")[0]
     if top == "additive_attn":
-        if floor(name) > floor(module):
+        if layer(name) > layer(module):
             return "which is above it"
         if backend(module) and backend(name) not in (None, backend(module)):
             return "which is another backend"
     elif top not in sys.stdlib_module_names | {"torch"}:
-        room = OPTIONAL.get(top)
-        if room is None or not module.startswith(room):
-            return f"which {room or 'nothing'} alone may import"
+        owner = OPTIONAL.get(top)
+        if owner is None or not module.startswith(owner):
+            return f"which {owner or 'nothing'} alone may import"
     return None
 
 
-def test_arrows():
+def test_imports_run_one_way():
     found = [
         f"{module} imports {name}, {why}"
         for module in MODULES
@@ -82,8 +82,8 @@ def test_arrows():
     assert not found, "\n".join(found)
 
 
-def test_no_circles():
-    """Not even such as Python survives."""
+def test_no_import_cycles():
+    """Forbids all cycles, also those that Python can import."""
     graph = {module: imports(module, at_import=True) & MODULES.keys() for module in MODULES}
     TopologicalSorter(graph).prepare()
 
@@ -99,12 +99,12 @@ print(*(name for name in sys.modules if name.startswith("additive_attn.")))
 """
 
 
-@pytest.mark.parametrize("room", ["spec", "backends.plain", "backends.triton", "ops"])
-def test_a_floor_stands_without_those_above(room):
-    """In a fresh process, where nothing has been imported before."""
-    if room == "backends.triton":
+@pytest.mark.parametrize("name", ["spec", "backends.plain", "backends.triton", "ops"])
+def test_a_layer_imports_none_above_it(name):
+    """Imports the layer in a fresh process, where nothing has been imported before."""
+    if name == "backends.triton":
         pytest.importorskip("triton", minversion="3.6")
-    own = f"additive_attn.{room}"
+    own = f"additive_attn.{name}"
     modules = [module for module in MODULES if module == own or module.startswith(own + ".")]
     assert modules
     code = ALONE.format(path=str(PACKAGE), modules=modules)
@@ -112,7 +112,7 @@ def test_a_floor_stands_without_those_above(room):
     assert done.returncode == 0, done.stderr
     loaded = done.stdout.split()
     assert set(modules) <= set(loaded)
-    above = [name for name in loaded if floor(name) > floor(own)]
+    above = [name for name in loaded if layer(name) > layer(own)]
     beside = [
         name for name in loaded if backend(own) and backend(name) not in (None, backend(own))
     ]
@@ -131,7 +131,7 @@ def sources(*patterns: str) -> list[Path]:
 
 @pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the sources are not here")
 def test_files_and_functions_are_short():
-    """400 lines a file, 80 a function, 120 a Triton kernel."""
+    """A file has at most 400 lines, a function 80, a Triton kernel 120."""
     long = []
     for file in sources("*.py", "*.cpp", "*.h"):
         text = file.read_text(encoding="utf-8")
@@ -164,8 +164,8 @@ def functions_of(text: str) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_nested_function_calls_itself(module):
-    """It would hold itself and all variables around it, tensors among them, until Python looks for
-    cycles."""
+    """Such a function would keep itself and all variables around it alive, tensors among them,
+    until Python collects cycles."""
     for outer in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         for inner in ast.walk(outer) if isinstance(outer, ast.FunctionDef) else ():
             if isinstance(inner, ast.FunctionDef) and inner is not outer:

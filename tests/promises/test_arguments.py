@@ -1,4 +1,4 @@
-"""What may be left out, and other ways to say the same: a bias on the scores, padding, lists of
+"""Optional arguments, and arguments with the same meaning: a bias on the scores, padding, lists of
 lengths, first keys, no value, no query, one query without a dim for it."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def inputs_of(batch, dtype=torch.float32):
 
 
 def all_of(function, tensors, upstream=None, **options):
-    """Out, weights and lse, and the gradients of the tensors that there are."""
+    """Returns out, weights and lse, and the gradients of those tensors that are not None."""
     leaves = [x if x is None else x.detach().clone().requires_grad_() for x in tensors]
     outputs = function(*leaves, need_weights=True, need_lse=True, **options)
     total = sum((x.nan_to_num(neginf=0.0) * n).square().sum() for n, x in enumerate(outputs, 1))
@@ -41,7 +41,7 @@ def assert_equal(ours, expected):
 
 
 def padding_of(batch):
-    """Whether to ignore, (B, Lk); one sequence has no key left."""
+    """Returns a padding mask (B, Lk), True = ignore, that leaves one sequence without keys."""
     padding = torch.rand(*batch[:1], LK) < 0.4
     if batch:
         padding[1] = True
@@ -75,7 +75,8 @@ def test_one_padding_for_all_sequences():
 @pytest.mark.parametrize("per_query", [False, True])
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_starts(batch, per_query):
-    """With lengths a window per sequence; empty where it starts at its end or after it."""
+    """Starts and lengths are a window per sequence. A window is empty if it starts at its end or
+    later."""
     tensors, shape = inputs_of(batch), batch[:1] + ((LQ,) if per_query else ())
     starts, lengths = torch.randint(0, LK + 1, (2, *shape))
     keys = torch.arange(LK)
@@ -139,7 +140,7 @@ def test_lists_of_lists_and_numbers():
 
 @pytest.mark.parametrize("numbers", [[LK + 1, 1], [-1, 2], (3, LK + 1)], ids=str)
 def test_lists_are_checked_before_a_device_has_them(numbers):
-    """A tensor on a GPU is not looked at; meta tensors stand for it here."""
+    """The numbers of a tensor on a GPU are not read. Here meta tensors replace it."""
     x, weight = torch.empty(2, LK, H, device="meta"), torch.empty(H, device="meta")
     layers = (
         AdditiveAttention(H, H, device="meta"),
@@ -168,7 +169,7 @@ def test_lists_for_the_memory_of_a_decoder():
 @pytest.mark.core
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_without_value(batch):
-    """Weights alone, or weights and lse."""
+    """Without a value, weights are returned, or weights and lse."""
     query, key, value, weight = inputs_of(batch)
     lengths = torch.randint(0, LK + 1, batch[:1])
     given = all_of(additive_attention, [query, key, value[..., :0], weight], lengths=lengths)
@@ -185,7 +186,7 @@ def test_without_value(batch):
 @pytest.mark.core
 @pytest.mark.parametrize("batch,heads", [*((b, False) for b in BATCHES), ((3, 2), True)], ids=str)
 def test_without_query(batch, heads):
-    """Pooling: as with a query of zeros."""
+    """Without a query, as in pooling, the results are those of a query of zeros."""
     _, key, value, weight = inputs_of(batch)
     if heads:
         weight = torch.randn(batch[-1], H)
@@ -216,7 +217,7 @@ def test_what_is_left_out_takes_no_memory():
 @pytest.mark.core
 @pytest.mark.parametrize("shape", [(), (1,), (2,)], ids=str)
 def test_bias(shape):
-    """Cancels in the softmax, where its gradient is zero, and shifts lse."""
+    """A bias cancels in the softmax, where its gradient is zero, and shifts lse."""
     tensors, bias = inputs_of((3, 2)), torch.randn(shape, requires_grad=True)
     if shape == (2,):
         tensors[3] = torch.randn(2, H)
@@ -242,7 +243,7 @@ def test_bias(shape):
 @pytest.mark.parametrize("shape", [(), (1,), (3,)], ids=str)
 @pytest.mark.parametrize("queries,keys", [(1, LK), (1, 200), (LQ, LK)])
 def test_a_bias_of_any_float_dtype(queries, keys, shape, dtype):
-    """It is never computed with, so it never changes what is computed, nor its dtype."""
+    """A bias takes no part in the computation, so it changes neither results nor their dtype."""
     tensors = list(make((3,), queries, keys, H, DV, dtype=dtype).values())
     tensors = [x.requires_grad_() for x in tensors]
     expected = additive_attention(*tensors)
@@ -260,7 +261,7 @@ def test_a_bias_of_any_float_dtype(queries, keys, shape, dtype):
 @pytest.mark.core
 @pytest.mark.parametrize("batch", [(3,), (2, 3)], ids=str)
 def test_a_value_that_all_share(batch):
-    """Of as many keys as there are sequences, too."""
+    """Entries share a value, also one with as many keys as there are sequences."""
     query, key, value, weight = inputs_of(batch)
     key, value = key[..., :3, :], value[(0,) * len(batch)][:3]
     out = additive_attention(query, key, value, weight)
@@ -303,7 +304,7 @@ MASKS = {
 @pytest.mark.core
 @pytest.mark.parametrize("options", MASKS.values(), ids=MASKS.keys())
 def test_step(options):
-    """One query of each sequence, without a dim for it."""
+    """A step takes one query of each sequence, without a dim for it."""
     query, key, value, weight = inputs_of((3,))
     options = dict(options)
     if isinstance(options.get("lengths"), int):
@@ -355,7 +356,7 @@ CALLS = {
 
 
 def batched(call):
-    """What ``vmap`` says, in a loop."""
+    """Returns what ``vmap`` returns, computed in a loop."""
     return lambda q, k, v, w: torch.stack([call(q[n], k[n], v[n], w) for n in range(len(q))])
 
 

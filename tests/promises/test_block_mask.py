@@ -1,4 +1,4 @@
-"""A BlockMask of flex_attention as the mask: as the dense mask that it stands for."""
+"""A BlockMask of flex_attention gives the results of the dense mask that it represents."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_slice_for_more_queries_than_it_has():
     mask = made(causal, size=(8, 16), rows=16, keys=16)
     part = mask[:, :, :1]
     part.mask_mod = mask.mask_mod
-    # From torch 2.14 on the slice itself knows that it is for 8 queries.
+    # From torch 2.14 on, the slice itself stores that it is for 8 queries.
     match = (
         r"of 1 blocks of .* queries, but 16 queries have|for 8 queries and 16 keys, but there are"
     )
@@ -175,7 +175,7 @@ def test_a_slice_for_more_queries_than_it_has():
 
 
 def test_mask_mod_by_another_name():
-    """That of flex_attention which lets all attend is known by itself, not by its name."""
+    """flex_attention's noop_mask is recognised as an object, not by its name."""
 
     def noop_mask(b, h, q, k):
         return q >= k
@@ -195,7 +195,8 @@ def test_mask_mod_of_numbers():
 
 @pytest.mark.core
 def test_dropout_counts_rows_and_keys_of_the_call():
-    """Blocks that are left out take no random numbers from the others, forward and backward."""
+    """Blocks that are left out do not change the random numbers of the others, forward and
+    backward."""
     inputs = make((B,), LQ, LK, 5, 4, dtype=torch.float64)
     dense = create_mask(by_entry, B, None, LQ, LK, device=DEVICE)[:, 0]
     found = []

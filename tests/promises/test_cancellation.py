@@ -1,4 +1,5 @@
-"""q near c and k near -c, so that tanh is small and the exponentials of q and k are not."""
+"""Cancellation: q is near c and k near -c, so that tanh is small while the exponentials are
+not."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ def test_opposite_offsets(offset, deviation, weight, dtype):
     judge(cases, size=size)
 
 
-# Which keys are far from cancelling beside those that cancel: the ends of tiles, every third, all
-# but two; or half of the keys and rows cancel with the other sign.
+# The keys that are far from cancelling, beside those that cancel: the ends of tiles, every third,
+# all but two. With "alternate", half of the keys and rows cancel with the other sign.
 MIXES = {
     "none": lambda j: j < 0,
     "ends": lambda j: (j % 30 == 0) | (j % 30 == 29),
@@ -53,7 +54,7 @@ MIXES = {
     ("deviation", "weight"), [(1e-3, 1.0), (1e-3, 10.0), (1e-3, 100.0), (0.03, 10.0)]
 )
 def test_opposite_offsets_among_others(deviation, weight, hidden, mix, dtype):
-    """Rows whose weight lies on cancelling keys, whatever other keys their tile holds."""
+    """The weight of rows lies on cancelling keys, and their tiles contain other keys too."""
     cases = []
     for seed in range(3):
         inputs = inputs_of(seed, torch.float64, 12, 150, hidden, spread=deviation)
@@ -76,7 +77,7 @@ def test_opposite_offsets_among_others(deviation, weight, hidden, mix, dtype):
 
 
 def test_opposite_rows_of_a_later_block():
-    """Whether a row cancels is asked of each, wherever it stands."""
+    """Each row is checked for cancellation, also one in a later block."""
     inputs = inputs_of(0, torch.float32, 300, 150, 72, spread=1e-3, weight=10.0)
     inputs["query"] += 3.0
     inputs["key"] -= 3.0
@@ -123,8 +124,8 @@ def test_one_large_key_among_small_ones(outlier):
 @pytest.mark.parametrize(("hidden", "queries"), [(1, 12), (5, 200), (72, 12)])
 @pytest.mark.parametrize("deviation", [1e-6, 1e-4, pytest.param(1e-2, marks=pytest.mark.sweep)])
 def test_weight_gradient(deviation, hidden, queries, mix, dtype):
-    """It is a sum of small tanh, while exponentials have errors of their own size. The weights of
-    all rows lie on keys that cancel."""
+    """The gradient is a sum of small tanh, while the errors of exponentials are as large as the
+    exponentials are. The weights of all rows lie on keys that cancel."""
     for size in (0.05, 0.5, 3.0):
         cases = []
         for seed in range(8 if hidden == 1 else 2):
@@ -145,8 +146,8 @@ def test_weight_gradient(deviation, hidden, queries, mix, dtype):
 
 @functools.lru_cache(maxsize=32)
 def degree(seed, hidden, offset, deviation, opposite, signed, dtype):
-    """Queries near an offset and keys near its negative, in a share of the features; their scores
-    in a wider type, and the largest error of the plain formula."""
+    """Returns queries near an offset and keys near its negative, in a share of the features; their
+    scores in a wider type; and the largest error of the plain formula."""
     inputs = inputs_of(seed, torch.float64, 6, 140, hidden, spread=deviation)
     g = generator(400 + seed)
     c = offset * (0.5 + torch.rand(hidden, generator=g, dtype=torch.float64))
@@ -168,7 +169,8 @@ def degree(seed, hidden, offset, deviation, opposite, signed, dtype):
 @pytest.mark.parametrize("offset", [1.5, 6.0])
 @pytest.mark.parametrize("hidden", [5, 72, 130])
 def test_degrees_of_cancellation(hidden, offset, signed, dtype):
-    """From pairs that are all but opposite to ordinary ones, scores err as the plain layer's."""
+    """Scores err as the plain layer's, for pairs that are nearly opposite, ordinary, and
+    between."""
     bad = []
     eps = torch.finfo(dtype).eps
     for deviation, opposite in itertools.product((0.01, 0.05, 0.1, 0.2, 0.4), (1.0, 0.8)):
@@ -185,9 +187,9 @@ def test_degrees_of_cancellation(hidden, offset, signed, dtype):
 
 @pytest.mark.parametrize("hidden", [72, 130, 256])
 def test_equal_weights_near_cancellation(hidden):
-    """Features of equal weight, whose roundings are all that a score errs by. With fused
-    multiply-add those of the products are taken out: the root mean square, steady over so many
-    pairs, stays near that of PyTorch's most exact sum."""
+    """With features of equal weight, their roundings are the whole error of a score. Fused
+    multiply-add removes the roundings of products. The root mean square hardly varies over so many
+    pairs, and stays near that of PyTorch's most exact sum."""
     ours = theirs = 0.0
     for seed in range(3):
         inputs = inputs_of(seed, torch.float64, 12, 140, hidden, spread=0.1)
@@ -204,7 +206,8 @@ def test_equal_weights_near_cancellation(hidden):
 
 
 def step_scores(query, key, weight):
-    """Scores (keys,) of a decoder's step on prepared keys: the lse of each key alone."""
+    """Returns scores (keys,) of a decoder's step on prepared keys, as the lse of each key
+    alone."""
     entries = len(key)
     operators = torch.ops.additive_attn
     keys, value = key[:, None], key.new_zeros(entries, 1, 0)
@@ -216,8 +219,8 @@ def step_scores(query, key, weight):
 
 @functools.lru_cache(maxsize=48)
 def few(seed, hidden, offset, share, deviation, weights, dtype):
-    """A query and keys that are opposite but for a share of the features; their scores in a wider
-    type, and what the plain formula adds."""
+    """Returns a query and keys that are opposite but for a share of the features; their scores in
+    a wider type; and the error of the plain formula."""
     g = generator(600 + seed)
     q, k, w, c, other = (
         torch.randn(*shape, generator=g, dtype=torch.float64)
@@ -238,7 +241,8 @@ def few(seed, hidden, offset, share, deviation, weights, dtype):
 @pytest.mark.parametrize("weights", ["normal", "equal", "signs"])
 @pytest.mark.parametrize("hidden", [5, 72, 512])
 def test_steps_where_few_features_do_not_cancel(hidden, weights, dtype):
-    """Beside a feature that is not small the others keep their rounding, however many they are."""
+    """Beside a feature that is not small, any number of others keep their small rounding
+    errors."""
     bad = []
     for offset, share, deviation in itertools.product(
         (0.12, 0.6, 4.0), (0.0, 1e-9, 0.1), (0.003, 0.1)
@@ -268,7 +272,7 @@ def test_steps_where_few_features_do_not_cancel(hidden, weights, dtype):
     ],
 )  # fmt: skip
 def test_degrees_of_cancellation_on_a_gpu(hidden, offset, weights):
-    """Pairs that cancel too little for the direct form, whatever the weights are."""
+    """The pairs cancel too little for the direct form, with weights of all kinds."""
     bad = []
     for deviation, share in (
         (0.1, 0.0), (0.2, 0.0), (0.4, 0.0), (0.8, 0.0), (0.003, 1e-9), (0.2, 1e-9), (0.1, 0.1)

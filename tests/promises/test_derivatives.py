@@ -1,6 +1,6 @@
-"""The derivative belongs to the operator: every way that reaches it finds the same one.
+"""The derivative is registered on the operator, so that every way to call it uses the same one.
 
-Each way is judged against the plain formula taken the same way.
+Each way is judged against the plain formula that is called the same way.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_transforms(name):
     assert_all_close(transform(additive_attention), transform(plain))
 
 
-# torch compiles functionalize with the backend eager only.
+# torch compiles functionalize with the backend eager alone.
 COMPILED = [(name, backend) for name in TRANSFORMS for backend in ("eager", "aot_eager")]
 COMPILED.remove(("functionalize", "aot_eager"))
 
@@ -156,7 +156,7 @@ def test_raw_operator():
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_the_same_tensor_twice(backend):
-    """Self-attention, and keys that are the values."""
+    """Tests self-attention, and keys that are the values."""
     torch._dynamo.reset()
     w = WEIGHT
     for case in (
@@ -208,7 +208,7 @@ PROGRAMS = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_train(name):
-    """Every parameter and input of a saved program gets the plain layer's gradient."""
+    """Every parameter and input of a saved program has the plain layer's gradient."""
     torch._dynamo.reset()
     expected = Model(PlainAdditiveAttention)
     program = PROGRAMS[name](Model(AdditiveAttention))

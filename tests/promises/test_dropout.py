@@ -1,4 +1,5 @@
-"""Promise 7: dropout from Philox, the same mask forward, backward, recomputed and everywhere."""
+"""Promise 7: dropout by Philox, with one mask in forward, backward, recomputation and on every
+path."""
 
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ def test_known_answers(counter, key, words):
     entry = torch.tensor(as_int64(c2 + (c3 << 32)))
     seed = torch.tensor(as_int64(key[0] + (key[1] << 32)))
     got = philox(seed, torch.tensor(c0), torch.tensor(c1), entry)
-    if c3 < 2**31:  # entries are counted in int64, so a negative one does not occur
+    if c3 < 2**31:  # entries are counted in int64, so there are no negative ones
         assert tuple(int(w) for w in got) == words
 
 
@@ -115,7 +116,7 @@ def test_few_words_are_those_of_many(rows, keys, seed, monkeypatch):
 
 
 def kernel_mask(batch, queries, keys, seed, p, dtype=torch.float32, **masking):
-    """What the forward operator keeps: with the identity as values, out is the kept weights."""
+    """The mask of the forward operator: with the identity as values, out is the kept weights."""
     inputs = make(batch, queries, keys, 4, 1, dtype=dtype)
     inputs["weight"] *= 0.1  # no weight underflows
     out, weights, _ = dispatch.forward(
@@ -149,7 +150,7 @@ def test_every_dtype_drops_the_same(dtype):
 
 
 def test_masking_keeps_the_random_stream():
-    """Skipped tiles take no words; split keys count from the first key."""
+    """Skipped tiles draw no words, and split keys are counted from the first key."""
     seed = torch.tensor(5)
     lengths = torch.tensor([[200], [70]])
     allowed = (torch.arange(200) < lengths[..., None]) & (
@@ -205,7 +206,7 @@ def test_entries_are_numbered_over_the_broadcast_batch():
 @pytest.mark.parametrize("shape", [((2,), 33, 70), ((), 1, 40), ((2,), 3, 21)], ids=str)
 @pytest.mark.parametrize("p", [0.25, 0.8])
 def test_gradients_given_the_mask(p, shape, dtype):
-    """Forward and backward drop the same weights, and scale what they keep."""
+    """Forward and backward drop the same weights, and scale those that they keep."""
     batch, queries, keys = shape
     seed = torch.tensor(42)
     keep = keep_mask(seed, batch, (0, queries), (0, keys), p)
@@ -265,7 +266,7 @@ def test_extreme_probabilities():
     _, expected = gradients(fused, inputs, {"weights": upstream["weights"]})
     for name in ("query", "key", "weight"):
         torch.testing.assert_close(grads[name], expected[name])
-    # Small enough to keep every word but one in 2^32.
+    # So small that all words but one in 2^32 are kept.
     torch.testing.assert_close(fused(inputs, dropout_p=1e-12)["out"], fused(inputs)["out"])
     assert keep_threshold(1.0) == 2**32 - 1 and keep_threshold(0.5) == 2**31
 
@@ -313,7 +314,7 @@ def test_checkpointing_draws_the_same_mask(use_reentrant):
         torch.manual_seed(9)
         call = lambda *x: additive_attention(*x, dropout_p=0.5)  # noqa: E731
         out = checkpoint(call, *leaves, use_reentrant=use_reentrant) if wrap else call(*leaves)
-        torch.rand(3)  # the generator moves on before the backward
+        torch.rand(3)  # advances the generator before the backward
         out.backward(upstream)
         results.append([out.detach(), *(x.grad for x in leaves)])
     for a, b in zip(*results, strict=True):
@@ -331,14 +332,14 @@ def test_module_drops_in_training_only():
     same.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x, x)[0], same(x, x)[0])
     memory = layer.project(x)
-    # A memory of another layer is attended to by an ordinary call, which rounds otherwise.
+    # Attention to a memory of another layer is an ordinary call, with other roundings.
     torch.testing.assert_close(layer.step(x[:, 0], memory)[0], same.step(x[:, 0], memory)[0])
     layer.train()
     assert not torch.equal(layer.step(x[:, 0], memory)[0], same.step(x[:, 0], memory)[0])
 
 
 def test_without_dropout_accuracy_is_untouched():
-    """p = 0 is the path without dropout, bit for bit."""
+    """p = 0 gives the bits of a call without dropout."""
     inputs = make((2,), 10, 40, 6, 4)
     assert torch.equal(
         additive_attention(*inputs.values(), dropout_p=0.0), additive_attention(*inputs.values())

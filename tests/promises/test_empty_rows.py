@@ -12,7 +12,7 @@ from additive_attn import AdditiveAttention, additive_attention
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 QUERIES, KEYS = 5, 70
-EMPTY = 2  # the row of entry 0 that is emptied
+EMPTY = 2  # the row of entry 0 that gets no key
 
 
 def bool_mask(dtype):
@@ -34,7 +34,7 @@ def lengths(dtype):
 
 
 def disjoint(dtype):
-    """Each part leaves keys, their intersection none."""
+    """Returns masks each of which leaves keys, while their intersection leaves none."""
     mask = torch.ones(2, QUERIES, KEYS, dtype=torch.bool)
     mask[0, EMPTY, :3] = False
     return dict(attn_mask=mask, is_causal=True)
@@ -66,7 +66,8 @@ def test_empty_row(kind, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_an_empty_row_are_zero(kind, dtype):
-    """Whatever comes from upstream; and the row leaves no trace in the others' gradients."""
+    """They are zero for any upstream gradient, and the row contributes nothing to other
+    gradients."""
     options = kind(dtype)
     inputs = make((2,), QUERIES, KEYS, 12, 9, dtype=dtype)
     outputs = fused(inputs, **options)
@@ -110,7 +111,7 @@ def test_every_row_empty(queries):
 
 
 def test_one_sequence_without_keys():
-    """Its gradients are zero, and the other sequence is as it is alone."""
+    """Its gradients are zero, and the other sequence has the results of a call with it alone."""
     inputs = make((2,), 6, 50, 8, 6)
     upstream = {"out": torch.randn(2, 6, 6)}
     _, grads = gradients(lambda x: fused(x, lengths=torch.tensor([0, 50])), inputs, upstream)
@@ -124,7 +125,7 @@ def test_one_sequence_without_keys():
 
 
 def test_leading_keys_masked():
-    """The first tiles are empty, later ones are not: the running maximum starts at -inf."""
+    """The first tiles are empty and later ones are not: the running maximum starts at -inf."""
     inputs = make((), 20, 400, 8, 6)
     allowed = torch.zeros(20, 400, dtype=torch.bool)
     allowed[:, 300:] = True

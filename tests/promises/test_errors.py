@@ -538,7 +538,8 @@ def test_step_and_project_refuse_other_settings():
 
 
 def test_operators_refuse_tensors_on_several_devices():
-    """One meta tensor calls for shapes alone, and the result would be unwritten memory."""
+    """A single meta tensor would dispatch the whole call to the shape functions, and the result
+    would be unwritten memory."""
     inputs = make((2,), 3, 5, 8, 6)
     tensors = [*inputs.values(), *[None] * 5]
     options = -1, -1, None, 0.0, 1.0
@@ -574,7 +575,7 @@ def test_numbers_of_other_types():
 
 
 def test_arrays_with_masked_entries():
-    """A tensor made of such an array drops its mask."""
+    """A tensor that is made from a masked array loses the mask, so such arrays raise."""
     numpy = pytest.importorskip("numpy")
     array = numpy.ma.masked_array([5, 3], mask=[False, True])
     with pytest.raises(TypeError, match=r"lengths is masked_array(.|\n)*must be integers"):
@@ -601,7 +602,7 @@ def test_floats_of_eight_bits():
 
 
 def test_padding_may_be_beyond_sixteen_bits():
-    """What is not attended to may hold anything, and infinities are passed on."""
+    """Masked values may be any numbers, and infinities propagate."""
     layer, value = AdditiveAttention(8, 4), t(2, 5, 8)
     value[0, 3:], value[1, :2] = 1e5, torch.inf
     for options in (
@@ -630,7 +631,7 @@ BAD_MASKS = {
 
 @pytest.mark.parametrize("mask,exception,sentence", BAD_MASKS.values(), ids=BAD_MASKS.keys())
 def test_module_refuses_masks_also_beside_padding(mask, exception, sentence):
-    """The two masks are combined before the public function can look at either."""
+    """The layer combines the two masks before the public function can check them."""
     layer, x = AdditiveAttention(8, 4), t(2, 3, 8)
     with pytest.raises(exception, match=sentence):
         layer(x, x, key_padding_mask=t(2, 3, dtype=torch.bool), attn_mask=mask)
@@ -643,7 +644,7 @@ def test_a_failed_call_leaves_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# The operators are public: whatever they are called with, the process survives.
+# The operators are public: no argument may crash the process.
 RAW_CALLS = """
 import itertools, torch
 from additive_attn.ops import dispatch
@@ -747,7 +748,8 @@ def test_raw_operator_calls_do_not_crash():
 
 
 def test_operator_clamps_lengths():
-    """The public function refuses lengths out of range; the operator stays inside the keys."""
+    """The public function raises for lengths out of range; the operator clamps them to the
+    keys."""
     inputs = make((), 3, 5, 8, 6)
     wild = torch.tensor([-4, 99, 3])
     tame = torch.tensor([0, 5, 3])

@@ -1,5 +1,5 @@
-"""Promise 10, for every argument of every public callable: what is no good is refused by a
-sentence that names it, and what is taken without a word is listed here."""
+"""Promise 10, for every argument of every public callable: a bad one raises a sentence that names
+it, and those that are accepted are listed here."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ B, LQ, LK, D, H = 2, 3, 5, 8, 4
 
 
 def others(good: Any) -> dict[str, Any]:
-    """What a caller may have put in the place of ``good``."""
+    """Returns other arguments that a caller may pass by mistake instead of ``good``."""
     bad = {"None": None, "list": [1.5], "text": "no", "number": 2.5, "dict": {}}
     if isinstance(good, list) and isinstance(good[0], torch.Tensor):
-        # One tensor of them, and all.
+        # Replaces one tensor of the list, and all.
         for kind, each in others(good[0]).items():
             bad |= {f"one {kind}": [*good[:-1], each], f"all {kind}": [each] * len(good)}
     elif isinstance(good, torch.Tensor):
@@ -96,7 +96,7 @@ X, Q = torch.randn(B, LK, D), torch.randn(B, D)
 
 
 def stepped(cls: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """A step, with the fields of its memory and state as arguments."""
+    """Returns a step that has the fields of its memory and state as arguments."""
     heads = cls is MultiheadAdditiveAttention
     layer = cls(D, 2, batch_first=True) if heads else layer_of(cls)
     memory = layer.project(X, lengths=LENGTHS, key_padding_mask=PADDING)
@@ -215,7 +215,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     }  # fmt: skip
 
 
-# What may be left out; and other ways to say the same.
+# Arguments that may be left out; and those that are accepted beside the usual ones.
 OPTIONAL = {
     "query", "value", "lengths", "key_padding_mask", "starts", "attn_mask", "window", "bias",
     "device", "dtype", "input_dim", "query_dim", "key_dim", "source_tokens", "target_tokens",
@@ -224,25 +224,25 @@ OPTIONAL = {
 TAKEN = {
     ("scale", "number"), ("scale", "integer"), ("vmin", "number"), ("vmin", "integer"),
     ("vmax", "number"), ("vmax", "integer"),
-    ("attn_mask", "floats"), ("attn_mask", "number as tensor"),  # broadcast to all pairs
+    ("attn_mask", "floats"), ("attn_mask", "number as tensor"),  # they broadcast to all pairs
     ("bias", "number as tensor"), ("bias", "double"),
     ("title", "text"), ("target_tokens", "text"),  # two letters for two rows
     ("cmap", "None"),  # matplotlib's default
     ("weights", "more dims"), ("weights", "integers"), ("weights", "double"),  # of plots
-    ("query", "sparse"),  # a Linear takes it
-    ("index", "empty"),  # no beam goes on
+    ("query", "sparse"),  # a Linear accepts it
+    ("index", "empty"),  # no beam is kept
 }  # fmt: skip
 
 
 HEADS = {
     ("hidden_dim", "None"), ("key_padding_mask", "floats"),
-    # Fields of a memory, of as many numbers.
+    # Fields of a memory with as many numbers.
     ("lengths", "number as tensor"), ("lengths", "more dims"), ("attn_mask", "more dims"),
 }  # fmt: skip
 
 
 def outcome(call: Callable[..., Any], arguments: dict[str, Any], name: str, kind: str) -> str:
-    """ "went well", "refused", or what it raised that is no sentence about its arguments."""
+    """Returns "went well", "refused", or the error if it is no sentence about the arguments."""
     try:
         call(**arguments)
     except Exception as error:
@@ -255,7 +255,8 @@ def outcome(call: Callable[..., Any], arguments: dict[str, Any], name: str, kind
         if kind in ("None", "more dims", "number as tensor", "tensor", "double", "empty") or (
             kind.startswith(("nested", "jagged")) and "nested tensors" in text
         ):
-            # Then it is others that do not fit; of memories and states the sentence says so.
+            # Then other arguments do not fit this one. For memories and states the sentence names
+            # those.
             names |= {*arguments, "keys", "values", "state", "out", "lse"}
         if isinstance(error, (TypeError, ValueError, RuntimeError)) and names & words:
             with contextlib.suppress(AssertionError):
@@ -275,7 +276,7 @@ def test_every_argument(name):
         for kind, bad in others(value).items():
             found = outcome(call, good | {argument: bad}, argument, kind)
             taken = (argument, kind) in TAKEN or (kind == "None" and argument in OPTIONAL)
-            if name.startswith("Multihead"):  # its keys may be masked by floats
+            if name.startswith("Multihead"):  # floats may mask its keys
                 taken |= (argument, kind) in HEADS
             if found != "refused" and not (taken and found == "went well"):
                 wrong.append(f"{argument}={kind}: {found}")

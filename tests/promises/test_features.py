@@ -1,5 +1,5 @@
-"""Every feature in every dtype on every path, by the accuracy rule. The table in docs/features.md
-shows what these tests computed."""
+"""Tests every feature in every dtype on every path by the accuracy rule. The table in
+docs/features.md shows which of them passed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ BLOCK_MASK = create_block_mask(
 )  # fmt: skip
 BLOCKS = (ROW + torch.tensor([[0, 3], [6, 9]], device=DEVICE)[..., None, None]) // 4 != KEY // 8
 
-# The options of a call, and the pairs that may be attended to.
+# The options of a call, and the pairs that are attended.
 MASKING = {
     "none": ({}, None),
     "bool mask": ({"attn_mask": RANDOM < 0.6}, RANDOM < 0.6),
@@ -69,7 +69,7 @@ def cases(dtype, rows=ROWS, heads=True, broadcast=False):
     return made
 
 
-# What judges, and by which outputs.
+# The formula that each function is compared with, and the outputs that are compared.
 FORMULAS = {fused: (plain_masked, OUTPUTS), fused_scores: (plain_scores, ("scores",))}
 both = pytest.mark.parametrize("ours", FORMULAS)
 
@@ -85,7 +85,7 @@ def test_masking(name, ours, dtype):
     def function(inputs, scale):
         return ours(inputs, scale=scale, **options)
 
-    formula.__name__ = f"{theirs.__name__} with {name}"  # by which what it computes is remembered
+    formula.__name__ = f"{theirs.__name__} with {name}"  # the key of stored results
     check_against_plain(cases(dtype), function=function, formula=formula, upstream_of=upstream_of)
 
 
@@ -134,7 +134,7 @@ def test_steps(name, dtype):
 
 
 def test_steps_with_keys_of_sixteen_bits(dtype):
-    """Beside queries in float32; other keys have the dtype of the queries."""
+    """The queries are in float32. In the other tests keys have the dtype of the queries."""
     narrow = dtype.itemsize == 2
     function = test_step_operator.with_wide_queries if narrow else test_step_operator.step
     check_against_plain(cases(dtype, 1, heads=False), function=function)

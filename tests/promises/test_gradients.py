@@ -1,4 +1,4 @@
-"""Promise 1: gradcheck and gradgradcheck in float64 pass, on the kernel itself."""
+"""Promise 1: gradcheck and gradgradcheck pass in float64, on the kernel itself."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def leaves(*args, **options):
 
 
 def function(pick, **options):
-    """The public function as a function of its tensors, returning the picked outputs."""
+    """Returns the public function as a function of tensors that returns the picked outputs."""
 
     def call(query, key, value, weight, attn_mask=None):
         outputs = additive_attention(
@@ -138,10 +138,10 @@ def test_heads_and_broadcast_inputs():
 @pytest.mark.parametrize("spread", [0.3, 4.0, 30.0, 120.0])
 @pytest.mark.parametrize("hidden", [5, 66], ids=["few features", "many features"])
 def test_every_form_of_the_kernel(hidden, spread):
-    """Small, usual, large and saturated activations take different paths, few features another
-    than many."""
+    """The kernel computes small, usual, large and saturated activations in different forms, and
+    few features in another than many."""
     query, key, value, weight = leaves((), 2, 3, hidden, 2, spread=spread)
-    with torch.no_grad():  # some pairs are near zero even if both parts are large
+    with torch.no_grad():  # makes some pairs near zero though both parts are large
         key[0] = 0.1 - query[0]
     assert gradcheck(function((0, 1, 2)), (query, key, value, weight))
 
@@ -169,7 +169,7 @@ def test_dropout_with_a_fixed_seed(p):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("queries", [1, 6])
 def test_only_what_is_needed_is_computed(queries):
-    """Each input alone gets the gradient that it gets together with the others."""
+    """An input that alone needs a gradient gets the same one as together with the others."""
     inputs = make((2,), queries, 20, 9, 5)
     mask = torch.randn(queries, 20)
     together = [x.clone().requires_grad_() for x in (*inputs.values(), mask)]
@@ -205,7 +205,7 @@ def test_undefined_upstream_gradients_are_zeros(queries):
 
 
 def test_second_derivative_equals_that_of_the_formula():
-    """Also under masks: a gradient penalty of the fused layer is that of the plain one."""
+    """A gradient penalty of the fused layer is that of the plain one, also under masks."""
     inputs = make((2,), 4, 6, 5, 3, dtype=torch.float64)
     lengths = torch.tensor([6, 4])
     results = []
@@ -244,7 +244,7 @@ def test_saved_tensors_may_not_change():
 
 
 def test_kernel_backward_against_the_formula_in_float32():
-    """The operator itself, with nothing between it and the test."""
+    """Calls the operators directly, without autograd."""
     inputs = make((3,), 10, 37, 21, 11)
     out, weights, lse = dispatch.forward(
         *inputs.values(), None, None, None, None, None, -1, -1, None, 0.0, 1.0, True

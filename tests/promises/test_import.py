@@ -1,4 +1,5 @@
-"""Promise 9: import needs nothing but torch; missing parts fall back with one warning."""
+"""Promise 9: import needs torch alone; where parts are missing, calls fall back with one
+warning."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def succeeded(result):
 
 
 def test_import_loads_no_optional_package():
-    """No Triton, no plotting library, no compiler, no CUDA; nor is one of them needed."""
+    """The import loads no Triton, plotting library, compiler or CUDA, and needs none of them."""
     code = """
 import sys, torch
 class Block:
@@ -153,7 +154,7 @@ BREAKS = {
 
 @pytest.mark.parametrize("case", BREAKS)
 def test_a_failed_import_can_be_repeated(case, copied):
-    """Nothing that a failed, or an earlier, import has registered stands in the way."""
+    """What a failed or an earlier import has registered does not make the next one fail."""
     breaks, repairs = BREAKS[case]
     code = REPAIR.format(breaks=breaks, repairs=repairs)
     result = succeeded(python(code, copied if case == "warning as error" else PACKAGE_PARENT))
@@ -204,7 +205,7 @@ def test_module_takes_no_arguments(monkeypatch, capsys):
 
 
 def test_works_in_forked_workers():
-    """OpenMP threads do not survive a fork; DataLoader workers run on one thread of their own."""
+    """A fork does not copy OpenMP's threads; DataLoader workers run on one thread of their own."""
     code = """
 import torch
 from torch.utils.data import DataLoader

@@ -1,5 +1,5 @@
-"""Keys that are projected inside the call: the outputs and derivatives are those of keys that were
-projected before, and where keys and values are one tensor, so is their gradient."""
+"""Keys that are projected inside the call give the outputs and derivatives of keys that were
+projected before it. Where keys and values are one tensor, their gradient is one sum."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from additive_attn import (
 from additive_attn.backends.plain import whole
 from additive_attn.ops import key_projection
 
-B, LQ, LK, H, D = 2, 3, 21, 8, 6  # keys of both sequences are more than a block of rows
+B, LQ, LK, H, D = 2, 3, 21, 8, 6  # both sequences together have more keys than a block of rows
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,8 @@ def of_any_size(monkeypatch):
 
 
 def inputs_of(batch=(B,), dtype=torch.float32, seed=0):
-    """Query, the features that are keys and values, weight and the keys' projection."""
+    """Returns the query, features that are keys and values, the weight, and the keys'
+    projection."""
     inputs = make(batch, LQ, LK, H, D, dtype=dtype, seed=seed)
     del inputs["key"]
     key_weight = torch.randn(H, D, generator=generator(seed))
@@ -73,12 +74,12 @@ def plain_projected(inputs, **options):
 
 @pytest.fixture
 def one_node(monkeypatch):
-    """Small calls too are one node of the graph on plain PyTorch."""
+    """Makes small calls one node of the graph on plain PyTorch too."""
     monkeypatch.setattr(whole, "ELEMENTS", -1)
 
 
 def shares(out):
-    """Whether keys and values come from one node."""
+    """Whether keys and values are outputs of one node."""
     nodes = [node for node, _ in out.grad_fn.next_functions if node is not None]
     return any(nodes.count(node) > 1 for node in nodes)
 
@@ -187,7 +188,7 @@ def test_a_part_of_the_gradients(wanted):
 
 
 def test_a_part_of_the_outputs():
-    """No gradient reaches the values, or none at all."""
+    """The loss depends on the weights alone, so that no gradient reaches the values."""
     leaves = leaves_of()
     found = []
     for call in (inside, before):
@@ -197,7 +198,8 @@ def test_a_part_of_the_outputs():
 
 
 def test_features_that_serve_elsewhere_too():
-    """Their gradients add up; neither these nor the upstream gradient are written to."""
+    """The gradients of the features are added up. Neither these nor the upstream gradient are
+    written to."""
     found = []
     for call in (inside, before):
         _, x, weight, key_weight = leaves_of()
@@ -312,7 +314,7 @@ def test_symbolic_trace():
     torch.testing.assert_close(graph(*leaves), Pooling()(*leaves))
 
 
-def test_hooks_and_other_layers_see_the_keys():
+def test_hooks_and_other_layers_get_the_keys():
     layer, plain = layers()
     query, x = torch.randn(B, LQ, D).to(DEVICE).double(), torch.randn(B, LK, D).to(DEVICE).double()
     seen = []

@@ -42,7 +42,7 @@ RECIPES = [
 
 
 def of_weight(recipe):
-    """The recipes that make sense for a vector."""
+    """The recipes that apply to a vector."""
     return recipe if recipe in (row_padded, offset, every_second_feature, unaligned) else offset
 
 
@@ -56,7 +56,7 @@ def relayouted(inputs, recipe, names):
 
 
 def everything(inputs, **options):
-    """Outputs and gradients, with leaves of the strides that are given."""
+    """Outputs and gradients, with leaves that have the strides of ``inputs``."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     outputs = fused(leaves, **options)
     upstream = random_upstream(outputs)
@@ -72,7 +72,7 @@ def everything(inputs, **options):
 @pytest.mark.parametrize("names", [(name,) for name in INPUTS] + [INPUTS], ids=str)
 @pytest.mark.parametrize("queries", [1, 6])
 def test_input_strides(queries, names, recipe):
-    # Ragged against every tile: 21 keys, 13 features, 10 values.
+    # 21 keys, 13 features and 10 values fill no tile.
     inputs = make((3,), queries, 21, 13, 10)
     assert_layout_free(everything(relayouted(inputs, recipe, names)), everything(inputs))
 
@@ -94,7 +94,7 @@ def test_input_strides_beyond_one_tile(recipe):
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_expanded_inputs(name, dim):
-    """Stride 0 in a batch, row or feature dim."""
+    """An input has stride 0 in a batch, row or feature dim."""
     inputs = make((3,), 5, 21, 12, 10)
     view = inputs[name].narrow(dim, 0, 1).expand(inputs[name].shape)
     same = {**inputs, name: view.contiguous()}
@@ -140,7 +140,7 @@ def test_lengths_strides(dtype, kind):
     assert_layout_free(ours, fused(inputs, lengths=lengths))
 
 
-# Sizes. Sixteen batch entries: the maximum over a tensor of few elements is a matter of luck.
+# Sizes. There are sixteen batch entries, since the maximum over few elements varies by chance.
 
 
 @pytest.mark.core
@@ -205,7 +205,7 @@ def test_size_zero(queries, zero, dtype):
 @pytest.mark.parametrize("mask", ["all", "causal", "lengths"])
 @pytest.mark.parametrize("zero", ["batch", "queries", "keys", "hidden", "values"])
 def test_size_zero_beside_masks(zero, mask):
-    """Which exclude no pair."""
+    """The masks exclude no pair."""
     sizes = dict(batch=2, queries=1, keys=1, hidden=4, values=6) | {zero: 0}
     batch, queries, keys, *features = sizes.values()
     inputs = make((batch,), queries, keys, *features)
@@ -298,7 +298,8 @@ def test_weight_of_one_head_broadcasts():
 
 
 def test_operator_broadcasts_every_argument():
-    """Also what the public function does not offer: a weight, lengths and seed per entry."""
+    """Every argument broadcasts, also where the public function does not support it: weight,
+    lengths and seed per entry."""
     inputs = make((2, 3), 4, 9, 6, 5)
     weight = torch.randn(2, 1, 6)
     lengths = torch.randint(0, 10, (3, 1))

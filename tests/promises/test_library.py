@@ -1,4 +1,5 @@
-"""Promise 9: the compiled library is found where it is, and the reason is true where it is not."""
+"""Promise 9: the compiled library is found where there is one; else the reason that is given is
+true."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from additive_attn.ops import dispatch, library
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """An empty package in a folder that is no checkout, alone on Python's path."""
+    """An empty package in a folder that is no checkout, and is the only one on Python's path."""
     folder = tmp_path / "here" / "additive_attn"
     make(folder)
     monkeypatch.setattr(library, "PACKAGE", folder)
@@ -26,7 +27,7 @@ def package(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def loads(monkeypatch):
-    """Files that say "good" load; no library is loaded into this process."""
+    """Makes files with the text "good" load. No library is loaded into this process."""
 
     def load(path):
         text = path.read_text().removesuffix(library._INTERFACE.decode())
@@ -37,7 +38,7 @@ def loads(monkeypatch):
 
 
 def make(folder, *libraries, source="x = 1"):
-    """Libraries from the newest to the oldest."""
+    """Writes libraries, from the newest to the oldest."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "__init__.py").write_text(source)
     for age, (name, text) in enumerate(libraries):
@@ -61,7 +62,7 @@ OLD = "_C.cpython-310-x86_64-linux-gnu.so"
     "files,chosen",
     [
         ([("_C.abi3.so", "good")], "_C.abi3.so"),
-        # Newest first; a stable ABI wins over whatever is newer.
+        # The newest is loaded, but one with the stable ABI precedes newer ones.
         ([(STALE, "good"), ("_C.abi3.so", "good")], "_C.abi3.so"),
         ([("_C.so", "stale"), (STALE, "stale"), ("_C.abi3.so", "good")], "_C.abi3.so"),
         ([("_C.abi3.so", "stale"), (STALE, "good")], STALE),
@@ -122,7 +123,7 @@ def test_a_checkout_does_not_hide_an_installed_library(package, tmp_path, monkey
 
 @pytest.mark.parametrize("change", ["edited", "more", "fewer"])
 def test_the_library_of_other_sources_is_not_loaded(package, tmp_path, monkeypatch, change):
-    """Its operators may take other arguments, and torch would not notice."""
+    """Its operators may have other arguments, for which torch would not raise."""
     installed = make(tmp_path / "site" / "additive_attn", ("_C.abi3.so", "good"))
     changed = {"edited": "__init__.py", "more": "more.py", "fewer": "fewer.py"}[change]
     folder = installed if change == "fewer" else package

@@ -12,7 +12,7 @@ from additive_attn.ops import dispatch  # noqa: F401  registers the operators
 
 operators = torch.ops.additive_attn
 
-# (batch, channels, keys, filters, width): Tacotron 2, ESPnet; one of everything; the edges of
+# (batch, channels, keys, filters, width): those of Tacotron 2 and ESPnet; all 1; on both sides of
 # vectors of 4, 8 and 16 and of blocks of four; filters wider than the keys; partial sums.
 SHAPES = [
     (3, 2, 150, 32, 31), (2, 1, 400, 10, 201), (1, 1, 1, 1, 1), (2, 3, 5, 1, 11),
@@ -37,10 +37,11 @@ def fused(inputs, filters, grad):
 
 
 def plain(inputs, filters, grad):
-    """By the definition, a dense matrix of shifted filters, in the dtype of the arguments."""
+    """Computes them by definition, with a dense matrix of shifted filters, in the dtype of the
+    arguments."""
     keys, width = inputs.shape[-1], filters.shape[-1]
     j = torch.arange(keys, device=inputs.device)
-    tap = j[:, None] - j + width // 2  # of input position, output position
+    tap = j[:, None] - j + width // 2  # [input position, output position]
     inside = (tap >= 0) & (tap < width)
 
     def features(inputs, filters):
@@ -53,7 +54,7 @@ def plain(inputs, filters, grad):
 
 
 def check(shape, dtype):
-    """The accuracy rule."""
+    """Asserts the accuracy rule."""
     arguments = make(*shape, dtype=dtype)
     exact = plain(*(x.double() for x in arguments))
     same, ours = plain(*arguments), fused(*arguments)
@@ -61,7 +62,7 @@ def check(shape, dtype):
         ("features", "inputs", "filters"), ours, same, exact, strict=True
     ):
         assert mine.dtype == dtype and mine.shape == best.shape
-        # In float64 the oracle is no more exact than what it judges.
+        # In float64 the oracle is no more exact than the judged results.
         roundings = 64 if dtype == torch.float64 else 4
         floor = roundings * torch.finfo(dtype).eps * best.abs().max().item()
         assert error(mine, best) <= 3 * error(theirs, best) + floor, name
@@ -76,7 +77,7 @@ def test_accuracy(dtype, shape, path):
 
 @pytest.mark.parametrize("shape", [*SHAPES, *EMPTY], ids=str)
 def test_as_autograd_differentiates_them(shape):
-    """On plain PyTorch, few windows and many."""
+    """Tests autograd's gradients of plain PyTorch, with few windows and with many."""
     inputs, filters, grad = (x.cpu() for x in make(*shape))
     leaves = inputs.clone().requires_grad_(), filters.clone().requires_grad_()
     out = steps.convolved(*leaves)
@@ -118,15 +119,15 @@ def test_strides(path):
 @pytest.mark.core
 @pytest.mark.parametrize("width", [3, 5, 7, 9])
 @pytest.mark.parametrize("filters", [1, 3, 5])
-def test_nan_stays_where_it_is_seen(filters, width, path):
+def test_nan_reaches_only_its_windows(filters, width, path):
     inputs, taps, grad = make(1, 1, 40, filters, width)
     inputs[..., 20] = torch.nan
     features = operators.location_features(inputs, taps)
-    seen = (torch.arange(40, device=DEVICE) - 20).abs() <= width // 2
-    assert torch.equal(features.isnan(), seen.expand(features.shape))
+    reached = (torch.arange(40, device=DEVICE) - 20).abs() <= width // 2
+    assert torch.equal(features.isnan(), reached.expand(features.shape))
     grad[..., 20] = torch.nan
     grad_inputs, _ = operators.location_features_backward(grad, inputs, taps, True, False)
-    assert torch.equal(grad_inputs.isnan(), seen.expand(grad_inputs.shape))
+    assert torch.equal(grad_inputs.isnan(), reached.expand(grad_inputs.shape))
 
 
 @pytest.mark.core
@@ -143,7 +144,7 @@ def test_only_what_is_needed(path):
 
 @pytest.mark.core
 def test_repeatable(path):
-    """On any number of threads."""
+    """The bits are the same on any number of threads."""
     arguments = make(9, 2, 150, 10, 31)
     threads = torch.get_num_threads()
     try:
@@ -159,7 +160,7 @@ def test_repeatable(path):
 @pytest.mark.kernel
 @pytest.mark.interpreter
 def test_errors(path):
-    """What could harm the process is checked."""
+    """Arguments that could crash the process raise."""
     assert path != "pytorch"
     inputs, filters, grad = make(2, 2, 20, 3, 5)
     for bad in [

@@ -1,4 +1,4 @@
-"""A decoder's step with a location term: sum_f x_fj M_fh beside key j, inside the tanh."""
+"""A decoder's step with a location term: sum_f x_fj M_fh is added to key j, inside the tanh."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ operators = torch.ops.additive_attn
 INPUTS = ("query", "key", "value", "weight", "location", "location_weight")
 UPSTREAM = ("out", "weights", "lse")
 
-# (batch, keys, hidden, features): Tacotron 2, ESPnet, coverage; the edges of tiles and vectors;
-# many features; more keys than one task takes.
+# (batch, keys, hidden, features): those of Tacotron 2, ESPnet and coverage; on both sides of tiles
+# and vectors; many features; more keys than one task computes.
 SHAPES = [
     ((3,), 150, 128, 32), ((2,), 97, 320, 10), ((2,), 65, 96, 1), ((1,), 1, 1, 1),
     ((2,), 15, 33, 2), ((2,), 16, 31, 3), ((2,), 17, 64, 4), ((1,), 300, 20, 5),
@@ -51,7 +51,7 @@ def upstream_of(outputs: tuple[torch.Tensor, ...], seed: int = 1) -> list[torch.
 
 def fused(inputs: dict[str, Any], *, upstream=None, attn_mask=None, lengths=None, seed=None,
           dropout_p=0.0, scale=1.0, earlier=0.0) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Outputs, and gradients over the whole batch; that of the keys is added to ``earlier``."""
+    """Outputs, and gradients over the whole batch. That of the keys is added to ``earlier``."""
     query, key, value, weight, location, location_weight = (inputs[name] for name in INPUTS)
     call = (
         query, key, value, weight, operators.prepare_keys(key), location, location_weight,
@@ -72,7 +72,7 @@ def fused(inputs: dict[str, Any], *, upstream=None, attn_mask=None, lengths=None
 
 def plain(inputs: dict[str, Any], upstream, *, attn_mask=None, lengths=None, seed=None,
           dropout_p=0.0, scale=1.0) -> dict[str, torch.Tensor]:  # fmt: skip
-    """The formula, in the dtype of the inputs; padding must be finite."""
+    """Computes the formula in the dtype of the inputs. Padding must be finite."""
     batch = upstream[1].shape[:-2]
     keys = inputs["key"].shape[-2]
     allowed = torch.ones((*batch, 1, keys), dtype=torch.bool, device=DEVICE)
@@ -110,7 +110,7 @@ def plain(inputs: dict[str, Any], upstream, *, attn_mask=None, lengths=None, see
 
 
 def check(inputs: dict[str, torch.Tensor], **options: Any) -> dict[str, torch.Tensor]:
-    """The accuracy rule: 2x the plain formula's error for outputs, 3x for gradients."""
+    """Asserts the accuracy rule: 2x the plain formula's error for outputs, 3x for gradients."""
     dtype = inputs["query"].dtype
     ours = fused(inputs, **options)
     upstream = upstream_of(tuple(ours[name] for name in UPSTREAM))
@@ -150,7 +150,7 @@ def test_small_and_large_activations(spread, path):
 @pytest.mark.parametrize("features", [1, 5])
 @pytest.mark.parametrize("size", [1e-30, 1e25])
 def test_extreme_gradients_keep_their_digits(size, features):
-    """Saturated pairs count for the weight's gradient, however small or large G is."""
+    """Saturated pairs contribute to the weight's gradient for a G of any size."""
     inputs = make((2,), 37, 48, features, spread=30.0)
     upstream = upstream_of(tuple(fused(inputs)[name] for name in UPSTREAM))
     wanted = fused(inputs, upstream=upstream)
@@ -190,7 +190,7 @@ def test_masks(kind, path):
 @pytest.mark.parametrize("kind", ["lengths", "bool", "float"])
 @pytest.mark.parametrize("padding", [math.nan, math.inf])
 def test_padding_cannot_leak(padding, kind, path):
-    """Whatever masked keys, values and features hold, not a bit of any result changes."""
+    """Masked keys, values and features may be any numbers: no bit of any result changes."""
     inputs, options = make((3,), 70, 40, 5), masks(kind, (3,), 70)
     before = fused(inputs, **options)
     masked = before["weights"].squeeze(-2) == 0
@@ -244,7 +244,7 @@ def broadcasts(kind):
         inputs["location"] = inputs["location"][:, :1]
     if kind == "beams":  # one memory, a state per beam
         inputs["key"], inputs["value"] = inputs["key"][:, :1], inputs["value"][:, :1]
-    if kind == "location":  # it alone has all dims
+    if kind == "location":  # the location alone has all dims
         for name in ("query", "key", "value"):
             inputs[name] = inputs[name][:1, :1]
     return inputs
@@ -291,7 +291,7 @@ def test_nothing(size, path):
 
 @pytest.mark.core
 def test_repeatable(path):
-    """On any number of threads; entries alone, and ranges of keys."""
+    """The bits are the same on any number of threads, which split entries or ranges of keys."""
     threads = torch.get_num_threads()
     for batch, keys in (9, 70), (1, 700):
         inputs = make((batch,), keys, 40, 5)

@@ -1,5 +1,5 @@
 """Masks and lengths: none is narrowed to another dtype, all broadcast over the batch alike, and
-tracing sees few lengths and many alike."""
+few lengths are traced as many are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def layers(dim=D):
 
 
 def plain_masked(plain, x, mask):
-    """The plain layer with its scores biased, as a user writes it under autocast."""
+    """Adds a mask to the scores of the plain layer, as a user writes it under autocast."""
     query, key = plain.query_layer(x), plain.key_layer(x)
     energy = torch.tanh(query[..., :, None, :] + key[..., None, :, :])
     weights = torch.softmax(plain.energy_layer(energy).squeeze(-1) + mask, -1)
@@ -53,13 +53,13 @@ def test_autocast_keeps_the_precision_of_a_mask(dtype, offset, spread):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_float32_mask_beside_16_bits(dtype):
-    """Its values, and its gradient, are those of float32: 1e-6 would vanish in float16."""
+    """The mask's values and gradient have the precision of float32: 1e-6 would be 0 in float16."""
     q, k, v = (torch.randn(2, n, D, dtype=dtype) for n in (LQ, LK, LK))
     w = torch.randn(D, dtype=dtype)
     mask = (1000 + torch.randn(LQ, LK)).requires_grad_()
     wide = additive_attention(q.float(), k.float(), v.float(), w.float(), attn_mask=mask)
     ours = additive_attention(q, k, v, w, attn_mask=mask)
-    # A weight takes the dtype of the values where a GPU multiplies them.
+    # A GPU rounds a weight to the dtype of the values before it multiplies them.
     rounding = 2 * torch.finfo(dtype).eps * v.abs().max()
     assert (ours - wide).abs().max() <= rounding
     upstream = 2**-12 * torch.randn_like(ours)
@@ -81,7 +81,7 @@ def test_masks_of_any_float_dtype_under_autocast(dtype, mask_dtype):
 
 
 def shapes_of(full):
-    """``full`` with every choice of dims set to 1."""
+    """Yields ``full`` with every subset of its dims set to 1."""
     return sorted(set(itertools.product(*((size, 1) for size in full))))
 
 

@@ -1,4 +1,4 @@
-"""Every kind of masking, and every intersection of kinds, is the dense mask that it stands for."""
+"""Every kind of masking, and every intersection of kinds, gives the results of a dense mask."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def test_intersections(attn_mask, lengths, window, is_causal):
     allowed = dense_mask(inputs, **options)
     if allowed is not None:
         allowed = allowed.expand(3, QUERIES, KEYS)
-        # Exactly zero where masked, and positive elsewhere: which pairs attend is not a rounding.
+        # Weights are exactly zero where masked, and positive elsewhere: roundings do not decide
+        # which pairs are attended.
         assert torch.equal(outputs["weights"] != 0, allowed)
         assert torch.equal(outputs["lse"] == -math.inf, ~allowed.any(-1))
     bias = attn_mask if attn_mask is not None and attn_mask.is_floating_point() else None
@@ -99,7 +100,7 @@ def test_accuracy_of_the_gradient_of_a_float_mask(dtype):
     for shape in [(40, 70), (70,), (2, 1, 70), (40, 1), (1, 40, 70), ()]:
         mask = torch.randn(shape, generator=g).to(dtype)
         cases = [make((2,), 40, 70, 24, 12, dtype=dtype, seed=seed) for seed in range(3)]
-        # A mask that shifts a whole row has a zero gradient by cancellation of terms of size 10.
+        # A mask that shifts a whole row has a zero gradient, since terms of size 10 cancel.
         check_against_plain(cases, attn_mask=mask, magnitude=10.0)
 
 
@@ -132,7 +133,7 @@ def test_masks_broadcast(shape, kind):
 @pytest.mark.parametrize("queries", [1, 5, 70])
 @pytest.mark.parametrize("stop", [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 140])
 def test_lengths_around_tiles(queries, stop):
-    """A length is the same as fewer keys."""
+    """A length gives the results of fewer keys."""
     inputs = make((), queries, 140, 12, 9)
     short = {n: x[:stop] if n in ("key", "value") else x for n, x in inputs.items()}
     upstream = {"out": torch.randn(queries, 9), "lse": torch.randn(queries)}
@@ -157,7 +158,7 @@ def test_lengths_around_tiles(queries, stop):
     ids=str,
 )
 def test_bands_over_many_tiles(queries, keys, options):
-    """Tiles that the band leaves empty are skipped; the ones on its edge are not."""
+    """Tiles without a pair of the band are skipped; tiles on its edge are not."""
     inputs = make((), queries, keys, 8, 5)
     allowed = dense_mask(inputs, **options)
     upstream = {"out": torch.randn(queries, 5), "weights": torch.randn(queries, keys)}
@@ -252,7 +253,7 @@ def test_masked_float_positions_get_no_gradient():
     ids=str,
 )
 def test_gradient_of_a_mask_shared_by_many_rows(batch, queries, keys, mask):
-    """Tens of thousands of terms in one sum, as of a learned position bias."""
+    """A sum has tens of thousands of terms, as for a learned position bias."""
     g = generator(0)
     cases = [make((batch,), queries, keys, 4, 4, seed=seed) for seed in range(2)]
     check_against_plain(cases, upstream_of=["out"], attn_mask=torch.randn(mask, generator=g))

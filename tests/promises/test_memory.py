@@ -1,6 +1,6 @@
 """Promise 2: extra memory grows with Lq + Lk; with returned weights as Lq x Lk; never times H.
 
-Each measurement is a process of its own: peak memory never goes down again within one.
+Each measurement is a process of its own, since the peak memory of a process never decreases.
 """
 
 from __future__ import annotations
@@ -81,31 +81,31 @@ def test_linear_growth(length):
     short = extra_megabytes(length // 4)
     long = extra_megabytes(length)
     assert long < 300, f"{long:.0f} MB for {length} x {length}"
-    # Four times the length: four times the memory, or sixteen times if it were quadratic.
+    # Four times the length takes four times the memory; sixteen times if it were quadratic.
     assert long < 5 * short + 20, f"{short:.0f} MB grew to {long:.0f} MB"
 
 
 def test_never_the_energies():
-    """Lq x Lk x H is 537 MB here (and twice that with its gradient)."""
+    """The energies, Lq x Lk x H, would take 537 MB here (twice that with their gradient)."""
     assert extra_megabytes(1024) < 150
 
 
 def test_returned_weights_cost_one_matrix_each():
-    """Lq x Lk is 16.8 MB: the weights, and what the backward computes of them."""
+    """Lq x Lk takes 16.8 MB: for the weights, and for the backward's results of the same size."""
     matrix = 2048 * 2048 * 4 / 1e6
     extra = extra_megabytes(2048, need_weights=True)
     assert extra < 8 * matrix + 40, f"{extra:.0f} MB"
 
 
 def test_scores_cost_one_matrix_each():
-    """The scores; their gradient is there before."""
+    """The scores take a matrix; their gradient is allocated before the measurement."""
     matrix = 2048 * 2048 * 4 / 1e6
     extra = extra_megabytes(2048, scores=True)
     assert extra < 4 * matrix + 40, f"{extra:.0f} MB"
 
 
 def test_one_query_over_many_keys():
-    """Pooling: keys and values (51 MB each) are neither copied nor expanded per thread."""
+    """In pooling, keys and values (51 MB each) are neither copied nor expanded per thread."""
     keys = 100_000 * 128 * 4 / 1e6
     extra = extra_megabytes(100_000, queries=1)
     # The gradients of key and value are two such matrices.
@@ -146,9 +146,9 @@ print(resident("VmHWM") - before)
 
 
 def test_decoder_steps():
-    """A step keeps 0.15 MB of weights, scores and rows here; of keys or energies it would be 8.
-    In plain PyTorch each makes energies and lets them go, between which glibc's heap leaves holes
-    (docs/limits.md): there large tensors come from mmap."""
+    """A step saves 0.15 MB of weights, scores and rows here; keys or energies would take 8 MB. In
+    plain PyTorch each step allocates energies and frees them, and glibc's heap keeps holes between
+    them (docs/limits.md). So large tensors are allocated by mmap there."""
     settings = dict(steps=60, holes=ON_KERNEL)
     assert megabytes(STEPS, ours=False, **settings) > 60 * 8, "the measurement sees no energies"
     assert megabytes(STEPS, ours=True, **settings) < 40 + 60 * 0.3

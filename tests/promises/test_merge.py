@@ -13,7 +13,7 @@ from additive_attn import additive_attention, merge_attention
 
 
 def chunks(inputs, cuts, **options):
-    """Attention over each range of keys."""
+    """Returns outputs and lse of each range of keys."""
     outs, lses = [], []
     for start, stop in itertools.pairwise(cuts):
         mask = options.get("attn_mask")
@@ -85,7 +85,7 @@ def test_gradients_of_empty_sets_are_zero():
 
 
 def test_far_apart():
-    """One set outweighs the other by e^1000."""
+    """One set has e^1000 times the weight of the other."""
     outs = [torch.ones(2, 3), torch.zeros(2, 3)]
     out, lse = merge_attention(outs, [torch.full((2,), 500.0), torch.full((2,), -500.0)])
     assert torch.equal(out, outs[0]) and torch.equal(lse, torch.full((2,), 500.0))
@@ -105,8 +105,8 @@ def test_in_any_order_and_in_steps():
 
 @pytest.mark.parametrize("finite", [-30.0, -1e4, -1e9])
 def test_sets_masked_with_a_finite_value(finite):
-    """Shares are exact to the spacing of a float32 lse: at -1e9, 64, the number of keys is
-    lost, as the docstring says."""
+    """The shares of sets are exact to the spacing of a float32 lse. At -1e9 that is 64, so the
+    number of keys is lost, as the docstring says."""
     inputs = make((), 3, 7, 8, 5)
     mask = torch.full((3, 7), finite)
     outs, lses = chunks(inputs, (0, 1, 7), attn_mask=mask)
@@ -120,7 +120,7 @@ def test_sets_masked_with_a_finite_value(finite):
 
 @pytest.mark.parametrize("finite", [-1e4, -1e9])
 def test_a_set_masked_with_a_finite_value_beside_others(finite):
-    """Exact: beside a key that is not masked, such a set counts nothing."""
+    """The result is exact: beside a key that is not masked, such a set has no weight."""
     inputs = make((), 3, 7, 8, 5)
     mask = torch.zeros(3, 7)
     mask[:, :4] = finite

@@ -1,6 +1,6 @@
-"""Numbers that reach the edge of a dtype, on every path: long sums, few features, overflow.
+"""Numbers near the limits of a dtype, on every path: long sums, few features, overflow.
 
-Judged as in exact.py.
+Results are judged as in exact.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from oracle import INPUTS, OUTPUTS, assert_same, fused, generator, gradients, pl
 
 from additive_attn import additive_attention
 
-# Mark ``core`` and ``interpreter`` where the other paths pass too.
+# A test has the marks ``core`` and ``interpreter`` where the other paths pass too.
 pytestmark = pytest.mark.kernel
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 
@@ -53,14 +53,16 @@ def test_long_sums_over_rows(equal):
 @BOTH
 @pytest.mark.parametrize("hidden", [1, 2, 3, 4])
 def test_few_features(hidden, dtype):
-    """With one to four features, errors do not average out: the limit of the difference form."""
+    """The errors of one to four features do not average out. The difference form is tested up to
+    its limit."""
     cases = [inputs_of(seed, dtype, 40, 70, hidden, spread=2.0, weight=1.0) for seed in range(20)]
     judge(cases)
 
 
 @pytest.mark.parametrize("hidden", [8, 16, 32])
 def test_few_features_keep_the_size_of_the_score(hidden):
-    """The factored form rounds sums of size sum |w|, the plain layer sums of the score's size."""
+    """The factored form rounds sums of size sum |w|; the plain layer rounds sums of the score's
+    size."""
     worst = {name: [0.0, 0.0] for name in OUTPUTS}
     for seed in range(40):
         inputs = inputs_of(seed, torch.float32, 24, 40, hidden, weight=4 / hidden**0.5)
@@ -79,7 +81,7 @@ def test_few_features_keep_the_size_of_the_score(hidden):
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("split", [False, True], ids=["once", "split"])
 def test_overflow_to_minus_infinity_is_not_a_mask(queries, split, dtype):
-    """Rows whose attended scores all overflow are NaN, as the plain layer's; others are not."""
+    """Rows whose attended scores all overflow are NaN, as in the plain layer; others are not."""
     inputs = inputs_of(0, dtype, queries, 4500 if split else 70, 4)
     largest = torch.finfo(dtype).max
     inputs["query"], inputs["key"] = inputs["query"].abs() + 5, inputs["key"].abs() + 5
@@ -91,7 +93,8 @@ def test_overflow_to_minus_infinity_is_not_a_mask(queries, split, dtype):
 
 
 def same_as_plain(inputs, masking, scale=1.0):
-    """NaN, Inf and zeros where the plain layer has them, in outputs and gradients."""
+    """Asserts that outputs and gradients have NaN, Inf and zeros where the plain layer has
+    them."""
     upstream = {name: torch.ones_like(x) for name, x in plain_masked(inputs, **masking).items()}
     theirs = gradients(lambda x: plain_masked(x, scale=scale, **masking), inputs, upstream)
     ours = gradients(lambda x: fused(x, scale=scale, **masking), inputs, upstream)
@@ -109,7 +112,8 @@ def same_as_plain(inputs, masking, scale=1.0):
 
 @pytest.mark.parametrize("queries", [1, 5])
 def test_finite_bias_that_overflows(queries):
-    """A finite mask value and a score overflow together: attended, so NaN."""
+    """The sum of a finite mask value and a score overflows: the pair is attended, so the row is
+    NaN."""
     inputs = inputs_of(0, torch.float32, queries, 70, 4)
     inputs["query"], inputs["key"] = inputs["query"].abs() + 0.5, inputs["key"].abs() + 0.5
     inputs["weight"] = torch.full((4,), -1e37)
@@ -125,7 +129,7 @@ def test_finite_bias_that_overflows(queries):
 @pytest.mark.parametrize("spread", [1.0, 9.0, 30.0])
 @pytest.mark.parametrize("exponent", [-30, -26, -20, 20, 30])
 def test_sizes_of_upstream_gradients(exponent, spread, queries, dtype):
-    """Gradients are linear in the upstream gradient as far as the plain layer's are."""
+    """Gradients are linear in the upstream gradient wherever the plain layer's are."""
     size = 10.0 ** (exponent * (1 if dtype == torch.float32 else 8))
     cases = [inputs_of(seed, dtype, queries, 70, 24, spread=spread) for seed in range(2)]
     for inputs in cases[:1]:  # tanh of all sizes beside large exponentials
@@ -180,7 +184,7 @@ def test_nonfinite_weight_leaves_empty_rows_and_padding(bad, queries, dtype):
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("how", ["underflow", "dropout"])
 def test_nonfinite_value_reaches_query_and_key(how, queries, bad, dtype):
-    """The plain layer multiplies the gradient of a weight by 0, which keeps NaN."""
+    """NaN propagates, since the plain layer multiplies the gradient of a weight by 0."""
     inputs = inputs_of(0, dtype, queries, 70, 4)
     options = {"lengths": torch.tensor(69)}
     if how == "underflow":

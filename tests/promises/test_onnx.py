@@ -28,7 +28,7 @@ class Step(Whole):
 
 
 class Scores(Whole):
-    """With finite numbers in place of -inf, which compare."""
+    """Replaces -inf by finite numbers, which can be compared."""
 
     def forward(self, query, key, lengths):
         layer = self.attention

@@ -103,7 +103,7 @@ def test_other_dtypes(kind, dtype):
 @pytest.mark.parametrize("where", [("key",), ("value",)], ids=str)
 @pytest.mark.parametrize("queries", [1, 20])
 def test_padding_that_differs_by_row(queries, where):
-    """A key that one row must not see is NaN, and other rows do see it: they get NaN alone."""
+    """One row is masked from a NaN key that other rows attend to: these alone are NaN."""
     inputs = make((), queries + 1, KEYS, 12, 9)
     mask = torch.ones(queries + 1, KEYS, dtype=torch.bool)
     mask[:-1, LENGTH:] = False
@@ -120,7 +120,7 @@ def test_padding_that_differs_by_row(queries, where):
 
 
 def test_large_masked_keys_do_not_change_the_form():
-    """Which of the kernel's forms computes a tile depends on what its rows attend to alone."""
+    """The form that computes a tile depends on the attended keys of its rows alone."""
     inputs = make((2,), 20, KEYS, 12, 9, spread=0.3)
     upstream = {"out": torch.randn(2, 20, 9)}
     small = gradients(lambda x: fused(x, **by_bool(20)), zeroed(inputs), upstream)
@@ -166,7 +166,7 @@ def test_dropout(kind):
 
 @pytest.mark.parametrize("argument", ["lengths", "key_padding_mask"])
 def test_module(argument):
-    """NaN features are projected to NaN keys; the values are the same NaN features."""
+    """NaN features are projected to NaN keys. The values are the same NaN features."""
     layer = AdditiveAttention(10, 8)
     query, memory = torch.randn(2, 5, 10), torch.randn(2, 9, 10)
     lengths = torch.tensor([9, 4])
@@ -217,8 +217,8 @@ def test_attended_nan_keys_and_queries_propagate(queries):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_row_of_nan_spoils_only_the_keys_that_it_attends_to(name, dtype):
-    """Two groups of rows and keys, NaN in the first: what is of the second stays as it was."""
+def test_a_row_of_nan_reaches_only_the_keys_that_it_attends_to(name, dtype):
+    """There are two groups of rows and keys. NaN in the first changes no result of the second."""
     rows, keys = 4, 30
     inputs = make((2,), 10, KEYS, 24, 17, dtype=dtype)
     mask = (torch.arange(10) < rows)[:, None] == (torch.arange(KEYS) < keys)
@@ -240,7 +240,7 @@ def test_a_row_of_nan_spoils_only_the_keys_that_it_attends_to(name, dtype):
 @pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("queries", [1, 3])
 def test_upstream_that_is_not_finite_ends_at_the_keys_that_a_row_attends_to(queries, poison):
-    """As in the plain layer, whose ``masked_fill`` passes nothing on."""
+    """It does so in the plain layer too, since ``masked_fill`` gives masked pairs no gradient."""
     inputs = make((2,), queries, KEYS, 12, 9)
     upstream = {"out": torch.randn(2, queries, 9)}
     upstream["out"][0, 0] = poison

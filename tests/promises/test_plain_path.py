@@ -1,4 +1,4 @@
-"""Plain PyTorch: a small call as a whole, and the operators' blocks, by the same rules."""
+"""Plain PyTorch: small calls as a whole, and the operators in blocks, keep the same rules."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def part(request, monkeypatch):
     library = torch.library.Library("additive_attn", "IMPL")
     library.impl("forward", lambda *a: blocks.forward(*a), "CPU", allow_override=True)
     library.impl("backward", lambda *a: blocks.backward(*a), "CPU", allow_override=True)
-    if request.param == "many pairs":  # beyond those that autograd differentiates by itself
+    if request.param == "many pairs":  # more than those that autograd differentiates
         monkeypatch.setattr(whole, "_SHORT_SUM", -1)
     if request.param == "blocks":
         monkeypatch.setattr(whole, "ELEMENTS", -1)
@@ -60,7 +60,7 @@ LEADING = [(), (3,), (2, 3)]
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("shapes", itertools.product(LEADING, repeat=3), ids=str)
 def test_leading_dims_broadcast_with_and_without_lse(shapes, dropout_p):
-    """What is asked for makes no difference to the rest."""
+    """A call that also returns lse has the same other outputs."""
     sizes = {"query": (1, 4), "key": (5, 4), "value": (5, 6)}
     inputs = {
         name: torch.randn(*leading, *size)
@@ -84,7 +84,7 @@ def test_leading_dims_broadcast_with_and_without_lse(shapes, dropout_p):
 
 
 def test_sums_over_many_pairs():
-    """The gradient of the weight sums 8,192 pairs, which one float cannot."""
+    """The gradient of the weight sums 8,192 pairs, too many for a sum in one float."""
     check_against_plain([make((32,), 32, 8, 32, 4, seed=seed) for seed in range(3)])
 
 
@@ -94,7 +94,7 @@ def test_sums_over_many_pairs():
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_sums_over_few_pairs(batch, queries, keys, heads, masked):
-    """The same of hundreds, each case by itself."""
+    """The gradient of the weight sums hundreds of pairs. Each case is judged by itself."""
     mask = torch.rand(queries, keys) < 0.8
     for seed in range(20):
         case = make(batch, queries, keys, 16, 5, seed=seed)
@@ -198,8 +198,8 @@ MASKINGS = {
 
 @pytest.mark.parametrize("mask", MASKINGS)
 def test_masks_first_used_in_inference_mode_serve_training(mask):
-    """What is kept of a mask is no tensor of inference mode, which autograd could not save, and
-    the call before changes nothing."""
+    """What is cached of a mask is no inference tensor, which autograd could not save. The call in
+    inference mode changes no later result."""
     masks._kept_positions.cache_clear()
     masks._kept_window.cache_clear()
     masking._mask_of.cache_clear()

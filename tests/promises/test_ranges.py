@@ -1,4 +1,4 @@
-"""Promises 1 and 4 at the ends of the number range: no form of the kernel shows in its results."""
+"""Promises 1 and 4 at the ends of the number range: results do not depend on the kernel's form."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from oracle import (
     random_upstream,
 )
 
-# Around the limits between the kernel's forms in float32 (1 and 10) and float64 (1 and 80), where
-# four factors overflow (10.4 and 21.8), where e^2x overflows (44, 355), and far beyond.
+# Sizes around the limits between the kernel's forms in float32 (1 and 10) and float64 (1 and 80),
+# where four factors overflow (10.4 and 21.8), where e^2x overflows (44, 355), and far beyond.
 FEATURES = [24, 72]  # the kernel sums few and many features differently
 LIMITS = [0.1, 0.99, 1.01, 9.9, 10.1, 11.0, 15.0, 21.0, 23.0, 43.0, 45.0, 79.0, 81.0, 90.0, 200.0]
 
@@ -33,7 +33,7 @@ LIMITS = [0.1, 0.99, 1.01, 9.9, 10.1, 11.0, 15.0, 21.0, 23.0, 43.0, 45.0, 79.0, 
 @pytest.mark.parametrize("hidden", FEATURES)
 @pytest.mark.parametrize("size", LIMITS)
 def test_one_magnitude(size, hidden, dtype):
-    """Signs mixed: sums of both near zero and of twice the size occur."""
+    """Signs are mixed, so that sums are near zero or have twice the size."""
     cases = []
     for seed in range(3):
         case = make((), 12, 40, hidden, 8, dtype=dtype, seed=seed)
@@ -65,7 +65,7 @@ def test_all_magnitudes_in_one_call(queries, hidden, dtype):
 
 @pytest.mark.parametrize("hidden", FEATURES)
 def test_all_magnitudes_among_features(hidden):
-    """One feature of 200 beside features of 0.1."""
+    """One feature has size 200, the others 0.1."""
     cases = []
     for seed in range(3):
         case = make((2,), 24, 70, hidden, 8, seed=seed)
@@ -78,7 +78,7 @@ def test_all_magnitudes_among_features(hidden):
 
 @pytest.mark.parametrize("hidden", FEATURES)
 def test_opposite_magnitudes_cancel(hidden):
-    """q = 60 and k = -60 + x: the sum is small, both factors are extreme."""
+    """With q = 60 and k = -60 + x the sum is small, and both factors are extreme."""
     cases = []
     for seed in range(3):
         for base in (8.0, 20.0, 60.0):
@@ -105,7 +105,7 @@ def test_one_large_row_changes_no_other(other, hidden):
 
 @pytest.mark.parametrize("hidden", FEATURES)
 def test_continuous_across_the_limits(hidden):
-    """On both sides of a limit, results are those of float64: no step between the forms."""
+    """Results on both sides of a limit are those of float64: the forms agree."""
     for limit in (1.0, 10.0):
         inputs = make((), 6, 30, hidden, 5, spread=0.2)
         results = []
@@ -120,7 +120,7 @@ def test_continuous_across_the_limits(hidden):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_huge_but_finite(dtype):
-    """1e30 and the largest float: tanh is exactly 1, gradients vanish."""
+    """At 1e30 and the largest float, tanh is exactly 1 and gradients are 0."""
     for size in (1e4, 1e30, torch.finfo(dtype).max / 4):
         inputs = make((), 6, 40, 12, 5, dtype=dtype)
         inputs["query"][2] = size
@@ -130,8 +130,8 @@ def test_huge_but_finite(dtype):
 
 
 def assert_same_kind(ours, theirs, name):
-    """Finite, NaN and infinite in the same places; a log-sum-exp that is not finite may be NaN
-    where the plain one is infinite, since both make the row's weights NaN."""
+    """Asserts that numbers are finite, NaN and infinite in the same places. A nonfinite lse may be
+    NaN where the plain one is infinite, since both make the row's weights NaN."""
     if name == "lse":
         ours, theirs = ours.isfinite(), theirs.isfinite()
     else:
@@ -151,7 +151,7 @@ PLACES = [("query", (1, 3)), ("key", (4, 2)), ("value", (4, 1)), ("weight", (2,)
 @pytest.mark.parametrize("name,place", PLACES, ids=[name for name, _ in PLACES])
 @pytest.mark.parametrize("queries,hidden", [(2, 6), (7, 6), (7, 70)])
 def test_special_values_as_in_the_plain_layer(queries, hidden, name, place, poison, dtype):
-    """Which outputs and gradients are NaN, Inf or finite is as in the plain layer."""
+    """Outputs and gradients are NaN, Inf or finite where those of the plain layer are."""
     inputs = make((), queries, 40, hidden, 5, dtype=dtype)
     inputs[name][place] = poison
     theirs_out = plain(*(x.double() for x in inputs.values()))
@@ -205,8 +205,9 @@ def test_special_mask_values(value):
 @pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -1e30, -1e9])
 @pytest.mark.parametrize("queries", [1, 4])
 def test_finite_masking_values(queries, fill):
-    """Many models mask with a large negative number: it wins over the scores, and all rows of it
-    average as the plain layer does. Beside -1e9 the logarithm of a sum is lost."""
+    """Many models mask with a large negative number. It outweighs the scores, and a row that is
+    all masked averages the values, as in the plain layer. Added to -1e9, the logarithm of a sum is
+    lost."""
     inputs = make((2,), queries, 40, 6, 5)
     mask = torch.zeros(2, queries, 40)
     mask[0, :, 25:] = fill

@@ -1,5 +1,5 @@
-"""Arguments of the raw operators: plain PyTorch refuses the masks that the kernel refuses, and the
-kernels refuse inputs whose sizes do not agree, beyond which they would read."""
+"""Arguments of the raw operators: plain PyTorch raises for the masks that the kernel raises for,
+and the kernels raise for inputs whose sizes do not agree, since they would read beyond them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOGETHER = {"block_table": "block_tiles", "block_tiles": "block_table"}
 
 
 def others(good):
-    """Other types, places and shapes; and numbers out of range, which are no error."""
+    """Yields other dtypes, devices and shapes; and numbers out of range, which are no error."""
     for dtype in (
         torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.uint8,
         torch.bool, torch.complex64,
@@ -37,7 +37,7 @@ def others(good):
 
 
 def outcome(operators, name, masking):
-    """The results, or None where they were refused."""
+    """Returns the results, or None if the operator raised."""
     query, key, value, weight = INPUTS.values()
     masks = *(masking.get(each) for each in GOOD), -1, -1
     scored, call = (query, key, weight, *masks, 1.0), (query, key, value, weight, *masks)

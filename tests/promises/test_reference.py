@@ -1,4 +1,4 @@
-"""The formula in the package, the one in the docs, the oracle of the tests and the fallback."""
+"""The formulas of the package, the docs, the oracle of the tests and the fallback agree."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def code_blocks():
 
 
 def test_the_documented_plain_layer_is_ours():
-    """The layer that the package is said to replace gives what the package's gives."""
+    """The plain layer in the documentation gives the results of the package's layer."""
     blocks = [block for block in code_blocks() if "(nn.Module)" in block and "tanh" in block]
     if not PAGE.exists():
         pytest.skip("installed without the repository's documentation")
     assert blocks, f"{PAGE.name} shows no plain layer"
     for block in blocks:
-        # A shortened listing may leave the imports to the reader.
+        # A shortened listing may omit the imports.
         scope = {"torch": torch, "nn": nn, "F": nn.functional}
         exec(block, scope)
         names = re.findall(r"class (\w+)\(nn\.Module\)", block)
@@ -81,7 +81,7 @@ def test_implementations_agree(implementation, masked, batch):
 
 @pytest.mark.parametrize("block", [1, 40, 300])
 def test_fallback_in_blocks(block, monkeypatch):
-    """Blocks of one, some and all rows give the same, forward and backward."""
+    """Blocks of one, some and all rows give the same results, forward and backward."""
     monkeypatch.setattr("additive_attn.backends.plain.plan._BLOCK_ELEMENTS", block)
     inputs = make((2,), 6, 11, 3, 5, dtype=torch.float64)
     lengths = torch.tensor([[11], [4]])

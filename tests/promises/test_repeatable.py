@@ -33,10 +33,10 @@ def run(case):
     return outputs | {f"gradient of {name}": grad for name, grad in grads.items()}
 
 
-@pytest.mark.kernel  # the fallback is as repeatable as torch's matmul, which threads change
+@pytest.mark.kernel  # torch's matmul, in the fallback, depends on the number of threads
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_thread_counts(case, threads):
-    """More threads than cores too: who computes what must not matter."""
+    """Also with more threads than cores, results do not depend on which thread computes what."""
     threads(1)
     one = run(case)
     for count in (2, 3, 8):
@@ -53,7 +53,8 @@ def test_repeats(case, threads):
 
 
 def test_many_repeats(threads):
-    """Races are rare: 100 repeats of a call of several tasks, on more threads than cores."""
+    """A call of several tasks is repeated 100 times on more threads than cores, since races are
+    rare."""
     threads(6)
     case = make((2,), 40, 200, 16, 12), {}
     first = run(case)
@@ -80,7 +81,7 @@ def test_recording_gradients_changes_nothing():
 
 
 def test_deterministic_mode():
-    """torch's switch neither complains nor changes anything."""
+    """With torch's deterministic mode on, calls do not warn, and give the same bits."""
     case = CASES["self-attention"]
     expected = run(case)
     torch.use_deterministic_algorithms(True)
@@ -100,7 +101,7 @@ def test_with_dropout():
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    """The same row in a call of 1, 2, 64 or 150 rows: equal up to rounding."""
+    """A row gives the same result up to rounding in a call of 1, 2, 64 or 150 rows."""
     inputs = make((), 150, 90, 16, 12)
     whole = fused(inputs)["out"]
     for count in (1, 2, 64):

@@ -1,4 +1,4 @@
-"""Scores before the softmax keep the promises that attention keeps."""
+"""Tests the promises of attention on scores before the softmax."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from additive_attn.backends.plain import scores as blocks
 from additive_attn.spec.call import Masking
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# (batch, Lq, Lk, H): on both sides of tiles of keys, rows and features.
+# (batch, Lq, Lk, H): sizes lie on both sides of tiles of keys, rows and features.
 SHAPES = [
     ((), 1, 1, 1),
     ((2,), 1, 40, 33),
@@ -79,7 +79,7 @@ def test_small_and_large_activations(spread, queries, dtype):
 
 
 def masks(batch, queries, keys):
-    """Every kind, each with a row without keys where it can have one."""
+    """Returns masks of every kind, each with an empty row where it can have one."""
     g = generator(5)
     hidden = torch.rand(*batch, queries, keys, generator=g) < 0.3
     hidden[0, 0] = True
@@ -110,7 +110,7 @@ KINDS = list(masks((2,), 3, 5))
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks(kind, queries):
-    """Values and gradients, that of a float mask too; empty rows are -inf."""
+    """Scores and gradients, also those of a float mask, are right; empty rows are -inf."""
     check([inputs_of((2,), queries, 37, 12)], **masks((2,), queries, 37)[kind])
 
 
@@ -124,7 +124,8 @@ def test_a_float32_mask_beside_16_bits(dtype):
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_masked_pairs_have_no_influence(kind, queries):
-    """NaN in keys that nobody attends to, and upstream at masked pairs, change no bit."""
+    """NaN in keys that no row attends to, and in upstream gradients of masked pairs, changes no
+    bit."""
     options = masks((2,), queries, 70)[kind]
     inputs = inputs_of((2,), queries, 70, 12)
     float_mask = "attn_mask" in options and options["attn_mask"].is_floating_point()
@@ -170,7 +171,7 @@ def test_size_zero(sizes):
 @pytest.mark.parametrize("recipe", [transposed, row_padded, offset, surrounded])
 @pytest.mark.parametrize("queries", [1, 6])
 def test_strides(queries, recipe):
-    """Of inputs and of upstream gradients."""
+    """Inputs and upstream gradients have other strides."""
     inputs = inputs_of((3,), queries, 21, 13)
     upstream = random_upstream(fused_scores(inputs), ["scores"])
     expected = gradients(fused_scores, inputs, upstream)
@@ -254,7 +255,7 @@ def test_softmax_of_the_scores_is_attention():
 
 @pytest.mark.core
 def test_arguments_of_the_function():
-    """Those that narrow a mask, lists, a bias, and a query left out."""
+    """Tests arguments that restrict a mask, lists, a bias, and a query that is left out."""
     query, key, weight = inputs_of((3, 2)).values()
     padding = torch.arange(7) >= torch.tensor([[5], [0], [7]])
     bias = torch.randn(2, requires_grad=True)
@@ -287,7 +288,7 @@ def test_autocast(dtype):
     )
 
 
-# Transforms, each judged against the plain formula taken the same way.
+# Transforms, each judged against the same transform of the plain formula.
 
 INPUTS = tuple(inputs_of((2,), 3, 5, 4).values())
 COTANGENT = torch.randn(2, 3, 5, generator=generator(1))
@@ -475,7 +476,7 @@ def test_flops_are_those_of_the_plain_formula():
             function(*leaves).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == 3 * 2 * 2 * 3 * 5 * 4
-    assert counts[1] in (counts[0], 0)  # torch counts no product of a matrix and a vector
+    assert counts[1] in (counts[0], 0)  # torch does not count a product of a matrix and a vector
 
 
 @pytest.mark.parametrize("elements", [1, 40, 300])

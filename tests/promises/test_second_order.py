@@ -1,5 +1,5 @@
-"""Promises 1 to 4 for second derivatives and forward mode: exact, in bounded memory, and nothing
-from masked pairs."""
+"""Promises 1 to 4 for second derivatives and forward mode: they are exact, need bounded memory,
+and masked pairs contribute nothing."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from additive_attn.spec.masks import allowed_pairs
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """A few rows at a time."""
+    """Makes blocks so small that they have a few rows."""
     monkeypatch.setattr("additive_attn.backends.plain.plan._BLOCK_ELEMENTS", 2**9)
 
 
 def fixed(like, number):
-    """The same random numbers in every dtype."""
+    """Returns the same random numbers in every dtype."""
     numbers = torch.randn(like.shape, generator=generator(number)).bfloat16()
     return numbers.to(like.dtype)
 
@@ -52,13 +52,14 @@ def differentiable(inputs):
 
 
 def gradient_map(function):
-    """The gradients as outputs, so that their gradients are second derivatives."""
+    """Returns a function whose outputs are gradients, so that their gradients are second
+    derivatives."""
 
     def run(inputs, **options):
         inputs = differentiable(inputs)
         outputs = [x for x in function(inputs, **options).values() if x.requires_grad]
         upstream = [fixed(x, i) for i, x in enumerate(outputs)]
-        # What an empty row's lse, or a masked pair's score, gets from upstream is lost.
+        # Removes upstream gradients of an empty row's lse and of a masked pair's score.
         outputs = [torch.where(x.isinf(), 0.0, x) for x in outputs]
         found = torch.autograd.grad(
             outputs, list(inputs.values()), upstream, create_graph=True, materialize_grads=True
@@ -69,7 +70,8 @@ def gradient_map(function):
 
 
 def tangent_map(function):
-    """The outputs' tangents as outputs, so that their gradients are second derivatives too."""
+    """Returns a function whose outputs are tangents, so that their gradients are second
+    derivatives too."""
 
     def run(inputs, **options):
         inputs = differentiable(inputs)
@@ -87,7 +89,7 @@ def tangent_map(function):
 
 
 def named(function, name):
-    function.__name__ = name  # by which what it computes is remembered
+    function.__name__ = name  # the key of stored results
     return function
 
 
@@ -108,7 +110,7 @@ def check(kind, cases, ours=fused, theirs=plain_masked, **options):
         names = [f"d{name}" for name in (*(INPUTS if ours is fused else SCORED), *masks)]
     check_against_plain(
         cases, upstream_of=names, function=FUNCTIONS[kind, ours], formula=FUNCTIONS[kind, theirs],
-        magnitude=4.0, **options,  # of a tangent of a score, which is a sum over features
+        magnitude=4.0, **options,  # the size of a score's tangent, a sum over features
     )  # fmt: skip
 
 
@@ -176,7 +178,7 @@ def test_heads_and_broadcast_inputs(kind):
 
 
 def everything(function, inputs, directions):
-    """Tangents, gradients and second derivatives of all outputs, in one list."""
+    """Returns tangents, gradients and second derivatives of all outputs, in one list."""
     primals, moved = tuple(inputs.values()), tuple(directions.values())
     outputs, tangents = torch.func.jvp(function, primals, moved)
     leaves = [x.detach().clone().requires_grad_() for x in primals]
@@ -190,7 +192,7 @@ def everything(function, inputs, directions):
 @pytest.mark.core
 @pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
 def test_padding_cannot_leak(poison, small_blocks):
-    """Not a bit changes, neither with the inputs of masked keys nor with their tangents."""
+    """No bit depends on the inputs of masked keys or on their tangents."""
     lengths = torch.tensor([5, 0])
     padded = torch.arange(8) >= lengths[:, None]
     inputs, directions = make((2,), 6, 8, 12, 5), make((2,), 6, 8, 12, 5, seed=1)
@@ -223,7 +225,7 @@ def test_attended_nan_propagates():
 
 
 def test_dropout():
-    """The weights that forward drops."""
+    """Derivatives drop the weights that forward drops."""
     inputs, seed, p = make((2,), 5, 7, 6, 3, dtype=torch.float64), torch.tensor(77), 0.4
     directions = make((2,), 5, 7, 6, 3, dtype=torch.float64, seed=1)
     keep = keep_mask(seed, (2,), (0, 5), (0, 7), p)
@@ -237,7 +239,7 @@ def test_dropout():
     expected = everything(theirs, inputs, directions)
     for a, b in zip(everything(ours, inputs, directions), expected, strict=True):
         torch.testing.assert_close(a, b)
-    # A Jacobian maps many tangents over one call.
+    # A Jacobian maps one call over many tangents.
     by_columns = torch.func.jacfwd(ours, argnums=(0, 3))(*inputs.values())
     by_rows = torch.func.jacrev(theirs, argnums=(0, 3))(*inputs.values())
     torch.testing.assert_close(by_columns, by_rows)
@@ -319,7 +321,8 @@ def test_composed(name, small_blocks):
     ids=["out", "scores"],
 )
 def test_of_one_argument(ours, theirs, name):
-    """Also where there is nothing to compute: scores are linear in weight and mask."""
+    """Second derivatives are right for each argument, also those that are zero: scores are linear
+    in weight and mask."""
     inputs = make((), 2, 3, 3, 2, dtype=torch.float64)
     inputs["attn_mask"] = fixed(inputs["query"] @ inputs["key"].mT, 0)
 
@@ -337,7 +340,7 @@ def test_of_one_argument(ours, theirs, name):
 
 
 def test_gradient_penalty_in_training():
-    """Steps of an optimiser under a penalty on the gradient of the input."""
+    """An optimiser trains with a penalty on the gradient of the input."""
     histories = []
     for function in (additive_attention, of_plain):
         torch.manual_seed(0)
@@ -423,7 +426,7 @@ print(resident("VmHWM") - before)
     "what", ["jvp", pytest.param("jvp of jvp", marks=pytest.mark.sweep), "penalty"]
 )
 def test_never_the_energies(what):
-    """Lq x Lk x H is 134 MB here."""
+    """The energies, Lq x Lk x H, would take 134 MB here."""
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, "512", what],
         capture_output=True, text=True, check=False, cwd=PACKAGE_PARENT,
@@ -434,7 +437,7 @@ def test_never_the_energies(what):
 
 
 def test_starts_and_block_tables(small_blocks):
-    """The same as the dense mask that says the same."""
+    """They give the results of the equivalent dense mask."""
     inputs, directions = make((2,), 6, 8, 7, 5), make((2,), 6, 8, 7, 5, seed=1)
     starts = torch.tensor([[2], [0]])
     table = torch.tensor([[1, 0, 2], [0, 3, 1], [1, 1, 0]], dtype=torch.int32)

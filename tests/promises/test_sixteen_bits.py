@@ -1,5 +1,5 @@
-"""The kernel reads keys and values in 16 bits as they lie: the same results as from their copies
-in float32, on the CPU to the bit."""
+"""The kernel reads keys and values in 16 bits where they are stored. The results are those of
+their copies in float32, on the CPU to the bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ SHAPES = pytest.mark.parametrize(
 
 
 def make(queries, keys, hidden, values, dtype, batch=2):
-    """float32 query and weight, and a memory in 16 bits whose rows have gaps."""
+    """Returns a query and weight in float32, and a memory in 16 bits with gaps between its
+    rows."""
     g = generator(0)
     query = torch.randn(batch, queries, hidden, generator=g)
     weight = torch.randn(hidden, generator=g)
@@ -31,7 +32,7 @@ def make(queries, keys, hidden, values, dtype, batch=2):
 
 
 def poison(key, value, lengths):
-    """NaN beyond the lengths."""
+    """Writes NaN beyond the lengths."""
     padding = torch.arange(key.shape[-2]) >= lengths.unsqueeze(-1)
     return (x.masked_fill(padding.transpose(-1, -2), math.nan) for x in (key, value))
 
@@ -62,7 +63,7 @@ def test_forward_and_backward(queries, keys, hidden, values, masking, dtype):
     upstream = [torch.randn(x.shape, generator=generator(2)) for x in outputs]
 
     def backward(k, v):
-        """Gradients of everything."""
+        """Gradients of all inputs."""
         return OPS.backward(
             *upstream, query, k, v, weight, *options, outputs[2], True, True, True, True, False
         )
@@ -89,7 +90,7 @@ def test_scores(queries, keys, hidden, values, dtype):
 @pytest.mark.parametrize("location", [False, True])
 @pytest.mark.parametrize(("keys", "hidden", "values"), [(1, 1, 1), (37, 20, 13), (300, 72, 64)])
 def test_step(keys, hidden, values, location, dtype):
-    """From the keys themselves: what is prepared of them is rounded (test_step_operator.py)."""
+    """Steps read the keys themselves, since prepared keys are rounded (test_step_operator.py)."""
     query, key, value, weight = make(1, keys, hidden, values, dtype)
     lengths = torch.tensor([[keys], [max(keys - 3, 0)]])
     key, value = poison(key, value, lengths)
@@ -115,7 +116,7 @@ def test_step(keys, hidden, values, location, dtype):
 
 @DTYPES
 def test_every_number_is_widened_exactly(dtype):
-    """All 65536 of them, as values that one key each returns."""
+    """All 65536 numbers are values, each of which one key returns."""
     bits = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     bits = bits[bits.isfinite()]
     one = torch.ones(1, 1, 1)

@@ -1,5 +1,5 @@
-"""Intervals and block tables: each composes with every other mask, and what they leave out costs
-and leaks nothing. The oracle is the plain formula with a dense mask."""
+"""Intervals and block tables: each composes with every other mask, and the pairs that they leave
+out take no time and leak nothing. The oracle is the plain formula with a dense mask."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def starts_of(batch, per_row, keys=KEYS, rows=ROWS):
 
 
 def lengths_of(starts, longest=60):
-    """Ranges that are short, long, empty, or end before they start."""
+    """Returns the ends of ranges that are short, long, empty, or end before they start."""
     more = torch.randint(-20, longest, starts.shape, generator=generator(3), device=DEVICE)
     return (starts + more).clamp(0, KEYS)
 
 
 def table_of(batch, rows=ROWS, keys=KEYS, block=(16, 24), tiles=5, density=0.5):
-    """Random kinds of blocks; numbers that name no tile count as 0."""
+    """Returns random kinds of blocks. Numbers that name no tile count as 0."""
     g = generator(4)
     shape = (*batch, -(-rows // block[0]), -(-keys // block[1]))
     table = torch.randint(-1, tiles + 3, shape, generator=g, device=DEVICE, dtype=torch.int32)
@@ -51,7 +51,8 @@ def table_of(batch, rows=ROWS, keys=KEYS, block=(16, 24), tiles=5, density=0.5):
 
 
 def dense(masking, rows, keys, rank):
-    """The same as a bool mask of ``rank`` dims, pair by pair as the terms are defined."""
+    """Returns the equivalent bool mask of ``rank`` dims, made pair by pair from the
+    definitions."""
     _, lengths, starts, table, tiles, left, right = masking
     i = torch.arange(rows, device=DEVICE)[:, None]
     j = torch.arange(keys, device=DEVICE)
@@ -132,7 +133,8 @@ LONG_MASKINGS = {
 
 @pytest.mark.parametrize("masking", LONG_MASKINGS)
 def test_pieces_of_a_long_backward(masking):
-    """Rows that share no keys, in pieces whose keys differ: as with a dense mask."""
+    """Rows that share no keys lie in pieces whose keys differ. Results are those of a dense
+    mask."""
     inputs = make((), *LONG, 3, 2, dtype=torch.float64)
     masking, results = LONG_MASKINGS[masking], []
     mask = dense(masking, *LONG, 2)
@@ -148,7 +150,7 @@ def test_pieces_of_a_long_backward(masking):
 
 @pytest.mark.core
 def test_what_is_left_out_leaks_nothing():
-    """NaN in keys and values before all starts, or in blocks that no row keeps."""
+    """Keys and values are NaN before all starts, or in blocks that no row attends to."""
     starts, lengths = torch.tensor([[40], [0], [150]]), torch.tensor([[120], [90], [150]])
     table, tiles = table_of((3,), block=(16, 30))
     table[..., 2] = 0
@@ -171,7 +173,7 @@ def test_what_is_left_out_leaks_nothing():
 
 @pytest.mark.parametrize("mapped", ["table", "tiles", "starts", "all"])
 def test_vmap(mapped):
-    """Tiles have no batch dim: mapped ones are one set of tiles."""
+    """Tiles have no batch dim, so mapped ones are joined to one set of tiles."""
     inputs = make((), 20, 30, 4, 3, dtype=torch.float64)
     tables, tiles = table_of((3,), 20, 30, (8, 7), tiles=2)
     tiles = torch.stack([tiles, ~tiles, tiles.flip(0)])
@@ -236,8 +238,8 @@ for packed in (False, True):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.skipif(not ON_KERNEL, reason="minutes on the fallback")
 def test_memory_follows_what_is_kept():
-    """All pairs of 8192 positions take 67 MB as booleans, of 40000 positions 1.6 GB; the tiles of
-    190 partial blocks take 3 MB. The workspace takes 16 MB."""
+    """As booleans, all pairs of 8192 positions take 67 MB, and of 40000 positions 1.6 GB. The
+    tiles of 190 partial blocks take 3 MB, and the workspace 16 MB."""
     result = subprocess.run(
         [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": PACKAGE_PARENT},

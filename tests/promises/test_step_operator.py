@@ -1,6 +1,7 @@
-"""A decoder's step on prepared keys, and its backward, keep the promises of attention.
+"""Tests the promises of attention on a decoder's step with prepared keys, and on its backward.
 
-The gradients of keys, values and weight come from what the backward leaves, as decoders do."""
+The gradients of keys, values and weight are made from what the backward returns, as in
+decoders."""
 
 from __future__ import annotations
 
@@ -29,9 +30,10 @@ from additive_attn.ops import dispatch  # noqa: F401  registers the operators
 from additive_attn.spec.dropout import keep_mask
 
 operators = torch.ops.additive_attn
-of_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU's kernel")
+of_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="tests the CPU's kernel")
 DTYPES = [torch.float32, torch.float64]
-# (batch, Lk, H, Dv): both sides of vectors, groups, tiles of keys; splits; no keys; no values.
+# (batch, Lk, H, Dv): sizes on both sides of vectors, groups and tiles of keys; splits; no keys; no
+# values.
 SHAPES = [
     ((), 1, 1, 1),
     ((2,), 31, 33, 20),
@@ -117,7 +119,7 @@ def test_queries_and_keys_of_other_magnitudes(query, key):
     for case in cases:
         case["query"] *= query
         case["key"] *= key
-        case["key"][..., ::5, :] *= 20  # keys of several forms side by side
+        case["key"][..., ::5, :] *= 20  # neighbouring keys have several forms
     check_against_plain(cases, function=step)
 
 
@@ -125,7 +127,8 @@ def test_queries_and_keys_of_other_magnitudes(query, key):
 @pytest.mark.parametrize("spread", [1e-3, 0.1])
 @pytest.mark.parametrize("by", [0.4, 0.9, 5.0, 9.0, 15.0])
 def test_opposite_queries_and_keys(by, spread):
-    """All energies are small although queries and keys are not, and large weights show it."""
+    """All energies are small although queries and keys are not; large weights magnify their
+    errors."""
     cases = [inputs_of((2,), 60, 100, 5, spread=spread, seed=seed) for seed in range(5)]
     for case in cases:
         case["query"] += by
@@ -155,7 +158,7 @@ def test_masks_of_every_kind(kind):
     if bias is None:
         return check_against_plain(cases, function=step, **masking)
 
-    # The operators leave the mask's gradient to the caller: it is no input here.
+    # The operators do not return the mask's gradient, so the mask is no input here.
     def formula(inputs, scale):
         allowed = (bias > -torch.inf).expand(*batch, 1, keys)
         mask = bias.to(inputs["query"].dtype)
@@ -204,7 +207,7 @@ def with_wide_queries(x, **options):
 @pytest.mark.parametrize("hidden", [1, 3, 100])
 @pytest.mark.parametrize("spread", [1e-4, 1e-2, 0.3, 3.0, 12.0])
 def test_keys_prepared_in_sixteen_bits(spread, hidden, function, dtype):
-    """Their roundings do not exceed those of the plain layer in 16 bits."""
+    """The roundings of prepared keys do not exceed those of the plain layer in 16 bits."""
     cases = [
         inputs_of((2,), 70, hidden, 5, spread=spread, dtype=dtype, seed=seed) for seed in range(4)
     ]
@@ -229,7 +232,7 @@ def test_opposite_keys_in_sixteen_bits(by, dtype):
 @pytest.mark.core
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_padding_cannot_leak(bad):
-    """Masked keys and values change no bit, whatever they hold; their gradients are 0."""
+    """Masked keys and values may be any numbers: they change no bit, and their gradients are 0."""
     inputs = inputs_of((3,), 140, 40, 20)
     lengths = torch.tensor([77, 0, 139])
     padding = ~dense_mask(inputs, lengths=lengths).squeeze(-2)
@@ -279,7 +282,7 @@ def test_empty_rows_and_no_keys():
 @pytest.mark.parametrize("size", [1e-32, 1e33])
 @pytest.mark.parametrize("by", [-8.0, 8.0])
 def test_extreme_gradients_keep_their_digits(by, size, scale):
-    """|G| far from 1 neither underflows nor overflows beside the prepared numbers."""
+    """The product of |G| far from 1 and a prepared number neither underflows nor overflows."""
     inputs = inputs_of((2,), 50, 40, 20, spread=0.5)
     inputs["query"] += by
     inputs["key"] -= by
@@ -321,7 +324,7 @@ def test_any_layout(layout):
 
 
 def test_leading_dims_broadcast():
-    """A memory shared by beams, and a weight per head."""
+    """Beams share a memory, and each head has a weight."""
     inputs = inputs_of((2, 3), 45, 20, 6, heads=True)
     shared = dict(inputs, key=inputs["key"][:1], value=inputs["value"][:1, :1])
     full = {
@@ -336,7 +339,8 @@ def test_leading_dims_broadcast():
 @pytest.mark.parametrize("prepare", [True, False], ids=["prepared", "from keys"])
 @pytest.mark.parametrize(("beams", "keys"), [(2, 31), (5, 70), (3, 4200)])
 def test_entries_that_share_a_memory_give_what_copies_give(beams, keys, prepare, dtype):
-    """To the bit, with keys of every form side by side, and whatever each entry may attend to."""
+    """The bits are the same, with neighbouring keys of every form, and for any masks of the
+    entries."""
     inputs = inputs_of((3, beams), keys, 70 if keys < 100 else 7, 37, dtype=dtype)
     inputs["key"] *= torch.logspace(-3, 1.5, keys)[:, None].to(dtype)
     inputs["query"][:, -1] *= 30
@@ -371,7 +375,7 @@ def test_repeats_bit_for_bit_on_any_number_of_threads(threads):
 
 @pytest.mark.kernel
 def test_a_pair_does_not_depend_on_its_neighbours():
-    """Keys of every form side by side: each score is that of the key alone."""
+    """Among neighbouring keys of every form, each score is that of the key alone."""
     inputs = inputs_of((), 140, 100, 3)
     inputs["key"] *= torch.logspace(-3, 1.5, 140)[:, None]
 

@@ -1,6 +1,6 @@
 """Integers that come from sizes stay symbolic in graphs: windows, lengths, starts, packed
-sequences, rows of a step. What is no integer, a scale or a probability, becomes a constant that
-the program guards, or is refused. No program computes with the number of another call."""
+sequences, rows of a step. A scale or a probability, which is no integer, becomes a constant that
+the program guards, or raises. No program computes with the number of another call."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def test_exported_integers(call):
 @pytest.mark.parametrize("call", NUMBERS.values(), ids=NUMBERS)
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_numbers(call, strict):
-    """Refused where the size is to be dynamic; else the program refuses another one."""
+    """Export raises if the size must be dynamic; else the exported program raises for another
+    size."""
     model, x = Model(call), torch.randn(2, LK, D)
     given = (x, torch.empty(4))
     shapes = {}, {0: torch.export.Dim("n", min=2, max=LK)}
@@ -99,7 +100,7 @@ def test_exported_numbers(call, strict):
 
 @pytest.mark.parametrize("name", ["window", "window of scores", "length", "rows", "packed"])
 def test_compiled_integers(name):
-    """One graph for all of them, with gradients."""
+    """All numbers share one graph, with gradients."""
     model, made, counts = Model(INTEGERS[name]), [], []
 
     def backend(graph, inputs):

@@ -37,7 +37,7 @@ def with_grads(function, inputs, **options):
 
 
 def test_compile_with_inductor(dynamo):
-    """Full graph, forward and backward, dynamic lengths, one compilation for all of them."""
+    """Forward and backward with dynamic lengths compile once, to a full graph."""
 
     def attend(query, key, value, weight, lengths):
         out, weights, _ = additive_attention(
@@ -58,7 +58,8 @@ def test_compile_with_inductor(dynamo):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_no_recompilation_per_length(dynamo, train):
-    """Without dynamic=True the second length makes it dynamic, and no later one compiles again."""
+    """Without dynamic=True the second length makes the graph dynamic, and later ones do not
+    recompile."""
     layer = AdditiveAttention(6, 8)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for length in range(5, 45):
@@ -106,7 +107,8 @@ def test_compile_with_dropout_and_masks(dynamo):
 
 @pytest.mark.parametrize("need_lse", [False, True])
 def test_compile_without_weights(dynamo, need_lse):
-    """The default: the empty weights get no gradient, in whatever form the compiler passes it."""
+    """By default the weights are empty. They have no gradient, in any form that the compiler
+    passes."""
 
     def attend(*tensors):
         outputs = additive_attention(*tensors, need_lse=need_lse)
@@ -199,7 +201,7 @@ def test_opcheck_backward(case, needs):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("need_mask", [False, True])
 def test_a_mask_of_another_dtype_as_graphs_expect_it(need_mask):
-    """Also of a gradient that is not needed, which is empty."""
+    """A gradient that is not needed is empty, and has the expected dtype too."""
     inputs, options = op_arguments(OP_CASES["float mask"] | {"dtype": torch.bfloat16})
     out, _, lse = torch.ops.additive_attn.forward(*inputs.values(), *options, True)
     query, key, _, weight = inputs.values()
@@ -227,7 +229,7 @@ def test_a_mask_of_another_dtype_as_graphs_expect_it(need_mask):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
-    """Computes in the autocast dtype; parameters and their gradients stay float32."""
+    """The layer computes in the autocast dtype; parameters and their gradients stay float32."""
     layer, plain_layer = AdditiveAttention(12, 16), PlainAdditiveAttention(12, 16)
     plain_layer.load_state_dict(layer.state_dict())
     query, key = torch.randn(2, 5, 12), torch.randn(2, 7, 12)
@@ -254,7 +256,8 @@ def test_autocast(dtype):
 
 
 def test_autocast_of_the_function():
-    """Mixed inputs meet in the autocast dtype; float64 is left alone and refused beside it."""
+    """Mixed inputs are cast to the autocast dtype. float64 is not cast, and raises beside
+    others."""
     inputs = make((2,), 3, 5, 8, 6)
     inputs["value"] = inputs["value"].bfloat16()
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -268,8 +271,8 @@ def test_autocast_of_the_function():
 
 
 def test_plain_operators_narrow_nothing_under_autocast():
-    """The inputs are cast before the operators, which a compiled graph, and a backward under
-    autocast, call while it is on."""
+    """Inputs are cast before the operators are called. A compiled graph, and a backward under
+    autocast, call the operators while autocast is on."""
     inputs = tuple(make((2,), 20, 40, 24, 5).values())
     options = (None, None, None, None, None, -1, -1, None, 0.0, 1.0)
 
@@ -337,7 +340,8 @@ def test_per_sample_gradients():
 @pytest.mark.parametrize("dim", [None, 0, 1])
 @pytest.mark.parametrize("shape", [(5, 9), (9,)], ids=str)
 def test_per_sample_gradients_of_a_float_mask(shape, dim):
-    """Of a mask per sample, and of one that all share, each sample's own part."""
+    """Each sample gets its own part of the gradient, for a mask per sample and for a shared
+    one."""
     inputs = make((4,), 5, 9, 8, 6, dtype=torch.float64)
     weight = inputs.pop("weight")
     samples = torch.randn(4, *shape, dtype=torch.float64)
@@ -431,12 +435,13 @@ def test_copies_and_pickles():
         assert repr(twin) == repr(layer)
     memory = layer.project(x)
     twin = copy.deepcopy(pickle.loads(pickle.dumps(memory)))
-    # The copy is no node of this graph, so its steps are ordinary calls.
+    # The copy belongs to no graph, so its steps are ordinary calls.
     torch.testing.assert_close(layer.step(x[0], twin), layer.step(x[0], memory))
 
 
 def test_meta_and_fake_tensors():
-    """Shapes without numbers, for model summaries and deferred initialisation."""
+    """Meta tensors give shapes without numbers, for model summaries and deferred
+    initialisation."""
     with torch.device("meta"):
         layer = AdditiveAttention(6, 8)
         out, weights = layer(torch.empty(2, 5, 6), torch.empty(2, 7, 6))

@@ -1,4 +1,5 @@
-"""Promise 5 for upstream gradients: gradcheck and opcheck pass a backward that ignores strides."""
+"""Promise 5 for upstream gradients, since gradcheck and opcheck also pass if a backward ignores
+strides."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def test_strided_upstream(which, recipe, queries, dtype):
 @pytest.mark.parametrize("which", OUTPUTS)
 @pytest.mark.parametrize("dims", [(0,), (1,), (-1,), (0, 1), (0, 1, 2)], ids=str)
 def test_expanded_upstream(which, dims):
-    """Stride 0, as of sum() and mean(), in any of the dims; the values are random all the same."""
+    """Any of the dims has stride 0, as the gradients of sum() and mean() have. The values are
+    random."""
     inputs = make((3,), 5, 21, 12, 10)
     shape = list(fused(inputs)[which].shape)
     small = list(shape)
@@ -88,7 +90,8 @@ def backward_of(function, inputs):
     ids=["t", "cat rows", "cat features", "slice", "permute", "sum", "mean"],
 )
 def test_strides_from_common_ops(use):
-    """Against a clone in between, which hands the backward a contiguous gradient."""
+    """Results are those with a clone in between, which passes a contiguous gradient to the
+    backward."""
     inputs = make((3,), 5, 21, 12, 10)
 
     class Contiguous(torch.autograd.Function):
@@ -113,7 +116,8 @@ MIX = [
 
 
 def test_operator_takes_strided_saved_tensors():
-    """A compiled graph may hand the backward operator any strides, also of the saved lse."""
+    """A compiled graph may pass tensors of any strides to the backward operator, also the saved
+    lse."""
     inputs = make((4,), 6, 19, 8, 6)
     out, _, lse = dispatch.forward(
         *inputs.values(), None, None, None, None, None, -1, -1, None, 0.0, 1.0, False

@@ -1,4 +1,5 @@
-"""Packed sequences: as each sequence alone, without padding that costs time or memory."""
+"""Packed sequences give the results of each sequence alone, without padding, which would take time
+and memory."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def ours(inputs, **options):
 
 
 def one_by_one(inputs, *, is_causal=False, window=None, scale=1.0):
-    """Each sequence in the plain formula, its queries and keys aligned at their ends."""
+    """Computes each sequence by the plain formula, with queries and keys aligned at their ends."""
     query, key, value, weight = inputs.values()
     left, right = window or (-1, -1)
     right = 0 if is_causal else right
@@ -94,7 +95,7 @@ def test_in_tritons_interpreter():
 @pytest.mark.core
 @pytest.mark.parametrize("heads", [0, 2])
 def test_without_the_log_sum_exp(heads):
-    """Plain PyTorch makes none where none is asked for."""
+    """Plain PyTorch computes no lse unless it is returned."""
     own, sizes = (heads,) if heads else (), (4, 5, 5)
     flat = [torch.randn(2 * n, *own, 4, device=DEVICE) for n in sizes]
     weight, cu_seq = torch.randn(*own, 4, device=DEVICE), [ends((n, n)) for n in sizes[:2]]
@@ -122,8 +123,8 @@ def test_derivatives_are_exact():
 
 
 @pytest.mark.core
-def test_a_sequence_sees_no_other_one():
-    """NaN in one sequence stays there, and rows beyond the last sequence are empty."""
+def test_sequences_are_independent():
+    """NaN in one sequence reaches no other, and rows beyond the last sequence are empty."""
     inputs = packed()
     leaves = {name: x.clone() for name, x in inputs.items()}
     leaves["key"][: KEYS[0]] = torch.nan
@@ -179,7 +180,7 @@ BAD = {
     "no flag": (dict(is_causal=1), TypeError, "is_causal is 1"),
     "no window": (dict(window=3), ValueError, "window is 3"),
 }  # fmt: skip
-READ = {  # to be refused, numbers are looked at, which would wait for a GPU
+READ = {  # the check reads numbers, which would wait for a GPU
     "no 0": (dict(cu_seq_q=torch.tensor([1, 2, 4, 6])), ValueError, "begin with 0"),
     "falling": (dict(cu_seq_q=torch.tensor([0, 4, 3, 6])), ValueError, "not decrease"),
     "beyond": (dict(cu_seq_k=torch.tensor([0, 2, 4, 7])), ValueError, "within the 6 rows"),
@@ -201,7 +202,8 @@ def test_sentences(changed, kind, sentence):
 
 
 def test_numbers_that_cannot_be_read_stay_within_the_tensors():
-    """As on a GPU: the ranges of any sequence numbers lie within the keys."""
+    """Where numbers are not read, as on a GPU, the ranges of any sequence numbers lie within the
+    keys."""
     from additive_attn.ops.packed import ranges
 
     for _ in range(50):
@@ -228,7 +230,8 @@ def jagged(parts):
 @pytest.mark.parametrize("masking", [{}, dict(is_causal=True), dict(window=(2, 1))], ids=str)
 @pytest.mark.parametrize("dense_query", [False, True])
 def test_nested_tensors(dense_query, masking, heads):
-    """As each sequence alone, upper left aligned; gradients reach the nested inputs."""
+    """Results are those of each sequence alone, aligned at the upper left. Gradients reach the
+    nested inputs."""
     queries = (4, 4, 4) if dense_query else (3, 1, 8)
     own, keys = (heads,) if heads else (), (5, 2, 6)
     parts = [[torch.randn(n, *own, 4) for n in lengths] for lengths in (queries, keys, keys)]
@@ -246,7 +249,7 @@ def test_nested_tensors(dense_query, masking, heads):
         torch.testing.assert_close(mine, other)
     if not dense_query:
         assert out.is_nested and out.offsets() is given[0].offsets()
-        assert (given[0] + out).is_nested  # of the same lengths
+        assert (given[0] + out).is_nested  # they have the same lengths
     cost = sum(x.square().sum() for x in out.unbind())
     cost.backward()
     sum(x.square().sum() for x, _ in alone).backward()
@@ -282,7 +285,7 @@ def test_sentences_about_nested_tensors():
         ((x, three, three), {}, "equal B"),
         ((heads, heads, heads), {}, "Heads come before"),
     ]
-    if DEVICE == "cpu":  # elsewhere lengths are not looked at
+    if DEVICE == "cpu":  # on other devices lengths are not read
         refused.append(((x, x, other), {}, "different lengths"))
     for inputs, options, sentence in refused:
         with pytest.raises(ValueError, match=sentence):
