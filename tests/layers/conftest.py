@@ -1,4 +1,4 @@
-"""What the tests of the layers share."""
+"""Fixtures of the layers' tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from additive_attn.ops import memory as engine
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How many steps each pass over a memory served."""
+    """The number of steps of each pass that made a memory's shared gradients."""
     found = []
     gradients = engine._shared_gradients
 

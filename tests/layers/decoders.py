@@ -13,7 +13,7 @@ from additive_attn import CoverageAttention, LocationSensitiveAttention
 
 B, LK, D, K, H, DV = 3, 11, 6, 5, 8, 7  # batch, keys, features of queries, keys, hidden, values
 
-# What the code bases have: Tacotron 2; ESPnet's AttLoc and AttCovLoc; the pointer-generator's
+# The options of code bases: Tacotron 2; ESPnet's AttLoc and AttCovLoc; the pointer-generator's
 # coverage, and ESPnet's AttCov.
 KINDS = {
     "tacotron": dict(filters=4, kernel_size=5, bias=False),
@@ -33,7 +33,8 @@ def attended():
 
 
 def assert_close(ours, theirs, tolerance=1e-12):
-    """Of the largest entry of each tensor, or of 1."""
+    """Asserts that differences are within ``tolerance`` of each tensor's largest entry, or of
+    1."""
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape
         assert error(a, b.double()) <= tolerance * max(1.0, b.abs().max().item())
@@ -46,7 +47,7 @@ def build(kind: str, hidden: int = H, **options):
 
 
 class Plain(nn.Module):
-    """The layer as a model writes it, with the parameters of ``layer``; builds (B, Lk, H)."""
+    """The layer in plain PyTorch, with the parameters of ``layer``; builds (B, Lk, H)."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class Decoder(nn.Module):
     def forward(self, key, value, query, steps=4, ordinary=False, **masking):
         """Contexts and weights of all steps, and the last state."""
         memory = self.layer.project(key, value, **masking)
-        if ordinary:  # whose gradients are not deferred
+        if ordinary:  # steps of a replaced memory do not defer gradients
             memory = memory._replace(key=memory.key)
         state = self.layer.initial_state(memory)
         found = []
@@ -111,8 +112,8 @@ class Decoder(nn.Module):
 
 
 def eventually(condition):
-    """Whether it holds, or soon will: a GPU's thread of autograd lets go of a pass a little after
-    its end."""
+    """Whether ``condition`` is true within ten seconds: autograd's thread for a GPU frees a pass
+    shortly after its end."""
     deadline = time.monotonic() + 10
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.001)

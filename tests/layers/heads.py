@@ -1,5 +1,5 @@
-"""Attention with several heads as plain PyTorch, written out: masks as nn.MultiheadAttention takes
-them, rows without a key give zeros."""
+"""Attention with several heads in plain PyTorch: masks are those of nn.MultiheadAttention, and
+empty rows give zeros."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def padded():
 def plain_heads(
     layer, query, key, value, key_padding_mask=None, attn_mask=None, averaged=True,
 ):  # fmt: skip
-    """What ``layer`` must compute, from its parameters alone."""
+    """Computes the results that ``layer`` must give, from its parameters alone."""
     if query.dim() == 2:
         padding = None if key_padding_mask is None else key_padding_mask[None]
         tensors = [x[None] for x in (query, key, value)]
@@ -77,7 +77,7 @@ def as_float(mask, like):
 
 
 class PlainHeads(nn.Module):
-    """Calls the formula with the parameters of a layer, in its place."""
+    """Replaces a layer by the formula with its parameters."""
 
     _qkv_same_embed_dim = False
 

@@ -29,14 +29,14 @@ def inputs(batch=B):
 
 
 def copied(memory, beams=BEAMS):
-    """What a beam search does without expand."""
+    """Copies a memory for each beam, as a beam search without ``expand`` does."""
     return ProjectedMemory(
         *(x if x is None else x.repeat_interleave(beams, dim=0) for x in memory)
     )
 
 
 def steps(layer, query, memory, choices=()):
-    """Contexts, weights and the last state; after each step the beams are chosen anew."""
+    """Contexts, weights and the last state. After each step the beams are reordered."""
     state, found = None, []
     if not isinstance(layer, AdditiveAttention):
         state = layer.initial_state(memory)
@@ -53,7 +53,7 @@ def steps(layer, query, memory, choices=()):
 
 
 def chosen(batch=B, number=3):
-    """Which beam of its sequence each beam continues."""
+    """Returns the beam of its sequence that each beam continues."""
     first = BEAMS * torch.arange(batch)[:, None]
     return [(first + torch.randint(BEAMS, (batch, BEAMS))).flatten() for _ in range(number)]
 
@@ -97,7 +97,7 @@ def test_without_gradients(kind):
     dispatch.cpu_is_plain, reason="plain PyTorch makes the energies of small steps"
 )
 def test_keys_are_not_copied(kind):
-    """A step of an expanded memory makes no tensor of the size of its keys."""
+    """A step of an expanded memory allocates no tensor of the size of its keys."""
     layer = made(kind, hidden=32)
     key = torch.randn(2, 300, K, dtype=torch.float64)
     query = torch.randn(2 * BEAMS, D, dtype=torch.float64)
@@ -117,7 +117,7 @@ def test_keys_are_not_copied(kind):
 
 @KINDS
 def test_one_sequence(kind):
-    """Batched by one, and unbatched."""
+    """One sequence is a batch of one, or has no batch dim."""
     layer, (key, value, query) = made(kind), inputs(1)
     choices = chosen(1)
     batched = steps(layer, query, layer.project(key, value, [5]).expand(BEAMS), choices)
@@ -129,7 +129,7 @@ def test_one_sequence(kind):
 
 @KINDS
 def test_sequences_that_are_done_leave(kind):
-    """reorder also drops sequences, and moves them."""
+    """``reorder`` also drops sequences, and moves them."""
     layer, (key, value, query) = made(kind), inputs()
     index = torch.tensor([7, 6, 6, 2, 2, 0])  # of the sequences 2 and 0
     results, choices = [], chosen(2)
@@ -144,7 +144,7 @@ def test_sequences_that_are_done_leave(kind):
 
 @KINDS
 def test_plain_reorder(kind):
-    """Of a memory with one query per sequence."""
+    """Reorders a memory with one query per sequence."""
     layer, (key, value, query) = made(kind), inputs()
     memory = layer.project(key, value, LENGTHS)
     assert memory.reorder(torch.arange(B)) is memory
@@ -159,7 +159,7 @@ def test_plain_reorder(kind):
 @pytest.mark.parametrize("masking", ["none", "lengths", "padding", "dropout", "unbatched"])
 @pytest.mark.parametrize("graph", [False, True])
 def test_several_queries_of_one_memory(masking, graph):
-    """Queries (B, n, query_dim): their gradients are deferred, as those of single queries are."""
+    """The gradients of queries (B, n, query_dim) are deferred, as those of single queries are."""
     layer = AdditiveAttention(D, H, key_dim=K, dropout=0.4 * (masking == "dropout")).double()
     key, value, query = inputs()
     query = query.view(B, BEAMS, D)
@@ -236,7 +236,7 @@ def test_sentences(name):
 @KINDS
 @pytest.mark.parametrize("frozen", ["memory", "layer"])
 def test_steps_of_a_frozen_memory_train_the_layer(kind, frozen):
-    """Projected without gradients, or before the layer was to be trained."""
+    """The memory was projected without gradients, or before the layer's parameters needed them."""
     layer, (key, _, query) = made(kind), inputs(2)
     query, results = query[:2], []
     layer.requires_grad_(frozen != "layer")
@@ -276,7 +276,7 @@ def test_fields_of_another_number_of_sequences_are_not_reordered(field, size):
 
 @KINDS
 def test_what_takes_a_memory_apart_keeps_its_beams(kind):
-    """As FSDP2, torch.func and torch.export do."""
+    """FSDP2, torch.func and torch.export flatten and unflatten a memory."""
     layer, (key, value, query) = made(kind), inputs()
     memory = layer.project(key, value, lengths=LENGTHS).expand(BEAMS)
     again = tree_map(lambda x: x, memory)

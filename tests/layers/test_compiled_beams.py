@@ -1,4 +1,4 @@
-"""Beams in graphs: the same choices, the same dropout and the same refusals as without."""
+"""Beams in graphs: the same choices, dropout and errors as without a graph."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def compiled(function, backend="eager"):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("rows", [0, 2, 3, 17, "beams"])
 def test_a_step_drops_the_same_weights_on_every_way(name, rows, masking):
-    """Prepared with and without gradients, as an ordinary call, and in a graph."""
+    """The ways are keys prepared with and without gradients, an ordinary call, and a graph."""
     layer, key = LAYERS[name](0.4), torch.randn(B, LK, D)
     if rows not in (0, "beams") and hasattr(layer, "initial_state"):
         pytest.skip("a state is of one query")
@@ -101,7 +101,7 @@ def decoded(layer, key, query, index, masking):
     "name,backend", [("content", "aot_eager"), ("location", "eager"), ("heads", "eager")]
 )
 def test_reorder_in_a_graph(name, backend):
-    """One graph takes any choice, and refuses what is no choice where it runs."""
+    """One graph accepts every valid index, and raises when it runs with another."""
     layer, key, query = LAYERS[name](0.0), torch.randn(B, LK, D), torch.randn(B * BEAMS, D)
     masking = {"key_padding_mask": MASK} if name == "heads" else {"lengths": LENGTHS}
     graph = compiled(lambda index: decoded(layer, key, query, index, masking), backend)
@@ -113,7 +113,7 @@ def test_reorder_in_a_graph(name, backend):
         (0, 1, 2, 3, 4, 6): "index holds numbers of queries",
         (0, 1, 2, 3, -1, -1): "index holds numbers of queries",
     }.items():
-        if DEVICE == "cpu":  # a GPU stops at an assertion, and its process can use it no more
+        if DEVICE == "cpu":  # a failed assertion on a GPU ends its use in the process
             with pytest.raises(RuntimeError, match=sentence):
                 graph(torch.tensor(index))
         with pytest.raises(ValueError):
@@ -148,7 +148,7 @@ def test_a_graph_returns_a_memory_of_its_beams(beams):
 
 @pytest.mark.parametrize("on", ["meta", "fake"])
 def test_reorder_without_values(on):
-    """Shapes of a beam search, for which nothing is looked at."""
+    """The shapes of a beam search need no values."""
     with torch.device("meta") if on == "meta" else torch._subclasses.FakeTensorMode():
         layer = AdditiveAttention(D, D)
         memory = layer.project(torch.empty(B, LK, D)).expand(BEAMS)
@@ -157,7 +157,7 @@ def test_reorder_without_values(on):
 
 
 def test_many_sizes_make_few_graphs():
-    """Of beams and sequences, under dropout too."""
+    """Numbers of beams and sequences vary, under dropout too."""
 
     class Model(nn.Module):
         def __init__(self):

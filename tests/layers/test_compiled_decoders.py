@@ -1,4 +1,4 @@
-"""Whole decoders on compiled code: every kernel of their steps, and of the gradients that come
+"""Whole decoders on compiled code: every kernel of their steps, and of the gradients that are made
 once for all steps, runs in the emulator."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CASES = {
 
 
 class Content(nn.Module):
-    """Steps of beams, if there are several, with a cell between them."""
+    """Steps with a cell between them, of beams if there are several."""
 
     def __init__(self, beams: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def inputs(dtype):
 
 @pytest.mark.parametrize("kind", CASES)
 def test_a_decoder(kind):
-    """The rule of ``oracle``, and which kernels have run."""
+    """Results keep the rule of ``oracle``, and the expected kernels have run."""
     options = {}
     if kind in ("content", "beams"):
         decoder = Content(2 if kind == "beams" else 1)

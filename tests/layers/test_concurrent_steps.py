@@ -34,7 +34,7 @@ def inputs():
 
 
 def decode(layer, memory, query, steps=5):
-    """The sum of all that a decoder's steps give."""
+    """The sum of all results of a decoder's steps."""
     total, state = 0.0, None
     if not isinstance(layer, AdditiveAttention):
         state = layer.initial_state(memory)
@@ -49,7 +49,7 @@ def decode(layer, memory, query, steps=5):
 
 
 def in_threads(number, work):
-    """What each thread returns; they start together."""
+    """Runs ``work`` in threads that start together, and returns their results."""
     results, barrier = [None] * number, threading.Barrier(number)
 
     def run(i):
@@ -73,7 +73,7 @@ def test_threads_decode_with_one_memory(kind, beams, mode):
         memory = layer.project(key, value).expand(beams)
 
         def work(i):
-            with mode():  # it belongs to a thread
+            with mode():  # each thread has its own mode
                 return [decode(layer, memory, queries[i]) for _ in range(10)]
 
         for found, best in zip(in_threads(4, work), expected, strict=True):
@@ -83,7 +83,8 @@ def test_threads_decode_with_one_memory(kind, beams, mode):
 @KINDS
 @pytest.mark.parametrize("beams", [1, 2])
 def test_threads_train_with_one_memory(kind, beams):
-    """Each differentiates its own decoder; what they share is passed back by all at once."""
+    """Each thread differentiates its own decoder. All pass back through the shared memory at the
+    same time."""
     layer, (key, value, query) = made(kind), inputs()
     queries = [i * query.repeat_interleave(beams, 0) for i in range(4)]
     wanted = [key, value, query, *layer.parameters()]
@@ -133,7 +134,7 @@ print("forked")
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a process that uses a GPU cannot be forked")
-def test_a_memory_lives_on_in_a_forked_process():
+def test_a_memory_in_a_forked_process():
     result = fresh.python(FORKED)
     assert result.returncode == 0 and result.stdout.strip() == "forked", result.stderr
 
@@ -141,7 +142,8 @@ def test_a_memory_lives_on_in_a_forked_process():
 @KINDS
 @pytest.mark.parametrize("beams", [1, 2])
 def test_copies_of_a_memory_and_a_state_in_a_graph(kind, beams):
-    """Pickled, they are leaves with the same values. torch refuses to deepcopy what is no leaf."""
+    """Pickled copies are leaves with the same values. torch raises for a deepcopy of other
+    tensors."""
     layer, (key, value, query) = made(kind), inputs()
     query = query.repeat_interleave(beams, 0)
     memory = layer.project(key, value, [LK, 4, 0]).expand(beams)

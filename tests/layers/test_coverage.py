@@ -1,5 +1,5 @@
-"""Coverage attention against a pointer-generator's, and the coverage loss. What it shares with
-location-sensitive attention is tested in test_location.py."""
+"""Coverage attention against a pointer-generator's, and the coverage loss. Its common parts with
+location-sensitive attention are tested in test_location.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LENGTHS = [LK, 4, 0]
 
 
 def pointer_generator(layer, encoded, values, queries, mask):
-    """The decoder of See et al. as their code writes it: renormalised masked weights."""
+    """Computes the decoder of See et al. as their code does, with renormalised masked weights."""
     coverage, loss, found = torch.zeros(mask.shape, dtype=encoded.dtype), 0.0, []
     features = layer.key_layer(encoded)
     for query in queries:
@@ -79,8 +79,8 @@ def test_gradcheck_of_the_loss():
     assert torch.autograd.gradcheck(coverage_loss, (weights, coverage))
 
 
-def test_it_learns_not_to_repeat_itself():
-    """Trained on the coverage loss alone, five steps come to attend to different keys."""
+def test_training_on_the_loss():
+    """After training on the coverage loss alone, five steps attend to different keys."""
     torch.manual_seed(0)
     layer, cell = CoverageAttention(D, K, 16), nn.GRUCell(K, D)
     encoded = torch.randn(4, 8, K)

@@ -1,5 +1,5 @@
-"""A decoder's steps share one memory: its gradients come once, and are those of the plain layer in
-every way that autograd can be asked for them."""
+"""A decoder's steps share one memory: its gradients are made once, and are those of the plain
+layer in every way to differentiate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ F64 = torch.float64
 
 
 class Decoder(nn.Module):
-    """Attends T times; every query depends on the context and the weights before it."""
+    """Attends T times. Every query depends on the context and the weights before it."""
 
     def __init__(self, ours: bool, **options):
         super().__init__()
@@ -42,7 +42,7 @@ class Decoder(nn.Module):
         self.to(F64)
 
     def step(self, query, key, value, lengths):
-        """Of the plain layer: a call with one query, whose rows without keys are 0."""
+        """A step of the plain layer: a call with one query, whose empty rows are 0."""
         layer = self.attention
         energy = torch.tanh(layer.query_layer(query)[:, None] + layer.key_layer(key))
         score = layer.energy_layer(energy).squeeze(-1)
@@ -63,7 +63,7 @@ class Decoder(nn.Module):
                 context, weights = self.step(query, key, value, lengths)
             query = torch.tanh(self.cell(torch.cat([context, weights], -1))) + query
             total = total + query.square().sum() + weights.pow(3).sum()
-        if reuse:  # keys and values are used elsewhere in the model too
+        if reuse:  # the model uses keys and values elsewhere too
             projected = self.attention.key_layer(key) if memory is None else memory.key
             total = total + projected.sin().sum() + value.cos().sum()
         return total
@@ -77,7 +77,7 @@ def inputs():
 
 
 def begun():
-    """A decoder, what it is given, and its memory of that."""
+    """Returns a decoder, its inputs, and their memory."""
     model = Decoder(True)
     query, key, value, lengths = inputs()
     return model, query, key, value, model.attention.project(model.encoder(key), value, lengths)
@@ -142,7 +142,7 @@ def test_a_graph_that_is_kept_is_differentiated_again(passes):
         total.backward()
 
 
-def test_gradients_of_a_part_leave_nothing_behind(passes):
+def test_gradients_of_a_part(passes):
     arguments = inputs()
     ours, plain = pair()
     total, expected = ours(*arguments), plain(*arguments)
@@ -150,7 +150,7 @@ def test_gradients_of_a_part_leave_nothing_behind(passes):
         torch.autograd.grad(total, arguments[0], retain_graph=True),
         torch.autograd.grad(expected, arguments[0], retain_graph=True),
     )
-    assert passes == [], "nobody asked for the shared gradients"
+    assert passes == [], "shared gradients were made though they are not needed"
     for some in (arguments[1:2], arguments[2:3], [0]):
         a, b = ((model.attention.energy_layer.weight,) if some == [0] else some
                 for model in (ours, plain))  # fmt: skip
@@ -176,7 +176,7 @@ def test_only_some_tensors_need_a_gradient():
 
 
 def test_truncated_backpropagation(passes):
-    """The memory lives on, the decoder's state is detached between the chunks."""
+    """Chunks share the memory; the decoder's state is detached between them."""
     results = []
     for model in pair():
         query, key, value, lengths = inputs()
@@ -236,7 +236,7 @@ def test_steps_that_never_reach_the_loss(passes):
         torch.autograd.grad(alone.sum(), wanted),
     )
     assert passes == [1, 1] and len(unused) == 3
-    # Weights alone: no gradient of the values comes.
+    # The loss depends on the weights alone, so the values have no gradient.
     _, weights = ours.attention.step(query, memory)
     grads = torch.autograd.grad(weights.square().sum(), [memory.key, value], allow_unused=True)
     assert grads[0].abs().sum() > 0 and grads[1] is None
@@ -244,7 +244,8 @@ def test_steps_that_never_reach_the_loss(passes):
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved_hooks", "reentrant"])
 def test_checkpoint_of_a_step(reentrant):
-    """Reentrant checkpoints take tensors; so the memory's go in one by one."""
+    """The arguments of reentrant checkpoints are tensors, so those of the memory are passed one by
+    one."""
     results = []
     for checkpointed in (True, False):
         model, query, key, value, memory = begun()
@@ -271,7 +272,7 @@ def test_checkpoint_of_a_step(reentrant):
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_checkpoint_of_a_step_differentiated_twice(batched):
-    """Of a checkpoint, a backward may unpack what was saved but once."""
+    """A backward may unpack a tensor that a checkpoint has saved only once."""
     results = []
     for checkpointed in (True, False):
         model, query, key, value, memory = begun()
@@ -292,7 +293,7 @@ def test_checkpoint_of_a_step_differentiated_twice(batched):
     assert_gradients(*results)
 
 
-def test_hooks_see_the_whole_gradient():
+def test_hooks_get_the_whole_gradient():
     results = []
     for ours in (True, False):
         model = Decoder(ours)
@@ -344,22 +345,22 @@ def test_anomaly_mode_and_other_threads():
         assert_gradients(grads, expected)
 
 
-class Stumble(torch.autograd.Function):
+class Failing(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        raise ZeroDivisionError("stumbled")
+        raise ZeroDivisionError("on purpose")
 
 
-def test_an_exception_leaves_nothing_behind(passes):
+def test_an_exception_leaves_no_record(passes):
     query, key, value, lengths = inputs()
     layer = AdditiveAttention(D, H, dtype=F64)
     memory = layer.project(key, value, lengths)
     first, _ = layer.step(query, memory)
-    second, _ = layer.step(Stumble.apply(query + first.sum()), memory)
+    second, _ = layer.step(Failing.apply(query + first.sum()), memory)
     with pytest.raises(ZeroDivisionError):
         torch.autograd.grad(second.sum(), [query, key], retain_graph=True)
     node = memory.prepared.lent.node
@@ -372,7 +373,7 @@ def test_an_exception_leaves_nothing_behind(passes):
     )
 
 
-def test_nothing_outlives_the_graph():
+def test_the_memory_is_freed_with_the_graph():
     query, key, value, lengths = inputs()
     layer = AdditiveAttention(D, H, dtype=F64)
     memory = layer.project(key, value, lengths)
@@ -385,7 +386,7 @@ def test_nothing_outlives_the_graph():
     gc.disable()
     try:
         del memory, lent, context, _
-        assert not any(x() is not None for x in watched), "a circle of references holds the memory"
+        assert not any(x() is not None for x in watched), "a reference cycle keeps the memory"
     finally:
         gc.enable()
 
@@ -429,7 +430,7 @@ def test_gradcheck(path):
 @pytest.mark.core
 @pytest.mark.interpreter
 def test_dropout_is_the_same_in_the_shared_pass():
-    """Values and keys of zero gradient where all that a step weighed was dropped."""
+    """Values and keys have zero gradients where steps have dropped all their weights."""
     torch.manual_seed(3)
     layer = AdditiveAttention(D, H, dropout=0.5, dtype=F64)
     query, key, value, lengths = inputs()
@@ -469,7 +470,7 @@ def test_upstream_nan_does_not_reach_masked_keys():
 
 
 def test_queries_of_one_memory_count_as_its_rows():
-    """A memory of one sequence, shared by a batch of queries with masks of their own."""
+    """A batch of queries, each with its own mask, shares a memory of one sequence."""
     layer = AdditiveAttention(D, H, dtype=F64)
     query, key, value, lengths = inputs()
     key, value = key[:1].detach().requires_grad_(), value[:1].detach().requires_grad_()
@@ -491,7 +492,7 @@ def test_queries_of_one_memory_count_as_its_rows():
 
 @pytest.mark.parametrize("sizes", [(), (1,), (3,), (2, 1), (1, 1), (1, 3), (2, 3)], ids=str)
 def test_values_that_leading_dims_share(sizes):
-    """Such as heads: their gradient is one product over all that share them."""
+    """Leading dims, such as heads, share values: their gradient is one product over these dims."""
     torch.manual_seed(0)
     key, value = torch.randn(2, 3, LK, H, dtype=F64), torch.randn(*sizes, LK, DV, dtype=F64)
     weight, queries = torch.randn(3, H, dtype=F64), torch.randn(T, 2, 3, H, dtype=F64)
@@ -514,7 +515,7 @@ def test_unbatched():
     assert_gradients(a, b)
 
 
-def test_changed_parameters_are_seen():
+def test_changed_parameters_are_used():
     """A step after the parameters have changed is an ordinary call with the new ones."""
     layer = AdditiveAttention(D, H, dtype=F64)
     query, key, value, lengths = inputs()
@@ -530,7 +531,7 @@ def test_changed_parameters_are_seen():
         change()
         expected = layer.step(query, memory._replace(key=memory.key))
         torch.testing.assert_close(layer.step(query, memory), expected)
-    # In the middle of a decoder that is differentiated: an error, as for the plain layer.
+    # A change between a step and its backward raises, as for the plain layer.
     layer = AdditiveAttention(D, H, dtype=F64)
     memory = layer.project(key, value, lengths)
     context, _ = layer.step(query, memory)
@@ -578,7 +579,7 @@ def test_transforms_and_compiled_steps_take_the_ordinary_gradient(passes):
 
 
 def test_memory_of_the_steps():
-    """Records hold O(Lk + H + Dv) per step, never (Lk, H): counted in saved and new tensors."""
+    """Records take O(Lk + H + Dv) per step, never (Lk, H), as counted in saved and new tensors."""
     layer = AdditiveAttention(16, 64)
     key = torch.randn(2, 512, 16)
     saved = []
@@ -601,7 +602,8 @@ def test_memory_of_the_steps():
 @pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_memory_in_sixteen_bits(dtype):
-    """Computes with the rounded keys and values in float32; gradients of the layer are float32."""
+    """Steps compute in float32 with the rounded keys and values; gradients of the layer are
+    float32."""
     layer = AdditiveAttention(D, H)
     query, key, value, lengths = (x.detach().to(torch.float32) for x in inputs())
     lengths = lengths.long()
@@ -670,7 +672,7 @@ def test_a_memory_made_outside_autocast(narrow):
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-def test_keys_changed_in_place_are_seen(grad):
+def test_keys_changed_in_place_are_used(grad):
     layer = AdditiveAttention(D, H, dtype=F64)
     query, key, value, lengths = (x.detach() for x in inputs())
     with torch.set_grad_enabled(grad):
@@ -682,7 +684,8 @@ def test_keys_changed_in_place_are_seen(grad):
 
 
 def test_frozen_keys_need_no_retained_graph():
-    """Nothing above the memory's node is freed, so steps can be differentiated one by one."""
+    """Backward passes free nothing above the memory's node, so steps can be differentiated one by
+    one."""
     layer = AdditiveAttention(D, H, dtype=F64)
     layer.key_layer.requires_grad_(False)
     query, key, value, lengths = (x.detach() for x in inputs())

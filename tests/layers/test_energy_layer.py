@@ -1,4 +1,5 @@
-"""What tools make of ``energy_layer`` takes part: the result is the plain layer's, or an error."""
+"""Tools change ``energy_layer``: the result is that of the equally changed plain layer, or an
+error."""
 
 from __future__ import annotations
 
@@ -14,9 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from additive_attn import AdditiveAttention, PlainAdditiveAttention
 
 D, H = 6, 8
-of_the_cpu = pytest.mark.skipif(
-    DEVICE != "cpu", reason="values of other devices are not looked at"
-)
+of_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="values of other devices are not read")
 
 
 class Doubled(nn.Linear):
@@ -25,7 +24,7 @@ class Doubled(nn.Linear):
 
 
 class Adapter(nn.Module):
-    """A LoRA wrapper, as adapters are written: the frozen base and a trained low-rank term."""
+    """A LoRA wrapper as adapters write it: the frozen base plus a trained low-rank term."""
 
     def __init__(self, base, dropout=0.0):
         super().__init__()
@@ -41,7 +40,7 @@ class Adapter(nn.Module):
 
 
 class Offloaded:
-    """Weights on the meta device until forward runs, as accelerate's hooks keep them."""
+    """Keeps weights on the meta device until forward runs, as accelerate's hooks do."""
 
     def __init__(self, layer):
         self.state = {name: p.detach().clone() for name, p in layer.named_parameters()}
@@ -145,8 +144,8 @@ def way_of(name, layer, inputs):
     return tuple(torch.stack(each, 1) for each in zip(*steps, strict=True))
 
 
-# Each call of spectral_norm in training takes another power iteration, and the plain layer, which
-# has no steps, is called once: only forward compares.
+# In training each call of spectral_norm makes another power iteration. The plain layer has no
+# steps and is called once, so only forward can be compared.
 TRAINED = [(tool, "forward") for tool in TOOLS]
 TRAINED += [(tool, "step") for tool in TOOLS if not tool.endswith("spectral_norm")]
 
@@ -182,7 +181,8 @@ def test_a_checkpoint_under_old_weight_norm():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_called_and_read_weights_agree(dtype):
-    """The weight of a called module, output minus bias, is as exact as the plain layer's score."""
+    """The weight of a module that is called (output minus bias) is as exact as the plain layer's
+    score."""
     layer, plain = AdditiveAttention(D, 64), PlainAdditiveAttention(D, 64)
     plain.load_state_dict(layer.state_dict())
     hooked = copy.deepcopy(layer)
@@ -211,7 +211,7 @@ def test_an_adapter_merges():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="computes on the CPU")
 def test_quantised_layers():
-    """Eight bits: what the plain layer loses by them, and no more."""
+    """In eight bits the layer loses no more accuracy than the plain layer."""
     from torch.ao.quantization import quantize_dynamic
 
     torch.manual_seed(0)
@@ -415,7 +415,8 @@ def test_other_shapes_are_refused(module, shape):
 
 @pytest.mark.filterwarnings("ignore")
 def test_quantisation_aware_training():
-    """The scores would be rounded after they are summed; of the other layers, projections are."""
+    """A fake-quantised energy_layer raises, since it would round the scores after their sum.
+    Fake-quantised projections are called."""
     from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 
     layer, plain = pair(TOOLS["nothing"])
@@ -427,7 +428,7 @@ def test_quantisation_aware_training():
     for each in (layer, plain):
         each.energy_layer.qconfig = None
     ours, theirs = prepare_qat(layer), prepare_qat(plain)
-    for _ in range(3):  # which move what is observed
+    for _ in range(3):  # each call updates the observed ranges
         torch.testing.assert_close(ours(x, x), theirs(x, x, x))
 
 
@@ -435,7 +436,7 @@ def test_quantisation_aware_training():
     "kind", ["register_full_backward_hook", "register_full_backward_pre_hook"]
 )
 def test_backward_hooks_are_refused(kind):
-    """The gradients that such a hook is to see, or change, do not pass through energy_layer."""
+    """Gradients do not pass through energy_layer, so such a hook would not be called."""
     layer, x = AdditiveAttention(D, H), torch.randn(2, 5, D)
     getattr(layer.energy_layer, kind)(lambda *_: None)
     with pytest.raises(ValueError, match="energy_layer has backward hooks"):
@@ -450,7 +451,7 @@ def test_shapes_alone(tool):
     x = torch.randn(2, 5, D, dtype=torch.float64)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert layer(mode.from_tensor(x), mode.from_tensor(x))[0].shape == x.shape
-    if tool != "old weight_norm":  # its hook makes a tensor on the CPU
+    if tool != "old weight_norm":  # its hook creates a tensor on the CPU
         layer.to("meta")
         assert layer(x.to("meta"), x.to("meta"))[1].shape == (2, 5, 5)
 
@@ -487,7 +488,7 @@ def test_compiles(tool):
 @pytest.mark.parametrize("way", ["forward", "step"])
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
 @pytest.mark.filterwarnings("ignore:Full backward hook")
-def test_hooks_of_all_modules_see_the_linears(kind, way):
+def test_hooks_of_all_modules_are_called_for_the_linears(kind, way):
     layer, _ = pair(TOOLS["nothing"])
     seen, x = [], torch.randn(2, 5, D, dtype=torch.float64)
     register = getattr(nn.modules.module, f"register_module_{kind}")

@@ -1,4 +1,4 @@
-"""Decoders in torch.export, of any number of sequences and keys: no size becomes a constant."""
+"""Decoders in torch.export, with any number of sequences and keys: no size becomes a constant."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_any_number_of_sequences_and_keys(name, masking, beams):
 
 
 class Beginning(Decoder):
-    """Returns what a decoder begins with, and takes it."""
+    """Returns the first memory and state of a decoder, or continues from them."""
 
     def forward(self, keys, mask, memory=None, state=None):
         if memory is None:
@@ -135,7 +135,8 @@ def test_any_number_of_beams(name, masking, strict):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_memory_of_any_number_of_beams_is_not_taken_for_one(strict):
-    """What a program returns has lost the number, which is no part of the graph."""
+    """A memory that a program returns has no number of beams, since the graph does not contain
+    it."""
 
     class Model(Beginning):
         def forward(self, keys, like):
@@ -156,7 +157,7 @@ def test_a_memory_of_any_number_of_beams_is_not_taken_for_one(strict):
 
 
 def test_memories_and_states_load_without_code():
-    """torch.load takes them with weights_only=True, its default."""
+    """torch.load accepts them with weights_only=True, its default."""
     layer, (keys, lengths) = LAYERS["location"](), given("lengths", 2, 5)
     memory = layer.project(keys, lengths=lengths).expand(3)
     file = io.BytesIO()
@@ -170,7 +171,7 @@ def test_memories_and_states_load_without_code():
 
 
 class Reads(nn.Module):
-    """Calls that look at the values of ``given`` where they run."""
+    """Calls that read the values of ``given`` when they run."""
 
     def __init__(self, kind):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Attention with a state of earlier weights, in every way that PyTorch can be asked for it."""
+"""Attention with a state of earlier weights, in every way that PyTorch can call it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_autocast(kind, passes):
 @SOME
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits(kind, dtype):
-    """A layer in 16 bits, and a memory in 16 bits beside a layer in float32."""
+    """The layer is in 16 bits, or the memory in 16 bits beside a layer in float32."""
     decoder, tensors = Decoder(build(kind), dtype), inputs(dtype)
     exact = copy.deepcopy(decoder).double()(*(x.double() for x in tensors), lengths=LENGTHS)
     found = decoder(*tensors, lengths=LENGTHS)
@@ -72,7 +72,7 @@ def test_compiled(kind):
     found = results(decoder, compiled, tensors, lengths=torch.tensor(LENGTHS))
     for ours, best in zip(found, expected, strict=True):
         assert_close(ours, best)
-    # One step of a memory that was projected outside.
+    # One step of a memory that was projected outside the graph.
     layer, (key, value, query) = decoder.layer, tensors
     memory = layer.project(key, value, LENGTHS)
     state = layer.initial_state(memory)
@@ -90,7 +90,8 @@ def _flat(step):
 @SOME
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved_hooks", "reentrant"])
 def test_checkpointed(kind, reentrant):
-    """Reentrant checkpoints take tensors; so those of memory and state go in one by one."""
+    """The arguments of reentrant checkpoints are tensors, so those of memory and state are passed
+    one by one."""
     decoder, tensors = Decoder(build(kind)), inputs()
     layer = decoder.layer
 
@@ -143,8 +144,8 @@ def test_gradients_of_gradients(kind):
 @SOME
 @pytest.mark.parametrize("sharing", ["beams", "batch"])
 def test_gradients_of_gradients_of_shared_keys(kind, sharing):
-    """The second backward passes the steps, whose keys' gradient has an entry per query, and what
-    the first one made of them."""
+    """The second backward passes through the steps, whose gradient of the keys has an entry per
+    query, and through the nodes of the first backward."""
     layer = build(kind)
     layer = type(layer)(2, 2, 3, dtype=torch.float64, **KINDS[kind] | {"initial": "zeros"})
     key = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
@@ -202,7 +203,7 @@ def test_functional_transforms(kind):
 
 @SOME
 def test_truncated_backpropagation(kind):
-    """The memory lives on; the query and the state are detached between the chunks."""
+    """Chunks share the memory; the query and the state are detached between them."""
     decoder, found = Decoder(build(kind)), []
     layer = decoder.layer
     for ordinary in (False, True):
@@ -228,7 +229,7 @@ def test_truncated_backpropagation(kind):
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("keys,batch", [(0, 3), (5, 0), (0, 0)])
 def test_without_keys_or_sequences(kind, beams, keys, batch):
-    """Where there is nothing to attend to, all results and gradients are zeros."""
+    """Without keys or sequences all results and gradients are zeros."""
     layer, value = build(kind), torch.randn(batch, keys, 7, requires_grad=True)
     memory = layer.project(torch.randn(batch, keys, K), value).expand(beams)
     query, state = torch.randn(beams * batch, D, requires_grad=True), layer.initial_state(memory)
@@ -324,7 +325,7 @@ def test_traced_and_exported(kind):
 @EVERY
 @pytest.mark.usefixtures("steps_leave_records")
 def test_memory_of_the_steps(kind):
-    """Steps keep O(Lk + H + Dv) numbers per sequence: no (Lk, H), and no (F, Lk) of features."""
+    """Steps save O(Lk + H + Dv) numbers per sequence: no (Lk, H), and no (F, Lk) of features."""
     layer = build(kind, hidden=64)
     if kind != "pointer" and kind != "attcov":
         layer = type(layer)(D, K, 64, **KINDS[kind] | {"filters": 32})
@@ -345,7 +346,7 @@ def test_memory_of_the_steps(kind):
             context, _, state = layer.step(query, memory, state)
             query = query + context.sum(-1, keepdim=True)
     kept = sum(storage.nbytes() for storage in saved.values())
-    # Weights, their sum, and both once more as the inputs of the filters.
+    # The weights, their sum, and both once more as the inputs of the filters.
     assert kept <= steps * 2 * 4 * (4 * 512 + 4 * (64 + K)), kept
 
 

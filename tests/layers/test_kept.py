@@ -1,5 +1,5 @@
-"""What a memory keeps of its caller: the values alone. A step computes with what the memory holds
-when it runs, however that came to be written to."""
+"""A memory keeps the caller's values, and copies of the other tensors. A step computes with the
+memory's tensors as they are when it runs, after any kind of write to them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stepped(layer, query, memory):
 
 
 def ordinary(memory):
-    """The same tensors, of which nothing has been prepared."""
+    """Returns a memory of the same tensors without prepared keys."""
     return memory._replace(key=memory.key)
 
 
@@ -85,7 +85,7 @@ def test_what_a_step_has_read_may_not_be_written_to_before_backward(kind, beams,
         context.sum().backward()
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="autocast of the CPU")
+@pytest.mark.skipif(DEVICE != "cpu", reason="tests autocast on the CPU")
 @MODES
 @pytest.mark.parametrize("field", ["key", "value"])
 @pytest.mark.parametrize("how", ["autocast", "narrow"])
@@ -102,7 +102,7 @@ def test_also_where_it_is_kept_in_another_dtype(mode, field, how):
         torch.testing.assert_close(stepped(layer, query, memory), expected, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="autocast of the CPU")
+@pytest.mark.skipif(DEVICE != "cpu", reason="tests autocast on the CPU")
 @MODES
 def test_also_where_only_its_steps_run_under_autocast(mode):
     layer, query = made("tacotron", dtype=torch.float32), torch.randn(2 * B, D)
@@ -119,8 +119,8 @@ def test_also_where_only_its_steps_run_under_autocast(mode):
 
 @pytest.mark.parametrize("change", ["energy_layer.weight", "query_layer.bias", "energy_offset"])
 @pytest.mark.parametrize("casts", [False, True], ids=["", "autocast"])
-def test_parameters_that_do_not_tell_that_they_were_written_to(change, casts):
-    """Those of a layer that was made in inference mode."""
+def test_parameters_without_versions(change, casts):
+    """Parameters of a layer that was made in inference mode count no versions."""
     key, value, query = torch.randn(B, LK, K), torch.randn(B, LK, 7), torch.randn(B, D)
     with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=casts):
         layer = made("content", dtype=torch.float32, normalize=True)
@@ -135,7 +135,7 @@ def test_parameters_that_do_not_tell_that_they_were_written_to(change, casts):
 @MODES
 @pytest.mark.parametrize("masking", ["lengths", "key_padding_mask", "unbatched"])
 def test_what_the_caller_passed_may_be_written_to(kind, mode, masking):
-    """Other than values, which are not copied: they are as large as the keys."""
+    """Values are an exception: they are not copied, since they are as large as the keys."""
     layer, query = made(kind), torch.randn(B, D, dtype=F64)
     key, value = torch.randn(B, LK, K, dtype=F64), torch.randn(B, LK, 7, dtype=F64)
     given = torch.tensor([LK, 5, 1])
@@ -161,8 +161,8 @@ def test_the_first_state_is_two_tensors():
         assert not torch.equal(state.previous, state.cumulative)
 
 
-def around_counting(parameter, how):
-    """Writes that raise no version."""
+def write_without_version(parameter, how):
+    """Writes to a parameter without raising its version."""
     change = torch.rand_like(parameter)
     before = parameter._version
     if how == "data":
@@ -176,7 +176,7 @@ def around_counting(parameter, how):
     assert parameter._version == before
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="values of other devices are not looked at")
+@pytest.mark.skipif(DEVICE != "cpu", reason="values of other devices are not read")
 @MODES
 @pytest.mark.parametrize("how", ["data", "NumPy", "optimizer"])
 @pytest.mark.parametrize(
@@ -193,15 +193,15 @@ def around_counting(parameter, how):
        ("heads", {}, False, "in_proj_bias"),
        ("heads", {}, True, "energy_weight")],
 )  # fmt: skip
-def test_parameters_that_are_written_to_around_counting(mode, how, kind, options, casts, change):
-    """Fused optimizers are among those who write so."""
+def test_writes_without_a_new_version(mode, how, kind, options, casts, change):
+    """Fused optimizers are among the writers that raise no version."""
     layer, query = made(kind, dtype=torch.float32, **options), torch.randn(B, D)
     parameter = layer.get_parameter(change)
     with mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=casts):
         memory = layer.project(torch.randn(B, LK, K), torch.randn(B, LK, 7))
         before = stepped(layer, query, memory)
         with torch.inference_mode(False):
-            around_counting(parameter, how)
+            write_without_version(parameter, how)
         expected = stepped(layer, query, ordinary(memory))
         found = stepped(layer, query, memory)
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)
@@ -218,7 +218,7 @@ def test_parameters_that_are_written_to_around_counting(mode, how, kind, options
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("to", [F64, torch.float16, torch.bfloat16, "meta"], ids=str)
 def test_a_layer_that_is_converted_after_it_projected(kind, rows, hooked, narrow, to):
-    """Its sentence names both, and says what to call."""
+    """The error names both dtypes or devices, and says what to call."""
     layer = made(kind, dtype=torch.float32)
     if hooked:  # the term is added to the keys
         layer.get_submodule(layer._term_layer).register_forward_hook(lambda m, given, out: out)

@@ -1,4 +1,5 @@
-"""The layers keep the protocol of nn.Module: initialising, copying, sharding, symbolic tracing."""
+"""The layers support the protocol of nn.Module: initialising, copying, sharding, symbolic
+tracing."""
 
 from __future__ import annotations
 
@@ -124,7 +125,7 @@ def test_symbolic_trace_of_the_layer_itself_says_what_to_do():
 
 
 def test_a_replica_without_parameters_of_its_own():
-    """As nn.DataParallel makes them: tensors as attributes."""
+    """nn.DataParallel makes replicas whose attributes are tensors."""
     layer, x = build("fused"), torch.randn(2, 5, D)
     replica = layer._replicate_for_data_parallel()
     for name, module in layer.named_children():

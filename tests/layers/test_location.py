@@ -60,7 +60,7 @@ def test_features_are_a_convolution(path):
 
 
 class _Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes."""
+    """The number of elements of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -74,7 +74,8 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU plain PyTorch makes them")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_plain_pytorch_makes_no_windows_of_all_features(dtype):
-    """Which are width times as many; of the inputs, a tenth as many."""
+    """Windows of all features have width times their elements; windows of the inputs have a tenth
+    of that."""
     inputs, filters, grad = torch.randn(2, 2, 40), torch.randn(20, 2, 9), torch.randn(2, 20, 40)
     arguments = [x.to(dtype) for x in (grad, inputs, filters)]
     with _Largest() as largest:
@@ -160,7 +161,7 @@ def test_padding_cannot_leak(kind):
     for x in dirty[:2]:
         x[1, 4:], x[2] = torch.nan, torch.inf
     dirty = [x.requires_grad_() for x in dirty]
-    # A Linear multiplies the padding's gradient, 0, with the NaN of its input.
+    # A Linear multiplies the padding's gradient, 0, by the NaN of its input.
     decoder.layer.key_layer.requires_grad_(False)
     for options in ({"lengths": LENGTHS}, {"key_padding_mask": ~attended()}):
         expected, found = (results(decoder, decoder, x, **options) for x in (clean, dirty))
@@ -210,7 +211,8 @@ def test_initial_state(kind):
 
 @SOME
 def test_dropout(kind):
-    """The weights are returned, and remembered, before dropout; deferred or not."""
+    """Returned weights, and those in the state, are without dropout, whether gradients are
+    deferred or not."""
     decoder = Decoder(build(kind, dropout=0.5))
     tensors, found = inputs(), []
     for options in ({}, {"ordinary": True}):
@@ -293,7 +295,7 @@ def test_calling_the_layer_is_a_step():
 
 
 def test_plain_of_the_tests_is_not_ours():
-    """It must not reach the package's operators."""
+    """The plain decoder must not call the package's operators."""
     decoder, tensors = Decoder(build("tacotron")), inputs()
     assert isinstance(Plain(decoder.layer), nn.Module)
     with torch.profiler.profile() as profile:

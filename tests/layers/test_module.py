@@ -1,4 +1,4 @@
-"""The layer: a drop-in for the plain one, and its other ways in agree with each other."""
+"""The layer replaces the plain one, and its other methods agree with ``forward``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_layer(dtype):
 
 
 def test_energy_bias_gets_the_zero_gradient_of_the_plain_layer():
-    """Not None: DDP and optimizers treat the parameter as used."""
+    """The gradient is not None, so that DDP and optimizers treat the parameter as used."""
     layer, _ = layers()
     query, key, value = tensors()
     layer(query, key, value)[0].sum().backward()
@@ -213,7 +213,7 @@ def test_a_batch_of_one_is_shared(sizes):
 
 
 def test_normalize():
-    """g v / |v| . tanh(query + key + b), by hand and in float64."""
+    """The scores are g v / |v| . tanh(query + key + b), computed by hand in float64."""
     layer = AdditiveAttention(D, H, normalize=True, dtype=torch.float64)
     assert "energy_layer.bias" not in layer.state_dict()
     assert layer.energy_gain.item() == pytest.approx(H**-0.5)
@@ -266,7 +266,7 @@ def test_extra_repr():
 
 
 def test_it_trains_as_the_plain_layer_does():
-    """Thirty steps of Adam on the same data: the losses follow each other."""
+    """With thirty steps of Adam on the same data, the two have equal losses."""
     torch.manual_seed(1)
     layer, plain_layer = layers()
     layer, plain_layer = layer.double(), plain_layer.double()

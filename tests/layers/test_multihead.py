@@ -1,4 +1,4 @@
-"""Several heads: a drop-in for nn.MultiheadAttention with another score."""
+"""Several heads: a replacement of nn.MultiheadAttention with another score."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def made(**options):
 
 
 def inputs(kind, layer, batched=True, dtype=F64):
-    """Query, key and value; which of them are one tensor is the kind."""
+    """Returns query, key and value. The kind says which of them are one tensor."""
 
     def randn(length, features):
         shape = (N, length, features) if layer.batch_first else (length, N, features)
@@ -42,8 +42,8 @@ def inputs(kind, layer, batched=True, dtype=F64):
 
 
 def masks(kind, keys, batched=True, dtype=F64):
-    """Polarity of nn.MultiheadAttention; the first row of the first sequence, and a sequence, have
-    no key in some."""
+    """Returns masks with the polarity of nn.MultiheadAttention. Some leave no key to the first row
+    of the first sequence, or to a sequence."""
     n = N if batched else 1
     pairs = torch.rand(L, keys) < 0.4
     each = torch.rand(n * HEADS, L, keys) < 0.4
@@ -73,13 +73,13 @@ def masks(kind, keys, batched=True, dtype=F64):
 
 
 def compare(layer, given, tolerance=1e-11, **options):
-    """Outputs and all gradients, with upstream gradients of odd strides."""
+    """Compares outputs and all gradients, with upstream gradients of unusual strides."""
     options, averaged = dict(options), options.get("average_attn_weights", True)
     expected = plain_heads(
         layer, *given, options.get("key_padding_mask"), options.get("attn_mask"), averaged
     )
     found = layer(*given, **options)
-    # Those that are float masks get gradients too, where they ask for them.
+    # Float masks that need gradients get them too.
     leaves = {id(x): x for x in [*given, *layer.parameters(), *options.values()]
               if isinstance(x, torch.Tensor) and x.requires_grad}  # fmt: skip
     upstream = [layouts.transposed(torch.randn_like(x)) for x in expected]
@@ -105,7 +105,7 @@ OPTIONS = {
 
 
 def shareable(sharing, options):
-    """Whether tensors of these features can be one."""
+    """Whether tensors with these numbers of features can be one tensor."""
     kdim, vdim = options.get("kdim", E), options.get("vdim", E)
     return {"self": kdim == vdim == E, "query is key": kdim == E, "key is value": kdim == vdim,
             "apart": True}[sharing]  # fmt: skip
@@ -228,7 +228,7 @@ def test_a_causal_mask_that_is_learned_gets_its_gradient():
     torch.testing.assert_close(*grads)
 
 
-def test_a_wrong_hint_is_believed_where_torch_believes_it():
+def test_a_wrong_hint_is_used_where_torch_uses_it():
     layer, theirs = made(), nn.MultiheadAttention(E, HEADS, batch_first=True, dtype=F64)
     given, other = inputs("self", layer), torch.zeros(L, L, dtype=F64)
     for each in (layer, theirs):

@@ -1,4 +1,5 @@
-"""A BlockMask as the mask of several heads: as the dense mask that it stands for."""
+"""A BlockMask as the mask of several heads gives the results of the dense mask that it
+represents."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def layer(**options):
 @pytest.mark.parametrize("heads", [None, HEADS])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_as_the_dense_mask(padding, need_weights, heads, dropout):
-    """With the hint is_causal too, which is wrong for this mask and changes nothing."""
+    """Results are also the same with the hint is_causal, which is wrong for this mask."""
     results = []
     for mask, hint in (
         (dense(heads or 1), False), (made(None, heads), False), (made(None, heads), True),
@@ -60,7 +61,8 @@ def test_as_the_dense_mask(padding, need_weights, heads, dropout):
 
 
 def test_in_transformers():
-    """A decoder hands it on; an encoder of PyTorch converts masks itself, and refuses."""
+    """A decoder passes a BlockMask to the layer; PyTorch's encoder converts masks itself, and
+    raises."""
     decoder = nn.TransformerDecoderLayer(E, HEADS, 32, 0.0, batch_first=True).double()
     decoder.self_attn, decoder.multihead_attn = layer(), layer()
     x = torch.randn(N, L, E).double()

@@ -1,4 +1,4 @@
-"""Several heads: errors, and what nn.Module's protocol and torch's transforms ask for."""
+"""Several heads: errors, the protocol of nn.Module, and torch's transforms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several heads: one query per sequence is a row of a call."""
+"""Several heads: a step with one query per sequence gives a row of a call."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_steps_are_rows_of_a_call(options, masking, passes):
         results.append([each, *torch.autograd.grad(each, leaves, upstream, allow_unused=True)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert passes == [STEPS]  # the gradients of all steps were made at once
+    assert passes == [STEPS]  # one pass made the gradients of all steps
 
 
 def test_steps_of_several_queries_beams_and_unbatched_memories():

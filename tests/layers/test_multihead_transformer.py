@@ -1,5 +1,6 @@
-"""nn.TransformerEncoderLayer and nn.TransformerDecoderLayer with several additive heads in place:
-their fast paths, which compute dot products, must not take its parameters and pass it by."""
+"""nn.TransformerEncoderLayer and nn.TransformerDecoderLayer with several additive heads as their
+attention: their fast paths compute dot products, and must not use the layer's parameters without
+calling it."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def encoder_layer(**options):
 
 
 def encoded(layer, x, padding=None, mask=None):
-    """The layer's formula, which knows no fast path."""
+    """The formula of the encoder layer, without a fast path."""
     x = layer.norm1(x + plain_heads(layer.self_attn, x, x, x, padding, mask)[0])
     return layer.norm2(x + layer.linear2(layer.activation(layer.linear1(x))))
 
@@ -96,7 +97,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("way,masking", PAIRS)
-def test_an_encoder_layer_attends_with_what_it_holds(way, masking):
+def test_an_encoder_layer_uses_its_attention(way, masking):
     layer, x, masking = encoder_layer(), torch.randn(N, L, E), MASKING[masking]
     expected = encoded(
         layer, x, masking.get("src_key_padding_mask"), masking.get("src_mask")
@@ -105,8 +106,8 @@ def test_an_encoder_layer_attends_with_what_it_holds(way, masking):
 
 
 def test_the_fast_path_would_give_another_result():
-    """What the tests above would see. A layer that let torch take it lacks a method that it calls:
-    so a torch that did not ask would stop."""
+    """Shows that the tests above would fail if torch took its fast path. The layer has no
+    ``merge_masks``, which that path calls, so a torch that did not check the layer would raise."""
     layer, x = encoder_layer(), torch.randn(N, L, E)
     expected = encoded(layer, x)
     layer.self_attn._qkv_same_embed_dim = True
@@ -119,10 +120,10 @@ def test_the_fast_path_would_give_another_result():
 @pytest.mark.parametrize("replaced", ["before", "after"])
 @pytest.mark.parametrize("way", ["eval", "no_grad", "inference_mode", "deepcopy", "compiled"])
 def test_an_encoder_that_nests_its_inputs(way, replaced):
-    """Replaced after the encoder was made, it gets nested tensors."""
+    """A layer that is replaced after the encoder was made gets nested tensors."""
     x = torch.randn(N, L, E)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch tells that it will not nest
+        warnings.simplefilter("ignore")  # torch warns that it will not nest
         if replaced == "before":
             encoder = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=True)
         else:
@@ -157,7 +158,7 @@ def test_a_decoder_layer(way, norm_first):
 
 
 def test_gradients_through_a_transformer():
-    """Encoder and decoder, length first; and the same with the formula in place."""
+    """Compares an encoder and decoder, length first, with those whose attention is the formula."""
     model = nn.Transformer(E, HEADS, 1, 1, 16, dropout=0.0).double()
     for layer in (*model.encoder.layers, *model.decoder.layers):
         for name in ("self_attn", "multihead_attn"):
@@ -226,7 +227,7 @@ def test_nested_tensors_that_are_refused():
         steps.step(x, steps.project(dense))
 
 
-UNREAD = pytest.mark.skipif(DEVICE != "cpu", reason="values of other devices are not looked at")
+UNREAD = pytest.mark.skipif(DEVICE != "cpu", reason="values of other devices are not read")
 
 
 @pytest.mark.parametrize(

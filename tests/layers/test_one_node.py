@@ -1,4 +1,5 @@
-"""A small call of the layer is one node of autograd, with the results of the nodes it replaces."""
+"""A small call of the layer is one node of autograd, with the results of the nodes that it
+replaces."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def made(batch, options):
 
 
 def results(layer, inputs, masking):
-    """Outputs, gradients, and gradients of these."""
+    """Returns outputs, gradients, and gradients of gradients."""
     torch.manual_seed(1)
     outputs = [x for x in layer(*inputs, **masking) if x is not None]
     leaves = [x for x in (*inputs, *layer.parameters()) if x.requires_grad]
@@ -78,7 +79,7 @@ def test_results_are_those_of_nodes_apart(name, frozen, plain, monkeypatch):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.skipif(DEVICE != "cpu" or dispatch.cpu_is_plain, reason="of the CPU's kernel")
+@pytest.mark.skipif(DEVICE != "cpu" or dispatch.cpu_is_plain, reason="tests the CPU's kernel")
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_a_small_call_is_one_node(batch):
     layer, inputs = made(batch, {})
@@ -91,7 +92,7 @@ def test_a_small_call_is_one_node(batch):
         torch.testing.assert_close(x, torch.stack(expected))
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="of plain PyTorch on the CPU")
+@pytest.mark.skipif(DEVICE != "cpu", reason="tests plain PyTorch on the CPU")
 @pytest.mark.parametrize("queries", [1, 4])
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_plain_pytorch_records_fewer_nodes_than_the_plain_layer(batch, queries, monkeypatch):
@@ -102,7 +103,7 @@ def test_plain_pytorch_records_fewer_nodes_than_the_plain_layer(batch, queries, 
     plain.load_state_dict(layer.state_dict())
     ours, theirs = (nodes(x(*inputs)[0]) for x in (layer, plain))
     assert len(ours) < len(theirs), (ours, theirs)
-    assert not any(x.startswith("Squeeze") for x in ours), "of the weight (1, H)"
+    assert not any(x.startswith("Squeeze") for x in ours), "the weight (1, H) is squeezed"
 
 
 def hooked(layer):

@@ -33,7 +33,8 @@ def test_image_holds_the_weights():
 
 
 def test_takes_weights_as_they_come():
-    """With a gradient, in half precision, of one batch entry, with empty rows."""
+    """Weights may have a gradient, be in half precision, of one batch entry, or have empty
+    rows."""
     weights = torch.rand(1, 3, 5, 7, requires_grad=True).bfloat16()
     plot_attention(weights, head="mean")
     plot_attention(weights, head=1)
@@ -107,7 +108,7 @@ def test_labels_do_not_overlap(recwarn, heads, length, token):
     tokens = [token] * length
     axes = plot_attention(torch.rand(heads, length, length), tokens, tokens, head="grid")
     axes[0].figure.canvas.draw()
-    assert not recwarn.list  # no layout that collapses
+    assert not recwarn.list  # no warning that the layout collapses
     for each in axes:
         assert not overlapping(each.xaxis) and not overlapping(each.yaxis)
         assert each.get_position().width > 0.5 / len(axes)
@@ -137,7 +138,7 @@ def test_one_large_weight_does_not_darken_the_others():
         ([[0.1, 0.9]], dict(vmax=0.5), "max"),
         ([[-1.0, 0.9]], {}, "min"),  # scores
         ([[-1.0, 0.9]], dict(vmax=0.5), "both"),
-        ([[-torch.inf, 0.9]], {}, "neither"),  # a masked score is blank
+        ([[-torch.inf, 0.9]], {}, "neither"),  # a masked score is drawn blank
     ],
 )
 def test_the_colorbar_shows_what_lies_beyond_it(weights, options, extend):
@@ -176,7 +177,8 @@ def test_tokens_of_tensors_and_with_signs():
 
 
 def test_characters_that_the_default_font_lacks(monkeypatch):
-    """One that another installed font has is drawn with that; else a sentence says so."""
+    """A character that another installed font has is drawn in that font; for others there is a
+    warning."""
     from matplotlib import font_manager
 
     default, other = (

@@ -1,5 +1,5 @@
-"""A weight that all steps share: its gradient comes once, and is that of a Linear in every way
-that autograd can be asked for it."""
+"""A weight that all steps share: its gradient is made once, and is that of a Linear in every way
+to differentiate."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_gradients(used, times):
 
 
 def test_weight_of_a_graph():
-    """The weight is itself made of parameters; another step follows after a backward pass."""
+    """The weight is computed from parameters, and another step follows after a backward pass."""
     results = []
     for lend, product in ((lend_weight, multiply), (lambda w: w, direct)):
         weight, *inputs = leaves()

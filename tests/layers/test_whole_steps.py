@@ -1,5 +1,5 @@
-"""Steps of small memories on plain PyTorch are ordinary calls: they give what steps that leave
-records give."""
+"""Steps of small memories on plain PyTorch are ordinary calls, with the results of steps that
+leave records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = ["content", "heads", "tacotron", "pointer"]
 
 
 def on_plain_pytorch(monkeypatch):
-    """From now on, also where a kernel, or a GPU, would compute."""
+    """Makes calls compute on plain PyTorch, also where a kernel or a GPU would compute."""
     monkeypatch.setattr(dispatch, "cpu_is_plain", True)
     monkeypatch.setattr(dispatch, "on_plain_path", lambda device: True)
 
@@ -34,7 +34,7 @@ def made(kind):
 
 
 def stepped(layer, key, query, options, beams):
-    """Two steps, with their gradients."""
+    """Returns a memory, and the results and gradients of two steps."""
     memory = layer.project(key, **options).expand(beams)
     state = layer.initial_state(memory) if hasattr(layer, "initial_state") else None
     found = []
@@ -103,7 +103,7 @@ def test_writes_before_backward_raise_or_change_nothing(kind, field, beams, monk
 
 @pytest.mark.parametrize("elements,whole_step", [(B * LK * 6, True), (B * LK * 6 - 1, False)])
 def test_large_memories_leave_records(elements, whole_step, monkeypatch):
-    """A step whose energies are many does not keep them."""
+    """A step with many energies leaves a record instead of saving them."""
     monkeypatch.setattr(engine, "WHOLE_ELEMENTS", elements)
     on_plain_pytorch(monkeypatch)
     memory = made("content").project(torch.randn(B, LK, K, dtype=torch.float64))
@@ -111,7 +111,7 @@ def test_large_memories_leave_records(elements, whole_step, monkeypatch):
 
 
 def test_memories_of_16_bits_leave_records(monkeypatch):
-    """Whose gradients are added up in float32."""
+    """The gradients of such memories are added up in float32."""
     on_plain_pytorch(monkeypatch)
     key = torch.randn(B, LK, K)
     assert made("content").float().project(key, dtype=torch.bfloat16).prepared
