@@ -1,4 +1,4 @@
-"""Loops of a decoder over two layers, and their comparison by rule."""
+"""Runs a decoder's loop with two layers, and compares them by the accuracy rule."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ SIZES = Sizes()
 
 
 def inputs(sizes: Sizes = SIZES, dtype: torch.dtype = torch.float64, seed: int = 0) -> Inputs:
-    """Memory, what is added to the queries of each step, and what feeds a context back."""
+    """Returns the memory, what is added to the query of each step, and the weights that feed a
+    context back."""
     g = generator(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -58,7 +59,8 @@ def plain(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, ignored: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One query per sequence by the formula; what changes per step is in the key."""
+    """Computes one query per sequence by the formula. Terms that change per step are part of the
+    key."""
     scores = scale * (torch.tanh(query[..., None, :] + key) @ weight.unsqueeze(-1)).squeeze(-1)
     if ignored is not None:
         scores = scores.masked_fill(ignored, -torch.inf)
@@ -88,8 +90,8 @@ def check(
     ours: nn.Module, reference: nn.Module, loop: Loop, reference_loop: Loop | None = None,
     sizes: Sizes = SIZES,
 ) -> None:  # fmt: skip
-    """Results and all gradients: to 1e-10 in float64; in float32, against float64, errors of at
-    most twice (gradients: three times) those of the reference."""
+    """Compares results and all gradients: to 1e-10 in float64; in float32, the errors against
+    float64 are at most twice (gradients: three times) those of the reference."""
     theirs = reference_loop or loop
     exact = run(reference.double(), theirs, inputs(sizes))
     found = run(ours.double(), loop, inputs(sizes))
@@ -124,14 +126,14 @@ def _compare(found: Any, exact: Any, allowed: Any, same: Any = None) -> None:
 
 
 def exchange(ours: nn.Module, theirs: nn.Module) -> None:
-    """State_dicts load both ways."""
+    """Asserts that each of two layers loads the other's state_dict."""
     theirs.load_state_dict(ours.state_dict())
     ours.load_state_dict(theirs.state_dict())
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
 def project(package: str, file: str) -> Any:
-    """A module of another project, from its own file. The packages around it may need more than
+    """Imports a module of another project from its file. The packages around it may need more than
     is installed here, so their own code does not run."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:

@@ -1,5 +1,5 @@
-"""The layers of other code bases take what the originals take; where a call fails, a sentence
-names an argument that does not fit."""
+"""The layers of other code bases accept the arguments of the originals. Where a call fails, a
+sentence names an argument that does not fit."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def others(good):
 
 
 def refused(call, names):
-    """Whether it fails; by a sentence."""
+    """Returns the error of a call, which must be a sentence with one of the names; "" if it
+    succeeds."""
     try:
         call()
     except Exception as error:
@@ -129,7 +130,7 @@ def test_other_sequences_without_reset(name):
     ("enc_hs_len", [LK + 1, 3]), ("enc_hs_len", [-1, 3]), ("enc_hs_len", [3]*3),
 ])  # fmt: skip
 def test_masks_and_lengths_of_other_keys(argument, bad):
-    """Which the originals refuse, and which would mask other keys here."""
+    """The originals raise for these masks and lengths, which would mask other keys here."""
     for name, (make, good) in CALLS.items():
         if argument in good and "Original" not in name:
             assert refused(functools.partial(make(), **good | {argument: bad}), good), name
@@ -137,7 +138,7 @@ def test_masks_and_lengths_of_other_keys(argument, bad):
 
 @pytest.mark.parametrize("numbers", [[LK + 1, 3], [-1, 3]], ids=str)
 def test_lengths_for_keys_on_another_device(numbers):
-    """A list is checked before a device has it; meta tensors stand for a GPU's here."""
+    """A list is checked before it is copied to a device. Here meta tensors replace a GPU's."""
     layer = espnet.AttAdd(D, D, H).to("meta")
     call = functools.partial(layer, X.to("meta"), numbers, Q.to("meta"), None)
     assert refused(call, ["lengths"])
@@ -161,7 +162,7 @@ def test_constructors(cls):
 
 
 def resized(good):
-    """With one dim of another size, and without entries."""
+    """Yields tensors with one dim of another size, also without entries."""
     for dim in range(good.dim()):
         size = good.shape[dim]
         for other in {0, 1, size - 1, size + 1, 2 * size} - {size}:
@@ -173,8 +174,8 @@ def resized(good):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CALLS)
 def test_sizes(name):
-    """Of another number of features, keys, location channels or sequences: by a sentence, which
-    is none of torch's own or of the kernel's."""
+    """Tensors of another number of features, keys, location channels or sequences raise a sentence
+    of the package, and no error of torch or the kernel."""
     make, good = CALLS[name]
     failed, raw = 0, ("mat1", "csrc", "unflatten", "size of tensor", "zip()", "Expected", "Given")
     for argument, value in good.items():
@@ -188,7 +189,7 @@ def test_sizes(name):
             bad = [[], [1], [5, 3, 2], [None, 3]] if isinstance(value, list) else []
         for x in bad:
             if name == "OriginalAttention" and argument == "inputs":
-                continue  # init_states had others
+                continue  # init_states was called with other inputs
             call = functools.partial(make(), **good | {argument: x})
             text = refused(call, [*good, "mask", "keys", "key_padding_mask"])
             assert not any(word in text for word in raw), text
@@ -225,7 +226,8 @@ def test_shapes_alone_and_empty_batches(name):
      tacotron2._Attention, tacotron2.LocationLayer, coqui.OriginalAttention, coqui.LocationLayer],
 )  # fmt: skip
 def test_constructors_of_no_size(cls):
-    """Negative numbers, and zeros where there must be one: of filters, channels and features."""
+    """Negative numbers of filters, channels and features raise, and zeros where there must be
+    one."""
     parameters = list(inspect.signature(cls).parameters.values())
     given = {x.name: 3 for x in parameters if x.annotation == "int"}
     given |= {x.name: x.name == "location_attention" for x in parameters if x.annotation == "bool"}
@@ -237,7 +239,8 @@ def test_constructors_of_no_size(cls):
 
 
 def test_sizes_follow_the_layer():
-    """Copies and pickles know them too; a layer of a subclass, and one whose modules changed."""
+    """Copies and pickles have these sizes too, also of a layer of a subclass, and of one whose
+    modules have changed."""
     import copy
     import pickle
 

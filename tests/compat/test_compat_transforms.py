@@ -1,5 +1,5 @@
-"""The layers of other code bases under torch.func, torch.compile, and after them: what they keep
-of a sequence may be what a transform has left behind."""
+"""The layers of other code bases under torch.func and torch.compile, and after them, when the
+tensors that they keep of a sequence may come from a transform that has ended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def floats(arguments):
 
 
 def called(layer, arguments):
-    """The context of a step; lists are what a step appends to."""
+    """Returns the context of a step, which is called with copies of lists since it appends to
+    them."""
     lists = {n: [*x] for n, x in arguments.items() if type(x) is list and n != "enc_hs_len"}
     if hasattr(layer, "init_states"):
         layer.init_states(arguments["inputs"])
@@ -28,7 +29,8 @@ def called(layer, arguments):
 
 
 def forget(layer):
-    """A layer without ``reset`` keeps the weights of its last step, as the original does."""
+    """Ends a sequence. A layer without ``reset`` keeps the weights of its last step, as the
+    original does."""
     if hasattr(layer, "init_states"):
         layer.attention_weights = layer.attention_weights_cum = None
     elif hasattr(layer, "reset"):
@@ -62,15 +64,15 @@ def test_a_step_after_a_transform(name, transform):
         found = [called(layer, good)]
         with torch.no_grad():
             found.append(called(layer, good))
-        if name != "LocationAwareAttention":  # its last weights are another step's
+        if name != "LocationAwareAttention":  # it starts with the last step's weights
             for each in found:
                 torch.testing.assert_close(each, expected)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_compiled_gradients(name):
-    """The compiler of torch refuses a tensor that a transform leaves in a module, so the sequence
-    is forgotten at its end."""
+    """torch.compile raises for a tensor that a transform leaves in a module, so the loss ends the
+    sequence."""
     make, good = CALLS[name]
     layer = make()
 

@@ -98,7 +98,8 @@ def test_formula(options):
 
 @pytest.mark.parametrize("options", [{"norm": "sigmoid"}, {"forward_attn": True}])
 def test_the_gradient_of_the_values_is_made_once(options):
-    """For each of two sequences of one memory; nothing is kept of it afterwards."""
+    """The gradient is made once for each of two sequences of one memory, and no record of it is
+    kept."""
     layer, given = make(**options).double(), loops.inputs()
     memory = given["memory"] = given["memory"].requires_grad_()
     outputs = decode(layer, given)

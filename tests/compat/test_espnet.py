@@ -80,7 +80,7 @@ def decode(layer: nn.Module, given: Inputs, lengths=LENGTHS, start=None) -> list
 def test_formula(name):
     layer = make(name)
     loops.check(layer, Plain(layer), decode)
-    # Another batch after a reset.
+    # Another batch, after a reset.
     one = SIZES._replace(batch=1, keys=7)
     layer.float()
     loops.check(layer, Plain(layer), lambda x, given: decode(x, given, [7]), sizes=one)
@@ -146,7 +146,8 @@ def test_side_by_side(name):
     loops.exchange(ours, theirs)
 
     def start(memory):
-        """ESPnet makes the first weights of some layers in float32 always."""
+        """Returns the first state, which some of ESPnet's layers make in float32 for all
+        dtypes."""
         weights = (~loops.padding()).to(memory) / loops.lengths()[:, None]
         zeros = memory.new_zeros(SIZES.batch, SIZES.hidden)
         return [weights] if "Cov" in name else (weights, (zeros, zeros))

@@ -20,7 +20,8 @@ CASES = {"AttMultiHeadAdd": (), "AttMultiHeadLoc": (3, 2)}
 
 
 def make(name: str, values: int = 4, **options) -> nn.Module:
-    """``values``: features of a projected value; so few that they are made, or not."""
+    """``values``: features of a projected value, whose number decides whether values are
+    projected."""
     torch.manual_seed(0)
     return getattr(espnet_heads, name)(*DIMS[:-1], values, *CASES[name], **options)
 
@@ -83,14 +84,14 @@ def test_modules_that_tools_have_changed_are_called(changed):
     loops.check(layer, Plain(layer), decode)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="values of other devices are not looked at")
+@pytest.mark.skipif(DEVICE != "cpu", reason="values of other devices are not read")
 @pytest.mark.parametrize(
     "name", ["gvec.1.weight", "mlp_q.1.weight", "mlp_q.1.bias", "mlp_o.weight"]
 )
 @pytest.mark.parametrize("values", [2, 4])
 @pytest.mark.parametrize("graded", [False, True])
-def test_what_is_written_to_without_a_new_version_is_seen(name, values, graded):
-    """As a fused optimizer, ``.data`` and NumPy do."""
+def test_writes_without_a_new_version(name, values, graded):
+    """A fused optimizer, ``.data`` and NumPy write without a new version."""
     layer, given = make("AttMultiHeadAdd", values).double(), loops.inputs()
     query = given["steps"][0]
     with torch.set_grad_enabled(graded):
@@ -116,7 +117,8 @@ def test_keys_that_a_caller_replaces():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_steps_after_a_backward_pass_for_the_output_alone(frozen):
-    """Its weight is multiplied by the values' once for all steps, in a graph that is freed."""
+    """The product of the output's weight and the values' weight is made once for all steps, in a
+    graph that backward frees."""
     layer, given = make("AttMultiHeadAdd").double(), loops.inputs()
     if frozen:
         layer.requires_grad_(False).mlp_o.requires_grad_()
@@ -148,7 +150,7 @@ def test_side_by_side(name):
     start = (~loops.padding()).double() / loops.lengths()[:, None]
 
     def loop(x, given):
-        """ESPnet makes the first weights in float32 always."""
+        """Sets the first weights, which ESPnet makes in float32 for all dtypes."""
         x.reset()
         outputs, state = [], [start.to(given["memory"])] * HEADS
         for query in given["steps"]:

@@ -52,7 +52,7 @@ class Plain(nn.Module):
 
 
 def decode(layer: nn.Module, given: Inputs) -> list[Tensor]:
-    """Steps with (B, D) and with (1, B, D), then all queries at one time."""
+    """Runs steps with queries (B, D) and (1, B, D), then all queries in one call."""
     memory, queries = given["memory"], given["steps"]
     if not layer.batch_first:
         memory = memory.transpose(0, 1).contiguous()
@@ -92,15 +92,15 @@ def test_keys_are_projected_once_in_decoding(monkeypatch):
     assert len(calls) == 3
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="values of other devices are not looked at")
+@pytest.mark.skipif(DEVICE != "cpu", reason="values of other devices are not read")
 @pytest.mark.parametrize(
     "name",
     ["memory", "linear_att", "normalize_scalar", "normalize_bias", "linear_q.weight",
      "linear_k.weight"],
 )  # fmt: skip
 @pytest.mark.parametrize("graded", [False, True])
-def test_what_is_written_to_without_a_new_version_is_seen(name, graded):
-    """As a fused optimizer, ``.data`` and NumPy do."""
+def test_writes_without_a_new_version(name, graded):
+    """A fused optimizer, ``.data`` and NumPy write without a new version."""
     layer, given = make(normalize=True).double(), loops.inputs()
     memory, query = given["memory"].transpose(0, 1).contiguous(), given["steps"][0]
     with torch.set_grad_enabled(graded):

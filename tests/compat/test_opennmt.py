@@ -42,7 +42,7 @@ class Plain(nn.Module):
 
 
 def decode(layer: nn.Module, given: Inputs) -> list[Tensor]:
-    """Input feeding, then all queries at one time."""
+    """Runs steps with input feeding, then all queries in one call."""
     memory, lengths, outputs, context = given["memory"] * 1, loops.lengths(), [], None
     for t in range(len(given["steps"])):
         context, weights = layer(loops.next_query(given, t, context), memory, lengths)
@@ -51,7 +51,7 @@ def decode(layer: nn.Module, given: Inputs) -> list[Tensor]:
 
 
 def cover(layer: nn.Module, given: Inputs) -> list[Tensor]:
-    """A backward pass needs a memory for each step: the original writes to it."""
+    """Gives each step its own memory for the backward pass, since the original writes to it."""
     outputs, coverage = [], torch.zeros_like(given["memory"][:, :, 0])
     for query in given["steps"]:
         memory = given["memory"] * 1

@@ -1,4 +1,4 @@
-"""replace_attention: what it swaps, what it leaves and why."""
+"""replace_attention: the modules that it swaps, and those that it leaves, with the reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from additive_attn.compat import gnmt, replace_attention, tacotron2
 
 
 class Attention(nn.Module):
-    """NVIDIA's layer, from its formula."""
+    """NVIDIA's layer, written from its formula."""
 
     def __init__(self):
         super().__init__()
@@ -146,7 +146,7 @@ def test_what_is_left(case):
 
 
 class BahdanauAttention(nn.Module):
-    """GNMT's layer, from its formula."""
+    """GNMT's layer, written from its formula."""
 
     def __init__(self):
         super().__init__()

@@ -51,7 +51,7 @@ def decode(layer: nn.Module, given: Inputs) -> list[Tensor]:
     outputs, context = [], None
     for t in range(len(given["steps"])):
         query = loops.next_query(given, t, context)
-        # Lengths of any dtype; the original goes on in theirs.
+        # Lengths may have any dtype, in which the original continues to compute.
         context, weights = layer(given["memory"], loops.lengths().to(query), query)
         outputs += [context, weights]
     return outputs

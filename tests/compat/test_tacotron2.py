@@ -106,8 +106,8 @@ def test_two_memories_in_turn():
     loops.check(layer, reference, loop)
 
 
-def test_nothing_is_held():
-    """Keys and values live as long as their owner wants, with gradients and without."""
+def test_keys_and_values_are_freed():
+    """The layer does not keep keys and values alive, with gradients and without."""
     layer, given = make(tacotron2.Attention).double(), loops.inputs()
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
@@ -122,7 +122,7 @@ def test_nothing_is_held():
             assert not grad or layer._leases._entry is None
 
 
-def test_values_changed_in_place_are_seen():
+def test_values_changed_in_place_are_used():
     layer, given = make(tacotron2.Attention).double(), loops.inputs()
     with torch.no_grad():
         memory = given["memory"].clone()
@@ -136,7 +136,7 @@ def test_values_changed_in_place_are_seen():
 
 
 def test_a_backward_pass_per_step():
-    """With frozen keys the original allows it."""
+    """With frozen keys the original allows a backward pass after each step."""
     layer, given = make(tacotron2.Attention).double(), loops.inputs()
     reference = Plain(copy.deepcopy(layer))
     memory = given["memory"]
@@ -159,7 +159,7 @@ def test_checkpointed_steps(reentrant):
     def loop(x, given):
         return decode(x, given, None, lambda *a: checkpoint(x, *a, use_reentrant=reentrant))
 
-    if reentrant:  # autograd.grad is not for reentrant checkpoints
+    if reentrant:  # reentrant checkpoints do not support autograd.grad
         layer.double()
         given = loops.inputs()
         grads = []
