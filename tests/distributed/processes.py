@@ -1,5 +1,5 @@
-"""Groups of processes that run checks: started once for a file, by a server that has imported
-torch already."""
+"""Runs checks in groups of processes. A group starts once for a file, by a server that has already
+imported torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _work(rank: int, world: int, module: str, names: Sequence[str], folder: str,
     import torch
     from torch.distributed.device_mesh import init_device_mesh
 
-    faulthandler.enable(Path(at, f"crash.{rank}").open("w"))  # the stack of every thread
+    faulthandler.enable(Path(at, f"crash.{rank}").open("w"))  # for the stack of every thread
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", f"file://{at}/store", rank=rank, world_size=world,
@@ -51,19 +51,19 @@ def _work(rank: int, world: int, module: str, names: Sequence[str], folder: str,
         Path(at, f"{name}.{rank}").write_text(message, encoding="utf-8")
         if message:
             os._exit(1)  # the others may wait for this process
-    dist.barrier()  # the others may still need what this process has sent
-    # The destructor of a group joins threads that may wait for the interpreter's lock, which its
-    # thread holds: https://github.com/pytorch/pytorch/issues/56297
+    dist.barrier()  # others may still read what this process has sent
+    # The destructor of a group joins threads, which may wait for the interpreter's lock, while its
+    # own thread has the lock: https://github.com/pytorch/pytorch/issues/56297
     os._exit(0)
 
 
 def run(module: str, world: int, folder: Path, names: Sequence[str] = ()) -> None:
-    """Runs functions check_...(mesh, folder) of a test module, all unless named, in one group.
+    """Runs functions check_...(mesh, folder) of a test module in one group: those named, or all.
 
     gloo's own threads have crashed (malloc found a heap that was overwritten) in checks in which
-    valgrind, AddressSanitizer and an allocator with guarded pages found no fault. A check that
-    they end is begun once more, with a warning. A crash in a thread of Python's, which are those
-    that run the kernels, has failed."""
+    valgrind, AddressSanitizer and an allocator with guarded pages found no fault. If they end a
+    check, it is run once more, with a warning. A crash in one of Python's threads, which run the
+    kernels, is a failure."""
     names = names or [name for name in vars(sys.modules[module]) if name.startswith("check_")]
     again: set[str] = set()
     while True:
@@ -80,20 +80,21 @@ def run(module: str, world: int, folder: Path, names: Sequence[str] = ()) -> Non
     assert not failed, "\n".join([*failed.values(), *crashed])
 
 
-CURRENT = "Current thread"  # faulthandler's, where the signal came to a thread of Python's
+CURRENT = "Current thread"  # what faulthandler prints if one of Python's threads got the signal
 CRASHES = [-signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL, -signal.SIGSEGV]
 
 
 def _attempt(
     module: str, world: int, folder: Path, names: Sequence[str], at: Path
 ) -> tuple[dict[str, str], list[str]]:
-    """What each check that failed said, and the stacks of processes that a signal ended."""
+    """Returns the messages of each check that failed, and the stacks of processes that a signal
+    ended."""
     at.mkdir(parents=True)
     arguments = (world, module, names, str(folder), str(at))
     group = [CONTEXT.Process(target=_work, args=(rank, *arguments)) for rank in range(world)]
     for process in group:
         process.start()
-    end = time.monotonic() + 300  # of all together: before a test that hangs ends its worker
+    end = time.monotonic() + 300  # for all; a test that hangs longer ends its worker
     for process in group:
         process.join(max(0.0, end - time.monotonic()))
         if process.is_alive():

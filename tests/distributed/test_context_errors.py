@@ -1,4 +1,5 @@
-"""What sharded sequences do not take is refused by a sentence; no process waits for another."""
+"""Sharded sequences raise a sentence for arguments that they do not support; no process waits for
+another."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def refused(kind, sentence, function, *arguments, **options):
 
 
 def check_sequence_errors(mesh, folder):
-    """One process alone fails, none waits."""
+    """A single process fails, and none waits for it."""
     first = mesh.get_local_rank() == 0
     x = torch.zeros(2, 6, 3)
     for changes, kind, sentence in [
@@ -61,7 +62,7 @@ def check_placements(mesh, folder):
 
 
 def check_transforms(mesh, folder):
-    """Refused by a sentence, on all processes and on one alone."""
+    """Transforms raise a sentence, on all processes and on a single one."""
     inputs = make((2,), 4, 5, 8, 6)
 
     def call(query):
@@ -73,7 +74,7 @@ def check_transforms(mesh, folder):
         lambda: torch.func.grad(lambda q: call(q).sum())(x),
     ):  # fmt: skip
         refused(RuntimeError, "was called under torch.func", run)
-        if mesh.get_local_rank() == 0:  # alone
+        if mesh.get_local_rank() == 0:  # a single process fails
             refused(RuntimeError, "was called under torch.func", run)
         else:
             refused(RuntimeError, "Process 0 of the mesh stopped", call, x)
@@ -83,7 +84,7 @@ def check_transforms(mesh, folder):
 
 
 def check_errors(mesh, folder):
-    """All processes raise, none waits for another."""
+    """All processes raise, and none waits for another."""
     first = mesh.get_local_rank() == 0
     inputs = make((2,), 4, 5, 8, 6)
     attend = context_parallel_additive_attention
@@ -96,7 +97,7 @@ def check_errors(mesh, folder):
     two = init_device_mesh("cpu", (mesh.size(), 1), mesh_dim_names=("batch", "sequence"))
     refused(ValueError, 'mesh["sequence"]', call, mesh=two)
     call(mesh=two["batch"])
-    # One process alone fails: it says why, and the others which one it was.
+    # A single process fails: its error gives the reason, those of the others name the process.
     for changes, options, kind, sentence in [
         ({"key": inputs["key"].double()}, {}, TypeError, "one dtype"),
         ({"value": inputs["value"][:, :3]}, {}, ValueError, "value has 3"),
@@ -115,7 +116,7 @@ def check_errors(mesh, folder):
             refused(kind, sentence, call, changes, **options)
         else:
             refused(RuntimeError, "Process 0 of the mesh stopped", call)
-    # Each by itself is right.
+    # The arguments of each process are right by themselves.
     for changes, options, sentence in [
         ({"query": inputs["query"][:1]}, {}, "leading dims of query, key and value"),
         ({n: t[..., :4] for n, t in inputs.items() if n != "value"}, {}, "features of query"),

@@ -1,4 +1,4 @@
-"""context_parallel_additive_attention: shards of a sequence give what one process gives."""
+"""context_parallel_additive_attention: shards of a sequence give the results of one process."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def whole(inputs, upstream, **options):
 
 
 def sharded(mesh, inputs, upstream, cut, **options):
-    """The same of this process's shard; the gradient of the weight is summed over all."""
-    torch.manual_seed(7 if mesh.get_rank() == 0 else 8)  # the seed is that of the first process
+    """Outputs and gradients of this process's shard. The gradient of the weight is summed over all
+    processes."""
+    torch.manual_seed(7 if mesh.get_rank() == 0 else 8)  # the first process's seed counts
     x = leaves({n: cut(t) if n != "weight" else t for n, t in inputs.items()})
     results = context_parallel_additive_attention(*x.values(), mesh, need_lse=True, **options)
     grads = torch.autograd.grad(results, list(x.values()), upstream)
@@ -47,7 +48,7 @@ def sharded(mesh, inputs, upstream, cut, **options):
 
 
 def compare(mesh, inputs, balanced=False, exchange="ring", tolerance=None, **options):
-    """Every process has the whole inputs, and compares its shard of all results."""
+    """Compares this process's shard of all results with those of the whole inputs."""
     out_shape = (*torch.broadcast_shapes(*(x.shape[:-2] for x in list(inputs.values())[:3])),
                  inputs["query"].shape[-2])  # fmt: skip
     g = torch.Generator().manual_seed(1)
@@ -88,7 +89,7 @@ def compare(mesh, inputs, balanced=False, exchange="ring", tolerance=None, **opt
 
 
 def check_masks(mesh, folder):
-    """By global position, in both layouts, on the ring."""
+    """Masks apply to global positions, in both layouts, on the ring."""
     inputs = make((2,), 37, 37, 8, 6, dtype=torch.float64)
     lengths = torch.tensor([30, 9])
     rows = torch.randint(0, 38, (2, 37), generator=torch.Generator().manual_seed(3))
@@ -103,7 +104,8 @@ def check_masks(mesh, folder):
 
 
 def check_attention_masks(mesh, folder):
-    """By global position, with a gradient: bool and float, of all pairs and broadcast."""
+    """Masks apply to global positions, and have a gradient: bool and float masks, of all pairs and
+    broadcast."""
     inputs = make((2,), 26, 33, 8, 6, dtype=torch.float64)
     g = torch.Generator().manual_seed(2)
     pairs = torch.rand(2, 26, 33, generator=g, dtype=torch.float64)
@@ -133,7 +135,7 @@ def check_attention_masks(mesh, folder):
 
 
 def check_tiles(mesh, folder):
-    """Backward keeps the scores of some rows and keys at a time."""
+    """Backward stores the scores of a bounded number of rows and keys at one time."""
     before = parts._PAIRS, parts._KEYS
     parts._PAIRS, parts._KEYS = 2 * 6 * 5, 5
     mask = torch.rand(2, 37, 37, generator=torch.Generator().manual_seed(2)) < 0.8
@@ -153,7 +155,8 @@ def check_exchanges(mesh, folder):
 
 
 def check_shapes(mesh, folder):
-    """Unbatched, heads, cross-attention, shared keys, fewer positions than processes."""
+    """Tests unbatched inputs, heads, cross-attention, shared keys, and fewer positions than
+    processes."""
     for name, inputs in {
         "unbatched": make((), 19, 23, 8, 6),
         "heads": make((2, 3), 13, 26, 8, 5, heads=True),
@@ -170,7 +173,7 @@ def check_shapes(mesh, folder):
 
 
 def check_dropout(mesh, folder):
-    """The same weights are dropped as in one process, by global position."""
+    """The weights that are dropped depend on the global position, and are those of one process."""
     for dtype, p in ((torch.float64, 0.3), (torch.float32, 0.5), (torch.float64, 1.0)):
         for balanced in (False, True):
             inputs = make((2, 2), 29, 31, 8, 6, dtype=dtype, heads=True)
@@ -179,13 +182,14 @@ def check_dropout(mesh, folder):
 
 
 def check_uneven(mesh, folder):
-    """Successive parts of any size: one process has all queries, others have no keys."""
+    """Shards are successive parts of any size: one process has all queries, others have no
+    keys."""
     inputs = make((2,), 10, 24, 8, 6, dtype=torch.float64)
     world, rank = mesh.size(), mesh.get_local_rank()
     queries, options = [10] + [0] * (world - 1), {"window": (-1, 5), "lengths": [20, 24]}
     expected = additive_attention(**inputs, **options).split(queries, -2)[rank]
     before = attention.GATHER_BYTES
-    # All choose the same, whatever their own sizes are.
+    # All processes choose the same exchange, for any sizes of their own shards.
     for limit, exchange in ((before, "ring"), (before, "queries"), (0, "auto"), (3000, "auto")):
         for keys in ([7, *[0] * (world - 2), 17], [24, *[0] * (world - 1)]):
             attention.GATHER_BYTES = limit
@@ -211,7 +215,7 @@ def check_sixteen_bits(mesh, folder):
 
 
 def check_padding(mesh, folder):
-    """What masked keys and values hold, and gradients of empty rows, reach nothing."""
+    """No result depends on masked keys and values, or on upstream gradients of empty rows."""
     inputs = make((2,), 20, 24, 8, 6, dtype=torch.float64)
     lengths = torch.tensor([15, 0])
     results = []
@@ -233,7 +237,8 @@ def check_padding(mesh, folder):
 
 
 def check_dtensors(mesh, folder):
-    """DTensors in, DTensors out; the gradient of the weight is whole."""
+    """With DTensors as inputs, outputs are DTensors, and the gradient of the weight is that of all
+    processes."""
     inputs = make((2,), 11, 14, 8, 6, dtype=torch.float64)
 
     def results(x, function, **options):
@@ -263,7 +268,7 @@ def check_repeatable(mesh, folder):
 
 
 def check_sequences(mesh, folder):
-    """shard_sequence and unshard_sequence are inverse, of any dim, length and dtype."""
+    """shard_sequence and unshard_sequence are inverse, for any dim, length and dtype."""
     for total, balanced, dim in itertools.product((0, 1, 7, 32), (False, True), (0, 1, -1)):
         x = torch.arange(total * 6).view(2, 3, total).movedim(-1, dim)
         shard = shard_sequence(x, mesh, dim, balanced=balanced)
@@ -274,8 +279,8 @@ def check_sequences(mesh, folder):
 
 
 def check_memory(mesh, folder):
-    """A process's peak is as many of its shards for four processes as for eight: 9 to 13, where 27
-    would hold the keys of all eight."""
+    """The peak memory of a process, in shards, is the same for four processes and for eight: 9 to
+    13, where the keys of all eight would take 27."""
     keys = 2**14
     shard = keys * 128 * 2 * 4  # bytes of its keys and values
     key, value = (torch.randn(1, keys, 128) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Gradients of gradients of sharded sequences: those of one process."""
+"""Gradients of gradients of sharded sequences are those of one process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from additive_attn.distributed import context_parallel_additive_attention, shard
 
 
 def twice(attend, x, mask, upstream, directions, **options):
-    """Outputs, gradients, and the gradients of their product with ``directions``: of inputs, mask
-    and upstream gradients."""
+    """Returns outputs, gradients, and the gradients of the product of gradients and ``directions``
+    with respect to inputs, mask and upstream gradients."""
     torch.manual_seed(7)
     x = [t.detach().clone().requires_grad_() for t in x]
     wanted = list(x)
@@ -65,7 +65,7 @@ def compare(mesh, inputs, exchange, balanced, mask=None, third=False, **options)
     found = twice(attend, x, given, [cut(upstream[0]), cut(upstream[1], -1)], own, **options)
     floating = mask is not None and mask.is_floating_point()
     count = 4 + floating
-    # Of out and lse; gradients; their gradients, and those of upstream gradients.
+    # out and lse; gradients; the gradients of these, and of upstream gradients.
     kinds = ["out", "lse", *["query", "key", "value", "weight", "mask"][:count]]
     kinds += [*kinds[2:], "out", "lse"]
     for number, (kind, mine, right) in enumerate(zip(kinds, found[0], whole[0], strict=True)):
@@ -113,7 +113,7 @@ def check_masks(mesh, folder):
 
 
 def check_shapes(mesh, folder):
-    """Heads, shared keys, and processes without queries or keys."""
+    """Tests heads, shared keys, and processes without queries or keys."""
     heads = make((2, 2), 7, 9, 8, 5, heads=True, dtype=torch.float64)
     shared = make((3,), 6, 10, 8, 6, dtype=torch.float64)
     shared = {**shared, "key": shared["key"][:1], "value": shared["value"][:1]}
@@ -145,7 +145,7 @@ def check_padding(mesh, folder):
 
 
 def check_some_inputs(mesh, folder):
-    """Of which some need no gradient, and a gradient of one of them alone."""
+    """Some inputs need no gradient, and the gradient of a single input is differentiated."""
     inputs = make((2,), 9, 9, 8, 6, dtype=torch.float64)
     for needed in itertools.chain(*(itertools.combinations(inputs, n) for n in (1, 2, 4))):
         results = []
@@ -164,15 +164,15 @@ def check_some_inputs(mesh, folder):
                 direction = shard_sequence(direction, mesh)
             leaves = [x[n] for n in needed]
             second = torch.autograd.grad((grad * direction).sum(), leaves, allow_unused=True)
-            if sharded:  # each process has the gradient at its own positions
+            if sharded:  # each process has the gradients at its own positions
                 [dist.all_reduce(t) for t in second]
             results.append(second)
         torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-12)
 
 
 def check_two_layers(mesh, folder):
-    """One above the other, and beside each other: all processes send in the same order, also one
-    that holds no position."""
+    """One layer follows another, and a third is independent of it. All processes send in the same
+    order, also one without positions."""
     for length in (7, 1):
         inputs = make((2,), length, length, 8, 8, dtype=torch.float64)
         results = []

@@ -1,4 +1,5 @@
-"""Crashes of process groups: told apart, and never passed over in silence."""
+"""Crashes of process groups: those of gloo's threads are told apart from others, and none passes
+silently."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def _once(folder):
 
 
 def _abort_elsewhere():
-    """In a thread that Python does not know, as gloo's are."""
+    """Aborts in a thread that Python has not started, like gloo's."""
     c = ctypes.CDLL(None)
     c.pthread_create(ctypes.byref(ctypes.c_void_p()), None, c.abort, None)
     time.sleep(60)
@@ -68,6 +69,6 @@ def test_crash_of_torchs_own_thread_is_warned_of_and_tried_again(tmp_path):
 @pytest.mark.parametrize(
     "name, match", [("check_own_thread", "in check_own_thread"), ("check_failure", "at first")]
 )
-def test_what_happens_in_pythons_threads_has_failed(tmp_path, name, match):
+def test_faults_of_pythons_threads_fail(tmp_path, name, match):
     with pytest.raises(AssertionError, match=match):
         processes.run(__name__, 1, tmp_path, [name])

@@ -1,5 +1,5 @@
-"""What is sharded over two processes, in every dtype on every path, by the accuracy rule: rows of
-the table in docs/features.md."""
+"""Calls that are sharded over two processes, in every dtype on every path, keep the accuracy rule.
+They are rows of the table in docs/features.md."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def formula(name, allowed=None):
     return test_second_order.named(partial(attended, allowed=allowed), f"sharded {name}")
 
 
-# What is sharded along which dim; options; and the plain formula of them.
+# The dim along which each input is sharded; options; and the plain formula.
 SEQUENCE, HEADS = dict(query=2, key=2, value=2), dict(query=1, key=1, value=1, weight=0)
 BATCHES, VALUES = dict(query=0, key=0, value=0), dict(value=3)
 RUNS = {
@@ -73,7 +73,7 @@ RUNS = {
 
 
 def run(mesh, placements, options, inputs, scale):
-    """Of tensors that all processes have whole, as are the results."""
+    """Shards whole tensors, which all processes have, and returns whole results."""
     placed = {
         name: DTensor.from_local(x, mesh, [Replicate()]).redistribute(
             mesh, [Shard(placements[name]) if name in placements else Replicate()]
@@ -83,7 +83,7 @@ def run(mesh, placements, options, inputs, scale):
     options = {"scale": scale, "need_lse": True, **options}
     if placements is SEQUENCE:
         if (mask := options.get("attn_mask")) is not None:
-            rows = ROWS - ROWS // 2  # torch.chunk's, as of Shard
+            rows = ROWS - ROWS // 2  # the size of torch.chunk, which Shard uses
             options["attn_mask"] = mask.split(rows, -2)[mesh.get_local_rank()]
         torch.manual_seed(5)
         results = context_parallel_additive_attention(**placed, mesh=mesh, **options)
@@ -93,7 +93,7 @@ def run(mesh, placements, options, inputs, scale):
 
 
 def check(name, mesh, folder):
-    """Writes the cells of one run that was right."""
+    """Asserts the accuracy rule for one run, and writes its cells of the table."""
     features.record()
     placements, options, theirs = RUNS[name]
     second, judged, cells = name.endswith(SECOND), {"upstream_of": OUTPUTS}, []
@@ -114,14 +114,14 @@ def check(name, mesh, folder):
         (folder / f"{name}.cells").write_text(json.dumps(cells))
 
 
-globals().update({name: partial(check, name) for name in RUNS})  # as processes finds them
+globals().update({name: partial(check, name) for name in RUNS})  # for processes.run
 
 
 @pytest.mark.sweep
 @pytest.mark.core
 @pytest.mark.interpreter
 def test_features(tmp_path, path):
-    additive_attention(*cases(torch.float32)[0].values())  # this process is to have run the path
+    additive_attention(*cases(torch.float32)[0].values())  # the path must have run in this process
     (tmp_path / "path").write_text(path)
     processes.run(__name__, 2, tmp_path, list(RUNS))
     features.forget()

@@ -1,4 +1,4 @@
-"""DTensors: batch and heads sharded over a DeviceMesh give what one process gives."""
+"""DTensors: batch and heads that are sharded over a DeviceMesh give the results of one process."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def inputs_of(name):
     if "mask" in name:
         mask = torch.randn(*(batch if "bool" in name else ()), queries, keys)
         inputs["attn_mask"] = mask > 0 if "bool" in name else mask
-    # Second derivatives of sums in another order agree in double precision.
+    # In double precision, second derivatives agree though sums have another order.
     return {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}, placements
 
 
 def results(inputs):
-    """Outputs, gradients, and those of a penalty on gradients."""
+    """Returns outputs, gradients, and the gradients of a penalty on gradients."""
     leaves = {n: x.requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
     outputs = additive_attention(**leaves, need_weights=True, need_lse=True)
     outputs += (additive_scores(**{n: x for n, x in leaves.items() if n != "value"}),)
@@ -87,7 +87,7 @@ def check_one_dim(mesh, folder):
 
 
 def check_two_dims(mesh, folder):
-    """Batch along one dim of the mesh, heads along the other."""
+    """The batch is sharded along one dim of the mesh, heads along the other."""
     if mesh.size() < 4:
         return
     mesh = init_device_mesh("cpu", (2, mesh.size() // 2))
@@ -105,7 +105,7 @@ def check_two_dims(mesh, folder):
 
 
 def check_dropout(mesh, folder):
-    """By the position in the whole batch, with the seed of each process alike."""
+    """Dropout depends on the position in the whole batch. All processes have the same seed."""
     inputs, placements = inputs_of("heads")
     results = []
     for sharded in (False, True):
@@ -120,7 +120,7 @@ def check_dropout(mesh, folder):
 
 
 def check_masks_of_this_process(mesh, folder):
-    """Plain masks and lengths are those of the whole batch; so are lists of numbers."""
+    """Masks, lengths and lists that are no DTensors are those of the whole batch."""
     inputs, _ = inputs_of("batch")
     bias = torch.nn.Parameter(torch.randn(3, 5).double())
     block_mask = create_block_mask(
@@ -152,7 +152,7 @@ def check_masks_of_this_process(mesh, folder):
 
 
 def check_layers(mesh, folder):
-    """Parameters on every process, the batch sharded."""
+    """Every process has all parameters, and the batch is sharded."""
     for layer in (AdditiveAttention(8, 8), MultiheadAdditiveAttention(8, 2, batch_first=True)):
         x = torch.randn(4, 5, 8)
         layer(x, x, x)[0].square().sum().backward()
@@ -180,7 +180,8 @@ class Model(torch.nn.Module):
 
 
 def check_heads(mesh, folder):
-    """Tensor parallel: tensors of each process in and out, parameters by heads."""
+    """Tensor parallel: parameters are sharded by heads; inputs and outputs are each process's
+    tensors."""
     options = {"average_attn_weights": False, "key_padding_mask": torch.rand(3, 5) < 0.3}
     for layer in ({}, {"kdim": 6, "vdim": 7}, {"bias": False, "add_bias_kv": True}):
         x, y, z = (torch.randn(3, 5, layer.get(n, 8)).double() for n in ("embed", "kdim", "vdim"))
@@ -208,7 +209,7 @@ def check_heads(mesh, folder):
 
 
 def check_dropout_of_heads(mesh, folder):
-    """Returned weights are those after dropout, as of one process."""
+    """Returned weights are those after dropout, as in one process."""
     x, found = torch.randn(3, 5, 8), []
     for parallel in (False, True):
         model = Model(dropout=0.5)
@@ -223,7 +224,8 @@ def check_dropout_of_heads(mesh, folder):
 
 
 def check_traffic_of_heads(mesh, folder):
-    """With projections by heads, forward sends outputs alone: they are added up."""
+    """With projections that are sharded by heads, forward sends only outputs, which are added
+    up."""
     model = Model(kdim=6, vdim=7)
     parallelize_module(model, mesh, {"attention": HeadParallel()})
     x, y, z = torch.randn(3, 5, 8), torch.randn(3, 5, 6), torch.randn(3, 5, 7)

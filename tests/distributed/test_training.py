@@ -1,5 +1,5 @@
-"""DistributedDataParallel and FSDP2 train layers as one process does; batch and heads sharded by
-DTensor give what one process gives."""
+"""Layers under DistributedDataParallel, under FSDP2, and with sequences that are shared by
+processes, train as in one process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from additive_attn.distributed import context_parallel_additive_attention, shard
 
 
 class Encoder(nn.Module):
-    """The layer's forward, between others."""
+    """Calls the layer's forward between other layers."""
 
     def __init__(self, **options):
         super().__init__()
@@ -55,7 +55,7 @@ class Heads(Encoder):
 
 
 class Decoder(nn.Module):
-    """project and step, whose gradients are made once for all steps."""
+    """Calls project and step, whose gradients are made once for all steps."""
 
     def __init__(self, **options):
         super().__init__()
@@ -107,7 +107,7 @@ def data(step):
 
 
 def trained(model, cut=lambda x: x, steps=3, optimizer=None, data=data):
-    """Parameters after some steps; the loss is the mean over a process's sequences."""
+    """Returns the parameters after some steps. The loss is the mean over a process's sequences."""
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=0.01)
     for step in range(steps):
         optimizer.zero_grad()
@@ -158,7 +158,7 @@ def sharded(name, layer, mesh, dtype=torch.float64, **options):
 
 
 def check_fsdp(mesh, folder):
-    """Of the layer and the model around it, and of the model alone."""
+    """Shards the layer and the model around it, or the model alone."""
     for name in MODELS:
         expected = trained(made(name))
         for layer, free in itertools.product((True, False), (True, False)):
@@ -168,7 +168,7 @@ def check_fsdp(mesh, folder):
 
 
 def check_accumulated(mesh, folder):
-    """Gradients of two batches, exchanged once."""
+    """Gradients of two batches are exchanged once."""
 
     def step(model, cut, skip):
         for number in range(2):
@@ -186,7 +186,8 @@ def check_accumulated(mesh, folder):
 
 
 class Sequence(nn.Module):
-    """Attention over a sequence that the processes of ``mesh`` share; in one process without."""
+    """Attention over a sequence that the processes of ``mesh`` share, or in one process without a
+    mesh."""
 
     mesh = None
 
@@ -205,8 +206,8 @@ class Sequence(nn.Module):
 
 
 def check_sequence(mesh, folder):
-    """Gradients of parameters are parts, which DDP and FSDP2 add up; alone, and beside a sharded
-    batch."""
+    """Each process has a part of the gradients of parameters; DDP and FSDP2 add them up. The
+    sequence is sharded alone, and beside a sharded batch."""
     positions = 4 * 2 * mesh.size()
 
     def long(step):
@@ -232,7 +233,7 @@ def check_sequence(mesh, folder):
 
 
 def check_mixed_precision(mesh, folder):
-    """What SGD changes is what it changes in float32, up to the rounding of bfloat16."""
+    """SGD changes parameters as in float32, up to the rounding of bfloat16."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for name in ("heads", "decoder", "located"):
         before = dict(made(name, torch.float32).named_parameters())
@@ -251,7 +252,8 @@ def check_mixed_precision(mesh, folder):
 
 
 def check_checkpoint(mesh, folder):
-    """Saved after two steps, loaded into a fresh model, trained on: as without a stop."""
+    """A model that is saved after two steps, loaded into a fresh one and trained further has the
+    parameters of one that was trained without a stop."""
     for name in ("encoder", "decoder", "located"):
         expected = trained(made(name), steps=3)
         model = sharded(name, True, mesh)

@@ -1,5 +1,5 @@
 """DistributedDataParallel over a decoder's steps, whose gradients are made at the end of a
-backward pass: in every mode it gives the gradients of one process; so do layers under FSDP2."""
+backward pass, gives the gradients of one process in every mode. So do layers under FSDP2."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = ("decoder", "located", "covered")
 
 
 class Spare(nn.Module):
-    """A model with parameters that take no part."""
+    """A model with unused parameters."""
 
     def __init__(self, name: str, freeze: bool = False) -> None:
         super().__init__()
@@ -56,7 +56,8 @@ def check_unused_and_frozen_parameters(mesh, folder):
 
 
 def gradients(model, cut, skip):
-    """Of three batches, the first of which is passed back twice; exchanged with the last."""
+    """Returns the gradients of three batches, with two backward passes of the first. They are
+    exchanged with the last."""
     for number in range(3):
         with skip(number < 2):
             loss = model(cut(data(number).double())).square().mean()
@@ -73,7 +74,7 @@ def check_accumulated(mesh, folder):
             model = DistributedDataParallel(made(name), **options)
             if options.get("static_graph"):
                 trained(model, cutter(mesh), 1, torch.optim.SGD(model.parameters(), 0.0))
-                model.zero_grad()  # its first pass must exchange gradients
+                model.zero_grad()  # the first pass of a static graph must exchange gradients
 
             def skip(skipped, model=model):
                 return model.no_sync() if skipped else torch.enable_grad()
@@ -82,7 +83,7 @@ def check_accumulated(mesh, folder):
 
 
 def check_sharded_layers(mesh, folder):
-    """Under FSDP2: the layer, each of its Linears, and a decoder's steps."""
+    """FSDP2 shards the layer, each of its Linears, and a layer whose steps a decoder calls."""
     torch.manual_seed(0)
     plain, x = PlainAdditiveAttention(6, 8), torch.randn(2, 5, 6)
     expected = plain(x, x, x)[0]
