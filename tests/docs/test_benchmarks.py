@@ -1,4 +1,4 @@
-"""Benchmarks show one's own numbers, under the name of what was measured, and destroy no file."""
+"""Benchmarks show numbers of this machine, name what was measured, and overwrite no file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_path_that_is_asked_for_stands_in_the_rows(tmp_path):
         measured = {row["provider"]: row["isa"] for row in csv.DictReader(file)}
     ours = "pytorch path"
     assert measured.keys() == {"plain", ours} and measured[ours] == "pytorch"
-    # The run ends with its own table.
+    # The run prints its own table at the end.
     assert os.path.relpath(output, ROOT) in result.stdout and f"memory {ours}" in result.stdout
     assert " to " in result.stdout and "\r" not in result.stdout
 

@@ -1,4 +1,4 @@
-"""Benchmarks of decoders compare layers that compute the same, and say what they measured."""
+"""Benchmarks of decoders compare layers with the same results, and name what they measured."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_every_millisecond_of_a_profile_belongs_to_a_group():
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The rows of a run, and what it shows."""
+    """Returns the file of a run's rows, and its output."""
     path = tmp_path_factory.mktemp("run") / "rows.csv"
     options = ["--case", "gnmt-decoder", "step-32", "--quick", "--split", "--rounds", "2"]
     options += ["--budget", "0.01", "--threads", "1", "--output", str(path)]
@@ -144,7 +144,7 @@ def test_plain_pytorch_is_not_measured_under_the_name_of_the_kernel(monkeypatch,
 
 @OF_THE_KERNEL
 def test_saving_a_case_keeps_the_rows_of_others(monkeypatch, tmp_path):
-    """And the profile of a case of which times alone are measured."""
+    """Saving also keeps the profile of a case of which only times are measured."""
     times = {"name": "old", "cpu_ms": 1}
 
     def measure(case, budget, rounds, profile, quick):

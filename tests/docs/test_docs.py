@@ -1,4 +1,4 @@
-"""The documentation is true: its code runs, its links lead somewhere, its equations exist."""
+"""The documentation is true: its code runs, its links have targets, its equations exist."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_pages_that_users_start_from_have_code():
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_python_code_runs(page, tmp_path, monkeypatch):
-    """The blocks of a page run in order and in one namespace, as a reader would type them."""
+    """Runs the blocks of a page in order and in one namespace, as a reader would type them."""
     monkeypatch.chdir(tmp_path)  # some write files
     monkeypatch.setenv("MPLBACKEND", os.environ.get("MPLBACKEND", "Agg"))
     text = page.read_text(encoding="utf-8")
@@ -46,11 +46,11 @@ def test_python_code_runs(page, tmp_path, monkeypatch):
         pytest.importorskip("onnxruntime")
     namespace: dict[str, Any] = {"__name__": page.stem}
     for block in code_blocks(text):
-        # Blank lines in front make tracebacks show line numbers of the page.
+        # Leading blank lines make tracebacks show line numbers of the page.
         lines_before = text.count("\n", 0, block.start(1))
         code = compile("\n" * lines_before + block[1], str(page), "exec")
         exec(code, namespace)
-        # Annotated results of the replacement example, which readers rely on.
+        # The replacement example states these results in a comment.
         if "# (1, 20) and (1, 10)" in block[1]:
             assert namespace["out"].shape == (1, 20)
             assert namespace["weights"].shape == (1, 10)

@@ -1,4 +1,4 @@
-"""Examples run. They answer bad input with a sentence, and print commands that can be pasted."""
+"""Examples run, raise sentences for bad input, and print commands that can be pasted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WRONG = {
 
 @pytest.fixture
 def scripts(monkeypatch, request):
-    """The folder of the scripts on the path, and none of their modules left behind."""
+    """Puts the folder of the scripts on the path, and removes their modules afterwards."""
     folder = ROOT / "examples" / getattr(request, "param", "g2p")
     names = [path.stem for path in folder.glob("*.py")]
     monkeypatch.syspath_prepend(folder)
@@ -81,7 +81,7 @@ def test_commands_are_those_of_the_current_folder(scripts):
 
 @pytest.mark.parametrize("scripts", ["long_keys"], indirect=True)
 def test_long_keys(scripts, monkeypatch, tmp_path, capsys):
-    """Chunks give the gradients of one call; the script trains and says so."""
+    """Chunks give the gradients of one call, and the script trains and prints the result."""
     pool = __import__("pool")
     bag = pool.make_bag(tmp_path / "bag", 2500, 1000, 0)
     layer = pool.Pool()
@@ -103,7 +103,8 @@ def test_long_keys(scripts, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("scripts", ["long_documents"], indirect=True)
 def test_long_documents(scripts, monkeypatch, capsys):
-    """Window and global tokens are one softmax; the script trains on files of this machine."""
+    """Window and global tokens share one softmax, and the script trains on files of this
+    machine."""
     model = __import__("model")
     layer = model.WindowAndGlobal(8, 2, window=3)
     inputs = make((2,), 20, 4, 8, 8)

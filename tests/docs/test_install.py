@@ -1,4 +1,5 @@
-"""An installation that leaves the kernel out says so, and one that would not be refused."""
+"""An installation stops where the kernel cannot be built, unless the kernel is left out on
+purpose."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def hide_torch(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("command", ["dist_info", "bdist_wheel", "editable_wheel", "build_ext"])
 def test_without_torch_the_installation_stops(setup, monkeypatch, tmp_path, command):
-    """At dist_info, before pip downloads what the package depends on."""
+    """It stops at dist_info, before pip downloads the dependencies."""
     hide_torch(monkeypatch, tmp_path)
     with pytest.raises(SystemExit, match="Install torch first") as stop:
         setup(command)
@@ -74,7 +75,7 @@ def test_a_compiler_that_fails_stops_the_installation(setup, monkeypatch):
 
 @pytest.mark.parametrize("disabled", [0, 1], ids=["usual", "free-threaded"])
 def test_the_tag_of_the_wheel(setup, monkeypatch, disabled):
-    """A free-threaded Python refuses the limited API, which the library does not need."""
+    """A free-threaded Python does not support the limited API, which the library does not need."""
     usual = sysconfig.get_config_var
     monkeypatch.setattr(
         sysconfig, "get_config_var", lambda name: disabled if "GIL" in name else usual(name)
