@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Any]:
-    """Triton's driver, and the device, that write down what is launched and run nothing."""
+    """Replaces Triton's driver and the device by ones that record launches and run nothing."""
     pytest.importorskip("triton", minversion="3.6")
     from additive_attn.backends import triton as operators
     from tools import mock_driver
@@ -23,14 +23,14 @@ def driver() -> Iterator[Any]:
         or emulation.installed()
         or shutil.which("cc") is None
     ):
-        pytest.skip("a mock driver needs a C compiler, and stands where a GPU's would")
+        pytest.skip("a mock driver needs a C compiler, and replaces the driver of a GPU")
     with mock_driver.installed() as driver:
         yield driver
 
 
 @pytest.fixture
 def planning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Calls on CPU tensors have launch plans, at first none."""
+    """Enables launch plans for CPU tensors, and removes all plans."""
     from additive_attn.backends.triton import plans
 
     monkeypatch.setattr(plans, "on_cpu", True)

@@ -1,4 +1,4 @@
-"""What the emulator of compiled kernels sees: each fault is reported, and its repair is not."""
+"""The emulator of compiled kernels reports each fault, and does not report the repaired kernel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pair(NamedTuple):
 
 @triton.jit
 def turn_kernel(x, BARRIER: tl.constexpr):
-    """Turns what it has written by half of its length."""
+    """Writes numbers, and rotates them by half of their length."""
     i = tl.arange(0, 128)
     tl.store(x + i, i)
     if BARRIER:
@@ -58,7 +58,7 @@ def sum_kernel(pair, y):
 
 @triton.jit
 def last_kernel(parts, tickets, total, programs, TICKET: tl.constexpr):
-    """What all programs have stored is added up by one of them."""
+    """One program adds up the numbers that all programs have stored."""
     i = tl.arange(0, 128)
     tl.store(parts + 128 * tl.program_id(0) + i, i)
     if TICKET:
@@ -77,7 +77,7 @@ def launch(kernel, *arguments, programs=1):
     kernel[(programs,)](*arguments, enable_fp_fusion=True)
 
 
-def test_a_race_is_seen():
+def test_a_race_is_reported():
     x = torch.zeros(THREADS, dtype=torch.int32)
     with pytest.raises(AssertionError, match="race in global memory: turn_kernel"):
         with emulation.running():
@@ -88,7 +88,8 @@ def test_a_race_is_seen():
 
 
 def test_a_ticket_orders_programs():
-    """What others have stored may be read by who has drawn the last one, and by nobody else."""
+    """A program that has drawn the last ticket may read the stores of others; no other program
+    may."""
     parts, total = torch.zeros(3, THREADS, dtype=torch.int32), torch.zeros(THREADS).int()
 
     def run(ticket):
@@ -102,7 +103,7 @@ def test_a_ticket_orders_programs():
 
 
 @pytest.mark.parametrize("sign", [1.5, -1.5])
-def test_an_access_beyond_a_tensor_is_seen(sign):
+def test_an_access_beyond_a_tensor_is_reported(sign):
     x, y = torch.randn(100), torch.zeros(100)
     with pytest.raises(AssertionError, match="out of bounds: copy_kernel"):
         with emulation.running():
@@ -112,8 +113,9 @@ def test_an_access_beyond_a_tensor_is_seen(sign):
     assert torch.equal(y, x.abs() * (1 if sign > 0 else -1))
 
 
-def test_what_nobody_wrote_is_seen():
-    """By a kernel, by torch, and in the result."""
+def test_reads_of_unwritten_bytes_are_reported():
+    """Unwritten bytes are reported if a kernel or torch reads them, or if they are in the
+    result."""
     x = torch.randn(THREADS)
 
     def kernel_reads():
@@ -140,7 +142,7 @@ def test_what_nobody_wrote_is_seen():
 @pytest.mark.parametrize("count", [1, 100])
 @pytest.mark.parametrize("both", [True, False])
 def test_tuples_are_arguments(count, both):
-    """Their tensors and numbers; None and 1 are constants of the compiled kernel."""
+    """The tensors and numbers of a tuple are arguments; None and 1 are constants of the kernel."""
     x, y = torch.randn(THREADS), torch.zeros(THREADS)
     launch(sum_kernel, Pair(x if both else None, x, count), y)
     expected = torch.where(torch.arange(THREADS) < count, (1 + both) * x, 0.0)

@@ -1,5 +1,5 @@
-"""A call that is repeated from its launch plan computes the same, in Python and by the compiled
-library: kernels are given addresses, of memory that several buffers share."""
+"""A call that is repeated from its launch plan gives the same results, in Python and by the
+compiled library. Kernels get addresses, in memory that several buffers share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def planned():
 
 
 def check(plans, operator, *arguments):
-    """The results of one call after another, with other numbers each time."""
+    """Compares several calls of an operator, each with other numbers, and returns the last
+    results."""
     results = None
     for seed in range(4):
         g = torch.Generator().manual_seed(seed)
@@ -45,7 +46,7 @@ def check(plans, operator, *arguments):
     number, stream, tensors = plans.begin(operator.__wrapped__, case)
     plan = plans._plans[plans._key(number, tensors)]
     assert isinstance(plan, plans.Plan)
-    if plan.program is not None:  # then Python has not repeated it yet
+    if plan.program is not None:  # the library has repeated the calls; here Python does
         assert plans._replay is None or plans._replay(number, stream, tensors)
         for ours, theirs in zip(plan.replay(tensors, stream), expected, strict=True):
             assert_same(ours, theirs)

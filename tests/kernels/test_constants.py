@@ -1,4 +1,4 @@
-"""Numbers that stand in C++, in Triton and in Python agree."""
+"""Constants of C++, Triton and Python agree."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def triton_tanh():
 
 
 def constant(cpp, *names):
-    """The integer of the first of these names that C++ defines."""
+    """Returns the integer of the first of these names that C++ defines."""
     for name in names:
         found = re.search(rf"constexpr\s+(?:int|auto)\s+{name}\s*=\s*(\d+)", cpp)
         if found:
@@ -63,7 +63,7 @@ def test_limits_of_the_forms(cpp):
 
 
 def test_philox(cpp):
-    """Triton's own generator has the same constants: the words are compared in test_triton.py."""
+    """Triton's generator has the same constants, since test_triton.py compares its words."""
     numbers = [int(x, 16) for x in re.findall(r"0x([0-9A-F]{8})u", cpp)]
     assert set(dropout._MULTIPLIERS + dropout._WEYL) <= set(numbers)
     (rounds,) = re.findall(r"round < (\d+)", cpp)

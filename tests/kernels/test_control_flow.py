@@ -1,4 +1,4 @@
-"""The counts of ``tools.control_flow``, of listings that are written by hand."""
+"""Tests the counts of ``tools.control_flow`` with listings that are written by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tools.control_flow import Graph, Through
 
 
 def listing(text):
-    """As nvdisasm prints it: labels, and an address before each instruction."""
+    """Formats a listing as nvdisasm does: labels, and an address before each instruction."""
     lines = []
     for number, line in enumerate(text.split("\n")):
         line = line.strip()
@@ -18,8 +18,8 @@ def listing(text):
     return Graph("\n".join(lines))
 
 
-# Two loops; the inner one leaves for a rare branch that lies behind the exit, and the outer one
-# may pass the inner one by.
+# Two loops. The inner one jumps to a rare branch behind the exit, and the outer one may skip the
+# inner one.
 NESTED = """
     MOV R1, c[0x0]
     .L_x_0:
@@ -54,7 +54,7 @@ def test_trips_of_nested_loops():
 
 
 def test_what_must_be_passed():
-    """In every iteration of the loop that holds it."""
+    """A second ``Through`` applies to every iteration of the loop that contains it."""
     graph = listing(NESTED)
     hot = Through({"MUFU": 1}, (10, 3))
     rare = graph.executed((hot, Through({"MUFU.EX2": 1})))
@@ -65,7 +65,7 @@ def test_what_a_share_of_the_iterations_passes():
     graph = listing(NESTED)
     hot = Through({"MUFU": 1}, (10, 3))
     rare = graph.executed((hot, Through({"MUFU.EX2": 1}, share=1 / 5)))
-    # The last iteration ends in another branch than it was counted for.
+    # The last iteration takes another branch than was counted for it.
     assert rare["MUFU.RCP"] == rare["FADD"] == 30
     assert 6 <= rare["FMUL"] == rare["MUFU.EX2"] <= 9
 

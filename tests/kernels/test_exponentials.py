@@ -1,4 +1,4 @@
-"""The exponentials of the GPU's kernels: what they err by, and what they say that they err by."""
+"""The exponentials of the GPU's kernels, and the errors that they return with them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What the tools for a day with a GPU do, apart from the GPU: the way from the tuner's table to
-the package's block sizes, and a check that survives the failure of its parts."""
+"""The tools for a GPU, as far as they run without one: the tuner's table gives the package's block
+sizes, and a check continues after a failed part."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_what_the_tuner_takes(tmp_path):
     table(path, [
         (tune.OWN, "", "1.000"), (tune.OWN, "", "1.000"),
         ("score_tile", "{'RN': 8}", "0.800"), ("score_tile", "{'RN': 8}", "0.900"),
-        ("score_tile", "{'RN': 2}", "0.700"), ("score_tile", "{'RN': 2}", "1.100"),  # not always
+        ("score_tile", "{'RN': 2}", "0.700"), ("score_tile", "{'RN': 2}", "1.100"),  # slower once
         ("gradient_tile", "{'RX': 4}", "0.980"),  # noise
         ("gradient_tile", "{'RX': 8}", "0.500"), ("gradient_tile", "{'RX': 8}", ""),  # failed once
         ("WORKSPACE_ELEMENTS", "4194304", "0.900"),
@@ -53,7 +53,7 @@ def test_what_the_tuner_takes(tmp_path):
 
 
 def test_changed_tiles():
-    """Of long rows, outside of float64."""
+    """The changes apply to long rows of other dtypes than float64."""
     other = tiles.changed(tiles.score_tile, {"RN": 2})
     assert other(64) == tiles.Tile(8, 8, 2, 16)
     assert other(64, True) == tiles.score_tile(64, True)
@@ -70,7 +70,7 @@ def test_choices_are_those_of_tiles():
     assert sum(hasattr(tiles, name) for name in tune.CHOICES) >= 3
 
 
-def test_a_check_survives_its_parts(tmp_path):
+def test_a_check_continues_after_failed_parts(tmp_path):
     check = gpu_check.Check(tmp_path, 20, dry=True)
     begin = time.monotonic()
 
@@ -139,7 +139,7 @@ def test_answers_end_in_tables(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", [gpu_check, tune, gpu])
-def test_commands_explain_themselves(command, monkeypatch, capsys):
+def test_commands_print_help(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [command.__name__, "--help"])
     with pytest.raises(SystemExit, match="0"):
         command.main()

@@ -1,4 +1,5 @@
-"""The CPU kernels under the sanitizers: kernel_driver.cpp against plain loops, no torch."""
+"""Runs the CPU kernels under sanitizers: kernel_driver.cpp compares them with plain loops, without
+torch."""
 
 from __future__ import annotations
 
@@ -21,13 +22,15 @@ STEP_DRIVER = DRIVER.with_name("step_driver.cpp")
 COMPILERS = [os.environ.get("CXX"), "g++", "clang++"]
 COMPILER = next((c for c in COMPILERS if c and shutil.which(c)), None)
 FLAGS = ["-std=c++17", "-O1", "-g1", "-w", f"-I{CSRC}", "-pthread"]
-# Only the undefined behaviour that kernels could meet: all of it takes twice as long to compile.
+# Only the undefined behaviour that kernels may have: the checks of all take twice as long to
+# compile.
 MEMORY = "-fsanitize=address,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
 MEMORY += ",nonnull-attribute"
 THREADS = "-fsanitize=thread"
-# Of the kernels: they compile in two thirds of the time of -O1, and take a tenth more to run.
+# The kernels are compiled with -Og: in two thirds of the time of -O1, while they run a tenth
+# longer.
 QUICKLY = "-Og"
-# Threads meet in code that all instruction sets share.
+# The code that several threads execute is the same for all instruction sets.
 BASELINE_ONLY = """#include "problem.h"
 namespace additive_attn {
 const Kernels* avx512_kernels() { return nullptr; }
@@ -55,7 +58,7 @@ def compile_all(sources: list[Path], folder: Path, *flags: str) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def cache() -> Path:
-    """For this compiler and these sources: workers, and later runs, share what is in it."""
+    """Returns the folder for this compiler and these sources. Workers and later runs share it."""
     version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(
         version + repr((FLAGS, QUICKLY, MEMORY, THREADS, BASELINE_ONLY)).encode()
@@ -72,7 +75,7 @@ def cache() -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the others wait for what it builds."""
+    """Locks a folder: one process builds, and the others wait for its results."""
     import fcntl
 
     with (folder / "lock").open("w") as file:
@@ -83,7 +86,7 @@ def locked(folder: Path) -> Iterator[None]:
 def build(
     cache: Path, name: str, sources: list[Path], sanitizer: str, driver: Path = DRIVER
 ) -> Path:
-    """The driver with these kernels, of which only the kernels are watched."""
+    """Builds the driver with these kernels. Only the kernels are instrumented."""
     program, folder = cache / f"{driver.stem} {name}", cache / f"{name} objects"
     with locked(cache):
         if program.exists():
@@ -135,7 +138,7 @@ def run(program: Path, kernels: str, *arguments: str) -> None:
     )
     if "which this processor or this build lacks" in done.stderr:
         pytest.skip(f"this processor has no {kernels}")
-    # The undefined-behaviour sanitizer reports and goes on.
+    # The undefined-behaviour sanitizer reports an error and continues.
     assert "runtime error" not in done.stderr, done.stderr[-5000:]
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert re.search(r"^[1-9]\d* passed, 0 failed$", done.stdout, re.MULTILINE), done.stdout

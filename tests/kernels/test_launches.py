@@ -1,5 +1,5 @@
-"""How many kernels a call on a GPU starts, and with what. Counted without one, by a driver that
-runs nothing (``tools/mock_driver.py``)."""
+"""Counts the kernels that a call on a GPU launches, and checks their arguments. It needs no GPU,
+but a driver that runs nothing (``tools/mock_driver.py``)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def inputs(B: int, Lq: int, Lk: int, H: int, Dv: int) -> list[torch.Tensor]:
     return [torch.zeros(B, Lq, H), torch.zeros(B, Lk, H), torch.zeros(B, Lk, Dv), torch.zeros(H)]
 
 
-# Shape: kernels of Triton and of torch that a forward may start, and a backward.
+# Shape: the most kernels of Triton and of torch that a forward may launch, and a backward.
 CALLS = {
     (1, 1, 10, 32, 20): ((1, 0), (2, 0)),
     (64, 1, 400, 512, 512): ((2, 0), (3, 0)),
@@ -41,7 +41,8 @@ CALLS = {
 
 
 def count(driver: mock_driver.MockDriver, function: Any, *arguments: Any) -> Any:
-    """The kernels of Triton and of torch that a function starts, and its results."""
+    """Returns the numbers of kernels of Triton and torch that a function launches, and its
+    results."""
     before = driver.launched
     with mock_driver.TorchKernels() as kernels:
         results = function(*arguments)
@@ -72,7 +73,7 @@ def test_fewer_gradients_start_fewer_kernels(driver: mock_driver.MockDriver, nee
     before = driver.launched
     _, backward, names = forward_and_backward(driver, (1, 8, 10, 32, 20), needs)
     assert sum(backward) <= sum(everything), (backward, names)
-    *_, last = driver.since(before)  # which has programs of dV, and of the others
+    *_, last = driver.since(before)  # some of its programs compute dV, the rest the others
     assert last.name == "feature_kernel" and last.grid[0] < programs
 
 
@@ -91,8 +92,8 @@ def test_pieces_add_up_in_a_bounded_number_of_kernels(
 def test_strides_beyond_int32_reach_the_kernels(
     driver: mock_driver.MockDriver, queries: int
 ) -> None:
-    """For which others are compiled; of 8 GB of addresses a few pages are touched."""
-    # Not from torch.empty, whose memory the tests fill.
+    """Kernels are compiled for such strides. A few pages of 8 GB of addresses are touched."""
+    # torch.empty is not used, since the tests fill its memory.
     room = torch.frombuffer(mmap.mmap(-1, 2**33 + 2**20), dtype=torch.float16)
     query, weight = torch.zeros(2, queries, 8).half(), torch.zeros(8).half()
     key = room.as_strided((2, 9, 8), (2**31 + 16, 8, 1))
@@ -176,13 +177,13 @@ def test_a_kernel_found_again_is_the_one_that_triton_takes(
     with monkeypatch.context() as patch:
         patch.setattr(compiled, "settings", lambda: None)
         expected = {name: launched(name) for name in PROBES}
-    assert len({x.kernel for x in expected.values()}) >= 20  # the probes ask for other kernels
-    for _ in range(3):  # compiled, found, found after all others
+    assert len({x.kernel for x in expected.values()}) >= 20  # the probes need different kernels
+    for _ in range(3):  # the kernels are compiled, then found, then found after all others
         assert {name: launched(name) for name in PROBES} == expected
     usual = expected["usual"]
     monkeypatch.setattr(driver, "stream", 5)
     assert launched("usual") == usual._replace(stream=5)
-    monkeypatch.setattr(driver, "device", 1)  # whose binary is loaded apart
+    monkeypatch.setattr(driver, "device", 1)  # each device loads its own binary
     assert launched("usual").kernel != usual.kernel
     monkeypatch.setattr(driver, "device", 0)
     assert launched("usual").kernel == usual.kernel
@@ -201,7 +202,7 @@ def bundle_kernel(bundle: Bundle, out, N: tl.constexpr):
 
 
 def test_a_kernel_takes_tuples_apart(driver: mock_driver.MockDriver) -> None:
-    """With numbers that vary it is not compiled anew: Triton would, for numbers in tuples."""
+    """Numbers in tuples may vary without a new compilation, which Triton itself would make."""
 
     def launched(outer: int, column: int, weight: Any, inner: int) -> mock_driver.Launched:
         before = driver.launched
@@ -234,7 +235,7 @@ def test_a_debugging_kernel_is_another(
     assert launched() == usual
 
 
-def test_who_watches_launches_sees_each(driver: mock_driver.MockDriver) -> None:
+def test_hooks_of_launches_are_called(driver: mock_driver.MockDriver) -> None:
     seen = []
     hook = triton.knobs.runtime.launch_enter_hook
 

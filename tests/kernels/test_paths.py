@@ -1,4 +1,4 @@
-"""The paths on which the suite runs are those that this machine has, and they are what runs."""
+"""The suite runs on all paths of this machine, and each path computes alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def test_no_path_is_missing():
 
 @pytest.mark.parametrize("name", paths.available())
 def test_each_path_computes_alone(name, monkeypatch):
-    """As told by what each of them calls, and by the instruction set that the library names."""
+    """The functions that each path calls, and the library's name of the instruction set, show
+    which one computes."""
     from additive_attn.backends.plain import whole
 
     called = []
@@ -45,12 +46,12 @@ def test_each_path_computes_alone(name, monkeypatch):
 @pytest.mark.skipif(paths.native() not in paths.INSTRUCTION_SETS, reason="no compiled kernel")
 @pytest.mark.parametrize("name", sorted(dispatch.PLAIN))
 def test_the_library_has_every_operator(name):
-    """Where it lacked one, plain PyTorch would compute in its place, and nobody would know."""
+    """If it lacked one, plain PyTorch would silently compute instead."""
     for key in ("CPU", "CompositeExplicitAutograd"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"additive_attn::{name}", key)
 
 
-def test_a_path_that_computes_nothing_is_found_out():
+def test_a_path_that_computes_nothing_is_an_error():
     if "pytorch" not in paths.available()[1:]:
         pytest.skip("there is no other path")
     with pytest.raises(AssertionError, match="nothing was computed by pytorch"):

@@ -1,5 +1,5 @@
-"""Launch plans where the process changes around them: settings of torch, streams, captures,
-devices, threads. What reaches the device is written down by a driver that runs nothing."""
+"""Launch plans while the process changes: settings of torch, streams, captures, devices, threads.
+A driver that runs nothing records the launches."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ SURROUNDINGS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", ["several queries", "one query, float mask"])
 @pytest.mark.parametrize("surroundings", SURROUNDINGS)
-@pytest.mark.parametrize("written_inside", [True, False])
-def test_a_plan_does_not_hold_its_surroundings(
-    driver: MockDriver, name: str, surroundings: str, written_inside: bool
+@pytest.mark.parametrize("recorded_inside", [True, False])
+def test_a_plan_does_not_depend_on_its_surroundings(
+    driver: MockDriver, name: str, surroundings: str, recorded_inside: bool
 ) -> None:
     inside, outside = SURROUNDINGS[surroundings], contextlib.nullcontext
-    first, then = (inside, outside) if written_inside else (outside, inside)
+    first, then = (inside, outside) if recorded_inside else (outside, inside)
     for operator, arguments in both_ways(name):
         ordinary = traffic(driver, lambda: operator.__wrapped__(*arguments))  # noqa: B023
         with first():
@@ -119,7 +119,8 @@ def newer_setting() -> Iterator[None]:
 
 
 def test_precision_is_part_of_a_plan(driver: MockDriver) -> None:
-    """However it is set: the older question raises once the newer setting has been used."""
+    """Either way to set the precision works: reading the older setting raises once the newer one
+    has been used."""
 
     def kernels() -> list[int]:
         before = driver.launched
@@ -136,7 +137,7 @@ def test_precision_is_part_of_a_plan(driver: MockDriver) -> None:
 
 @pytest.mark.parametrize(("first", "then"), [(0, 7), (7, 0), (7, 9)])
 def test_streams(driver: MockDriver, monkeypatch: Any, first: int, then: int) -> None:
-    """Before a capture, within it, and after it: a capture has a stream of its own."""
+    """The streams are those before, in and after a capture, which has its own stream."""
     for operator, arguments in both_ways("several queries"):
         monkeypatch.setattr(driver, "stream", first)
         for _ in range(3):
@@ -150,7 +151,8 @@ def test_streams(driver: MockDriver, monkeypatch: Any, first: int, then: int) ->
 
 @pytest.mark.parametrize("name", ["several queries", "one query", "one query, keys split"])
 def test_repeated_calls_ask_only_for_launches(driver: MockDriver, name: str) -> None:
-    """A capture refuses to load kernels, for example."""
+    """Repeated calls load nothing, also the second one, which records the plan: a capture would
+    raise."""
     for operator, arguments in both_ways(name):
         for n in range(4):
             before = driver.others
@@ -158,16 +160,16 @@ def test_repeated_calls_ask_only_for_launches(driver: MockDriver, name: str) -> 
             assert n == 0 or driver.others == before
 
 
-def test_nothing_is_loaded_where_a_plan_is_written_down(driver: MockDriver) -> None:
-    """So that this too can happen in a capture, if a call came before it."""
+def test_loaded_kernels_are_counted(driver: MockDriver) -> None:
+    """Shows that the test above would fail if a call loaded kernels: a new call does."""
     before = driver.others
     call = inputs(9, 40, 35, 19)._replace(scale=0.3)
     operators.forward(*(x.half() if isinstance(x, torch.Tensor) else x for x in call), False)
-    assert driver.others > before  # this test sees what is loaded
+    assert driver.others > before  # the driver counts what is loaded
 
 
 def allocated(function: Callable[[], Any]) -> int:
-    """Bytes that are allocated and not given back."""
+    """Returns the bytes that are allocated and not freed."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -181,7 +183,7 @@ def allocated(function: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("name", ["several queries", "one query, keys split"])
 def test_plans_keep_no_memory(driver: MockDriver, name: str) -> None:
     for operator, arguments in both_ways(name):
-        for n in range(4):  # the first is no plan, the second one is written down
+        for n in range(4):  # the first call has no plan, the second one records it
             assert allocated(lambda: operator(*arguments) and None) == 0, n  # noqa: B023
         kept: list[Any] = []
         results = 4 * sum(x.numel() for x in operator(*arguments))
@@ -190,7 +192,7 @@ def test_plans_keep_no_memory(driver: MockDriver, name: str) -> None:
 
 @pytest.mark.parametrize("address", [4, 8, 12])
 def test_alignment_of_what_lies_within_an_argument(driver: MockDriver, address: int) -> None:
-    """A part of an argument may be aligned where another one's is not."""
+    """A slice of an argument may be aligned where that of another argument is not."""
 
     @plans.planned
     def second(x: torch.Tensor) -> torch.Tensor:
@@ -224,11 +226,11 @@ def test_shapes_that_numbers_decide_and_other_devices_have_no_plan(driver: MockD
     assert not any(isinstance(x, plans.Plan) for x in plans._plans.values())
 
 
-# Devices. Tensors lie on the CPU, which stands for the device that is current.
+# Devices. Tensors are on the CPU, which replaces the current device.
 
 
 def on_device(number: int, x: torch.Tensor) -> Any:
-    """Says where a launch belongs."""
+    """Returns an object with a device, which decides where a kernel is launched."""
     return SimpleNamespace(is_cuda=True, device=torch.device("cuda", number))
 
 
@@ -269,7 +271,8 @@ def test_a_launch_on_another_device_than_the_current_one(
 
 @library
 def test_a_thread_enters_the_device_of_the_tensors(driver: MockDriver) -> None:
-    """It may have no context yet, or that of another device; an own one of the device stays."""
+    """The thread may have no context yet, or that of another device. Another context of the same
+    device is kept."""
     for _ in range(3):
         launched(driver, BASE)
     own, others = 1, 2
@@ -291,7 +294,7 @@ def test_a_thread_enters_the_device_of_the_tensors(driver: MockDriver) -> None:
 def test_threads_write_plans_down_and_repeat_them_together(
     driver: MockDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each with a stream and tensors of its own; all begin at once, without plans."""
+    """Each thread has its own stream and tensors. All start at once, without plans."""
     own = threading.local()
     monkeypatch.setattr(
         type(driver), "stream", property(lambda self: getattr(own, "stream", 0), lambda *_: None),
@@ -337,7 +340,7 @@ def test_threads_write_plans_down_and_repeat_them_together(
 
 
 class HIPLauncher(CudaLauncher):
-    """Named as the launcher of the other backend."""
+    """Has the name of the other backend's launcher."""
 
 
 def test_other_launchers_are_called_from_python(
@@ -349,20 +352,20 @@ def test_other_launchers_are_called_from_python(
 
     made = MockDriver.launcher_cls
     monkeypatch.setattr(MockDriver, "launcher_cls", launcher)
-    monkeypatch.setattr(driver, "device", 2)  # whose kernels are loaded apart
+    monkeypatch.setattr(driver, "device", 2)  # each device loads its own kernels
     for operator, arguments in both_ways("one query"):
         ordinary = traffic(driver, lambda: operator.__wrapped__(*arguments))  # noqa: B023
         for _ in range(3):
             operator(*arguments)
         given = [x for x in arguments if isinstance(x, torch.Tensor)]
         repeated = replayed(driver, operator, arguments)
-        assert len(repeated) == 1  # not by the library
+        assert len(repeated) == 1  # the library does not repeat it
         assert_same(ordinary, repeated[0], given)
 
 
 @pytest.mark.parametrize("backend", [BaseBackend, HIPBackend])
 def test_kinds_of_tensors_are_those_of_triton(backend: Any) -> None:
-    """A kernel for AMD is compiled for memory that 31 bits address, or for more."""
+    """A kernel for AMD is compiled for memory that 31 bits can address, or for larger memory."""
     kind = compiled._kind if backend is BaseBackend else compiled._kind_on_amd
     sizes = 2**20, 2**31 - 1, 2**31, 2**31 + 2**20
     tensors = [torch.empty(n, dtype=torch.uint8, device="meta") for n in sizes]
@@ -376,7 +379,7 @@ def test_kinds_of_tensors_are_those_of_triton(backend: Any) -> None:
 
 @pytest.mark.sweep
 def test_compiled_graphs_repeat_from_plans(driver: MockDriver) -> None:
-    """What they trace leaves no plan behind."""
+    """Tracing records no plan."""
     query, key, value, weight = (x.clone().requires_grad_() for x in BASE[:4])
 
     def attend() -> torch.Tensor:

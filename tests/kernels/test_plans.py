@@ -1,5 +1,5 @@
-"""A call on a GPU that repeats is repeated from a plan: it does the same, with other addresses.
-What reaches the device is written down by a driver that runs nothing."""
+"""A repeated call on a GPU runs from a plan: it has the same launches, with other addresses. A
+driver that runs nothing records them."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ VARIATIONS: dict[str, tuple[Call, bool]] = {
 
 
 def test_a_plan_serves_only_its_own_kind_of_call(driver: MockDriver) -> None:
-    """All of them one after the other, each also while the plans of all others are known."""
+    """Calls run one after the other, and each also while the plans of all others exist."""
 
     def ordinary(call: Call, need_weights: bool) -> Traffic:
         function = operators.forward.__wrapped__
@@ -118,7 +118,7 @@ def test_a_plan_serves_only_its_own_kind_of_call(driver: MockDriver) -> None:
     for name, (call, need_weights) in cases.items():
         given = [x for x in call if isinstance(x, torch.Tensor)]
         found = replayed(driver, operators.forward, (*call, need_weights))
-        if plans._replay is not None and name != "starts":  # which torch packs
+        if plans._replay is not None and name != "starts":  # torch packs the starts
             assert len(found) == 2, name
         for repeated in found:
             assert_same(ordinary(call, need_weights), repeated, given)
@@ -127,7 +127,7 @@ def test_a_plan_serves_only_its_own_kind_of_call(driver: MockDriver) -> None:
 SEVERAL = inputs(5, 20)
 OUT, LSE = torch.zeros(2, 5, 20), torch.zeros(2, 5)
 ALL = (True, True, True, True, False)
-# The gradients of out, weights and lse, the call, and which gradients are wanted.
+# The gradients of out, weights and lse, the call, and the gradients that are needed.
 GRADIENTS: dict[str, tuple[Any, ...]] = {
     "base": (OUT, None, None, SEVERAL, ALL),
     "dO transposed": (torch.zeros(2, 20, 5).mT, None, None, SEVERAL, ALL),
@@ -247,10 +247,10 @@ def test_operations_of_torch_are_repeated(driver: MockDriver) -> None:
     assert any(isinstance(x, plans.Plan) for x in plans._plans.values())
 
 
-def test_without_a_gpu_nobody_asks_for_a_driver(
+def test_without_a_gpu_no_driver_is_used(
     driver: MockDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with ADDITIVE_ATTN_CPU=triton and TRITON_INTERPRET=1, where there is none."""
+    """There is no driver with ADDITIVE_ATTN_CPU=triton and TRITON_INTERPRET=1, for example."""
 
     def refuse() -> None:
         raise RuntimeError("0 active drivers")

@@ -1,6 +1,6 @@
-"""Random calls of the Triton kernels: sizes, dtypes, batch dims, layouts, masks and what is asked
-for, each beside every other. What nobody has written, or another has, is far from what plain
-PyTorch computes in float64; other tests judge roundings."""
+"""Random calls of the Triton kernels: combinations of sizes, dtypes, batch dims, layouts, masks
+and outputs. They find elements that no program or a wrong one writes, which differ much from plain
+PyTorch in float64. Other tests judge roundings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEEDS = [
 
 
 class Draw(random.Random):
-    """What one call is made of."""
+    """Draws the arguments of one call."""
 
     def __init__(self, seed):
         super().__init__(seed)
@@ -47,7 +47,8 @@ class Draw(random.Random):
         return self.random() < share
 
     def batch(self):
-        """The batch dims of one tensor: a dim may be 1, the first ones may be left out."""
+        """Returns the batch dims of one tensor. A dim may be 1, and the first ones may be left
+        out."""
         sizes = [n if self.some(0.7) else 1 for n in self.full]
         return sizes[self.randrange(len(sizes) + 1) if self.some(0.2) else 0 :]
 
@@ -63,13 +64,13 @@ class Draw(random.Random):
         return self.choice((size, size, min(size, 1)))
 
     def mask(self, rows):
-        """Bool, float with masked pairs, or none."""
+        """Returns a bool mask, a float one with masked pairs or without, or None."""
         mask = self.normal(*self.batch(), self.one_of(rows), self.one_of(self.keys))
         allowed = mask < self.choice((-9.0, 0.3, 1.0))
         return self.choice((None, None, allowed, mask.masked_fill(~allowed, -math.inf), mask))
 
     def ranges(self, rows):
-        """Lengths and starts; of the same shape, if both."""
+        """Returns lengths and starts, with the same shape if there are both."""
         shape = *self.batch(), self.one_of(rows)
         return [self.integers(self.keys + 1, *shape) if self.some(0.3) else None for _ in range(2)]
 
@@ -79,7 +80,7 @@ class Draw(random.Random):
         return self.integers(2**40, *self.batch()), self.choice((0.2, 0.8, 1.0))
 
     def needs(self, count):
-        """Which gradients are asked for; one alone as often as any other number."""
+        """Returns which gradients are needed. All numbers of gradients are equally likely."""
         chosen = self.sample(range(count), self.randint(1, count))
         return [n in chosen for n in range(count)]
 
@@ -101,7 +102,7 @@ class Draw(random.Random):
         )  # fmt: skip
 
     def upstream(self, outputs):
-        """Gradients of some outputs; rows that attend to nothing get none of lse."""
+        """Returns gradients of some outputs. Empty rows have none of lse."""
         given = [self.normal(*x.shape, dtype=x.dtype) if self.some(0.6) and x.numel() else None
                  for x in outputs]  # fmt: skip
         if len(given) == 3 and given[2] is not None:
@@ -111,7 +112,7 @@ class Draw(random.Random):
 
 @pytest.fixture
 def host(monkeypatch):
-    """Calls are cut as for few and for many multiprocessors, small and large workspaces."""
+    """Splits calls as for few or many multiprocessors, and for small or large workspaces."""
 
     def chosen(draw):
         plans.forget()
@@ -136,13 +137,13 @@ def doubled(arguments):
 
 
 def compare(draw, names, operator, *arguments):
-    """The results of an operator, after a comparison with plain PyTorch's."""
+    """Compares the results of an operator with plain PyTorch's, and returns them."""
     others = doubled(arguments)
     ours = getattr(torch.ops.additive_attn, operator)(*arguments)
     exact = dispatch.PLAIN[operator](*others)
     if len(names) == 1:
         ours, exact = [ours], [exact]
-    if operator == "step_backward" and arguments[-1] is not None:  # which it has added to
+    if operator == "step_backward" and arguments[-1] is not None:  # an output
         names, ours, exact = (*names, "dk"), (*ours, arguments[-1]), (*exact, others[-1])
     for name, mine, best in zip(names, ours, exact, strict=True):
         finite = best[best.isfinite()].abs()
@@ -197,6 +198,6 @@ def test_random_calls(kind, seeds, host):
         host(draw)
         try:
             kind(draw)
-        except Exception as problem:  # all of them are told
+        except Exception as problem:  # all of them are reported
             wrong.append(f"{seed}: {type(problem).__name__}: {problem}")
     assert not wrong, "\n".join(wrong)

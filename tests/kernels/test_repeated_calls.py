@@ -1,4 +1,4 @@
-"""Calls whose launch plans the compiled library repeats, through the public function."""
+"""The compiled library repeats launch plans of calls of the public function."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_public_function_takes_the_plan(
         others = [attend(scale) for scale in (0.5, 0.0, -0.0)]
     for _ in range(4):
         assert attend() == expected
-    # From now on Python does not even look for its own plan.
+    # From now on Python must not look for its own plan.
     for name in ("_key", "_plans"):
         monkeypatch.setattr(plans, name, None)
     for _ in range(2):
@@ -69,7 +69,8 @@ def test_the_public_function_takes_the_plan(
 
 
 def test_gradients_take_the_plan(driver: MockDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five launches, forward and backward, and no call of Python's plan or of the operators."""
+    """Forward and backward have five launches, and call neither Python's plan nor the
+    operators."""
     call = [x.requires_grad_() for x in inputs(5, 20)[:4]]
 
     def names() -> list[str]:
@@ -101,7 +102,7 @@ def test_gradients_take_the_plan(driver: MockDriver, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
 
 
-def test_modes_and_subclasses_see_the_operator(
+def test_modes_and_subclasses_get_the_operator(
     driver: MockDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(4):
@@ -117,14 +118,14 @@ def test_modes_and_subclasses_see_the_operator(
     monkeypatch.setattr(plans, "_replay_forward", lambda *x: taken.append(x))
     additive_attention(BASE.query.as_subclass(Subclass), *BASE[1:4])
     assert not taken
-    with pytest.raises(TypeError):  # of what is not there
+    with pytest.raises(TypeError):  # the replaced function returns None
         additive_attention(*BASE[:4])
     assert taken
 
 
 def test_a_repeated_call_costs_little_on_the_host(driver: MockDriver) -> None:
-    """Against one launch that does nothing else, with as many arguments: at most four times as
-    much on an idle machine."""
+    """The cost is compared with that of a single launch with as many arguments: at most four times
+    as much on an idle machine."""
     call = inputs(1)
 
     def attend() -> None:
@@ -164,7 +165,7 @@ def test_the_library_refuses_what_is_no_plan(driver: MockDriver) -> None:
     assert library.replay(-2, 0, [x]) == [] and library.replay(-1, 0, []) == []
 
 
-def test_the_library_is_told_again_of_what_it_forgot(driver: MockDriver) -> None:
+def test_plans_that_the_library_dropped_are_kept_again(driver: MockDriver) -> None:
     for _ in range(3):
         operators.forward(*BASE, False)
     assert operators.repeated(BASE, False) is not None

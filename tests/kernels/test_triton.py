@@ -1,4 +1,4 @@
-"""The GPU's kernels, feature by feature, against the plain formula in float64: in Triton's
+"""Compares each feature of the GPU's kernels with the plain formula in float64: in Triton's
 interpreter, or on a GPU with ADDITIVE_ATTN_TEST_DEVICE=cuda."""
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ SHAPES = [
     ((2,), 5, 65, 4, 16),
     ((), 33, 64, 65, 1),
     ((), 65, 31, 100, 70),
-    # Sums of the values in memory.
+    # The sums of the values are in memory.
     ((2,), 5, 150, 6, 70),
     ((), 30, 70, 5, 150),
-    # Long enough for the reduced index to be split over programs.
+    # The reduced index is so long that it is split over programs.
     ((2,), 1, 300, 6, 5),
     ((), 2, 530, 3, 2),
     ((), 530, 3, 3, 2),
@@ -59,7 +59,7 @@ def test_sizes_around_tiles(shape):
 @pytest.mark.parametrize("hidden", [10, 70])
 @pytest.mark.parametrize("queries", [1, 9])
 def test_small_energies_at_a_large_scale(queries, hidden):
-    """Only a relative error of tanh(x) near 0 that is as small as PyTorch's passes."""
+    """The test passes only if the relative error of tanh(x) near 0 is as small as PyTorch's."""
     cases = [make((), queries, 20, hidden, 5, spread=1e-3, seed=seed) for seed in range(4)]
     check_against_plain(cases, scale=1000.0)
 
@@ -111,7 +111,8 @@ def test_masks_of_one_query(kind):
     ids=["rows", "entries", "all", "none"],
 )
 def test_a_workspace_smaller_than_the_problem(mask, workspace, monkeypatch):
-    """Rows and entries in several parts; the last rows' window lies beyond the last key."""
+    """Rows and entries are computed in several parts; the window of the last rows lies beyond the
+    last key."""
     triton_tiles = pytest.importorskip("additive_attn.backends.triton.tiles")
     monkeypatch.setattr(triton_tiles, "WORKSPACE_ELEMENTS", workspace)
     masking = dict(window=(3, 2)) if mask is None else dict(attn_mask=torch.randn(mask))
@@ -133,8 +134,8 @@ def test_parts_without_keys(monkeypatch):
 @pytest.mark.parametrize("dtype,values", [(torch.float32, 5), (torch.float64, 40)], ids=str)
 @pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
 def test_values_that_are_not_finite(strange, dtype, values):
-    """They reach the rows that attend to them, alone, dropout included. Times weights of 0, which
-    the larger scale makes of most, they are NaN."""
+    """Such values reach only the rows that attend to them, also under dropout. Their product with
+    a weight of 0 is NaN; the larger scale makes most weights 0."""
     case = make((), 20, 37, 7, values, dtype=dtype)
     case["value"][[3, 34], [1, 2]] = strange
     if dtype == torch.float64:
@@ -151,7 +152,8 @@ def test_values_that_are_not_finite(strange, dtype, values):
 
 @pytest.mark.parametrize("queries,keys", [(5, 21), (1, 150), (24, 40)])
 def test_dropout_is_that_of_every_backend(queries, keys, monkeypatch):
-    """The same weights survive, forward and backward, wherever the parts of a problem begin."""
+    """Forward and backward keep the same weights, for any boundaries between the parts of a
+    problem."""
     triton_tiles = pytest.importorskip("additive_attn.backends.triton.tiles")
     monkeypatch.setattr(triton_tiles, "WORKSPACE_ELEMENTS", 1024)
     seed = draw_seed(torch.device(DEVICE))
@@ -172,7 +174,7 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
 def captured(step):
-    """A graph of ``step``, and what it writes its results to."""
+    """Returns a graph of ``step``, and the tensors that it writes its results to."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -189,7 +191,7 @@ def captured(step):
 @pytest.mark.parametrize("kind", [*MASKS, "none"])
 @pytest.mark.parametrize("queries", [1, 40])
 def test_cuda_graph(queries, kind):
-    """Nothing waits for the device, forward or backward."""
+    """Neither forward nor backward waits for the device, which a capture forbids."""
     case = make((2,), queries, 50, 9, 5)
     options = {} if kind == "none" else masking(kind, queries, 50)
     leaves = {name: x.clone().requires_grad_() for name, x in case.items()}
@@ -246,9 +248,9 @@ def test_another_device():
 
 @pytest.mark.parametrize("queries", [1, 5])
 def test_offsets_beyond_int32(queries):
-    """8 GB of addresses, of which a few pages are touched on a CPU."""
+    """A few pages of 8 GB of addresses are touched on a CPU."""
     case = make((2,), queries, 9, 7, 5, dtype=torch.float16)
-    # Not from torch.empty, whose memory the tests fill.
+    # torch.empty is not used, since the tests fill its memory.
     room = torch.frombuffer(mmap.mmap(-1, 2**33 + 2**21), dtype=torch.float16).to(DEVICE)
     far = dict(case)
     far["key"] = room.as_strided((2, 9, 7), (2**31 + 16, 7, 1)).copy_(case["key"])
@@ -271,7 +273,7 @@ def test_offsets_beyond_int32(queries):
 
 @pytest.mark.parametrize("queries", [1, 5])
 def test_lengths_out_of_range(queries):
-    """Read on no host: they stop at the ends of the keys."""
+    """The host does not read lengths, so kernels clamp them to the keys."""
     case = make((3,), queries, 9, 7, 5, dtype=torch.float16).values()
     given, meant = torch.tensor([[-3], [4], [2**40]]), torch.tensor([[0], [4], [9]])
 
@@ -288,7 +290,7 @@ def test_lengths_out_of_range(queries):
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("needs", [(True,) * 5, (False,) * 5, (False, True, False, True, False)])
 def test_opcheck(needs, queries):
-    """What the operators return has the shapes that traces expect, and shares no memory."""
+    """The results of the operators have the shapes that traces expect, and share no memory."""
     case = make((2,), queries, 65, 4, 16).values()
     inputs = (*case, torch.randn(queries, 65), None, None, None, None, -1, -1, None, 0.0, 1.0)
     checks = ("test_schema", "test_faketensor")
@@ -302,7 +304,8 @@ def test_opcheck(needs, queries):
 @pytest.mark.parametrize("begins", ["entries", "tensors"])
 @pytest.mark.parametrize("queries", [1, 6])
 def test_what_begins_between_16_bytes(queries, begins, dtype):
-    """Rows are 16 bytes apart, and may be loaded 16 bytes at once, but for where they begin."""
+    """The strides of rows are multiples of 16 bytes, so that 16 bytes could be loaded at once, but
+    the rows begin between such addresses."""
     case = make((3,), queries, 40, 32, 32, dtype=dtype)
 
     def placed(x):
@@ -355,7 +358,8 @@ def test_gradients_of_some_arguments_alone(queries, scores, wide):
 
 
 def test_backward_under_autocast():
-    """Some run backward there, and compiled graphs do: nothing is rounded to 16 bits."""
+    """Some programs, and compiled graphs, run backward under autocast: nothing is rounded to 16
+    bits."""
     arguments = (
         *make((2,), 5, 65, 4, 16).values(), None, None, None, None, None, -1, -1, None, 0.0, 1.0,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Numeric faults of the GPU's kernels, each as a class, judged by the accuracy rule."""
+"""Classes of numeric faults of the GPU's kernels, judged by the accuracy rule."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.triton
 
 
 def opposed(offset, deviation, weight, queries, hidden, seed):
-    """q near c and k near -c in every feature, with signs of c that differ."""
+    """Returns a case with q near c and k near -c in every feature. The signs of c differ."""
     case = make((), queries, 20, hidden, 5, spread=deviation, seed=seed)
     signs = torch.sign(torch.randn(hidden, generator=generator(seed)))
     case["query"] += offset * signs
@@ -44,7 +44,7 @@ def test_opposite_offsets(offset, deviation, weight, queries, hidden):
 
 
 def opposite_pairs(queries, deviation, hidden, mix):
-    """Rows whose weight lies on opposite keys, beside other keys."""
+    """Yields cases in which the weight of rows lies on opposite keys, and there are other keys."""
     for seed in range(2):
         case = make((), queries, 24, hidden, 5, spread=deviation, seed=seed)
         other = make((), queries, 24, hidden, 5, seed=9 + seed)["key"]
@@ -76,7 +76,8 @@ def test_opposite_pairs_among_others(queries, deviation, hidden, mix):
 
 
 def test_opposite_pairs_of_late_rows():
-    """The pass over features has rows of two tiles of scores in one: the second has the pairs."""
+    """A tile of the pass over features has the rows of two tiles of scores, of which the second
+    has the opposite pairs."""
     cases = list(opposite_pairs(24, 1e-4, 72, "third"))
     attended = (torch.arange(24) >= 16)[:, None].expand(24, 24)
     check_against_plain(cases, magnitude=20 * 1e-4, attn_mask=attended)
@@ -95,7 +96,7 @@ def test_scores_of_opposite_pairs_among_others():
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_overflow_is_not_masking(sign, queries):
-    """Rows whose scores all overflow are NaN as a softmax of infinities is, masked keys aside."""
+    """Rows whose attended scores all overflow are NaN, as a softmax of infinities is."""
     case = make((2,), queries, 9, 7, 5)
     case["query"], case["key"] = case["query"].abs() + 5, case["key"].abs() + 5
     case["weight"] = torch.full((7,), sign * 3e38)
@@ -121,7 +122,7 @@ def test_rows_of_the_lowest_number(queries):
     "weight,scale,spread", [(1e19, 1e20, 1e-39), (1e30, 1e-30, 1.0), (1e-30, 1e30, 1.0)]
 )
 def test_scale_and_weight_beyond_the_range(weight, scale, spread, queries):
-    """Their product overflows, or underflows, where the scores do not."""
+    """The product of scale and weight overflows or underflows, and the scores do not."""
     case = make((), queries, 9, 7, 5)
     case["query"], case["key"] = case["query"] * spread, case["key"] * spread
     case["weight"] *= weight
@@ -150,7 +151,7 @@ def test_an_infinite_weight_beside_empty_rows_and_padding(queries):
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("bias", [0.0, -500.0], ids=["usual", "underflowed"])
 def test_nan_values_reach_query_and_key(bias, queries):
-    """Even where the weight underflows to 0."""
+    """They do so even if the weight underflows to 0."""
     case = make((), queries, 9, 7, 5)
     case["value"][4] = torch.nan
     mask = torch.zeros(queries, 9)
@@ -167,9 +168,9 @@ def test_nan_values_reach_query_and_key(bias, queries):
 )
 @pytest.mark.parametrize("equal", [False, True])
 def test_long_sums(equal, queries, keys, monkeypatch):
-    """The gradient through lse sums one sign over all keys. Equal terms, added one by one, are
-    all rounded the same way: how far depends on their last bits, and on how many there are in a
-    range of keys. One multiprocessor gets the longest ranges."""
+    """The gradient through lse sums terms of one sign over all keys. Equal terms that are added
+    one by one are all rounded in the same direction. The error depends on their last bits, and on
+    their number in a range of keys. One multiprocessor has the longest ranges."""
     monkeypatch.setattr(arguments, "processors", lambda device: 1)
     case = make((8,) if queries == 1 else (), queries, keys, 8, 2, spread=0.5)
     case["weight"] = case["weight"] * 0.3
@@ -182,7 +183,7 @@ def test_long_sums(equal, queries, keys, monkeypatch):
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in (1, 2))]
 )
 def test_few_features_of_a_large_spread(seed):
-    """Nearly all tanh are saturated: the gradient is that of the few that are not."""
+    """Nearly all tanh are saturated, so the gradient is that of the few others."""
     cases = [make((2,), 15, 7, 3, 4, spread=30.0, seed=8 * seed + s) for s in range(8)]
     check_against_plain(cases)
 
@@ -191,11 +192,12 @@ def test_few_features_of_a_large_spread(seed):
     "entries,opposite", [(24, False), (6, True)], ids=["usual", "opposite pair"]
 )
 def test_roundings_of_sums_over_pairs(entries, opposite):
-    """The terms of dw cancel, so that their sums decide its error, and a single one tells little.
-    Over many, ours err at most so much more than terms in float32 that are added pairwise."""
+    """The terms of dw cancel, so its error is that of their sums, which varies much in a single
+    sum. Over many sums, the error is at most so many times that of terms in float32 that are added
+    pairwise."""
     case = make((entries,), 32, 64, 16, 1, heads=True)
     del case["value"]
-    if opposite:  # and its whole block takes another loop
+    if opposite:  # its whole block is computed in another loop
         case["key"][:, 5] = -case["query"][:, 3]
     g = torch.Generator().manual_seed(1)
     upstream = {"scores": torch.randn(entries, 32, 64, generator=g, device="cpu").to(DEVICE)}
@@ -215,8 +217,8 @@ def test_roundings_of_sums_over_pairs(entries, opposite):
     [*((12, 70, key) for key in (0, 3, 62, 69)), *((24, 300, key) for key in (130, 290))],
 )
 def test_single_key_that_is_not_safe(queries, keys, key):
-    """The only one of its block, and of several tiles, takes the direct form, wherever it
-    stands."""
+    """A single such key in its block, and in several tiles, is computed in the direct form, at any
+    place."""
     case = make((2,), queries, keys, 8, 4)
     case["query"] = 0.3 * case["query"] - 8.0
     case["key"][:, key] = 10.5 + 0.3 * case["key"][:, key].abs()

@@ -1,4 +1,4 @@
-"""Kernels that take a row, or sums over ranges of keys, part by part, with parts so small that
+"""Kernels compute a row, or sums over ranges of keys, part by part. Here parts are so small that
 short inputs have several."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def change(monkeypatch, name, **fields):
 
 
 def returned(monkeypatch, module, name):
-    """What a function returns, from now on."""
+    """Records the results of a function, and returns their list."""
     results, kept = [], getattr(module, name)
 
     def function(*arguments, **options):
@@ -33,7 +33,7 @@ def returned(monkeypatch, module, name):
 
 @pytest.mark.parametrize("processors", [1, 132], ids=["whole", "split"])
 def test_long_rows(processors, monkeypatch):
-    """G of rows of more keys than a thread holds; of few rows, split over programs."""
+    """G of rows with more keys than a thread stores; few rows are split over programs."""
     monkeypatch.setattr(arguments, "processors", lambda device: processors)
     change(monkeypatch, "row_tile", BLOCK=32, WHOLE=False, ROWS=2, num_warps=1)
     monkeypatch.setattr(tiles, "row_pass_tile", lambda *sizes: None)
@@ -43,7 +43,7 @@ def test_long_rows(processors, monkeypatch):
 
 
 def test_rows_in_parts(monkeypatch):
-    """The same in one kernel with the scores."""
+    """A single kernel computes the scores and such rows of G."""
     change(monkeypatch, "row_pass_blocks", BLOCK=32, ROWS=2)
     mask = torch.rand(3, 150, generator=generator(1)) < 0.7
     upstream = ["out", "weights", "lse"]
@@ -52,7 +52,7 @@ def test_rows_in_parts(monkeypatch):
 
 @pytest.mark.parametrize("small", [True, False])
 def test_sums_over_tiles_of_rows_and_ranges_of_keys(small, monkeypatch):
-    """Added up by the last program of each, or by kernels of their own."""
+    """The last program of each sum adds it up, or separate kernels do."""
     plans = returned(monkeypatch, feature_pass, "feature_plan")
     if not small:
         monkeypatch.setattr(feature_pass, "ticket_count", lambda *sizes: 2**20)
@@ -63,9 +63,10 @@ def test_sums_over_tiles_of_rows_and_ranges_of_keys(small, monkeypatch):
 
 @pytest.mark.parametrize("hidden", [520, 1020])
 def test_programs_that_prepare_several_groups_of_rows(hidden, monkeypatch):
-    """Of two entries of 3 and 6 groups of 8 rows each, programs take 5 or all: they write the bits
-    that programs of one group write. Scores may not tell: where nobody wrote the size of a row, it
-    may read as too large for exponentials, and the row takes none."""
+    """Two entries have 3 groups of 8 rows of queries each, and 6 of keys. Programs compute 5
+    groups or all, and write the bits that programs of one group write. Scores may not show a
+    fault: if the size of a row is not written, it may read as too large for exponentials, and the
+    row is computed without them."""
     case = make((2,), 21, 45, hidden, 1)
     prepared = returned(monkeypatch, arguments, "prepare")
     for processors in (2**20, 4, 1):
@@ -86,7 +87,8 @@ def test_programs_that_prepare_several_groups_of_rows(hidden, monkeypatch):
     ],
 )  # fmt: skip
 def test_features_shared_by_groups_of_threads(batch, queries, keys, hidden, spread, monkeypatch):
-    """Where tiles are few; with |q|, |k| <= 1 in the difference form, and with opposite pairs."""
+    """Threads share features where there are few tiles; with |q|, |k| <= 1 in the difference form,
+    and with opposite pairs."""
     chosen = returned(monkeypatch, tiles, "attend_tile")
     monkeypatch.setattr(arguments, "processors", lambda device: 132)
     case = make(batch, queries, keys, hidden, 5, spread=spread)
@@ -108,7 +110,7 @@ def test_more_ranges_than_are_merged_at_a_time(queries, monkeypatch):
 
 
 def some(queries, keys):
-    """A mask that leaves a row and a range of keys nothing."""
+    """Returns a mask that leaves a row and a range of keys without attended pairs."""
     mask = torch.rand(queries, keys, generator=generator(1), device=DEVICE) < 0.7
     mask[1], mask[:, 128:256] = False, False
     return mask
@@ -127,7 +129,7 @@ RANGES = {  # batch, queries, keys, values, dtype, whether there is a mask
 
 @pytest.mark.parametrize("kind", RANGES)
 def test_the_last_program_merges_ranges_of_keys(kind, monkeypatch):
-    """Without weights; else another kernel does."""
+    """It does so if weights are not returned; otherwise another kernel merges."""
     batch, queries, keys, values, dtype, masked = RANGES[kind]
     monkeypatch.setattr(arguments, "processors", lambda device: 132)
     case = make(batch, queries, keys, 3, values, dtype=dtype)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.triton
 def probe():
     from additive_attn.backends import triton
 
-    fused(make())  # which says that Triton's kernels are what runs
+    fused(make())  # without a call of Triton's kernels the path fails
     triton.probe(torch.device(DEVICE), blocks.forward, blocks.backward, warn_user)
 
 
@@ -38,7 +38,7 @@ def without_the_last_range(splits, per_split):
     [
         ("one_pass", "pass_splits", half_of_few_keys, "out .* 5 queries and 40 keys"),
         ("decode_forward", "decode_inputs", None, "out .* 1 queries and 40 keys"),
-        # What ranges of keys leave, of which few keys have one.
+        # Results of ranges of keys: few keys have a single range.
         ("one_pass", "pass_splits", without_the_last_range, "out .* 5 queries and 600"),
         ("feature_pass", "pass_splits", without_the_last_range, "grad .* 5 queries and 600"),
         ("decode_forward", "decode_splits", without_the_last_range, "out .* 1 queries and 600"),
@@ -46,7 +46,7 @@ def without_the_last_range(splits, per_split):
     ],
 )
 def test_a_broken_kernel_is_refused(module, name, broken, what, monkeypatch):
-    """A kernel that is given fewer keys, or the values for the keys."""
+    """A broken kernel reads fewer keys, or the values as keys."""
     room = sys.modules[f"additive_attn.backends.triton.{module}"]
     right = getattr(room, name)
 

@@ -1,9 +1,10 @@
 """No kernel reads what another thread of it may have written.
 
-The threads of a program run side by side, and an element of a small tensor lies in several of
-them: what one stores, another may still have to load, or may load too early. Triton's interpreter
-runs one thread and shows nothing. So a kernel loads and stores one tensor only with a barrier
-between the two, and the tensors of which that holds are listed here."""
+The threads of a program run in parallel, and an element of a small tensor is in the registers of
+several. One may store it before another has loaded the old number, and another may load it before
+the new one is stored. Triton's interpreter runs one thread and finds no race. So a kernel loads
+and stores one tensor only with a barrier between the two, and the tensors for which there is one
+are listed here."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ WITH_BARRIER = {
 
 
 def functions(source):
-    """The functions of Triton's language in a source: name to (parameters, syntax tree)."""
+    """Returns the functions of Triton's language in a source: name to (parameters, syntax
+    tree)."""
     return {
         node.name: ([argument.arg for argument in node.args.args], node)
         for node in ast.parse(source).body
@@ -53,12 +55,13 @@ def package_functions():
     found = {name: function for own in modules for name, function in own.items()}
     for own in modules:
         for _, node in own.values():
-            node.own = own  # of one name, that of its module is meant
+            node.own = own  # of functions with one name, a call means that of its module
     return found
 
 
 def base(node):
-    """What an address begins with: pointer + offsets, or a member of a tuple of pointers."""
+    """Returns the start of an address: the pointer of pointer + offsets, or a member of a tuple of
+    pointers."""
     while True:
         if isinstance(node, ast.BinOp):
             node = node.left
@@ -75,14 +78,14 @@ def is_call(node, name):
 
 
 def constant(test):
-    """Whether the compiler decides a condition: it has names in capitals only."""
+    """Whether the compiler decides a condition, whose names are all in capitals."""
     names = [node.id for node in ast.walk(test) if isinstance(node, ast.Name)]
     return bool(names) and all(name.isupper() for name in names)
 
 
 def nodes_of(node, path=()):
-    """The nodes below with a place in the text, each with the conditions that the compiler decides
-    and what they must be: (condition, whether it holds)."""
+    """Yields the nodes below that have a place in the text, each with the conditions that the
+    compiler decides for it: (condition, whether it is true)."""
     if hasattr(node, "lineno"):
         yield node, path
     for field, value in ast.iter_fields(node):
@@ -95,8 +98,8 @@ def nodes_of(node, path=()):
 
 
 def accesses(found, name):
-    """(load, store or barrier; parameter; conditions) in the order of the text, callees
-    inlined."""
+    """Returns (load, store or barrier; parameter; conditions) in the order of the text, with
+    callees inlined."""
     parameters, function = found[name]
     found = {**found, **getattr(function, "own", {})}
     aliases = {parameter: parameter for parameter in parameters}
@@ -124,7 +127,8 @@ def accesses(found, name):
 
 
 def racing(found, name):
-    """The tensors that a kernel loads and stores: those with a barrier between, those without."""
+    """Returns the tensors that a kernel loads and stores: those with a barrier between, and those
+    without."""
     events = accesses(found, name)
     guarded, unguarded = set(), set()
     for end, (kind, tensor, path) in enumerate(events):
@@ -132,7 +136,7 @@ def racing(found, name):
             if other != tensor or {before, kind} != {"load", "store"}:
                 continue
             if any((text, not holds) in early for text, holds in path):
-                continue  # never compiled into one kernel
+                continue  # the two are never compiled into one kernel
             known = {*early, *path}
             barriers = (e for e in events[begin:end] if e[0] == "barrier" and {*e[2]} <= known)
             (guarded if any(barriers) else unguarded).add(tensor)
@@ -158,8 +162,8 @@ def test_a_tensor_is_loaded_and_stored_only_across_a_barrier(name):
     assert guarded == {tensor for kernel, tensor in WITH_BARRIER if kernel == name}
 
 
-def test_a_race_is_seen():
-    """The one that this test was written for: G over dP, in place."""
+def test_a_race_is_found():
+    """The race is that of G, which is stored over dP in place."""
     source = """
 @kernel
 def gradient_kernel(products, inverse, last, BLOCK: tl.constexpr):

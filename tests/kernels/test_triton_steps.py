@@ -1,4 +1,4 @@
-"""The GPU's kernels of decoder steps, scores and location features against plain PyTorch in
+"""Compares the GPU's kernels of decoder steps, scores and location features with plain PyTorch in
 float64: in Triton's interpreter, or on a GPU with ADDITIVE_ATTN_TEST_DEVICE=cuda."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def make(
     batch=(2,), keys=20, hidden=9, values=5, filters=None, *, dtype=torch.float32, mask=None,
     lengths=None, dropout_p=0.0, scale=0.7,
 ):  # fmt: skip
-    """Arguments of ``step``, by name."""
+    """Returns the arguments of ``step``, by name."""
     g = generator(0)
 
     def random(*shape):
@@ -51,7 +51,7 @@ def upstream_of(case):
 
 
 def run(case, upstream, weights=None, step=None, step_backward=None):
-    """Results and gradients; those of the keys are added to ones."""
+    """Returns results and gradients. Those of the keys are added to ones."""
     step, step_backward = step or operators.step, step_backward or operators.step_backward
     arguments = list(case.values())
     results = step(*arguments)
@@ -70,8 +70,8 @@ def widened(x):
 
 
 def check(case, upstream=None):
-    """The rule of ``oracle``: twice the error of plain PyTorch in the same dtype, three times for
-    gradients."""
+    """Asserts the rule of ``oracle``: errors are at most twice those of plain PyTorch in the same
+    dtype, three times for gradients."""
     upstream = upstream_of(case) if upstream is None else upstream
     plain = (plain_steps.step, plain_steps.step_backward)
     ours = run(case, upstream)
@@ -140,7 +140,7 @@ def test_sizes_of_zero(sizes, filters):
 
 
 def test_padding_of_steps_cannot_leak():
-    """Nor what the upstream gradients hold there; its gradients are 0."""
+    """Upstream gradients at padding do not leak either, and its gradients are 0."""
     case = make((2,), 40, 20, 5, 3, lengths=torch.tensor([[7], [23]]), dropout_p=0.3)
     upstream = upstream_of(case)
     clean = run(case, upstream)
@@ -179,7 +179,8 @@ def test_strides_of_steps(recipe):
 
 @pytest.mark.parametrize("batch", [(2, 3), (2, 1, 3)])
 def test_keys_shared_by_beams(batch):
-    """The keys' gradient is summed over the entries that share them, wherever it lies."""
+    """The keys' gradient is summed over the entries that share them, in a tensor of any
+    strides."""
     case = make(batch, 20, 9, 5, 2)
     leading = (*batch[:-1], 1)
     case["key"] = case["key"][..., :1, :, :].clone()
@@ -207,7 +208,7 @@ def test_steps_repeat_to_the_bit(filters):
 @pytest.mark.parametrize("window", [(-1, -1), (4, 2)])
 @pytest.mark.parametrize("queries", [1, 6])
 def test_scores_in_pieces(queries, window, monkeypatch):
-    """Gradients of masked pairs are ignored, whatever they hold."""
+    """Upstream gradients of masked pairs may be any numbers: they are ignored."""
     triton_tiles = pytest.importorskip("additive_attn.backends.triton.tiles")
     monkeypatch.setattr(triton_tiles, "WORKSPACE_ELEMENTS", 900)
     g = generator(0)
