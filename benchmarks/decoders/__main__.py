@@ -4,9 +4,9 @@
     python -m benchmarks.decoders --case attloc joeynmt
     python -m benchmarks.decoders --group decoders --split
 
-All providers of a case run in this process and take turns. What they compute is compared before
-anything is timed. Times are CPU times of all threads together; the csv has those of the clock
-too. Rows go to a new file in benchmarks/results/local/, which git ignores; --save replaces the
+All providers of a case are timed round-robin in this process. Their results are compared before
+anything is timed. Times are CPU times of all threads together; the csv also has wall-clock times.
+Rows are written to a new file in benchmarks/results/local/, which git ignores; --save replaces the
 rows of these cases in the file that git tracks.
 """
 
@@ -50,7 +50,7 @@ def measure_case(
 
 
 def require_operators() -> None:
-    """Stops where an operator would be plain PyTorch's under the name of the fused layer."""
+    """Exits if plain PyTorch would compute an operator that is measured as the fused layer's."""
     compiled = torch._C._dispatch_has_kernel_for_dispatch_key
     missing = [name for name in dispatch.PLAIN if not compiled(f"additive_attn::{name}", "CPU")]
     if missing:

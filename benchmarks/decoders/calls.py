@@ -22,7 +22,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def full(function: Callable[..., Tensor], leaves: list[Tensor], upstream: Tensor) -> Any:
-    """A call with its gradients."""
+    """Returns a function that runs a call with its gradients."""
 
     def run() -> tuple[Tensor, ...]:
         out = function(*leaves)
@@ -67,7 +67,7 @@ def pooling(batch: int, keys: int, hidden: int, dim: int) -> Problem:
 
 
 def operators(batch: int, keys: int, hidden: int, values: int, steps: int) -> Problem:
-    """All gradients at each step and their sums, against keys', values' and weight's gradient
+    """Makes all gradients at each step and sums them, against those of keys, values and weight
     once for all steps."""
     torch.manual_seed(0)
     ops = torch.ops.additive_attn
@@ -119,14 +119,14 @@ def operators(batch: int, keys: int, hidden: int, values: int, steps: int) -> Pr
 
 
 def step_layer(hidden: int) -> AdditiveAttention:
-    """A layer whose projections cost nothing: the step is measured, not they."""
+    """Returns a layer whose projections are identities, so that the step alone is measured."""
     layer = AdditiveAttention(hidden, hidden, bias=False)
     layer.query_layer, layer.key_layer = nn.Identity(), nn.Identity()  # type: ignore[assignment]
     return layer
 
 
 def step(batch: int, keys: int, hidden: int, values: int) -> Problem:
-    """``step``, against the function with one query."""
+    """Measures ``step`` against the function with one query."""
     torch.manual_seed(0)
     layer = step_layer(hidden)
     query, key, value = (
@@ -180,7 +180,7 @@ def half(batch: int, length: int, hidden: int, values: int, mode: str) -> Proble
 
 
 def beams(batch: int, beam: int, keys: int, hidden: int, values: int) -> Problem:
-    """A step of all beams: keys of a sequence shared by its beams, or copied for each."""
+    """Measures a step of all beams, which share the keys of their sequence or have copies."""
     torch.manual_seed(0)
     layer = step_layer(hidden)
     key, value = randn(batch, keys, hidden), randn(batch, keys, values)
@@ -197,7 +197,7 @@ def beams(batch: int, beam: int, keys: int, hidden: int, values: int) -> Problem
 
 
 def scores(batch: int, rows: int, keys: int, hidden: int, mode: str) -> Problem:
-    """Against the plain formula, and against the attention of the same shape."""
+    """Measures scores against the plain formula, and against the attention of the same shape."""
     torch.manual_seed(0)
     query, key = randn(batch, rows, hidden), randn(batch, keys, hidden)
     value, weight = randn(batch, keys, hidden), randn(hidden) / hidden**0.5
@@ -221,7 +221,7 @@ def scores(batch: int, rows: int, keys: int, hidden: int, mode: str) -> Problem:
     expected: list[dict[str, Tensor]] = []
 
     def results(found: Any) -> dict[str, Tensor]:
-        # The attention is another function: it is compared in time only.
+        # The attention is another function: only its time is compared.
         if found is not None:
             expected[:] = [named(found)]
         return expected[0]

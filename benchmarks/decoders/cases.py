@@ -1,4 +1,4 @@
-"""What is measured of decoders, and what is asked of it."""
+"""The cases of decoders that are measured, and the speeds that are required."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Bar:
 
 @dataclass(frozen=True)
 class Case:
-    """``sizes`` are B, Lk, H, Dv and T, or what the shape of a single call is. ``part`` says
-    what of a decoder is measured."""
+    """``sizes`` are B, Lk, H, Dv and T, or the shape of a single call. ``part`` names the measured
+    part of a decoder."""
 
     name: str
     what: str
@@ -42,13 +42,13 @@ class Case:
     group: str = "layers"
 
     def build(self, quick: bool = False) -> Problem:
-        """``quick``: sizes that show that it runs, and nothing more."""
+        """``quick``: tiny sizes, which only show that the problem runs."""
         if not quick:
             return self.make(*self.arguments)
         return self.make(*map(quick_size, self.arguments))
 
     def of_steps(self, steps: int) -> Case:
-        """The same loop with so many steps; other cases have none."""
+        """Returns the same loop with so many steps. Cases without steps are unchanged."""
         loop = self.arguments[0]
         if not isinstance(loop, Loop):
             return self
@@ -75,7 +75,7 @@ def loop_case(name: str, what: str, loop: Loop, *asked: Bar, group: str = "layer
     return Case(name, what, part, sizes, loop_problem, (loop,), asked, group=group)
 
 
-# Facts of published code: sizes, which layers have a bias, which weights feed the location term.
+# Facts of published code: the sizes, the layers with a bias, the inputs of the location term.
 ESPNET = Layer(320, 320, 320, key_bias=True, energy_bias=True, scale=2.0, weighted_sum="sum")
 ESPNET_LOCATION = Location(("previous",), 10, 201, uniform=True)
 ESPNET_HEADS = replace(ESPNET, query_bias=True, key_bias=False, scale=320**-0.5, value_dim=320)
@@ -159,8 +159,8 @@ LOOPS = [
     ),
 ]  # fmt: skip
 
-# Whole decoders of the code bases that the cases above have no decoder of. Their keys are
-# projected once, in the originals too.
+# Whole decoders of the code bases without one above. Keys are projected once, in the originals
+# too.
 CODE_BASES = [
     loop_case(f"{name}-decoder", what, loop, *bars(1, 1), group="codebases")
     for name, what, loop in (

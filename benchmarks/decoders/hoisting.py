@@ -1,5 +1,5 @@
-"""Keys projected at every step, as much code does, against once: what hoisting gains, and what
-fusing."""
+"""Projects keys at every step, as much code does, or once: measures the gain of hoisting, and that
+of fusing."""
 
 from __future__ import annotations
 

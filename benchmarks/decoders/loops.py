@@ -1,4 +1,4 @@
-"""Decoders as problems: T steps, forward and backward, by every provider."""
+"""Makes problems of decoders: T steps, forward and backward, by every provider."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from benchmarks.decoders.problem import Problem
 
 @dataclass(frozen=True)
 class Loop:
-    """T steps with B sequences of up to Lk keys. ``cell_dim``: with an LSTM cell, whose input are
-    ``input_dim`` features and the last context; 0: the attention alone, with given queries.
-    ``feeds``: features of a layer between input and cell. ``cell_state``: the query is the cell's
-    hidden state beside its memory. ``coverage``: the loss of See et al. 2017. ``coqui``: how
-    Coqui TTS's attention makes weights, and whether they move on."""
+    """T steps with B sequences of up to Lk keys. ``cell_dim``: features of an LSTM cell, whose
+    inputs are ``input_dim`` features and the last context; 0: the attention alone, with given
+    queries. ``feeds``: features of a layer between input and cell. ``cell_state``: the query is
+    the cell's hidden state, concatenated with its memory. ``coverage``: the loss of See et al.
+    2017. ``coqui``: how Coqui TTS's attention makes weights, and whether it is forward
+    attention."""
 
     batch: int
     keys: int
@@ -38,7 +39,7 @@ class Loop:
 
 
 class Decoder(nn.Module):
-    """Original attention, cell, and the tensors that come from outside."""
+    """The original attention, the cell, and the decoder's inputs."""
 
     def __init__(self, loop: Loop) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class Decoder(nn.Module):
         self.upstream = [torch.randn(loop.batch, width) for width in widths]
 
     def run(self, attention: Any) -> list[Tensor]:
-        """Forward and backward; gradients are where autograd leaves them."""
+        """Runs forward and backward. Gradients are in the ``grad`` of the parameters."""
         self.zero_grad()
         outputs, coverage = self.unroll(attention)
         upstream = list(self.upstream)
@@ -116,7 +117,7 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(
                 ("energy.bias", "parts.v.linear_layer.bias")
-            ):  # cancels: its gradient is zero, or what is rounded
+            ):  # cancels: its gradient is zero, or a rounding error
                 continue
             grad = parameter.grad
             found[f"gradient of {name}"] = torch.zeros_like(parameter) if grad is None else grad
@@ -124,7 +125,7 @@ class Decoder(nn.Module):
 
 
 class Compiled:
-    """An original whose step is compiled."""
+    """An original with a compiled step."""
 
     def __init__(self, attention: Any) -> None:
         self.begin = attention.begin

@@ -1,7 +1,7 @@
 """The attention of published decoders, written from their formulas in plain PyTorch.
 
 A layer prepares its memory once (``begin``), then attends with one query per sequence at a time
-(``step``). What a step hands to the next is in its state.
+(``step``). A step returns the state that the next one reads.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ PROJECTION = "part: projection"
 
 
 class State(NamedTuple):
-    """What a step reads: projected keys ``(B, Lk, H)``, values ``(B, Lk, Dv)``, padding
-    ``(B, Lk)``, True = ignore; and the last weights and their sum ``(B, Lk)``."""
+    """The inputs of a step: projected keys ``(B, Lk, H)``, values ``(B, Lk, Dv)``, padding ``(B,
+    Lk)``, True = ignore; and the last weights and their sum ``(B, Lk)``."""
 
     key: Tensor
     value: Tensor
@@ -150,8 +150,8 @@ class Attention(nn.Module):
 
 
 class Heads(nn.Module):
-    """Several heads one after the other, each with projections of its own; their contexts beside
-    each other are projected back."""
+    """Several heads one after the other, each with its own projections. Their contexts are
+    concatenated and projected."""
 
     def __init__(self, layer: Layer, heads: int) -> None:
         super().__init__()
@@ -174,9 +174,9 @@ class Heads(nn.Module):
 
 
 class PointerNetwork(nn.Module):
-    """A glimpse into the memory, then a pointer at it, whose scores are ``10 tanh(score)``
-    (Bello et al. 2016, arXiv:1611.09940). Both project the keys at every step, by a convolution
-    of width 1 as code of this model does, and attend to them as values too."""
+    """A glimpse at the memory, then a pointer, whose scores are ``10 tanh(score)`` (Bello et al.
+    2016, arXiv:1611.09940). Both project the keys at every step, by a convolution of width 1 as
+    code of this model does, and the projected keys are also the values."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class PointerNetwork(nn.Module):
 
 
 class ForwardState(NamedTuple):
-    """What a step of :class:`Coqui` reads: ``State``, and the weights that moved on."""
+    """The inputs of a step of :class:`Coqui`: ``State``, and the weights of forward attention."""
 
     key: Tensor
     value: Tensor
@@ -214,9 +214,9 @@ class ForwardState(NamedTuple):
 
 
 class Coqui(nn.Module):
-    """Coqui TTS's attention with its parts: weights by a sigmoid, its default, or by a softmax;
-    and with ``moving`` forward attention (Zhang et al. 2018, arXiv:1807.06736), whose weights stay
-    at a key or move on by one."""
+    """Coqui TTS's attention: weights by a sigmoid, its default, or by a softmax; and with
+    ``moving`` forward attention (Zhang et al. 2018, arXiv:1807.06736), whose weights stay at a key
+    or advance by one."""
 
     def __init__(self, layer: Layer, norm: str, moving: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The same layers by this package, with the parameters of the originals."""
+"""The originals' layers in this package, with the parameters of the originals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.decoders.originals import Attention, Coqui, Heads, PointerNetwor
 
 
 def ours(original: nn.Module) -> Any:
-    """The layer in the place of an original, which shares its parameters."""
+    """Returns the layer that replaces an original, with the same parameters."""
     if isinstance(original, Heads):
         return FusedHeads(original)
     if isinstance(original, PointerNetwork):
@@ -39,12 +39,12 @@ def ours(original: nn.Module) -> Any:
 
 
 def zero_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A bias of the scores cancels; it gets a zero gradient, as from the original."""
+    """A bias of the scores cancels. It gets a zero gradient, as in the original."""
     return weight if bias is None else torch.add(weight, bias, alpha=0)
 
 
 class FusedContent:
-    """Without a location term: ``AdditiveAttention``."""
+    """Attention without a location term: ``AdditiveAttention``."""
 
     def __init__(self, original: Attention) -> None:
         self.original: Any = original
@@ -90,7 +90,8 @@ def features_of(original: Any, state: State) -> Tensor:
 
 
 class FusedHistory:
-    """With a location term or coverage: ``LocationSensitiveAttention``, ``CoverageAttention``."""
+    """Attention with a location term or coverage: ``LocationSensitiveAttention``,
+    ``CoverageAttention``."""
 
     def __init__(self, original: Attention) -> None:
         self.original: Any = original
@@ -124,7 +125,7 @@ class FusedHistory:
 
 
 class FusedSpeechBrain:
-    """SpeechBrain's layer, whose location term has a bias and takes no gradient."""
+    """SpeechBrain's layer, whose location term has a bias and passes no gradient on."""
 
     def __init__(self, original: Any) -> None:
         layer, location = original.layer, original.layer.location
@@ -163,8 +164,8 @@ class FusedCoqui:
 
 
 class FusedHeads:
-    """All heads in one call, as ``additive_attn.compat`` has ESPnet's: a step sums the memory, and
-    one product takes the sums of all heads to the output."""
+    """All heads in one call, as in ESPnet's class of ``additive_attn.compat``: a step sums the
+    memory, and one product maps the sums of all heads to the output."""
 
     def __init__(self, original: Heads) -> None:
         self.original, self.heads = original, original.each()

@@ -1,4 +1,4 @@
-"""Draws where the time of whole decoders goes, from csv rows: docs/figures/decoders.png.
+"""Draws the shares of whole decoders' time, from csv rows: docs/figures/decoders.png.
 
 python -m benchmarks.decoders.plot FILE.csv [--output FIGURE.png]
 """
@@ -40,7 +40,7 @@ def profiles(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def draw(rows: list[Row], path: Path) -> bool:
-    """A bar for each provider of each decoder, as a share of the plain one's time."""
+    """Draws a bar for each provider of each decoder, as a share of the plain one's time."""
     found = profiles(rows)
     if not found:
         return False

@@ -1,4 +1,4 @@
-"""A problem that several providers solve, and how it is timed."""
+"""A problem that several providers solve, and its timing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from benchmarks.rows import Row
 
 @dataclass(frozen=True)
 class Problem:
-    """``runs``: what is timed, by provider; the first is right by definition. ``results`` makes of
-    what a run returns the tensors that all providers must agree on."""
+    """``runs``: the timed functions, by provider; the first is right by definition. ``results``
+    converts what a run returns to the tensors on which all providers must agree."""
 
     runs: Mapping[str, Callable[[], Any]]
     results: Callable[[Any], dict[str, Tensor]]
@@ -26,7 +26,7 @@ class Problem:
     grad: bool = True
 
     def check(self) -> None:
-        """Raises where a provider computes something else than the first."""
+        """Raises if the results of a provider differ from those of the first."""
         expected: dict[str, Tensor] = {}
         for name, run in self.runs.items():
             found = {key: tensor.double() for key, tensor in self.results(run()).items()}
@@ -45,9 +45,9 @@ class Problem:
 
 
 def alternate(problem: Problem, budget: float, rounds: int) -> dict[str, Row]:
-    """Milliseconds of CPU time, of all threads together, and of the clock, per call of every
-    provider. All take turns; a round is one sample of each. Stops after ``rounds``, or where
-    ``budget`` seconds are used up, but not before three."""
+    """Returns milliseconds per call of every provider: CPU time of all threads together, and
+    wall-clock time. Providers are timed round-robin; a round is one sample of each. Stops after
+    ``rounds``, or after ``budget`` seconds, but not before three rounds."""
     cpu: dict[str, list[float]] = {name: [] for name in problem.runs}
     wall: dict[str, list[float]] = {name: [] for name in problem.runs}
 

@@ -1,4 +1,4 @@
-"""Where the time of a decoder goes: self times of the profiler, by what they belong to."""
+"""Splits the time of a decoder: self times of the profiler, by the part of the decoder."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ GROUPS = (
 
 
 def split(run: Callable[[], Any], by_operator: bool) -> dict[str, float]:
-    """Milliseconds of one run in each group. A node of the backward belongs to the part whose
-    forward made it. Projections are marked in the originals. In compiled code and in the package
-    they are told by their operators (``by_operator``): products of matrices without a batch."""
+    """Returns the milliseconds of one run in each group. A node of the backward belongs to the
+    part whose forward made it. Projections are marked in the originals. In compiled code and in
+    the package they are recognised by their operators (``by_operator``): products of matrices
+    without a batch."""
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
@@ -36,7 +37,7 @@ def split(run: Callable[[], Any], by_operator: bool) -> dict[str, float]:
 
 
 def place(event: Any) -> tuple[str, Any]:
-    """The innermost marked part that an event stands in, and the node of the backward."""
+    """Returns the innermost marked part that contains an event, and the node of the backward."""
     while event is not None:
         if event.name.startswith(NODE):
             return "", event
@@ -53,7 +54,7 @@ def group(event: Any, parts: dict[int, str], by_operator: bool) -> str:
     if node is not None:
         if "AccumulateGrad" in node.name:
             return "accumulation"
-        # Beside the node's own function, the engine adds up gradients that meet.
+        # Outside the node's own function, the engine adds up gradients of one tensor.
         if event.cpu_parent is node and event.name in ("aten::add", "aten::add_"):
             return "accumulation"
         part = parts.get(node.sequence_nr, "")

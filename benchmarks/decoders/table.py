@@ -32,7 +32,7 @@ Times = dict[str, dict[str, Row]]  # by case and provider
 
 
 def line(case: Case, found: Iterable[Row]) -> str:
-    """Times of a case, and what is asked of it."""
+    """Returns the times of a case, and whether they meet its bars."""
     times = {row["provider"]: row for row in found if not row.get("group")}
     parts = [
         f"{name} {float(row['cpu_ms']):.4g} ms ({float(row['wall_ms']):.4g} by the clock)"
@@ -121,7 +121,7 @@ def calls_table(times: Times, with_bars: bool) -> list[list[str]]:
 
 
 def split_table(rows: Iterable[Row]) -> list[list[str]]:
-    """Self times, in per cent of the provider's own sum."""
+    """Makes a table of self times, in per cent of the provider's own sum."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     about: dict[str, Row] = {}
     for row in rows:

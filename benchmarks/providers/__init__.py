@@ -1,4 +1,4 @@
-"""Who is measured, one file each."""
+"""The implementations that are measured, one file each."""
 
 from benchmarks.providers.compiled import COMPILE_MATMUL, COMPILE_SUM
 from benchmarks.providers.dot_product import DOT_PRODUCT

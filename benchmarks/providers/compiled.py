@@ -1,4 +1,4 @@
-"""torch.compile of the plain layer, in the two spellings of its product with the weight."""
+"""torch.compile of the plain layer, with its product with the weight as a matmul or as a sum."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def dot_product_runner(case: Case, inputs: Inputs) -> Runner | None:
     allowed = None if inputs.blocked is None or is_causal else ~inputs.blocked[:, None]
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # The head dim opens the fused kernels, which take four dims only.
+        # The fused kernels need four dims, so a head dim is added.
         return F.scaled_dot_product_attention(
             query[:, None],
             key[:, None],

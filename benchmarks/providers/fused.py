@@ -1,4 +1,4 @@
-"""This package: its kernel, or its plain PyTorch path under a name of its own."""
+"""This package: its kernel, or its plain PyTorch path as a separate provider."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def fused_runner(case: Case, inputs: Inputs) -> Runner:
     return Runner(function, [inputs.query, inputs.key, inputs.value, inputs.weight], [])
 
 
-# A process has one of the two: additive_attn chooses its path when it is imported.
+# A process measures one of the two: additive_attn chooses its path when it is imported.
 FUSED = Provider("fused", fused_runner)
 PYTORCH_PATH = Provider("pytorch path", fused_runner)

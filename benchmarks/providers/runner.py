@@ -1,4 +1,4 @@
-"""What a provider is, and how it is called."""
+"""Providers, and how they are called."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Runner:
 
 @dataclass(frozen=True)
 class Provider:
-    """``energy_copies``: the peak memory that it was measured to need at the least, by mode, as a
-    multiple of the ``B Lq Lk H`` elements of the energy tensor."""
+    """``energy_copies``: the least peak memory that was measured, by mode, as a multiple of the
+    ``B Lq Lk H`` elements of the energy tensor."""
 
     name: str
     runner: Callable[[Case, Inputs], Runner | None]
