@@ -1,4 +1,4 @@
-/* A libcuda of four devices that accepts everything and runs nothing: what is launched is written down. */
+/* A libcuda of four devices that accepts every call and runs nothing. It records the launches. */
 #include <cuda.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,7 +9,7 @@ enum { PARAMETERS = 128, KEPT = 1024, DEVICES = 4 };
 
 typedef struct {
   char name[128];
-  int count, size[PARAMETERS]; /* of the parameters, in bytes; none until someone tells */
+  int count, size[PARAMETERS]; /* of the parameters, in bytes; none until they are set */
 } Function;
 
 typedef struct {
@@ -21,11 +21,11 @@ typedef struct {
 } Launch;
 
 unsigned long long launched = 0;
-unsigned long long others = 0; /* calls that load, allocate or set something */
-Launch launches[KEPT]; /* the last ones: number n at n % KEPT */
-static __thread long context = 0; /* 0: none; 1, 1 + DEVICES, ... are of device 0 */
+unsigned long long others = 0; /* number of calls that load, allocate or set something */
+Launch launches[KEPT]; /* the last launches: number n is at n % KEPT */
+static __thread long context = 0; /* 0: none; 1, 1 + DEVICES, ... are contexts of device 0 */
 
-/* Who runs what is launched, if anybody does. */
+/* If set, this function runs the launches. */
 CUresult (*runs)(const CUlaunchConfig *, CUfunction, void **) = 0;
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **parameters, void **extra) {
@@ -77,7 +77,7 @@ CUresult cuCtxGetDevice(CUdevice *d) {
 CUresult cuCtxGetLimit(size_t *v, CUlimit l) { *v = 0; DONE; }
 CUresult cuCtxSetLimit(CUlimit l, size_t v) OTHER
 CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus *c) { *c = CU_STREAM_CAPTURE_STATUS_NONE; DONE; }
-/* Of any memory, so that tensors may lie on the CPU. */
+/* Accepts any address, so that tensors may be on the CPU. */
 CUresult cuPointerGetAttribute(void *d, CUpointer_attribute a, CUdeviceptr p) { *(CUdeviceptr *)d = p; DONE; }
 CUresult cuPointerGetAttributes(unsigned n, CUpointer_attribute *a, void **d, CUdeviceptr p) { DONE; }
 CUresult cuGetErrorString(CUresult r, const char **text) { *text = r ? "refused by the mock driver" : "none"; DONE; }
