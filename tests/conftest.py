@@ -207,9 +207,9 @@ computed: set[features.Cell] = set()
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Runs in the process of the test, after each of its phases."""
     if report.when == "setup":
-        features.forget()
+        features.clear()
     elif report.when == "call" and report.passed:
-        computed.update(features.seen())
+        computed.update(features.passed())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

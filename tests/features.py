@@ -20,7 +20,7 @@ COLUMNS = ("feature", "path", "dtype", "direction")
 
 # The operator that sums over the features in operators that are composed of others.
 _COMPOSED = {"tangent": "pair_scores", "scores_tangent": "pair_scores"}
-_seen: set[Cell] = set()  # those of the test that runs
+_cells: set[Cell] = set()  # those of the test that runs
 _library: torch.library.Library | None = None
 _NAMES = (
     "forward", "backward", "scores", "scores_backward", "tangent", "scores_tangent", "step",
@@ -149,7 +149,7 @@ def _add(
     path = paths.current()
     if path in paths.PLAIN or not _has_kernel(path, operator):
         path = "plain"
-    _seen.update((x, path, str(dtype).removeprefix("torch."), direction) for x in features)
+    _cells.update((x, path, str(dtype).removeprefix("torch."), direction) for x in features)
 
 
 def _has_kernel(path: str, operator: str) -> bool:
@@ -161,12 +161,12 @@ def _has_kernel(path: str, operator: str) -> bool:
     return hasattr(triton, operator)
 
 
-def forget() -> None:
-    _seen.clear()
+def clear() -> None:
+    _cells.clear()
 
 
-def seen() -> set[Cell]:
-    return _seen
+def passed() -> set[Cell]:
+    return _cells
 
 
 def write(file: str, cells: set[Cell]) -> None:

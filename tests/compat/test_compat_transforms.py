@@ -28,7 +28,7 @@ def called(layer, arguments):
     return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
 
 
-def forget(layer):
+def end_sequence(layer):
     """Ends a sequence. A layer without ``reset`` keeps the weights of its last step, as the
     original does."""
     if hasattr(layer, "init_states"):
@@ -78,7 +78,7 @@ def test_compiled_gradients(name):
 
     def loss(given):
         outputs = [called(layer, good | given) for _ in range(2)]
-        forget(layer)
+        end_sequence(layer)
         return sum(x.square().sum() for x in outputs)
 
     given = floats(good)

@@ -104,10 +104,10 @@ def check(name, mesh, folder):
         theirs = test_second_order.named(theirs, "sharded gradients")
     with paths.running((folder / "path").read_text()):
         for dtype in DTYPES:
-            features.forget()
+            features.clear()
             check_against_plain(cases(dtype), function=ours, formula=theirs, **judged)
             kind = str(dtype).removeprefix("torch.")
-            for feature, computing, _, direction in features.seen():
+            for feature, computing, _, direction in features.passed():
                 if (feature == SECOND) == second:
                     cells.append((f"sharded: {name}", computing, kind, direction))
     if mesh.get_local_rank() == 0:
@@ -124,7 +124,7 @@ def test_features(tmp_path, path):
     additive_attention(*cases(torch.float32)[0].values())  # the path must have run in this process
     (tmp_path / "path").write_text(path)
     processes.run(__name__, 2, tmp_path, list(RUNS))
-    features.forget()
+    features.clear()
     for name in RUNS:
         cells = json.loads((tmp_path / f"{name}.cells").read_text())
-        features.seen().update(map(tuple, cells))
+        features.passed().update(map(tuple, cells))

@@ -124,7 +124,7 @@ def test_the_kernel_prepares_small_memories(monkeypatch):
 
 
 def counted(monkeypatch):
-    """The ordinary calls from now on."""
+    """Records ordinary calls, and returns their list."""
     calls, ordinary = [], attend.masked_attention
 
     def count(*arguments, **options):
@@ -141,7 +141,7 @@ ONE_HEAD = pytest.mark.parametrize("kind", [k for k in KINDS if k != "heads"])
 
 @ONE_HEAD
 @pytest.mark.parametrize("batch", [(), (B,)], ids=["unbatched", "batched"])
-def test_what_project_has_found_is_not_asked_again(kind, batch, monkeypatch):
+def test_steps_use_what_project_has_checked(kind, batch, monkeypatch):
     on_plain_pytorch(monkeypatch)
     calls, layer = counted(monkeypatch), made(kind)
     key, query = torch.randn(*batch, LK, K).double(), torch.randn(*batch, D).double()
@@ -178,7 +178,8 @@ def test_unusual_steps_raise_the_sentences_of_ordinary_ones(kind, monkeypatch):
 
 
 def test_the_energy_bias_gets_zeros_from_the_keys(monkeypatch):
-    """Once for all steps, whatever it holds; each step brings them where the keys cannot."""
+    """The bias gets zeros once for all steps, for any number in it. If the keys have no gradient,
+    each step gives it zeros."""
     on_plain_pytorch(monkeypatch)
     layer, query = made("content"), torch.randn(B, D).double()
     key, bias = torch.randn(B, LK, K).double(), layer.energy_layer.bias
@@ -202,7 +203,7 @@ def test_the_energy_bias_gets_zeros_from_the_keys(monkeypatch):
 
 
 def test_a_step_adds_its_gradient_of_the_keys_at_once(monkeypatch, request):
-    """The pairs' gradients are there, which a kernel does not make in memory."""
+    """Plain PyTorch has the pairs' gradients in memory, which a kernel does not write there."""
     on_plain_pytorch(monkeypatch)
     library = torch.library.Library("additive_attn", "IMPL")
     request.addfinalizer(library._destroy)

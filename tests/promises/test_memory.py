@@ -150,5 +150,5 @@ def test_decoder_steps():
     plain PyTorch each step allocates energies and frees them, and glibc's heap keeps holes between
     them (docs/limits.md). So large tensors are allocated by mmap there."""
     settings = dict(steps=60, holes=ON_KERNEL)
-    assert megabytes(STEPS, ours=False, **settings) > 60 * 8, "the measurement sees no energies"
+    assert megabytes(STEPS, ours=False, **settings) > 60 * 8, "no energies were measured"
     assert megabytes(STEPS, ours=True, **settings) < 40 + 60 * 0.3

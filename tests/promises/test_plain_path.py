@@ -217,7 +217,7 @@ def test_masks_first_used_in_inference_mode_serve_training(mask):
 
 @pytest.mark.parametrize("per_query", [False, True])
 def test_lengths_may_be_written_to_between_calls(per_query):
-    """What is kept of their mask is that of the numbers, not of the tensor."""
+    """The cached mask belongs to the numbers of the lengths, not to their tensor."""
     inputs = list(make((2,), 5, 7, 6, 4).values())
     lengths = torch.tensor([7, 4])
     lengths = lengths[:, None].repeat(1, 5) if per_query else lengths
@@ -314,7 +314,7 @@ def test_a_bias_beside_keys_of_no_features(queries):
 
 
 def test_results_may_be_written_to():
-    """Also those of a call whose values alone have the whole batch."""
+    """The results own their memory, also in a call whose values alone have the whole batch."""
     query, key, value, weight = make((1,), 3, 5, 8, 6).values()
     results = fused(dict(query=query, key=key, value=value.repeat(2, 1, 1), weight=weight))
     for result in results.values():

@@ -1,4 +1,4 @@
-"""Promise 6: forward and backward repeat bit for bit, whatever the number of threads."""
+"""Promise 6: forward and backward repeat bit for bit, for any number of threads."""
 
 from __future__ import annotations
 
