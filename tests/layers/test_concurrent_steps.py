@@ -105,9 +105,17 @@ def test_threads_train_with_one_memory(kind, beams):
 
 
 FORKED = """
-import os, sys, torch
+import os, torch
 from additive_attn import AdditiveAttention, CoverageAttention
+from additive_attn.ops import dispatch
 torch.set_num_threads(2)
+
+def same(found, expected):
+    # The bits of products in PyTorch depend on the number of threads.
+    if dispatch.cpu_is_plain:
+        return all(torch.allclose(*each, 1e-4, 1e-4) for each in zip(found, expected))
+    return all(map(torch.equal, found, expected))
+
 for cls in (AdditiveAttention, CoverageAttention):
     layer = cls(64, 64) if cls is AdditiveAttention else cls(64, 64, 64)
     key, query = torch.randn(8, 300, 64, requires_grad=True), torch.randn(8, 64)
@@ -124,11 +132,10 @@ for cls in (AdditiveAttention, CoverageAttention):
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # the others do not survive a fork
-        same = all(map(torch.equal, gradients(memory), expected))
-        again = all(map(torch.equal, gradients(layer.project(key)), expected))
-        os._exit(0 if same and again else 9)
+        kept, again = gradients(memory), gradients(layer.project(key))
+        os._exit(0 if same(kept, expected) and same(again, expected) else 9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert all(map(torch.equal, gradients(memory), expected))
+    assert same(gradients(memory), expected)
 print("forked")
 """
 
