@@ -75,7 +75,8 @@ class Block(NamedTuple):
         for span, own in zip(self.spans, each, strict=True):
             place = getattr(self._replace(spans=(span,)), part)(tensor)
             if add:
-                place += own.sum_to_size(place.shape) if part == "of_mask" else own
+                # Keys may be shared by entries, and a mask by rows too.
+                place += own if own.shape == place.shape else own.sum_to_size(place.shape)
             else:
                 place.copy_(own)
 
