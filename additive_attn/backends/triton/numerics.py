@@ -130,21 +130,25 @@ def tanh_slope(x, t):
 
 
 @triton.jit
+def _slices4(x):
+    even, odd = tl.split(tl.reshape(x, x.shape[:-1] + (2, 2)))  # noqa: RUF005
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
 def slices(x, N: tl.constexpr):
     """The N slices [...] of [..., N], for N = 2, 4 or 8."""
     if N == 2:
         return tl.split(x)
+    elif N == 4:
+        return _slices4(x)
     else:
-        shape: tl.constexpr = x.shape[:-1] + (N // 2, 2)  # noqa: RUF005 (Triton has no stars)
-        even, odd = tl.split(tl.reshape(x, shape))
-        if N == 4:
-            x0, x2 = tl.split(even)
-            x1, x3 = tl.split(odd)
-            return x0, x1, x2, x3
-        else:
-            x0, x2, x4, x6 = slices(even, 4)
-            x1, x3, x5, x7 = slices(odd, 4)
-            return x0, x1, x2, x3, x4, x5, x6, x7
+        even, odd = tl.split(tl.reshape(x, x.shape[:-1] + (4, 2)))  # noqa: RUF005
+        x0, x2, x4, x6 = _slices4(even)
+        x1, x3, x5, x7 = _slices4(odd)
+        return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit
