@@ -1,4 +1,4 @@
-"""The operators as Triton kernels. Imported only where a GPU, or a test, asks for them."""
+"""The operators as Triton kernels. Imported only for a GPU or for a test."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ location_features = planned(_location.location_features, single=True)
 location_features_backward = planned(_location.location_features_backward)
 
 _NAMES = ("out", "weights", "lse", "grad query", "grad key", "grad value", "grad weight")
-# Queries, keys, and whether weights are returned: each way from the scores to the results. Of 600
-# keys every GPU takes ranges. Their results are merged by a kernel for one query, and for several
-# by the last program to finish.
+# Queries, keys, and whether weights are returned: together these take every way from the scores to
+# the results. On every GPU, 600 keys are split into ranges. A kernel merges their results for one
+# query, the last program to finish for several.
 _SMALL_CALLS = ((5, 40, True), (1, 40, True), (5, 600, False), (1, 600, True))
 
 
@@ -49,7 +49,7 @@ def probe(
     """Runs the kernels of several queries and of one, of few keys and of ranges of keys, forward
     and backward, and compares them with a reference. Raises where Triton, its compiler or the
     driver fails, and RuntimeError where the results differ by more than rounding. Where only
-    launch plans fail there are none, and ``warn`` is told why."""
+    launch plans fail, they are disabled, and ``warn`` is called with the reason."""
     references = reference_forward, reference_backward
     plans.enabled = False
     try:
@@ -57,7 +57,7 @@ def probe(
     finally:
         plans.enabled = True
     try:
-        # A call, the one that is written down, and one that repeats it.
+        # A first call, a second that is recorded, and a third that repeats it.
         for _ in range(3 if device.type == "cuda" or plans.on_cpu else 0):
             _compare(device, *references)
     except Exception as error:

@@ -1,5 +1,6 @@
-"""The arguments of the operators as the kernels take them: views over (outer, inner) batch dims,
-prepared tensors, masks. Something that is not given is None, which kernels are compiled for."""
+"""Converts the arguments of the operators to those of kernels: views over (outer, inner) batch
+dims, prepared tensors, masks. An argument that is not given is None, for which kernels are
+compiled apart."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from additive_attn.spec.masks import block_mask, check_masking
 
 
 class BlockTiles(NamedTuple):
-    """What a block table's numbers refer to."""
+    """The tiles that the numbers of a block table refer to."""
 
     pairs: Tensor  # (number, rows, keys), uint8
     number: int
@@ -32,9 +33,9 @@ class BlockTiles(NamedTuple):
 
 
 class Problem:
-    """One call, perhaps with a location term. What a kernel needs comes in the order of its
-    parameters. ``exponential`` and ``quads`` say which layouts of exponentials kernels will read
-    (``prepare.py``)."""
+    """One call, perhaps with a location term. Its methods return arguments in the order of the
+    parameters of kernels. ``exponential`` and ``quads`` say which layouts of exponentials kernels
+    will read (``prepare.py``)."""
 
     def __init__(
         self, call: Call, location: Tensor | None = None, location_weight: Tensor | None = None,
@@ -96,7 +97,8 @@ class Problem:
         self.filters = 0 if location is None else location.shape[-2]
 
     def check_outputs(self, **given: Tensor | None) -> None:
-        """Outputs that are given back, and gradients: kernels read them by the inputs' shapes."""
+        """Raises unless gradients, and outputs that are passed back, have the shapes that follow
+        from the inputs: kernels read them by the inputs' shapes."""
         tails = {"out": (self.values,), "weights": (self.keys,), "scores": (self.keys,), "lse": ()}
         for name, x in given.items():
             expected = (*self.batch.shape, self.rows, *tails[name.removeprefix("grad_")])
@@ -109,7 +111,7 @@ class Problem:
 
     @property
     def padded(self) -> int:
-        """Features of the prepared tensors."""
+        """The number of features of the prepared tensors."""
         return self.prepared.weight.weight.shape[-1]
 
     @cached_property
@@ -124,50 +126,50 @@ class Problem:
         )
 
     def inputs(self) -> tuple[object, ...]:
-        """Parameters ``query`` to ``key_h``."""
+        """Returns the parameters ``query`` to ``key_h``."""
         return (self.query, self.key, *self.query_strides, *self.key_strides)
 
     def prepared_rows_arguments(self) -> tuple[object, ...]:
-        """Parameters ``query_rows`` to ``key_exp_inner``; float64 takes the direct form, which
-        needs none."""
+        """Returns the parameters ``query_rows`` to ``key_exp_inner``; float64 takes the direct
+        form, which needs none."""
         if self.wide:
             return (None, None, 0, 0, 0, 0)
         _, query, key = self.prepared
         assert query is not None and key is not None
-        # Contiguous within an entry: one stride serves all tensors.
+        # All tensors are contiguous within an entry: strides in rows serve all of them.
         of_query = batch_strides(query.size, query.size.shape[2])
         return (query, key, *of_query, *batch_strides(key.size, key.size.shape[2]))
 
     def prepared_arguments(self) -> tuple[object, ...]:
-        """Parameters ``query_rows`` to ``weight_inner``."""
+        """Returns the parameters ``query_rows`` to ``weight_inner``."""
         weight = self.prepared.weight
         return (*self.prepared_rows_arguments(), weight, *batch_strides(weight.score_scale))
 
     def mask_arguments(self) -> tuple[object, ...]:
-        """Parameters ``mask`` to ``mask_column`` and ``tiles``."""
+        """Returns the parameters ``mask`` to ``mask_column`` and ``tiles``."""
         if self.mask is None:
             return (None, 0, 0, 0, 0, None)
         mask = self.mask.view(torch.uint8) if self.mask.dtype == torch.bool else self.mask
         return (mask, *mask.stride(), self.block_tiles)
 
     def length_arguments(self) -> tuple[object, ...]:
-        """Parameters ``lengths`` to ``length_row``."""
+        """Returns the parameters ``lengths`` to ``length_row``."""
         return (None, 0, 0, 0) if self.lengths is None else (self.lengths, *self.lengths.stride())
 
     def dropout_arguments(self) -> tuple[object, ...]:
-        """Parameters ``seed`` to ``keep_bits``."""
+        """Returns the parameters ``seed`` to ``keep_bits``."""
         if self.seed is None:
             return (None, 0, 0, 0, 0)
         keep_scale = 0.0 if self.dropout_p == 1 else 1 / (1 - self.dropout_p)
         return (self.seed, *self.seed.stride(), keep_threshold(self.dropout_p), bits(keep_scale))
 
     def location_arguments(self) -> tuple[object, ...]:
-        """Parameters ``location`` to ``filters``."""
+        """Returns the parameters ``location`` to ``filters``."""
         both = self.batched(self.location, 2), self.batched(self.location_weight, 2)
         return (*both[0], *both[1], self.filters)
 
     def batched(self, x: Tensor | None, rank: int) -> tuple[Any, ...]:
-        """A tensor, its strides over the batch and over its last ``rank`` dims."""
+        """Returns a tensor, and its strides over the batch and over its last ``rank`` dims."""
         if x is None:
             return (None, *(0,) * (rank + 2))
         x, strides = self.batch.strided(x, rank)
@@ -191,7 +193,8 @@ class Problem:
 
 
 def _check_sizes(call: Call, location: Tensor | None, location_weight: Tensor | None) -> None:
-    """Kernels read by the sizes of queries and values, and the operators are public."""
+    """Raises unless the sizes of the inputs agree: kernels read by those of queries and values,
+    and the operators are public."""
     query, key, value, weight = call.inputs
     hidden, keys = query.shape[-1], value.shape[-2]
     if not key.shape[-1] == weight.shape[-1] == hidden:
@@ -215,7 +218,7 @@ def _check_sizes(call: Call, location: Tensor | None, location_weight: Tensor | 
 
 
 def _with_dense_table(call: Call) -> Call:
-    """A block table beside a mask, or of a single row, as a dense mask."""
+    """Replaces a block table beside a mask, or of a single row, by a dense mask."""
     mask, table, block_tiles = call.attn_mask, call.block_table, call.block_tiles
     if table is None or block_tiles is None or (mask is None and call.query.shape[-2] > 1):
         return call
@@ -228,13 +231,13 @@ def _with_dense_table(call: Call) -> Call:
 
 
 def _packed(starts: Tensor, lengths: Tensor | None, keys: int) -> Tensor:
-    """Starts and lengths in one tensor (``masks.interval``)."""
+    """Returns starts and lengths in one tensor (``masks.interval``)."""
     ends = keys if lengths is None else lengths.clamp(0, keys)
     return ((starts.clamp(0, keys) << 32) | ends).view(torch.uint64)
 
 
 def _mask_view(mask: Tensor, problem: Problem) -> Tensor:
-    # Narrowed with the rows and keys that it has: expanded ones might be copied.
+    # Narrowed before its rows and keys are expanded: expanded ones might be copied.
     mask, batch = problem.batch.narrow(torch.atleast_2d(mask), 2), problem.batch
     return mask.expand(batch.outer, batch.inner, problem.rows, problem.keys)
 

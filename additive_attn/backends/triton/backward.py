@@ -1,9 +1,9 @@
 """The operators ``additive_attn::backward`` and ``scores_backward`` on a GPU, in the notation of
 math.md, eq. 9 to 12.
 
-G of a bounded number of rows is kept at a time: either scores again, and from them G of each row,
-or G as it is given. From G come the gradients of query, key and weight; those of the values and
-the mask are sums of torch."""
+G of a bounded number of rows is stored at a time: ``backward`` computes scores again, and from
+them G of each row; ``scores_backward`` is given G. Kernels compute the gradients of query, key and
+weight from G. Those of the mask, and in large calls of the values, are sums of torch."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from additive_attn.spec.call import Needs, Upstream, backward_arguments, call_of
 
 
 class Gradients(NamedTuple):
-    """What the pieces write, or add to, of all entries; None where it is not wanted."""
+    """The gradients of all entries, which pieces store or add to; None where not needed."""
 
     query: Tensor | None
     key: Tensor | None
     value: Tensor | None
     weight: Tensor | None
     mask: Tensor | None
-    added: bool  # whether several pieces add to the same keys, to zeros
-    small: FeaturePlan | None  # of one piece, where a single kernel makes them all of G
+    added: bool  # whether pieces add to zeros: they share keys, or leave some out
+    small: FeaturePlan | None  # of a single piece, where one kernel computes all from G
 
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -56,8 +56,9 @@ def _small(p: Problem, pieces: list[Piece]) -> FeaturePlan | None:
 
 
 def _gradients(p: Problem, needs: Needs, pieces: list[Piece], upstream: Upstream) -> Gradients:
-    """Nothing is filled that a piece writes as a whole, nor converted that it writes in its dtype:
-    to do so takes a launch each, as long as everything else in a small call."""
+    """Allocates the gradients. A tensor that a piece stores as a whole is not filled, and one that
+    it stores in the final dtype is not converted: either would take a launch, as long as
+    everything else in a small call."""
     ranges = [p.key_range(piece) for piece in pieces]
     added = not pieces or pieces[0].rows < p.rows or ranges[0] != (0, p.keys)
     no_keys = not pieces or any(begin == end for begin, end in ranges)
@@ -159,7 +160,8 @@ def scores_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _decode_results(
     p: Problem, rows: Rows, needs: Needs, gradient: Tensor | None, upstream: Upstream
 ) -> Results:
-    """Of one query per entry. G is the mask's gradient before it is summed."""
+    """Returns the gradients for one query per entry. G is the mask's gradient before it is
+    summed."""
     written = None if rows.products is None else gradient
     gradients = decode_gradients(p, rows, needs, upstream, written)
     mask = None
@@ -170,14 +172,15 @@ def _decode_results(
 
 
 def _entries(x: Tensor, p: Problem, rank: int) -> Tensor:
-    """(entries, ...) in the computing dtype, and contiguous: how matmul rounds depends on that."""
+    """Returns ``x`` as (entries, ...) in the computing dtype, contiguous: the rounding of matmul
+    depends on that."""
     x = p.batch.view(x, rank)
     return x.to(p.accumulator).reshape(p.entries, *x.shape[2:]).contiguous()
 
 
 def _fours(p: Problem, piece: Piece, keys: int) -> Tensor:
-    """For G of a piece, (entries, keys / 4, rows, 4), in whole blocks, without which the pass over
-    features reads none: a thread reads four keys of several rows at once."""
+    """Allocates G of a piece, (entries, keys / 4, rows, 4), padded to whole blocks, since the pass
+    over features reads whole blocks. A thread reads four keys of several rows at once."""
     row_block, key_block = tiles.gradient_block(piece.rows), tiles.gradient_block(keys)
     rows, keys = -(-piece.rows // row_block) * row_block, -(-keys // key_block) * key_block
     return torch.empty(piece.entries, keys // 4, rows, 4, dtype=p.accumulator, device=p.device)
@@ -215,7 +218,7 @@ def _add_small(p: Problem, piece: Piece, lse: Tensor, upstream: Upstream, sums: 
 def _add_piece(
     p: Problem, piece: Piece, lse: Tensor, values: Tensor, upstream: Upstream, sums: Gradients
 ) -> None:
-    """Adds the share of some rows of some entries in all gradients."""
+    """Adds the share of a piece to all gradients."""
     entry, entries, row, rows = piece
     key, end = p.key_range(piece)
     count = end - key
@@ -243,8 +246,8 @@ def _add_from_scores(
     p: Problem, piece: Piece, gradient: Tensor, flags: Flags | None, sums: Gradients,
     of_value: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Adds what comes from G of a piece, padded: the gradients of mask, query, key and weight; in
-    a small call that of the value too, from P o D and dO."""
+    """Adds what is computed from the padded G of a piece: the gradients of mask, query, key and
+    weight; in a small call that of the value too, from P o D and dO."""
     entry, _, row, rows = piece
     key, end = p.key_range(piece)
     count = end - key
@@ -276,7 +279,7 @@ def _add_features(
     query = None
     if sums.query is not None:
         query = sums.query[entry : entry + entries, row : row + rows]
-    # What roundings of the keys' exponentials leave out of dw comes from the sums of dk.
+    # dw is corrected for the rounding of the keys' exponentials, from the sums of dk.
     corrected = sums.weight is not None and not p.wide
     blocks = 0
     if corrected:
@@ -330,7 +333,7 @@ def _add_key_sums(
 
 
 def _total(parts: Tensor, out: Tensor) -> None:
-    """The sum of parts, rounded once."""
+    """Stores the sum of parts in ``out``, rounded once."""
     if out.dtype == parts.dtype:
         torch.sum(parts, 0, out=out)
     else:

@@ -1,4 +1,4 @@
-"""The broadcast batch dims of a call, as the two that kernels index by."""
+"""Reshapes the broadcast batch dims of a call to the two that kernels index by."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class BatchShape:
         return self.outer * self.inner
 
     def narrow(self, x: Tensor, rank: int) -> Tensor:
-        """``x`` as (outer or 1, inner or 1, ...), its last ``rank`` dims kept. Copies only what
-        broadcasts in some of more than two batch dims."""
+        """Returns ``x`` as (outer or 1, inner or 1, ...), with its last ``rank`` dims unchanged.
+        Copies only a tensor that broadcasts in some of more than two batch dims."""
         tail = x.shape[x.dim() - rank :]
         missing = len(self.shape) + rank - x.dim()
         x = x.reshape((1,) * missing + tuple(x.shape)) if missing else x
@@ -46,16 +46,17 @@ class BatchShape:
         return x.reshape(self.outer, inner, *tail)
 
     def expand(self, x: Tensor) -> Tensor:
-        """(outer or 1, inner or 1, ...) to (outer, inner, ...), stride 0 where it broadcasts."""
+        """Expands (outer or 1, inner or 1, ...) to (outer, inner, ...), with stride 0 where it
+        broadcasts."""
         return x.expand(self.outer, self.inner, *x.shape[2:])
 
     def view(self, x: Tensor, rank: int) -> Tensor:
-        """``x`` as (outer, inner, ...), its last ``rank`` dims kept, with stride 0 where it
-        broadcasts."""
+        """Returns ``x`` as (outer, inner, ...), with its last ``rank`` dims unchanged, and stride
+        0 where it broadcasts."""
         return self.expand(self.narrow(x, rank))
 
     def strided(self, x: Tensor, rank: int) -> tuple[Tensor, tuple[int, ...]]:
-        """A tensor and the strides of ``view``, which for up to two batch dims needs no view."""
+        """Returns a tensor and the strides of its ``view``. Up to two batch dims need no view."""
         if len(self.shape) > 2:
             x = self.view(x, rank)
             return x, x.stride()
@@ -67,15 +68,17 @@ class BatchShape:
 
 
 def batch_strides(x: Tensor, size: int = 1) -> tuple[int, int]:
-    """Of a contiguous (outer, inner, ...) with so many numbers each; 0 where it broadcasts."""
+    """Returns the batch strides of a contiguous (outer, inner, ...) with ``size`` numbers per
+    entry; 0 where it broadcasts."""
     outer, inner = x.shape[:2]
     return (0 if outer == 1 else inner * size), (0 if inner == 1 else size)
 
 
 @triton.jit
 def batch_entry(n, inner):
-    """Entry n with its indices into (outer, inner), in 64 bits, which offsets need. Divided in 32,
-    which programs are counted in: a 64-bit division is a call of about a hundred instructions."""
+    """Returns entry n and its indices into (outer, inner), in 64 bits, which offsets need. Divides
+    in 32 bits, in which programs are counted: a 64-bit division is a call of about a hundred
+    instructions."""
     return n.to(tl.int64), (n // inner).to(tl.int64), (n % inner).to(tl.int64)
 
 
@@ -86,8 +89,8 @@ def aligned(*strides: int) -> bool:
 
 @triton.jit
 def entry_offset(o, outer, m, inner, ALIGNED: tl.constexpr):
-    """Where entry (o, m) begins; ALIGNED: at a multiple of 16, as the compiler is told. It forgets
-    that of an argument of this function."""
+    """Returns where entry (o, m) begins. ALIGNED declares to the compiler that this is a multiple
+    of 16, since it drops that property of an argument of this function."""
     offset = o * outer + m * inner
     if ALIGNED:
         offset = tl.multiple_of(offset, 16)

@@ -1,4 +1,5 @@
-"""Which forms the pairs of a block of G take in the pass over features (math.md, section 2.2)."""
+"""Chooses the forms of the pairs of a block of G in the pass over features (math.md, section
+2.2)."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ def _either(x, y):
 
 @triton.jit
 def _largest(G_place, size_i, sizes_j, k0, last_key):
-    """The largest |q|, |k| of pairs whose G is not 0; 0 where there are none."""
+    """Returns the largest |q|, |k| of pairs whose G is not 0; 0 where there are none."""
     G = tl.load(G_place)
     if cuda_capability_geq(10):
-        # Numbers of keys do not change from block to block, and spill there: of fours, they are
-        # fewer. There are sizes of three keys beyond the last.
+        # Key numbers that are invariant over blocks spill here. Numbers of fours of keys are
+        # fewer. Up to three sizes beyond the last key are loaded, which exist.
         four = tl.minimum(k0 // 4 + tl.arange(0, G.shape[0]), last_key // 4)[:, None, None]
         size_j = tl.load(sizes_j + 4 * four + tl.arange(0, 4)[None, None, :])
     else:
@@ -34,10 +35,10 @@ def _largest(G_place, size_i, sizes_j, k0, last_key):
 def forms_of_block(
     G, G_place, size_i, sizes_j, k0, last_key, flag, stride, count, FLAGS: tl.constexpr
 ):  # fmt: skip
-    """Of a block of G, [BLOCK / 4, BX, 4]: whether a pair takes the direct form, whether one may
-    be opposite (by FLAGS flags), whether no |q|, |k| is above 1, and whether there is nothing to
-    do. A row or key decides something only where its G is not 0: which keys these are takes long
-    to find out, and matters only where the largest key could."""
+    """Returns for a block of G, [BLOCK / 4, BX, 4]: whether a pair takes the direct form, whether
+    one may be opposite (by FLAGS flags), whether no |q|, |k| is above 1, and whether all of G is
+    0. A row or key counts only where its G is not 0. To find these keys takes long, and is done
+    only where the largest of all keys could change a result."""
     j = k0 + tl.arange(0, 4 * G.shape[0])
     of_keys = tl.max(tl.load(sizes_j + tl.minimum(j, last_key)))
     bits = tl.reduce(G.to(tl.int32, bitcast=True), 2, _either) & 0x7FFFFFFF

@@ -1,8 +1,9 @@
-"""Compiled kernels, found again without Triton's own search, which takes most of a launch's time.
+"""Caches compiled kernels, since Triton's own search takes most of a launch's time.
 
 Triton compiles a kernel anew for other constants, dtypes and options; for an argument that is
 None; for an address or, unless named in ``do_not_specialize``, an integer that is a multiple of
-16, and for a 1; for integers beyond 32 bits. All of that is the key here, and no value besides."""
+16, and for a 1; for integers beyond 32 bits. All of these are the key of the cache, and no value
+besides."""
 
 from __future__ import annotations
 
@@ -18,15 +19,15 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-_MOST = 4096  # entries of a cache, which then begins anew
-_run = JITFunction.run  # who replaces it, as the interpreter does, is to see every launch
+_MOST = 4096  # entries of a cache, which is then cleared
+_run = JITFunction.run  # if replaced, as by the interpreter, launches must call the replacement
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
 _drivers = triton.runtime.driver
 TENSORS = (Tensor, torch.nn.Parameter)
 
 
 class Compiled(NamedTuple):
-    """A compiled kernel, and what follows the arguments of a launch: constants by their names."""
+    """A compiled kernel, and the constants that follow the arguments of a launch."""
 
     kernel: CompiledKernel
     run: Callable[..., None]
@@ -36,7 +37,7 @@ class Compiled(NamedTuple):
 
 
 class _Kinds(dict[int, int]):
-    """Of integers, as Triton tells them apart."""
+    """The kinds of integers that Triton distinguishes."""
 
     def __init__(self, specialised: bool) -> None:
         super().__init__()
@@ -56,8 +57,8 @@ _plain, _specialised = _Kinds(False).__getitem__, _Kinds(True).__getitem__
 
 
 class _Signature:
-    """Where the arguments of these types are integers, tensors or tuples; ``known`` says whether
-    they are nothing else."""
+    """The places of integers, tensors and tuples among arguments of these types. ``known`` says
+    whether all others are None."""
 
     def __init__(self, function: JITFunction[Any], types: tuple[type, ...]) -> None:
         self.known = len(types) <= len(function.params)
@@ -77,7 +78,7 @@ class _Signature:
         self.plain, self.special, self.tensors = map(_getter, (plain, special, tensors))
 
     def kinds(self, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """What a kernel is compiled for; None if that is not known."""
+        """Returns what a kernel is compiled for; None if that is not known."""
         tensors: list[Any] = [_kind(x) for x in self.tensors(arguments)]
         integers = [
             *map(_plain, self.plain(arguments)),
@@ -100,7 +101,8 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
 
 
 def _kind_on_amd(x: Tensor) -> tuple[Any, ...]:
-    """There also for memory that 31 bits address."""
+    """Returns the kind on AMD GPUs, where kernels are also compiled for memory that 31 bits
+    address."""
     return x.dtype, x.data_ptr() % 16 == 0, x.untyped_storage().nbytes() < 2**31
 
 
@@ -127,7 +129,7 @@ _thread = _Thread()
 
 @contextlib.contextmanager
 def recorded(recorder: Any) -> Iterator[None]:
-    """Tells ``recorder`` of the launches of this thread."""
+    """Passes the launches of this thread to ``recorder``."""
     before, _thread.recorder = _thread.recorder, recorder
     try:
         yield
@@ -136,14 +138,15 @@ def recorded(recorder: Any) -> Iterator[None]:
 
 
 def unknown() -> None:
-    """A launch that is not found here."""
+    """Records a launch that this cache does not hold."""
     if _thread.recorder is not None:
         _thread.recorder.launched(None, 0)
 
 
 def settings() -> tuple[Any, ...] | None:
-    """What else Triton compiles for: the driver, the device, options of the process. None where
-    someone watches launches, instruments or replaces them."""
+    """Returns what else Triton compiles for: the driver, the device, options of the process.
+    Returns None where hooks, instrumentation or another ``JITFunction.run`` must be called at
+    launches."""
     before, after = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     if (
         JITFunction.run is not _run
@@ -161,7 +164,7 @@ def run(
     function: JITFunction[Any], programs: int, arguments: tuple[Any, ...], options: dict[str, Any],
     where: tuple[Any, ...],
 ) -> None:  # fmt: skip
-    """``function[(programs,)](*arguments, **options)``; ``where`` are the ``settings``."""
+    """Runs ``function[(programs,)](*arguments, **options)``; ``where`` are the ``settings``."""
     names = function.fn, *map(type, arguments)
     signature = _signatures.get(names)
     if signature is None:

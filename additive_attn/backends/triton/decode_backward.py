@@ -1,5 +1,5 @@
-"""Gradients of one query per entry: two kernels, since G needs the sum of P dP over all keys
-(math.md, eq. 9 to 12)."""
+"""Gradients for one query per entry. They take two kernels, since G needs the sum of P dP over all
+keys (math.md, eq. 9 to 12)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MASKED = tl.constexpr(-1.0)  # stands for the weight of a masked key
 def value_terms(
     value, grad_out, o, m, j, attended, d, values, ACC: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Features d of the values of keys j, [BLOCK, VALUES], and of dO."""
+    """Loads numbers d of the values of keys j, [BLOCK, VALUES], and of dO."""
     v = block_rows(value, o, m, j, attended, d, values, ALIGNED)
     return v, features(grad_out, o, m, d, values, ACC)
 
@@ -51,8 +51,9 @@ def probability_kernel(
     BLOCK: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, VALUES: tl.constexpr,
     ALIGNED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """P, or MASKED, and dP of a range of keys of an entry, and the sums of P and of P dP. P comes
-    from ``weights``, or where they are None from the scores again. P o D to ``kept``, if given."""
+    """Stores P, or MASKED, and dP of a range of keys of an entry, and the sums of P and of P dP. P
+    is loaded from ``weights``; where they are None, it is computed from the scores again. Stores P
+    o D in ``kept``, if given."""
     ACC: tl.constexpr = lse.dtype.element_ty
     n, split, _tile, o, m, begin, last = program_entry(1, splits, inner, keys, keys_per_split)
     low, high = entry_interval(single.lengths, o, m, keys, left, right)
@@ -65,7 +66,7 @@ def probability_kernel(
         kept += n * keys
     scale = number(scale_bits).to(ACC)
     d = tl.arange(0, VALUES)
-    # An attended key of an entry whose lse is infinite is NaN, as in a softmax.
+    # P of an attended key is NaN where the lse of its entry is infinite, as in a softmax.
     base = tl.load(lse + n)
     base = tl.where(tl.abs(base) == float("inf"), float("nan"), base)
     total = tl.zeros([BLOCK], ACC)
@@ -75,7 +76,7 @@ def probability_kernel(
         bias, attended = block_attended(single.mask, o, m, j, low, high)
         g = tl.zeros([BLOCK], ACC)
         if grad_out is not None:
-            # They are on their way before the scores are waited for.
+            # These loads are issued before the scores are computed, which hides their latency.
             v, upstream = value_terms(
                 single.value, grad_out, o, m, j, attended, d, values, ACC, ALIGNED
             )
@@ -100,7 +101,7 @@ def probability_kernel(
             g = tl.sum(terms, 1)
             if single.dropout is not None:
                 g *= block_factors(single.dropout, n, o, m, k0, ACC, BLOCK)
-            # A row of NaN in the upstream gradient stays with the attended keys.
+            # NaN in the upstream gradient reaches attended keys only.
             g = tl.where(attended, g, 0.0)
         if grad_weights is not None:
             place = at_entry(grad_weights, o, m) + j.to(tl.int64) * grad_weights.column
@@ -122,7 +123,7 @@ def probability_kernel(
 
 @triton.jit
 def row_sums(totals, deltas, grad_lse, n, o, m, splits, ACC: tl.constexpr, SPLITS: tl.constexpr):
-    """1 / the sum of P, 1 without ``totals``, and delta - dlse of an entry."""
+    """Returns 1 / the sum of P of an entry, or 1 without ``totals``, and its delta - dlse."""
     s = n * splits + tl.arange(0, SPLITS)
     inside = tl.arange(0, SPLITS) < splits
     inverse = 1.0
@@ -140,8 +141,8 @@ def row_sums(totals, deltas, grad_lse, n, o, m, splits, ACC: tl.constexpr, SPLIT
 
 @triton.jit
 def block_gradient(probabilities, products, j, last, inverse, delta):
-    """P and G of the keys j, and which are attended. Without ``products``, ``probabilities`` are
-    G."""
+    """Returns P and G of the keys j, and which are attended. Without ``products``,
+    ``probabilities`` are G."""
     if products is None:
         p = tl.load(probabilities + j, mask=j < last, other=0.0)
         g = p
@@ -164,9 +165,9 @@ def gradient_kernel(
     BLOCK: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, VALUES: tl.constexpr,
     SPLITS: tl.constexpr, ALIGNED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a range of keys of an entry, where they are not None: G; those of key and
-    value; those of query and weight to [split][entry]. Without ``products``, ``probabilities`` are
-    G."""
+    """Stores gradients of a range of keys of an entry, where they are not None: G; those of key
+    and value; those of query and weight, [split][entry]. Without ``products``, ``probabilities``
+    are G."""
     ACC: tl.constexpr = probabilities.dtype.element_ty
     n, split, _tile, o, m, begin, last = program_entry(1, splits, inner, keys, keys_per_split)
     probabilities += n * keys
@@ -234,7 +235,7 @@ def gradient_kernel(
 def split_sum_kernel(
     x_parts, x, y_parts, y, numbers, splits, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The sums over splits of parts [splits][numbers]: a tile of ``x``, or of ``y``."""
+    """Stores the sums over splits of parts [splits][numbers]: a tile of ``x`` or of ``y``."""
     tile_count = tl.cdiv(numbers, BLOCK)
     program = tl.program_id(0)
     if x is None:
@@ -259,7 +260,7 @@ def _sum_splits(parts, out, tile, numbers, splits, CHUNK: tl.constexpr, BLOCK: t
 
 
 class Rows(NamedTuple):
-    """What ``probability_kernel`` leaves to the kernels that take G from it."""
+    """What ``probability_kernel`` stores for the kernels that compute G from it."""
 
     probabilities: Tensor  # (entries, 1, keys): P or MASKED; G where ``products`` is None
     products: Tensor | None = None  # the same shape: dP
@@ -272,7 +273,7 @@ def decode_tile(p: Problem) -> dict[str, int]:
 
 
 def upstream_arguments(p: Problem, x: Tensor | None, rank: int) -> tuple[object, ...]:
-    """An upstream gradient and its strides without that of the row."""
+    """Returns an upstream gradient and its strides without that of the row."""
     given, outer, inner, _, *columns = p.batched(x, rank)
     return (given, outer, inner, *columns)
 
@@ -300,7 +301,8 @@ def decode_rows(
 def decode_gradients(
     p: Problem, rows: Rows, needs: Needs, upstream: Upstream, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and weight; G to ``gradient``, if given."""
+    """Returns the gradients of query, key, value and weight. Stores G in ``gradient``, if
+    given."""
     tile = decode_tile(p)
     splits, keys_per_split = key_splits(p)
     like, batch = rows.probabilities, p.batch.shape

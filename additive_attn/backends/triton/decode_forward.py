@@ -1,11 +1,10 @@
-"""One query per entry: a decoder step, with or without a location term, or pooling over a whole
-sequence.
+"""Forward for one query per entry: a decoder step, with or without a location term, or pooling
+over a whole sequence.
 
-Every key is used once, so nothing is prepared: scores take the direct form, and what counts is
-how few kernels run. Forward is one kernel. Where entries alone would not fill the machine the keys
-are split over programs, each with the largest score, the sum of e^{score - largest} and the
-weighted sum of the values over its keys, and a second kernel merges them (math.md, eq. 14).
-"""
+Every key is used once, so nothing is prepared: scores take the direct form, and the number of
+kernels determines the time. Forward is one kernel. Where entries alone would not fill the GPU, the
+keys are split over programs. Each stores the largest score, the sum of e^{score - largest} and the
+weighted sum of the values over its keys, and a second kernel merges them (math.md, eq. 14)."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ from additive_attn.backends.triton.plan import decode_splits
 
 
 class Single(NamedTuple):
-    """One query per entry, and what is attended to."""
+    """One query per entry, and what it attends to."""
 
     query: Row
     key: Matrix
@@ -56,8 +55,8 @@ class Location(NamedTuple):
 
 @triton.jit
 def program_entry(tile_count, splits, inner, keys, keys_per_split):
-    """What a program takes: (entry, split, tile); the indices of its entry into (outer, inner);
-    its keys [begin, end)."""
+    """Returns the entry, split and tile of this program, the indices of its entry into (outer,
+    inner), and its keys [begin, end)."""
     program = tl.program_id(0)
     rest = program // tile_count
     split = rest % splits
@@ -69,14 +68,15 @@ def program_entry(tile_count, splits, inner, keys, keys_per_split):
 
 @triton.jit
 def entry_interval(lengths, o, m, keys, left, right):
-    """``interval`` of the one row of entry (o, m)."""
+    """Returns the ``interval`` of the only row of entry (o, m)."""
     place = None if lengths is None else at_entry(lengths, o, m)
     return interval(place, 0, tl.zeros([1], tl.int32), 1, keys, left, right)
 
 
 @triton.jit
 def block_attended(mask, o, m, j, low, high):
-    """The mask's bias of the keys j of an entry, 0 without one, and which are attended."""
+    """Returns the mask's bias of the keys j of an entry, 0 without a mask, and which are
+    attended."""
     attended = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])  # [1, BLOCK]
     bias = 0.0
     if mask is not None:
@@ -90,14 +90,14 @@ def block_attended(mask, o, m, j, low, high):
 
 @triton.jit
 def features(x, o, m, h, hidden, ACC: tl.constexpr):
-    """Features h of the one row of an entry."""
+    """Loads features h of the only row of an entry."""
     place = at_entry(x, o, m) + h.to(tl.int64) * x.column
     return tl.load(place, mask=h < hidden, other=0.0).to(ACC)
 
 
 @triton.jit
 def block_rows(x, o, m, j, attended, h, hidden, ALIGNED: tl.constexpr):
-    """Features h of the keys, or values, j of an entry: [BLOCK, FEATURES]."""
+    """Loads features h of the keys, or values, j of an entry: [BLOCK, FEATURES]."""
     of_key = at_entry(x, o, m, ALIGNED) + j[:, None].to(tl.int64) * x.row
     return tl.load(
         of_key + h[None, :].to(tl.int64) * x.column,
@@ -107,7 +107,7 @@ def block_rows(x, o, m, j, attended, h, hidden, ALIGNED: tl.constexpr):
 
 @triton.jit
 def location_term(location, filters, o, m, j, attended, h, hidden, ACC: tl.constexpr):
-    """sum_f location_fj location_weight_fh of keys j and features h: [BLOCK, FEATURES]."""
+    """Returns sum_f location_fj location_weight_fh of keys j and features h: [BLOCK, FEATURES]."""
     of_key = at_entry(location.features, o, m) + j.to(tl.int64) * location.features.column
     of_feature = at_entry(location.weight, o, m) + h.to(tl.int64) * location.weight.column
     term = tl.zeros([j.shape[0], h.shape[0]], ACC)
@@ -125,7 +125,7 @@ def energies(
     single, location, filters, o, m, j, attended, h, hidden,
     ACC: tl.constexpr, ALIGNED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """w tanh(q + k) of keys j and features h: [BLOCK, FEATURES]."""
+    """Returns w tanh(q + k) of keys j and features h: [BLOCK, FEATURES]."""
     k = block_rows(single.key, o, m, j, attended, h, hidden, ALIGNED).to(ACC)
     q = features(single.query, o, m, h, hidden, ACC)
     w = features(single.weight, o, m, h, hidden, ACC)
@@ -141,7 +141,7 @@ def block_scores(
     ACC: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the keys j of an entry, as ``masks.stored`` keeps them. WHOLE: FEATURES are
+    """Returns the scores of the keys j of an entry as ``masks.stored`` does. WHOLE: FEATURES are
     all."""
     h = tl.arange(0, FEATURES)
     if WHOLE:
@@ -164,7 +164,7 @@ def block_scores(
 
 @triton.jit
 def block_factors(dropout, n, o, m, k0, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """The dropout factors of keys from k0 on."""
+    """Returns the dropout factors of BLOCK keys from k0."""
     row = tl.zeros([1], tl.int32)
     seed = tl.load(at_entry(dropout.seed, o, m))
     keep_scale = number(dropout.keep_bits)
@@ -180,9 +180,9 @@ def forward_kernel(
     BLOCK: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, VALUES: tl.constexpr,
     ALIGNED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """A range of keys of an entry, and a tile of features of the value. Without ``tops`` the range
-    is all keys, and the results are final. ``weights`` and ``scores`` are None where no weights
-    are wanted, ``location`` where the energies have no such term."""
+    """Attends to a range of keys of an entry, for a tile of the numbers of a value. Without
+    ``tops`` the range is all keys, and the results are final. ``weights`` and ``scores`` are None
+    where they are not needed, ``location`` where the energies have no such term."""
     ACC: tl.constexpr = lse.dtype.element_ty
     value_tiles = tl.maximum(tl.cdiv(values, VALUES), 1)
     n, split, tile, o, m, begin, last = program_entry(
@@ -202,7 +202,7 @@ def forward_kernel(
     for k0 in range(begin, end, BLOCK):
         j = k0 + tl.arange(0, BLOCK)
         bias, attended = block_attended(single.mask, o, m, j, low, high)
-        # Both are on their way before either is waited for.
+        # The values are loaded before the scores are computed, which hides the latency.
         v = block_rows(single.value, o, m, j, attended, d, values, ALIGNED)
         score = block_scores(
             single, location, filters, o, m, bias, attended, j, hidden, scale,
@@ -227,7 +227,7 @@ def forward_kernel(
         tl.store(tops + part + lane, top, mask=lane < stores)
         tl.store(totals + part + lane, total, mask=lane < stores)
         if scores is not None:
-            # Keys beyond the last that is attended.
+            # Stores -inf for keys beyond the last attended one.
             for k0 in range(tl.maximum(begin, end), last, BLOCK):
                 j = k0 + tl.arange(0, BLOCK)
                 minus = tl.full([BLOCK], float("-inf"), ACC)
@@ -237,7 +237,7 @@ def forward_kernel(
         tl.store(out + n * values + d, (acc * inverse).to(out.dtype.element_ty), mask=d < values)
         tl.store(lse + n + lane, softmax_lse(top, total), mask=lane < stores)
         if scores is not None:
-            # The scores come from other threads of this program.
+            # Other threads of this program have stored scores that this one loads.
             tl.debug_barrier()
             shift = tl.where(top == float("-inf"), 0.0, top)
             for k0 in range(0, keys, BLOCK):
@@ -249,7 +249,7 @@ def forward_kernel(
 
 
 def decode_inputs(p: Problem) -> tuple[object, ...]:
-    """``Single``."""
+    """Returns the arguments of ``Single``."""
     mask, *mask_strides, _ = p.mask_arguments()
     query_strides = p.query_strides
     return (
@@ -266,7 +266,7 @@ def key_splits(p: Problem, value_tiles: int = 1) -> tuple[int, int]:
 
 
 def decode_options(p: Problem, tile: dict[str, int]) -> dict[str, Any]:
-    """What follows the tile of the kernels that compute scores."""
+    """Returns the options that follow the tile, for kernels that compute scores."""
     most = 255 if p.location is not None else tiles.decode_registers(tile, p.key.element_size())
     return {
         "ALIGNED": aligned(*p.key_strides[:2], *p.value_strides[:2]),
@@ -301,7 +301,7 @@ def decode_forward(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tens
 
 
 def decode_scores(p: Problem) -> Tensor:
-    """(*batch, 1, keys): scores as ``masks.stored`` keeps them; ``p`` has no values."""
+    """Returns scores (*batch, 1, keys) as ``masks.stored`` does; ``p`` has no values."""
     tile = tiles.decode_tile(p.hidden, 0, p.wide, p.key.element_size())
     splits, keys_per_split = key_splits(p)
     scores = torch.empty(*p.batch.shape, 1, p.keys, dtype=p.accumulator, device=p.device)

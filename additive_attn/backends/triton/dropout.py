@@ -1,4 +1,4 @@
-"""Which weights are dropped: Philox4x32-10, as in ``spec/dropout.py``."""
+"""Dropout factors by Philox4x32-10, as in ``spec/dropout.py``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def keep_factors(seed, entry, i, key0, threshold, keep_scale, BM: tl.constexpr, BN: tl.constexpr):
-    """[BM, BN] factors, 0 or keep_scale, of rows i and keys from key0 (a multiple of 4) on:
-    word j % 4 of the Philox4x32-10 counter (j / 4, i, entry mod 2^32, entry / 2^32)."""
+    """Returns the factors [BM, BN], 0 or keep_scale, of rows i and keys j from key0, a multiple of
+    4: by word j % 4 of the Philox4x32-10 counter (j / 4, i, entry mod 2^32, entry / 2^32)."""
     c0 = (key0 // 4 + tl.arange(0, BN // 4))[None, :] + tl.zeros([BM, BN // 4], tl.int32)
     c1 = i[:, None] + tl.zeros([BM, BN // 4], tl.int32)
     w0, w1, w2, w3 = _words(seed, entry, c0, c1)

@@ -3,11 +3,10 @@
 """dq, dk and dw from G: a pass over the features (math.md, eq. 10, 11, 13).
 
 With Q = e^{2q}, K = e^{2k} and s = 1 / (1 + Q K): t = 1 - 2 s and 1 - t^2 = 4 (s - s^2), which all
-three gradients share. A program takes a tile of rows and of features, and a range of keys. Its dq
-and dw stay in registers. Its share of dk is summed over its rows, in a thread and then across
-lanes, and stored: ``key_sum_kernel`` adds up the tiles. Nothing is atomic, every sum has an order,
-and results repeat bit for bit.
-"""
+three gradients share. A program takes a tile of rows and of features, and a range of keys. It
+accumulates its dq and dw in registers. It sums its share of dk over its rows, in a thread and then
+across lanes, and stores it: ``key_sum_kernel`` adds up the tiles. Nothing is atomic, every sum has
+a fixed order, and results repeat bit for bit."""
 
 from __future__ import annotations
 
@@ -43,11 +42,11 @@ def _rare_loop(
     RX: tl.constexpr, padded: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
     DK: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """The same, where some pairs take the direct form, or all; returns the sums of G t. What
-    roundings of Q and K leave out of dw is added at the end from dq and dk, which is not left out
-    here: it is taken away."""
+    """Computes keys [begin, end) where some pairs take the direct form, or all. Stores dk; returns
+    dq and the sums of G t. dw is corrected for the rounding of Q and K at the end, from dq and dk.
+    Direct pairs do not round these: their correction is subtracted here."""
     ACC: tl.constexpr = g_place.dtype.element_ty
-    # As in ``_finish``: addresses of rare loops would take registers from the others.
+    # As in ``_finish``: hoisted addresses of rare loops would take registers from the others.
     hidden = tl.maximum(hidden, -begin)
     last_row = tl.maximum(last_row, -begin)
     zeros = tl.zeros(f.shape, ACC)
@@ -101,7 +100,7 @@ def _rare_loop(
 
 @triton.jit
 def _store_zeros(to, stored, begin, end, padded: tl.constexpr):
-    """Of keys that no row of the tile attends to, if their gradient is wanted."""
+    """Stores zeros for keys that no row of the tile attends to, if their gradient is needed."""
     if to is not None:
         zeros = tl.zeros(stored.shape, to.dtype.element_ty)
         to += tl.cast(begin, tl.int64) * padded
@@ -112,7 +111,7 @@ def _store_zeros(to, stored, begin, end, padded: tl.constexpr):
 
 @triton.jit
 def _places(h0, row0, RX: tl.constexpr, TX: tl.constexpr, TW: tl.constexpr, TF: tl.constexpr):
-    """The first feature of each thread, both, and its first row, [TW, TX, TF]."""
+    """Returns the first feature of each thread, both features, and its first row, [TW, TX, TF]."""
     zeros = tl.zeros([TW, TX, TF], tl.int32)
     h = h0 + 2 * TF * tl.arange(0, TW)[:, None, None] + 2 * tl.arange(0, TF)[None, None, :]
     h += zeros
@@ -126,8 +125,9 @@ def _finish(
     h, f, stored, r0, row_begin, rows, row_count, stride, hidden, scale_bits,
     RX: tl.constexpr, WIDE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Stores dq and the sums of dw. By ``rows`` and ``hidden``, the compiler cannot know that what
-    is read again has the same addresses: it would keep them in registers through the loop."""
+    """Stores dq and the sums of dw. ``rows`` and ``hidden`` are such that the compiler cannot
+    prove that what is loaded again has the same addresses: it would keep these in registers
+    through the loop."""
     ACC: tl.constexpr = dw.dtype
     scale = number(scale_bits).to(ACC)
     w = raw(weight, h, hidden, weight_h, ACC)
@@ -135,7 +135,7 @@ def _finish(
     dq = of_rows(dq, RX)
     h4, r = h[:, :, :, None], r0[:, :, :, None] + tl.arange(0, RX)
     if weight_sums is not None and not WIDE:
-        # The roundings of Q, which all keys of a row share: + (1 - t^2) / 2 per unit.
+        # Corrects for the rounding of Q, the same for all keys of a row: + (1 - t^2) / 2 per unit.
         i = tl.minimum(row_begin + r, rows - 1).to(tl.int64)
         q = rows_last(raw(q_rows + i * query_row, h4, hidden, query_h, ACC))
         _e, error = exponentials(q, (tl.load(sizes_i + i) > SAFE)[:, :, :, None, :])
@@ -164,9 +164,10 @@ def feature_tile(
     padded: tl.constexpr, FLAG_ROWS: tl.constexpr, FLAG_KEYS: tl.constexpr, MOST: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows and 2 TW TF features, a range of keys, whose end is returned: dq to
-    [split][entry][row]; summed over the rows, what ``key_sums`` weighs to dk [row tile][entry]
-    [key], padded, and dw to ``weight_sums`` [split][row tile][entry]. ``flags``: ``Flags``."""
+    """Computes a tile of rows and 2 TW TF features over a range of keys, and returns its end.
+    Stores dq, [split][entry][row]; sums over the rows, which ``key_sums`` weighs to dk, [row
+    tile][entry][key], padded; and dw in ``weight_sums`` [split][row tile][entry]. ``flags``:
+    ``Flags``."""
     ACC: tl.constexpr = gradient.dtype.element_ty
     BX: tl.constexpr = RX * TX
     TILE: tl.constexpr = 2 * TW * TF
@@ -227,7 +228,8 @@ def feature_tile(
                 k0, end, row_padded, False, RX, padded, TILE, True, DK, TARGET,
             )  # fmt: skip
         else:
-            # Not the addresses of the loops, which would take registers through them.
+            # ``again`` hides that loops use the same addresses: shared ones would take registers
+            # there.
             again = tl.multiple_of(tl.maximum(row_padded, -k0), 16)
             fours = (k0 // 4 + tl.arange(0, BLOCK // 4)).to(tl.int64)[:, None, None]
             G_place = gradient + fours * (4 * again) + at_rows
@@ -251,11 +253,11 @@ def feature_tile(
                     Q, K_place, g_place, dk_place, f, f < padded, k0, end, row_padded, total,
                     small, RX, padded, TILE, MOST, DQ or DW, DK, DW, TARGET,
                 )  # fmt: skip
-        # Many equal terms added one by one would all be rounded the same way.
+        # Adds block by block: many equal terms, one by one, would all be rounded the same way.
         dq = added(dq, block_dq, RX)
         dw += block_dw
 
-    # Computed anew, as in ``_finish``.
+    # Computes these again, as in ``_finish``.
     h, f, r0 = _places(tl.maximum(h0, -end), tl.maximum(row0, -end), RX, TX, TW, TF)
     if DW:
         weight_sums += ((split * tile_count + tile) * entries + entry) * hidden + f

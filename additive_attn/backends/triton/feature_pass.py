@@ -1,5 +1,5 @@
-"""The kernel of a backward's pass over features: tiles of ``feature_gradients``, and in a small
-backward all that comes after them (``gradient_sums``), lest it take further launches."""
+"""The kernel of a backward's pass over features. It computes tiles of ``feature_gradients`` and,
+in a small backward, all that comes after them (``gradient_sums``), which saves launches."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from additive_attn.backends.triton.prepare import TICKETS
 
 
 class FeaturePlan(NamedTuple):
-    """How a pass is cut: its tile, tiles of rows and of features, and ranges of whole blocks of
-    keys, ``per_range`` in each."""
+    """How a pass is split: its tile, the numbers of tiles of rows and of features, and the number
+    of ranges of whole blocks of keys, with ``per_range`` keys each."""
 
     tile: dict[str, int]
     block: int
@@ -40,8 +40,8 @@ class FeaturePlan(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """Of a small backward: what ``feature_kernel`` fills beside dq, None where it is not wanted;
-    dV from P o D, padded, and dO."""
+    """What ``feature_kernel`` fills besides dq in a small backward, None where not needed; and
+    what dV is computed from: P o D (``scores``), padded, and dO."""
 
     key: Tensor | None
     weight: Tensor | None
@@ -51,7 +51,7 @@ class Finish(NamedTuple):
 
 
 class FeatureSums(NamedTuple):
-    """What the pass leaves of tiles of rows and ranges of keys; ``query`` of several ranges."""
+    """What the pass stores by tiles of rows and ranges of keys; ``query`` only by ranges."""
 
     query: Tensor | None
     key: Tensor | None
@@ -73,9 +73,9 @@ def feature_kernel(
     KEYS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
     ROUNDED: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Programs of dV, if there are ``scores``, then those of ``feature_tile``. With TILES they are
-    of all rows and keys, and add up to ``totals`` what they leave, TILES tiles of rows at a time.
-    Triton 3.6 does not know whether a tuple is None that holds None."""
+    """The first programs compute dV, if there are ``scores``; the others run ``feature_tile``.
+    With TILES these cover all rows and keys, and add up what they store to ``totals``, TILES tiles
+    of rows at a time. Triton 3.6 cannot test whether a tuple that holds None is None."""
     program = tl.program_id(0)
     some = True
     if scores is not None:
@@ -103,7 +103,7 @@ def feature_kernel(
                 RX, TX, TW, TF, BLOCK, padded, FLAG_ROWS, FLAG_KEYS, 1 if TILES > 0 else 2, TARGET,
             )  # fmt: skip
             if TILES > 0:
-                # As in ``_finish``: what is computed anew takes no registers in the loops. For AMD
+                # As in ``_finish``: what is computed again takes no registers in the loops. On AMD
                 # GPUs a larger block of keys would take memory of its own.
                 add_up(
                     totals, key, key_outer, key_inner, key_row, key_h, key_rows, key_exp_outer,
@@ -115,8 +115,9 @@ def feature_kernel(
 
 
 def small_plan(p: Problem) -> FeaturePlan | None:
-    """Of one piece of all rows and keys, where launches cost more than what they run."""
-    # Without the bound that lets more programs of large calls run at a time.
+    """Returns the plan of one piece of all rows and keys where launches cost more than what they
+    run, else None."""
+    # Without the bound on registers that lets more programs of large calls run at a time.
     plan = feature_plan(p, p.entries, p.rows, p.keys, 255)
     tickets = ticket_count(p.entries * plan.feature_tiles, plan.row_tiles, plan.ranges)
     small = tiles.is_small(p.entries, p.rows, p.keys, plan.row_tiles)
@@ -132,14 +133,15 @@ def feature_plan(p: Problem, entries: int, rows: int, keys: int, most: int) -> F
     return FeaturePlan(tile, block, most, row_tiles, feature_tiles, *ranges)
 
 
-# Of a call without dV.
+# The constants of a call without dV.
 NO_VALUE = {
     "KEYS": 0, "VALUES": 0, "ROWS": 0, "ALIGNED": False, "ROUNDED": False, "PRECISION": "ieee",
 }  # fmt: skip
 
 
 def _value(p: Problem, finish: Finish | None) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """Programs of dV, parameters ``scores`` to ``grad_value``, and constants."""
+    """Returns the number of programs of dV, parameters ``scores`` to ``grad_value``, and
+    constants."""
     if finish is None or finish.value is None or finish.scores is None:
         return 0, (None, *p.batched(None, 2), None), NO_VALUE
     tile, grad_out = tiles.value_tile(p.values), p.batched(finish.grad_out, 2)
@@ -156,8 +158,8 @@ def feature_pass(
     query: Tensor | None, need_key: bool, need_weight: bool, shares: int = 0,
     finish: Finish | None = None,
 ) -> FeatureSums:  # fmt: skip
-    """Fills ``query``, dq of a piece, unless there are several ranges and no ``finish``. What it
-    leaves of dw has room for so many more ``shares``."""
+    """Fills ``query``, dq of a piece, unless there are several ranges and no ``finish``. The sums
+    of dw that it returns have room for ``shares`` more."""
     entry, entries, row, rows = piece
     key, end = p.key_range(piece)
     count = end - key

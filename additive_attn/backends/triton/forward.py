@@ -1,8 +1,7 @@
 """The operators ``additive_attn::forward`` and ``scores`` on a GPU.
 
-Several queries are attended to in one pass over the keys (``one_pass.py``), one query per entry in
-another (``decode_forward.py``). Scores as results are computed a bounded number at a time.
-"""
+Several queries per entry take one pass over the keys (``one_pass.py``), a single one takes another
+(``decode_forward.py``). ``scores`` computes a bounded number of scores at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def empty_rows(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a call without keys, or without rows."""
+    """Returns the results of a call without keys, or without rows."""
     shape = (*p.batch.shape, p.rows)
     weights = torch.zeros(
         (*shape, p.keys) if need_weights else (0,), dtype=p.dtype, device=p.device
@@ -56,13 +55,15 @@ def scores(*arguments: Any) -> Tensor:
 
 
 def unstored(scores: Tensor, p: Problem) -> Tensor:
-    """Scores as users know them: -inf too where an attended one overflowed (``masks.stored``)."""
+    """Returns scores as users get them: -inf also where an attended one overflowed
+    (``masks.stored``)."""
     lowest = torch.finfo(scores.dtype).min
     return torch.threshold(scores, lowest, -torch.inf).to(p.dtype)
 
 
 def precision(p: Problem) -> str:
-    """TF32 holds 16-bit numbers exactly; for float32 the user decides."""
+    """Returns the precision of products. TF32 holds 16-bit numbers exactly; for float32 the user
+    decides."""
     if target() == "hip":
         return "ieee"
     allowed = matmul_precision() == "tf32"

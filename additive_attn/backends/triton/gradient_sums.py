@@ -1,5 +1,5 @@
-"""What ends a small backward, beside the pass over features and in the same kernel: dV, and dq, dk
-and dw from what other programs leave (math.md, eq. 9 to 13).
+"""The end of a small backward, in the same kernel as the pass over features: dV, and the sums of
+dq, dk and dw over programs (math.md, eq. 9 to 13).
 
 The last program of a sum to finish adds it up (``merging.draw``), in a fixed order."""
 
@@ -17,8 +17,8 @@ from additive_attn.backends.triton.row_pass import product
 
 
 class Totals(NamedTuple):
-    """Where sums over all programs go, None where they are not wanted. ``query`` and
-    ``weight_parts`` (ranges, entries, hidden) are None of one range of keys. ``tickets``: see
+    """Where sums over all programs are stored, None where not needed. ``query`` and
+    ``weight_parts`` (ranges, entries, hidden) are None for one range of keys. ``tickets``: see
     ``ticket_count``."""
 
     tickets: Any
@@ -29,14 +29,15 @@ class Totals(NamedTuple):
 
 
 def ticket_count(parts: int, row_tiles: int, ranges: int) -> int:
-    """Of so many entries times tiles of features: one per range of keys, for dk and its share of
-    dw, and of several ranges one per tile of rows, for dq, and one for dw."""
+    """Returns the number of tickets for ``parts``, entries times tiles of features. Each part has
+    one per range of keys, for dk and its share of dw. With several ranges it also has one per tile
+    of rows, for dq, and one for dw."""
     return parts * (1 if ranges == 1 else ranges + row_tiles + 1)
 
 
 @triton.jit
 def task(program, row_tiles, feature_tiles, splits):
-    """The tile of rows, tile of features, range of keys and entry of a program."""
+    """Returns the tile of rows, tile of features, range of keys and entry of a program."""
     of_rows = program // row_tiles
     of_features = of_rows // feature_tiles
     return (
@@ -53,8 +54,8 @@ def value_gradient(
     KEYS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, ROUNDED: tl.constexpr,
     PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """dV = (P o D)^T dO of some keys and numbers of their values. ROUNDED: P takes the dtype of
-    dO, as weights in 16 bits do."""
+    """Stores dV = (P o D)^T dO of some keys and numbers of their values. ROUNDED: P is converted
+    to the dtype of dO, as weights in 16 bits are."""
     c = c0 + tl.arange(0, KEYS)[:, None]
     d = d0 + tl.arange(0, VALUES)[None, :]
     acc = tl.zeros([KEYS, VALUES], tl.float32)
@@ -81,7 +82,7 @@ def value_gradient(
 def _query_sums(
     query_sums, grad_query, n, entries, row0, f, rows, hidden, splits, BX: tl.constexpr
 ):  # fmt: skip
-    """dq of a tile of rows and of features from those of ranges of keys."""
+    """Stores dq of a tile of rows and of features, summed over ranges of keys."""
     r = row0 + tl.arange(0, BX)[:, None]
     place = (n * rows + r) * hidden + f[None, :]
     inside = (r < rows) & (f < hidden)[None, :]
@@ -94,7 +95,7 @@ def _query_sums(
 
 @triton.jit
 def _weight_sums(shares, count, stride, f, hidden, BLOCK: tl.constexpr):
-    """So many shares of dw, BLOCK at a time."""
+    """Returns the sum of ``count`` shares of dw, and loads BLOCK at a time."""
     b = tl.arange(0, BLOCK)[:, None]
     total = tl.zeros([BLOCK, f.shape[0]], tl.float32)
     for c in range(0, count, BLOCK):

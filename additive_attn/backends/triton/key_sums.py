@@ -1,4 +1,5 @@
-"""dk from the sums that the tiles of rows leave, and their share of dw (math.md, section 3.3)."""
+"""dk from the sums that tiles of rows store, and what these sums add to dw (math.md, section
+3.3)."""
 
 from __future__ import annotations
 
@@ -18,21 +19,21 @@ def key_block(
     row_tiles, key_begin, key_count, keys, hidden, padded, scale,
     CORRECTED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys and features f of the tiles' sums of ``feature_kernel``: dk, and, where
-    CORRECTED, returns what the roundings of the stored e^{2k} leave out of dw."""
+    """Adds up the tiles' sums of ``feature_kernel`` for a block of keys and features f, and stores
+    dk. CORRECTED: returns what the rounding of the stored e^{2k} leaves out of dw."""
     ACC: tl.constexpr = key_sums.dtype.element_ty
     c = block * BLOCK + tl.arange(0, BLOCK)
     inside = (c < key_count)[:, None] & (f < hidden)[None, :]
     stored = tl.cdiv(key_count, 8) * 8
     place = (entry * stored + c)[:, None] * padded + f[None, :]
-    # [TILES, BLOCK, FEATURES]: so many are loaded before one is added.
+    # [TILES, BLOCK, FEATURES]: so many loads are issued before the first addition.
     tile = tl.arange(0, TILES)[:, None, None]
     stride = tl.cast(entries, tl.int64) * stored * padded
     from_tile = key_sums + tile * stride + place[None, :, :]
     total = tl.zeros([BLOCK, f.shape[0]], ACC)
     for first in range(0, row_tiles, TILES):
         some = inside[None, :, :] & (first + tile < row_tiles)
-        # As in ``quads._load4``: an order, in which threads lie along features and keys.
+        # As in ``quads._load4``: chooses an order in which threads lie along features and keys.
         at = tl.max_contiguous(from_tile + first * stride, [1, 2, f.shape[0]])
         total += tl.sum(tl.load(at, mask=some, other=0.0), 0)
     h = tl.minimum(f, hidden - 1).to(tl.int64)
@@ -57,8 +58,8 @@ def key_sum_kernel(
     scale_bits, splits,
     BLOCK: tl.constexpr, FEATURES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """``key_block`` of each block of keys and FEATURES features; what it returns goes to
-    ``grad_weight`` [key block][entry]. With ``weight_sums``, of ``splits`` shares, dw as a
+    """Runs ``key_block`` for a block of keys and FEATURES features, and stores what it returns in
+    ``grad_weight`` [key block][entry]. With ``weight_sums``, of ``splits`` shares, stores dw as a
     whole."""
     program = tl.program_id(0)
     blocks = tl.cdiv(key_count, BLOCK)

@@ -1,4 +1,4 @@
-"""How kernels are compiled and started: the target, the device, what is not specialised."""
+"""Compiles and launches kernels: the target, the device, what is not specialised."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _VARYING = (
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """A kernel, which may take tuples (``parameters.flat``)."""
+    """Returns a kernel, which may take tuples (``parameters.flat``)."""
     function, varying = flat(function)
     return triton.jit(function, do_not_specialize=(*_VARYING, *varying))
 
@@ -49,27 +49,27 @@ def interpreted() -> bool:
 
 
 def target() -> str:
-    """What the kernels' inline assembly is written for: cuda, hip or none."""
+    """Returns the target of the kernels' inline assembly: cuda, hip or none."""
     if interpreted():
         return "none"
     return "hip" if torch.version.hip is not None else "cuda"
 
 
 def registers(most: int) -> dict[str, int]:
-    """How many a thread may take. Without a bound the compiler may spill some, to let more
-    programs run at once."""
+    """Returns the option that bounds the registers of a thread. Without a bound the compiler may
+    spill some, to let more programs run at once."""
     return {"maxnreg": most} if target() == "cuda" else {}
 
 
 def bits(x: float) -> int:
-    """A number as kernels take it (``numerics.number``)."""
+    """Returns a number as kernels take it (``numerics.number``)."""
     (integer,) = struct.unpack("<q", struct.pack("<d", x))
     return int(integer)
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a small number in the interpreter."""
+    """Returns the number of multiprocessors of a GPU; a small number in the interpreter."""
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,5 +1,6 @@
-"""Features of earlier weights: their correlation with filters. Its gradients are correlations too,
-so that one kernel computes all. The convolutions of libraries are slow with one input channel."""
+"""Location features: the correlation of earlier weights with filters. Its gradients are
+correlations too, so that one kernel computes all. The convolutions of libraries are slow with one
+input channel."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def correlation_kernel(
     inner, outputs, channels, length, terms, shift, width,
     BF: tl.constexpr, BX: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """out [outer][inner][output][column] = the sum over channels and terms of
+    """Stores out [outer][inner][output][column] = the sum over channels and terms of
     y [outer][output][channel][term] x [outer][inner][channel][column + term - shift], where x is 0
     beyond its ``length``. Sums of TERMS are added up, which keeps them accurate."""
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
@@ -57,7 +58,8 @@ def correlation_kernel(
 
 
 def _correlate(x: Tensor, y: Tensor, out: Tensor, shift: int) -> Tensor:
-    """``x`` (outer, inner, channels, length), ``y`` (outer, outputs, channels, terms)."""
+    """Correlates ``x`` (outer, inner, channels, length) with ``y`` (outer, outputs, channels,
+    terms)."""
     outer, inner, channels, length = x.shape
     outputs, width = out.shape[-2:]
     tile = tiles.correlation_tile(outputs)
@@ -71,7 +73,7 @@ def _correlate(x: Tensor, y: Tensor, out: Tensor, shift: int) -> Tensor:
 
 
 def _check(inputs: Tensor, filters: Tensor) -> None:
-    """The kernel reads by the channels of the inputs."""
+    """Raises unless shapes and dtypes agree: the kernel reads by the channels of the inputs."""
     if not (inputs.dim() == filters.dim() == 3 and inputs.shape[1] == filters.shape[1]):
         raise RuntimeError(
             f"inputs has shape {tuple(inputs.shape)} and filters {tuple(filters.shape)}; they "
@@ -84,7 +86,7 @@ def _check(inputs: Tensor, filters: Tensor) -> None:
 
 
 def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
-    """``inputs`` (B, C, Lk) with ``filters`` (F, C, width): (B, F, Lk)."""
+    """Correlates ``inputs`` (B, C, Lk) with ``filters`` (F, C, width) to (B, F, Lk)."""
     _check(inputs, filters)
     batch, _, length = inputs.shape
     outputs, width = filters.shape[0], filters.shape[-1]

@@ -19,8 +19,8 @@ NEXT64 = tl.constexpr(-1.7976931348623155e308)
 
 @triton.jit
 def interval(lengths, length_row, i, rows, keys, left, right):
-    """The keys [low, high) that rows i may attend to, by window, causality, lengths and starts.
-    ``lengths`` of unsigned numbers hold both: starts in the upper half of a number."""
+    """Returns the keys [low, high) that rows i may attend to, by window, causality, lengths and
+    starts. ``lengths`` of unsigned numbers hold both: starts in the upper half of a number."""
     low = tl.maximum(i - left, 0)
     high = tl.minimum(i + right + 1, keys)
     if lengths is not None:
@@ -35,7 +35,7 @@ def interval(lengths, length_row, i, rows, keys, left, right):
 
 @triton.jit
 def block_codes(table, table_row, table_column, tiles, i, j, attended):
-    """What a block table says of the ``attended`` pairs (i, j), 0 of others."""
+    """Loads the numbers of a block table for the ``attended`` pairs (i, j); 0 for others."""
     row = (i // tiles.rows).to(tl.int64) * table_row
     place = table + row + (j // tiles.keys).to(tl.int64) * table_column
     return tl.load(place, mask=attended, other=0)
@@ -43,8 +43,8 @@ def block_codes(table, table_row, table_column, tiles, i, j, attended):
 
 @triton.jit
 def masked_bias(mask, mask_row, mask_column, tiles, i, j, attended):
-    """The float mask of pairs (i, j), or 0; and which of the ``attended`` pairs it leaves. With
-    ``tiles``, ``mask`` is a block table."""
+    """Returns the float mask of pairs (i, j), or 0, and which of the ``attended`` pairs the mask
+    keeps. With ``tiles``, ``mask`` is a block table."""
     if tiles is not None:
         code = block_codes(mask, mask_row, mask_column, tiles, i, j, attended)
         partial = (code > 1) & (code < tiles.number + 2)
@@ -66,8 +66,8 @@ def masked_bias(mask, mask_row, mask_column, tiles, i, j, attended):
 
 @triton.jit
 def attended_pairs(low, high, mask, mask_row, mask_column, tiles, i, j):
-    """The mask's bias, 0 without one, and which pairs are attended, of rows i with their interval
-    and keys j, which broadcast together."""
+    """Returns the mask's bias, 0 without a mask, and which pairs are attended, of rows i with
+    their interval and keys j. These broadcast together."""
     attended = (j >= low) & (j < high)
     bias = 0.0
     if mask is not None:
@@ -77,13 +77,13 @@ def attended_pairs(low, high, mask, mask_row, mask_column, tiles, i, j):
 
 @triton.jit
 def tile_rows(row0, RM: tl.constexpr, TM: tl.constexpr):
-    """The rows of a tile from row0, [RM, TM]: row0 + tm RM + rm."""
+    """Returns the rows of a tile from row0, [RM, TM]: row0 + tm RM + rm."""
     return row0 + RM * tl.arange(0, TM)[None, :] + tl.arange(0, RM)[:, None]
 
 
 @triton.jit
 def tile_keys(key0, RN: tl.constexpr, TN: tl.constexpr):
-    """The keys of a tile from key0, [RN, TN]: key0 + rn TN + tn."""
+    """Returns the keys of a tile from key0, [RN, TN]: key0 + rn TN + tn."""
     return key0 + TN * tl.arange(0, RN)[:, None] + tl.arange(0, TN)[None, :]
 
 
@@ -92,8 +92,8 @@ def attending(
     empty, low, high, mask, mask_row, mask_column, block_tiles, row0, first, last,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
 ):  # fmt: skip
-    """Which of the rows [RM, TM] whose sum is 0 attend to a key in [first, last): all their scores
-    have overflowed."""
+    """Returns which of the rows [RM, TM] whose sum is 0 (``empty``) attend to a key in [first,
+    last): all their scores have overflowed."""
     attends = tl.maximum(low, first) < tl.minimum(high, last)  # [RM, 1, TM, 1]
     attends = tl.reshape(attends, [RM, TM]) & empty
     if mask is not None:
@@ -113,7 +113,7 @@ def attending(
 
 @triton.jit
 def stored(score, attended):
-    """Scores as kernels keep them: see the head of this file. NaN stays NaN."""
+    """Returns scores as kernels store them: see the head of this file. NaN stays NaN."""
     finite = score != float("-inf")
     if score.dtype == tl.float64:
         score = tl.where(finite, tl.where(score < NEXT64, NEXT64, score), LOWEST64)
@@ -125,8 +125,8 @@ def stored(score, attended):
 
 @triton.jit
 def stored_top(top, total, attends):
-    """The largest stored score of rows from that of their scores and the sum of e^{score - top}:
-    if it is 0 all scores of the rows that attend to a key have overflowed."""
+    """Returns the largest stored score of rows, from the largest score and the sum of e^{score -
+    top}. Where the sum is 0, all scores of the rows that attend to a key have overflowed."""
     if top.dtype == tl.float64:
         none = tl.where(attends, LOWEST64, float("-inf"))
         return tl.where(total == 0.0, none, tl.maximum(top, NEXT64))
@@ -137,7 +137,7 @@ def stored_top(top, total, attends):
 
 @triton.jit
 def overflowed(top):
-    """Whether the largest stored score of a row says that all its attended scores overflowed."""
+    """Whether all attended scores of a row overflowed, by its largest stored score."""
     if top.dtype == tl.float64:
         return top == LOWEST64
     else:

@@ -1,5 +1,5 @@
-"""What the matched form reads (math.md, eq. 29). Features stand in the order of abs(w), with the
-sign of w, so that two neighbours are a match: their weights differ little."""
+"""Prepares what the matched form reads (math.md, eq. 29). Features are in the order of abs(w),
+with the sign of w, so that two neighbours are a match: their weights differ little."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from additive_attn.backends.triton.quad_layout import quad_numbers, signed, stor
 
 @triton.jit
 def quad_order(weight, stride_h, h0, hidden, BLOCK: tl.constexpr):
-    """A block of features in the order of the quads of the matched form, by abs(w), the largest
-    first. Where that differs only after 20 bits any order serves."""
+    """Returns a block of features in the order of the quads of the matched form, by abs(w), the
+    largest first. Weights that differ only after 20 bits may have any order."""
     h = tl.arange(0, BLOCK)
     inside = h0 + h < hidden
     w = tl.load(weight + (h0 + h).to(tl.int64) * stride_h, mask=inside, other=0.0)
@@ -24,7 +24,7 @@ def quad_order(weight, stride_h, h0, hidden, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_quad_weight(weight, stride_h, to, hidden, padded, factor, BLOCK: tl.constexpr):
-    """abs(w) times ``factor`` in the order of the quads."""
+    """Stores abs(w) times ``factor`` in the order of the quads."""
     for h0 in range(0, padded, BLOCK):
         f = quad_order(weight, stride_h, h0, hidden, BLOCK)
         u = tl.load(weight + f.to(tl.int64) * stride_h, mask=f < hidden, other=0.0)
@@ -34,7 +34,7 @@ def store_quad_weight(weight, stride_h, to, hidden, padded, factor, BLOCK: tl.co
 
 @triton.jit
 def _halves(x):
-    """Even and odd features of [GROUP, BLOCK / 4, 4], [GROUP, BLOCK / 4, 2]."""
+    """Splits [GROUP, BLOCK / 4, 4] into even and odd features, [GROUP, BLOCK / 4, 2]."""
     return tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2]))
 
 
@@ -42,9 +42,9 @@ def _halves(x):
 def store_matches(
     v, w, h0, tile, rows, n, length_padded, padded, SIGN: tl.constexpr, TARGET: tl.constexpr
 ):
-    """Stores exponentials and products of features in the order of the quads, from h0; what they
-    add to both corrections. In a quad 0 and 1 match, and 3 and 2, whose excess has the other sign:
-    so the sum of both is small."""
+    """Stores exponentials and products of features in the order of the quads, from h0. Returns
+    what they add to both corrections. In a quad, features 0 and 1 match, and 3 and 2. The excess
+    of the second match has the other sign, so that the sum of both is small."""
     v = tl.where(w < 0.0, -v, v)
     w = tl.abs(w)
     e, error = exp_with_error(v * (2.0 * SIGN))

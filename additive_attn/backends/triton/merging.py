@@ -1,11 +1,10 @@
-"""What ranges of keys leave of a row, merged (math.md, eq. 14): the largest score, the sum of
+"""Merges the results of a row over ranges of keys (math.md, eq. 14): the largest score, the sum of
 e^{score - largest} and the weighted sum of the values of each range.
 
-A kernel of its own does it, or the last program of a row to finish. Programs of one kernel run in
-any order. Each stores its results and then draws a ticket, and who draws the last one may read
-what all others have stored. It adds the parts in the order of the ranges, so nothing depends on
-who that is.
-"""
+A separate kernel merges them, or the last program of a row to finish. Programs of one kernel run
+in any order. Each stores its results and then draws a ticket. The program that draws the last one
+may load what all others have stored. It adds the parts in the order of the ranges, so results do
+not depend on which program that is."""
 
 from __future__ import annotations
 
@@ -22,21 +21,22 @@ from additive_attn.backends.triton.tiles import power_of_two
 
 @triton.jit
 def draw(ticket, count):
-    """Whether this is the last of ``count`` programs to come here. ``ticket`` was 0. Before it, a
-    barrier: what all threads have stored, before one of them says so."""
+    """Returns whether this is the last of ``count`` programs to call it. ``ticket`` was 0. A
+    barrier precedes the call, so that all threads have stored their results before one of them
+    draws."""
     return tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == count - 1
 
 
 @triton.jit
 def is_last(ticket, count):
-    """``draw`` with that barrier."""
+    """Runs that barrier, then ``draw``."""
     tl.debug_barrier()
     return draw(ticket, count)
 
 
 @triton.jit
 def softmax_inverse(top, total):
-    """1 / the sum of a softmax: 1 for an empty row, NaN where all scores overflowed."""
+    """Returns 1 / the sum of a softmax: 1 for an empty row, NaN where all scores overflowed."""
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
     return tl.where(overflowed(top), float("nan"), inverse)
 
@@ -48,7 +48,7 @@ def softmax_lse(top, total):
 
 @triton.jit
 def merged_softmax(tops, totals, n, inside, entries, splits, SPLITS: tl.constexpr):
-    """The largest score and the sum of rows n, SPLITS ranges at a time."""
+    """Returns the largest score and the sum of rows n, from SPLITS ranges at a time."""
     ACC: tl.constexpr = tops.dtype.element_ty
     largest = tl.full([n.shape[0]], float("-inf"), ACC)
     total = tl.zeros([n.shape[0]], ACC)
@@ -62,7 +62,7 @@ def merged_softmax(tops, totals, n, inside, entries, splits, SPLITS: tl.constexp
         largest = tl.maximum(largest, tl.max(top, 0))
         shift = tl.where(largest == float("-inf"), 0.0, largest)
         # Rounded before it is added: else a lane's own share is rounded with the sum, lanes differ
-        # by that, and which of them is stored to shared memory is nobody's choice.
+        # by that, and which of them is stored to shared memory is not defined.
         share = tl.fma(sums, tl.exp(top - shift[None, :]), 0.0)
         total = total * tl.exp(before - shift) + tl.sum(share, 0)
     return largest, total
@@ -72,7 +72,8 @@ def merged_softmax(tops, totals, n, inside, entries, splits, SPLITS: tl.constexp
 def merged_values(
     parts, tops, n, inside, shift, d, entries, values, splits, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """The sum of numbers d of the values of rows n, CHUNK ranges at a time: [ROWS, VALUES]."""
+    """Returns the weighted sums of numbers d of the values of rows n, [ROWS, VALUES], from CHUNK
+    ranges at a time."""
     acc = tl.zeros([CHUNK, n.shape[0], d.shape[0]], parts.dtype.element_ty)
     for split0 in range(0, splits, CHUNK):
         split = split0 + tl.arange(0, CHUNK)[:, None]
@@ -93,8 +94,8 @@ def merge_kernel(
     ROWS: tl.constexpr, VALUES: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out of some entries, CHUNK splits at a time, and one of their weights unless
-    ``weights`` is None."""
+    """Stores a tile of out of some entries, from CHUNK splits at a time, and one of their weights
+    unless ``weights`` is None."""
     tile_rows = tl.cdiv(entries, ROWS)
     n = (tl.program_id(0) % tile_rows) * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(0) // tile_rows
@@ -148,7 +149,7 @@ def merge(
     p: Problem, rows: int, splits: int, parts: Tensor, tops: Tensor, totals: Tensor,
     scores: Tensor | None, out: Tensor, weights: Tensor | None, lse: Tensor,
 ) -> None:  # fmt: skip
-    """Of the rows of all entries."""
+    """Merges the splits of all rows."""
     tile = tiles.merge_tile(p.values, splits, p.wide)
     tile_count = max(1, -(-p.values // tile["VALUES"]))
     if weights is not None:

@@ -1,4 +1,4 @@
-"""Pairs that are opposite: q near -k in every feature that matters (math.md, section 2.2)."""
+"""Finds opposite pairs: q is near -k in every feature that matters (math.md, section 2.2)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def tiles_with_opposite(
     query_rows, key_rows, at_query, at_key, row0, key0, rows, keys,
     BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Which of TILES tiles from ``key0`` hold a pair that may be opposite, masked ones included:
-    nearly |q + k|^2 is too small. A product takes at least 16 rows."""
+    """Returns which of TILES tiles from ``key0`` hold a pair that may be opposite, masked ones
+    included: an approximate |q + k|^2 is too small. A product takes at least 16 rows."""
     LEAST: tl.constexpr = 16 if BM < 16 else BM
-    # Products of 16 keys, some for each warp: several warps share none without computing it again.
-    # And with a batch dim, since Triton 3.7 fails to compile what follows a plain one on sm_100.
+    # Each product has 16 keys, so that every warp computes some: several warps that share a
+    # product would each compute it. It has a batch dim, since Triton 3.7 fails to compile what
+    # follows a plain one on sm_100.
     PARTS: tl.constexpr = TILES * BN // 16
     f = tl.arange(0, SKETCH)
     i = at_query + tl.minimum(row0 + tl.arange(0, LEAST), rows - 1)
@@ -37,14 +38,14 @@ def tiles_with_opposite(
     of_keys = tl.load(key_rows.sketch + j[:, None, :] * SKETCH + f[None, :, None])
     square = tl.load(key_rows.distance + j)[:, None, :] + 2.0 * tl.dot(of_rows, of_keys)
     limit = tl.load(query_rows.distance + i)
-    limit += 1e-4 * tl.abs(limit)  # sums in another order differ by a rounding
+    limit += 1e-4 * tl.abs(limit)  # sums in another order differ by rounding
     found = tl.max((tl.min(square, 2) < limit[None, :]).to(tl.int32), 1)  # [PARTS]
     return tl.max(tl.reshape(found, [TILES, BN // 16]), 1) != 0
 
 
 @triton.jit
 def opposite_pairs(query_rows, key_rows, i, j):
-    """Which pairs (i, j), which broadcast together, are opposite."""
+    """Returns which pairs (i, j), which broadcast together, are opposite."""
     square = tl.load(key_rows.distance + j) + 0.0 * i.to(tl.float32)
     for f in range(0, SKETCH):
         a = tl.load(query_rows.sketch + i * SKETCH + f).to(tl.float32)
@@ -59,7 +60,7 @@ def opposite_kernel(
     flags, inner, entry_begin, rows, row_begin, row_tiles, keys, key_begin, key_tiles,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The flags of ``score_kernel``, of masked pairs too."""
+    """Stores the flags of ``score_kernel``, but for masked pairs too."""
     program = tl.program_id(0)
     row_tile = program // key_tiles % row_tiles
     _n, o, m = batch_entry(entry_begin + program // (key_tiles * row_tiles), inner)
@@ -80,14 +81,14 @@ class Flags(NamedTuple):
 
 
 def no_flags(p: Problem, piece: Piece, keys: int) -> Flags:
-    """Not written yet."""
+    """Allocates flags that a kernel will store."""
     tile = tiles.score_tile(piece.rows, p.wide)
     shape = piece.entries, -(-piece.rows // tile.rows), -(-keys // tile.keys)
     return Flags(torch.empty(shape, dtype=torch.int32, device=p.device), tile.rows, tile.keys)
 
 
 def opposite_tiles(p: Problem, piece: Piece, key: int, keys: int) -> Flags:
-    """The flags of keys [key, key + keys), without their scores; those of masked pairs too."""
+    """Returns the flags of keys [key, key + keys), without their scores, for masked pairs too."""
     flags = no_flags(p, piece, keys)
     launch(
         opposite_kernel, flags.tiles.numel(), flags.tiles, *p.prepared_rows_arguments(),

@@ -1,9 +1,8 @@
 """Kernels whose parameters are named tuples, and the tuples that several of them take.
 
-Triton takes tuples, but compiles a kernel anew for each kind of number in them, whatever
-``do_not_specialize`` says. So ``flat`` gives it a function whose parameters are the members. In
-Triton 3.6 a tuple of tuples may hold no number beside them: constants in these would be lost.
-"""
+Triton accepts tuples, but compiles a kernel anew for each kind of number in them, whatever
+``do_not_specialize`` says. So ``flat`` makes a function whose parameters are the members. In
+Triton 3.6 a tuple of tuples must hold no number beside them: constants in these would be lost."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ class Matrix(NamedTuple):
 
 
 class OfKeys(NamedTuple):
-    """The same with a column for each key: so many are from one row to the next."""
+    """A ``Matrix`` with a column for each key: its row stride varies with the number of keys."""
 
     data: Any
     outer: Varying
@@ -59,7 +58,7 @@ class Scalar(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Which weights are dropped (``dropout.py``)."""
+    """The parameters of dropout (``dropout.py``)."""
 
     seed: Scalar
     threshold: Varying
@@ -68,14 +67,14 @@ class Dropout(NamedTuple):
 
 @triton.jit
 def at_entry(x, o, m, ALIGNED: tl.constexpr = False):
-    """Where entry (o, m) of a tensor begins."""
+    """Returns where entry (o, m) of a tensor begins."""
     return x.data + entry_offset(o, x.outer, m, x.inner, ALIGNED)
 
 
 def flat(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[str]]:
-    """``function`` with parameters for the members of those that are annotated as a tuple with
-    numbers: ``mask``, ``mask_outer`` and so on for ``mask: Matrix``; and which are ``Varying``.
-    ``Matrix | None`` is None where its first member is."""
+    """Replaces each parameter of ``function`` that is annotated as a tuple with numbers by its
+    members: ``mask``, ``mask_outer`` and so on for ``mask: Matrix``. Also returns which parameters
+    are ``Varying``. ``Matrix | None`` is None where its first member is."""
     hints = get_type_hints(function)
     if not any(map(_tuple_with_numbers, hints.values())):
         return function, []
@@ -91,7 +90,7 @@ def flat(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[str]]:
     )
     inner = ",\n        ".join(arguments)
     source = f"def {function.__name__}({head}):\n    body(\n        {inner}\n    )\n"
-    # Triton reads the source of a function, where Python keeps what it has read.
+    # Triton reads the source of a function through ``inspect``, which takes it from this cache.
     place = f"<{function.__module__}.{function.__name__}>"
     linecache.cache[place] = len(source), None, source.splitlines(keepends=True), place
     exec(compile(source, place, "exec"), used)
@@ -100,7 +99,8 @@ def flat(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[str]]:
 
 
 def _argument(name: str, hint: Any, parameters: dict[str, Any], used: dict[str, Any]) -> str:
-    """What is made of the parameters in place of one, which are added to ``parameters``."""
+    """Returns the expression that replaces one parameter, and adds the parameters in it to
+    ``parameters``."""
     kind = _tuple_with_numbers(hint)
     if kind is None:
         parameters[name] = hint

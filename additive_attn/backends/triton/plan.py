@@ -1,4 +1,5 @@
-"""How a call is cut: pieces that fit the workspace, their keys, ranges of a reduced index."""
+"""Splits a call into pieces that fit the workspace, with their keys, and a reduced index into
+ranges."""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ def workspace_pieces(
     entries: int, rows: int, keys: int, left: int, right: int, wide: bool, row_block: int = 1,
     features: int = 0,
 ) -> list[Piece]:  # fmt: skip
-    """Pieces whose scores, padded to whole blocks, fit the workspace, and whose sums of so many
-    features per key, but for those of one tile of rows, fit twice as much. Two rows always do: the
-    quads of queries hold rows by twos (``quad_layout.py``), so that no piece begins between."""
+    """Returns pieces whose scores, padded to whole blocks, fit the workspace, and whose sums of
+    ``features`` numbers per key, except those of one tile of rows, fit twice as much. Two rows
+    count as fitting: the quads of queries hold twins (``quad_layout.py``), which no two pieces may
+    share."""
     budget = tiles.WORKSPACE_ELEMENTS
     key_block = tiles.score_tile(rows, wide).keys
 
@@ -49,23 +51,24 @@ def workspace_pieces(
 
 
 def key_range(row_begin: int, row_end: int, keys: int, left: int, right: int) -> tuple[int, int]:
-    """Keys that rows [row_begin, row_end) may attend to, lengths and mask aside."""
-    # A multiple of four, in which the dropout factors come, and of what is loaded at once.
+    """Returns the keys that rows [row_begin, row_end) may attend to, regardless of lengths and
+    mask."""
+    # A multiple of four, since dropout factors are drawn by fours, and of what is loaded at once.
     low = min(max(0, row_begin - left), keys) // 16 * 16
     return low, max(low, min(keys, row_end + right))
 
 
 def splits(programs: int, length: int, block: int, processors: int) -> tuple[int, int]:
-    """Into how many ranges of whole blocks a reduced index is split, and how long they are, so
-    that every multiprocessor has work."""
+    """Returns into how many ranges of whole blocks a reduced index is split, and how long they
+    are, so that every multiprocessor has work."""
     wanted = max(1, min(4 * processors // max(programs, 1), length // (4 * block)))
     per_split = max(1, -(-length // (wanted * block))) * block
     return max(1, -(-length // per_split)), per_split
 
 
 def pass_splits(programs: int, length: int, block: int, resident: int) -> tuple[int, int]:
-    """The same where ``resident`` programs run at a time, each to its end: one round of them, or
-    two where that leaves fewer idle."""
+    """Returns ``splits`` where ``resident`` programs run at a time, each to its end: one round of
+    them, or two where that leaves fewer idle."""
     programs = max(programs, 1)
     once, twice = max(1, resident // programs), max(1, 2 * resident // programs)
     fill = [n * programs / (-(-n * programs // resident) * resident) for n in (once, twice)]
@@ -77,10 +80,10 @@ def pass_splits(programs: int, length: int, block: int, resident: int) -> tuple[
 def decode_splits(
     programs: int, keys: int, processors: int, located: bool = False
 ) -> tuple[int, int]:
-    """``splits`` of the keys of one query per entry; three times as many where no more than 64 are
-    to be merged, so that the last programs leave fewer processors idle, but not of a location
-    term's large parts. A range has at most 64 blocks: more would be added up one after the other,
-    each with a rounding of the whole sum."""
+    """Returns ``splits`` of the keys of one query per entry. There are three times as many where
+    no more than 64 are merged, so that the last programs leave fewer processors idle; not with a
+    location term, whose parts are large. A range has at most 64 blocks: more would be added up one
+    after the other, each with a rounding of the whole sum."""
     block = tiles.DECODE_KEYS
     wanted, _ = splits(programs, keys, block, processors)
     if keys > 4 * block and not located:

@@ -1,10 +1,10 @@
-"""Launch plans: what a call does on the host is done once, and then repeated.
+"""Launch plans: the work of a call on the host is done once, and then repeated.
 
 Batch dims, tiles, splits, views and the arguments of kernels follow from shapes, strides, dtypes,
-alignment and flags, never from what tensors hold or where they lie. So the second call of a kind
-is written down while it runs: its allocations, launches and operations of torch. Later ones do
-only these, with other addresses. Buffers that only kernels touch share one allocation. A call
-that reads a tensor on the host, or whose launches someone watches, is not written down."""
+alignment and flags, never from the contents of tensors or from their addresses. So the second call
+of a kind is recorded while it runs: its allocations, launches and operations of torch. Later ones
+do only these, with other addresses. Buffers that only kernels access share one allocation. A call
+that reads a tensor on the host, or whose launches call a hook, is not recorded."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from additive_attn.backends.triton.recorder import (
 
 enabled = True
 on_cpu = False  # whether calls on CPU tensors have plans too, as with a driver that runs nothing
-_MOST = 1024  # calls that are known; the oldest is forgotten
+_MOST = 1024  # calls that are cached; the oldest is dropped
 _ALIGNED = 256  # bytes, between buffers that share an allocation
 _Allocation = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 _empty, _modes = torch.empty_strided, torch._C._len_torch_dispatch_stack
 
 
 class _Step(NamedTuple):
-    """Allocations, then a launch or an operation, then what nothing reads any more."""
+    """Allocations, then a launch or an operation, then the tensors that no later step reads."""
 
     allocations: tuple[_Allocation, ...]
     launch: tuple[Any, ...] | None
@@ -47,8 +47,8 @@ class _Step(NamedTuple):
 
 
 class Plan:
-    """A call that was written down. Tensors have numbers: the given ones, then the shared
-    allocation, then all others."""
+    """A recorded call. Tensors are numbered: the given ones, then the shared allocation, then all
+    others."""
 
     def __init__(self, recorder: Recorder, results: Sequence[Tensor]) -> None:
         if recorder.reason is not None:
@@ -61,7 +61,7 @@ class Plan:
             buffer.number = n
         self.count = len(recorder.given) + 1
         self.pool = self._share([x for x in recorder.allocated if not x.seen and x not in kept])
-        # Kernels know addresses alone, so what only they have written may have any shape.
+        # Kernels take addresses alone, so what only they have stored may have any shape.
         for part in parts:
             if part.fills and not part.buffer.seen and part.dtype == part.buffer.dtype:
                 part.buffer.shape, part.buffer.stride = part.shape, part.stride
@@ -85,8 +85,8 @@ class Plan:
         self.kernels = [x.found.kernel for x in recorder.steps if isinstance(x, Launch)]
 
     def _share(self, buffers: list[Buffer]) -> int:
-        """Places buffers in one allocation, at the same place those that are not alive at the same
-        time; returns its bytes."""
+        """Places buffers in one allocation, where those that are not alive at the same time may
+        overlap. Returns its bytes."""
         placed: list[tuple[int, int, Buffer]] = []
         for buffer in buffers:
             size, begin = -(-buffer.bytes // _ALIGNED) * _ALIGNED, 0
@@ -129,7 +129,7 @@ class Plan:
 
 
 def _launch(step: Launch) -> tuple[Any, ...]:
-    """What ``Plan.replay`` takes apart."""
+    """Returns a launch as the tuple that ``Plan.replay`` unpacks."""
     places, tuples, arguments = [], [], list(step.arguments)
     for n, x in enumerate(arguments):
         if isinstance(x, Part):
@@ -155,7 +155,7 @@ def _operate(x: Operation, tensors: list[Any]) -> list[tuple[int, Tensor]]:
 
 
 class _Unplanned(NamedTuple):
-    """A call that has no plan: not yet, or for a reason."""
+    """A call without a plan: it has none yet, or cannot have one for a reason."""
 
     reason: str | None
 
@@ -166,22 +166,23 @@ _plans: dict[Any, Plan | _Unplanned] = {}
 _states: dict[Any, int] = {}
 _usual: dict[Any, int] = {}
 _numbers = itertools.count()
-_held: dict[int, Any] = {}  # kernels whose functions the library knows
+_held: dict[int, Any] = {}  # kernels whose functions the library launches
 _library = torch.ops.additive_attn if hasattr(torch.ops.additive_attn, "replay") else None
 _replay: Any = None if _library is None else _library.replay.default._op
 _replay_forward: Any = None if _library is None else _library.replay_forward.default._op
 
 
 def forget() -> None:
-    """For tests that change what plans hold: tile sizes, the number of multiprocessors."""
+    """Drops all plans, for tests that change what they depend on: tile sizes, the number of
+    multiprocessors."""
     _plans.clear()
     if _library is not None:
         _library.forget_plans()
 
 
 def begin(function: Any, arguments: tuple[Any, ...]) -> tuple[int, int, list[Tensor]] | None:
-    """A number for what a plan depends on besides its tensors, the stream, and the tensors. None
-    where a call shall have no plan: a mode or a hook is to see what it does."""
+    """Returns a number for what a plan depends on besides its tensors, the stream, and the
+    tensors. Returns None where a call must have no plan: a mode or a hook must be called."""
     where = compiled.settings() if enabled and _modes() == 0 else None
     if where is None:
         return None
@@ -209,7 +210,7 @@ def begin(function: Any, arguments: tuple[Any, ...]) -> tuple[int, int, list[Ten
 
 
 def _key(number: int, tensors: list[Tensor]) -> tuple[Any, ...]:
-    """What a plan holds for; the same as in csrc/bindings/plans.cpp."""
+    """Returns what a plan depends on; the same as in csrc/bindings/plans.cpp."""
     key: list[Any] = [number]
     for x in tensors:
         key += (x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.device)
@@ -217,7 +218,7 @@ def _key(number: int, tensors: list[Tensor]) -> tuple[Any, ...]:
 
 
 def _on_gpu(arguments: tuple[Any, ...]) -> bool:
-    """Asked first: without a GPU there is no driver to ask."""
+    """Whether a call is on a GPU. This is checked first: without a GPU there is no driver."""
     first = arguments[0]
     if first is None:
         first = next((x for x in arguments if x is not None), None)
@@ -225,7 +226,8 @@ def _on_gpu(arguments: tuple[Any, ...]) -> bool:
 
 
 def planned(function: Callable[..., Any], single: bool = False) -> Callable[..., Any]:
-    """An operator whose calls are written down and repeated; ``single``: it returns a tensor."""
+    """Returns an operator whose calls are recorded and repeated. ``single``: it returns a
+    tensor."""
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
@@ -245,7 +247,7 @@ def planned(function: Callable[..., Any], single: bool = False) -> Callable[...,
                 _keep(key, _ONCE)
             if not isinstance(plan, Plan):
                 return function(*arguments) if result is None else result
-            if plan.program is not None and _library is not None:  # which may have forgotten it
+            if plan.program is not None and _library is not None:  # which may have dropped it
                 _held.update((id(x), x) for x in plan.kernels)
                 _library.keep_plan(number, tensors, plan.program)
             if result is not None:
@@ -257,8 +259,8 @@ def planned(function: Callable[..., Any], single: bool = False) -> Callable[...,
 
 
 def repeated_forward(function: Any, call: tuple[Any, ...], need_weights: bool) -> Any:
-    """What a forward gives by its plan in the library, if it has one, else None. A shorter way
-    there, for calls whose masking and options hold no tensors."""
+    """Returns the results of a forward whose plan is in the library, else None. Calls whose
+    masking and options hold no tensors take a shorter way there."""
     query, key, value, weight = call[:4]
     if not (on_cpu or query.is_cuda) or _replay is None:
         return None
@@ -290,7 +292,7 @@ def repeated_forward(function: Any, call: tuple[Any, ...], need_weights: bool) -
 
 
 def repeated_backward(function: Any, *arguments: Any) -> Any:
-    """What a backward gives by its plan in the library, if it has one, else None."""
+    """Returns the results of a backward whose plan is in the library, else None."""
     if _replay is None or not (on_cpu or arguments[3].is_cuda):
         return None
     found = begin(function, arguments)
@@ -308,8 +310,8 @@ def _keep(key: Any, plan: Plan | _Unplanned) -> None:
 def _written_down(
     function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> tuple[Any, Plan | _Unplanned]:
-    """The result of a call, and its plan."""
-    # Tensors of their own: one that is given twice may be two the next time.
+    """Records a call. Returns its result and its plan."""
+    # Each argument gets a tensor of its own: one that is given twice may be two the next time.
     arguments = tuple(x.detach() if type(x) in TENSORS else x for x in arguments)
     recorder = Recorder([x for x in arguments if isinstance(x, Tensor)])
     with compiled.recorded(recorder), torch._C._DisableAutocast(), recorder:

@@ -1,23 +1,22 @@
-"""What the score kernels read: exponentials, once per query and key, and weights scaled by a power
-of two so that abs(w) < 2.
+"""Prepares what the score kernels read: exponentials, once per query and key, and weights scaled
+by a power of two so that abs(w) < 2.
 
 With a = e^{-2q} and b = e^{2k} a pair (i, j) costs one addition per feature and a share of one
 reciprocal (math.md, eq. 3, 4). Both are rounded. To first order, with the relative roundings rho,
 
     tanh(q + k) = t + (1 - t^2) / 2 (rho_b - rho_a)
 
-which shows where t is small: there 1 - t^2 is near 1, and one correction per row and one per key
-take it out of the scores (math.md, eq. 8). From the gradient of the weight, where the roundings of
-a row or a key add up over all its pairs, they are always taken out.
+which matters where t is small: there 1 - t^2 is near 1, and one correction per row and one per key
+remove it from the scores (math.md, eq. 8). From the gradient of the weight, where the roundings of
+a row or a key accumulate over all its pairs, they are always removed.
 
-All t of a tile are small where all |q|, |k| <= 1. Of an opposite pair, q near -k in every feature
-that matters, they are small too, but q and k are not. A ``sketch`` of rows and keys tells such
-pairs without a look at the features (``opposite.py``).
+All t of a tile are small where all |q|, |k| <= 1. They are small also for an opposite pair, whose
+q is near -k in every feature that matters, but its q and k are not. A ``sketch`` of rows and keys
+identifies such pairs without their features (``opposite.py``).
 
-Exponentials are kept in ``quads`` of features for passes over pairs (``quad_layout.py``): there
-neighbouring threads read neighbouring rows, 16 bytes each. Passes over features read rows. More
-than DIFFERENCE_MAX_FEATURES stand in the quads in an order of their own (``matches.py``).
-"""
+Exponentials are stored in ``quads`` of features for passes over pairs (``quad_layout.py``): there
+neighbouring threads load neighbouring rows, 16 bytes each. Passes over features load rows. More
+than DIFFERENCE_MAX_FEATURES are in another order in the quads (``matches.py``)."""
 
 from __future__ import annotations
 
@@ -64,13 +63,13 @@ TICKETS = tl.constexpr(4096)
 
 @triton.jit
 def padded_length(length):
-    """LP of so many rows."""
+    """Returns LP of ``length`` rows."""
     return (length + (STEP + GROUP - 2)) // GROUP * GROUP
 
 
 @triton.jit
 def _weight_exponent(weight, stride_h, hidden, padded, BLOCK: tl.constexpr):
-    """``weight_exponent`` of the largest finite |w|."""
+    """Returns the ``weight_exponent`` of the largest finite |w|."""
     most = tl.zeros([BLOCK], tl.float32)
     for h0 in range(0, padded, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
@@ -111,8 +110,8 @@ def _prepare_weight(
 
 @triton.jit
 def _load_rows(source, stride_h, weight, weight_h, f, inside, hidden):
-    """x of a group of rows and w, features f, both [GROUP, BLOCK / 4, 4], lest x be laid out as w
-    is."""
+    """Loads x of a group of rows and w, features f, both [GROUP, BLOCK / 4, 4], lest x take the
+    layout of w."""
     f = f.to(tl.int64)
     v = tl.load(source + f * stride_h, mask=inside & (f < hidden), other=0.0)
     w = tl.load(tl.broadcast_to(weight + f * weight_h, v.shape), mask=f < hidden, other=0.0)
@@ -121,7 +120,7 @@ def _load_rows(source, stride_h, weight, weight_h, f, inside, hidden):
 
 @triton.jit
 def _row_sums(v, w, f, largest, sums, squares):
-    """The largest |x|, the sums of a sketch and of w^2 with these features."""
+    """Returns the largest |x|, and the sums of a sketch and of w^2, with these features."""
     # A comparison with NaN is false: NaN counts as infinite.
     absolute = tl.abs(v)
     absolute = tl.where(absolute < float("inf"), absolute, float("inf"))
@@ -134,7 +133,8 @@ def _store_exponentials(
     v, w, h0, h, rows, at, tile, n, length_padded, padded,
     SIGN: tl.constexpr, EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """Stores the exponentials of features h0 + h; what their roundings add to the correction."""
+    """Stores the exponentials of features h0 + h. Returns what their roundings add to the
+    correction."""
     e, error = exp_with_error(v * (2.0 * SIGN))
     f = h0 + h
     if EXPONENTIAL:
@@ -150,9 +150,9 @@ def _prepare_rows(
     padded, SIGN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SEVERAL: tl.constexpr,
     EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """A group of rows, [GROUP, BLOCK / 4, 4] at a time: threads read and write four features of
-    neighbouring rows, in every layout. WHOLE: BLOCK features are all; SEVERAL: their
-    ``order`` in quads is known. Sums stay apart per thread until the loops end."""
+    """Prepares a group of rows, [GROUP, BLOCK / 4, 4] at a time: threads load and store four
+    features of neighbouring rows, in every layout. WHOLE: BLOCK features are all; SEVERAL:
+    ``order`` is their order in quads. Sums stay apart per thread until the loops end."""
     FOURS: tl.constexpr = BLOCK // 4
     row = tile * GROUP + tl.arange(0, GROUP)
     h = 4 * tl.arange(0, FOURS)[None, :, None] + tl.arange(0, 4)[None, None, :]
@@ -230,7 +230,7 @@ def _prepare_groups(
     EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, ALIGNED: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
-    """So many groups of an entry: one, unless SEVERAL."""
+    """Prepares ``groups`` groups of an entry: one, unless SEVERAL."""
     length_padded = padded_length(length)
     of_entry, tasks = length_padded // GROUP, tl.cdiv(length_padded, groups * GROUP)
     n, o, m = batch_entry(program // tasks, count)
@@ -244,7 +244,7 @@ def _prepare_groups(
         if MATCHED:
             order = quad_order(weight, weight_h, 0, hidden, BLOCK)
         for tile in tl.range(first, tl.minimum(first + groups, of_entry), disable_licm=True):
-            # The maximum, lest what does not change in the loop take registers through it.
+            # The maximum hides that the order is invariant: hoisted, it would take registers.
             _prepare_rows(
                 x, stride_row, stride_h, weight, weight_h, tl.maximum(order, -tile), rows, n, tile,
                 length, length_padded, hidden, padded, SIGN, BLOCK, WHOLE, SEVERAL, EXPONENTIAL,
@@ -268,7 +268,7 @@ def prepare_kernel(
     EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, ALIGNED: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Programs of queries, of keys and of weights, in this order; of weights alone without
+    """The first programs prepare queries, then keys, then weights; weights alone without
     ``query_rows``. ``row_count``, ``key_count`` and ``inner`` are their inner batch dims."""
     program = tl.program_id(0)
     if program >= row_programs + key_programs:
@@ -324,8 +324,8 @@ def prepare(
     query: Tensor, key: Tensor, weight: Tensor, batch: BatchShape, scale: float, *,
     exponential: bool, quads: bool,
 ) -> Prepared:  # fmt: skip
-    """``query`` (*b, Lq, H), ``key`` (*b, Lk, H) and ``weight`` (*b, H) of any strides, and which
-    layouts of the exponentials will be read."""
+    """Prepares ``query`` (*b, Lq, H), ``key`` (*b, Lk, H) and ``weight`` (*b, H) of any strides,
+    in the layouts of the exponentials that will be read."""
     w = batch.narrow(weight, 1)
     outer, inner, hidden = w.shape
     many = hidden > DIFFERENCE_MAX_FEATURES

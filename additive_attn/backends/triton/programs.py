@@ -1,4 +1,4 @@
-"""Launch plans as numbers, which the compiled library repeats without Python
+"""Encodes launch plans as numbers, by which the compiled library repeats calls without Python
 (``csrc/bindings/plans.cpp`` reads them)."""
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from additive_attn.backends.triton.recorder import Buffer, Launch, Operation, Pa
 
 # As in torch's c10::ScalarType.
 _TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
-_MOST_SHARED = 228 * 1024  # beyond, a launch needs an attribute
+_MOST_SHARED = 228 * 1024  # beyond that, a launch needs an attribute
 
 
 def program(
     steps: Sequence[Launch | Operation], results: Sequence[Part], own: Sequence[Buffer], pool: int
 ) -> list[int] | None:
-    """None for what the library cannot do: operations of torch, results that are parts of a
-    buffer, launches on other GPUs than CUDA's or with attributes."""
+    """Returns a plan as numbers; None for what the library cannot do: operations of torch, results
+    that are parts of a buffer, launches on other GPUs than CUDA's or with attributes."""
     launches = [x for x in steps if isinstance(x, Launch) and _is_simple(x)]
     whole = all(x.is_whole and x.dtype in _TYPES for x in results)
     if len(launches) < len(steps) or not whole or len(own) > len(results):
@@ -58,8 +58,8 @@ def _is_simple(launch: Launch) -> bool:
 
 
 def _parameters(types: tuple[Any, ...], values: Sequence[Any]) -> Iterator[tuple[int, int] | None]:
-    """What the kernel takes: the number of a tensor and bytes from its begin, or -1 and a value;
-    None for what is neither an address nor an integer."""
+    """Yields what the kernel takes: the number of a tensor and bytes from its begin, or -1 and a
+    value; None for what is neither an address nor an integer."""
     for kind, value in zip(types, values, strict=True):
         if isinstance(kind, tuple):
             yield from _parameters(kind, value)

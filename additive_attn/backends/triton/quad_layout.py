@@ -1,6 +1,6 @@
-"""Quads of features in memory, as passes over pairs read them (``quads.py``): [HP / 4][LP][4] of
+"""The layout of quads in memory, as passes over pairs load them (``quads.py``): [HP / 4][LP][4] of
 keys, and [HP / 4][LP / 2][4][2] of queries, where the features of two rows, twins, alternate. For
-the matched form quads of c and g stand beside those of queries, [HP / 4][LP / 2][2][4][2], and
+the matched form, quads of c and g lie beside those of queries, [HP / 4][LP / 2][2][4][2], and
 those of p behind those of keys, [HP / 4 + HP / 8][LP][4]: so each thread needs one address."""
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ SPARE = tl.constexpr(128)  # rows that a tile may reach beyond the last of all q
 
 @triton.jit
 def quad_numbers(padded, SIGN: tl.constexpr, MATCHED: tl.constexpr):
-    """Of a row, in all its quads."""
+    """Returns how many numbers all quads of a row have."""
     return padded // 2 * ((3 if SIGN > 0 else 4) if MATCHED else 2)
 
 
 @triton.jit
 def signed(x, SIGN: tl.constexpr):
-    """Quads [..., ..., 4], the odd features of queries with a minus."""
+    """Returns quads [..., ..., 4], with the odd features of queries negated."""
     return x if SIGN > 0 else tl.where(tl.arange(0, 4)[None, None, :] % 2 != 0, -x, x)
 
 
 @triton.jit
 def _store(to, x, step, inside, SIGN: tl.constexpr, MATCHED: tl.constexpr):
-    """[rows, quads, 4], the quads ``step`` apart."""
+    """Stores [rows, quads, 4], with the quads ``step`` apart."""
     if SIGN < 0:
         x = tl.permute(tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1], 4]), (0, 2, 3, 1))
         x = tl.reshape(x, [x.shape[0], x.shape[1], 8])
@@ -40,7 +40,7 @@ def _store(to, x, step, inside, SIGN: tl.constexpr, MATCHED: tl.constexpr):
 def store_quads(
     to, x, h0, tile, n, length_padded, padded, SIGN: tl.constexpr, MATCHED: tl.constexpr
 ):  # fmt: skip
-    """Features of a group of rows, [GROUP, BLOCK / 4, 4], from h0."""
+    """Stores features of a group of rows, [GROUP, BLOCK / 4, 4], from h0."""
     OF_ROW: tl.constexpr = 8 if MATCHED and SIGN < 0 else 4
     to += n * quad_numbers(padded, SIGN, MATCHED) * length_padded
     to += OF_ROW * (tl.cast(h0 // 4, tl.int64) * length_padded + x.shape[0] * tile)
@@ -51,7 +51,7 @@ def store_quads(
 def fill_spare(
     quads, programs, padded, GROUP: tl.constexpr, SIGN: tl.constexpr, MATCHED: tl.constexpr
 ):  # fmt: skip
-    """1 in the rows beyond the last of all quads, of so many groups."""
+    """Stores 1 in the rows beyond the last of all quads, of ``programs`` groups."""
     quads += programs.to(tl.int64) * GROUP * quad_numbers(padded, SIGN, MATCHED)
     ones = tl.full([SPARE, 1, 4], 1.0, tl.float32)
     _store(quads, signed(ones, SIGN), 0, 1, SIGN, MATCHED)

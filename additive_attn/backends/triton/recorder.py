@@ -1,4 +1,4 @@
-"""Writes down what a call does while it does it: allocations, launches, operations of torch."""
+"""Records what a call does while it runs: allocations, launches, operations of torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FRESH = {"empty", "new_empty", "empty_strided", "new_empty_strided", "empty_lik
 
 
 class NotPlanned(Exception):
-    """Why a call cannot be repeated from what was written down."""
+    """Says why a recorded call cannot be repeated."""
 
 
 @dataclass(eq=False)
@@ -27,10 +27,10 @@ class Buffer:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-    address: int  # while it was written down
-    born: int = -1  # the number of a step; given ones are there before
+    address: int  # while it was recorded
+    born: int = -1  # the number of a step; -1 for those that are given
     dies: int = -1  # the last step that reads or writes it
-    seen: bool = False  # by an operation, which takes a tensor
+    seen: bool = False  # whether an operation takes or returns it, as a tensor
     number: int = -1  # of the tensor that holds it in a plan
     begin: int = 0  # where in that tensor, in bytes
 
@@ -60,13 +60,13 @@ class Part(NamedTuple):
 
     @property
     def place(self) -> tuple[int, int]:
-        """The number of the tensor that holds it, and bytes from its begin; a tensor without
+        """The number of the tensor that holds the part, and bytes from its begin. A part without
         elements has no address."""
         x = self.buffer
         return (x.number, x.begin + self.offset) if all(self.shape) else (-1, 0)
 
     def of(self, x: Tensor) -> Tensor:
-        """The part, where ``x`` holds the buffer."""
+        """Returns the part, where ``x`` holds the buffer."""
         if self.is_whole:
             return x
         offset = x.storage_offset() + self.offset // self.dtype.itemsize
@@ -87,7 +87,7 @@ class Operation(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """``reason`` says why the call cannot be repeated; None if it can."""
+    """Records a call. ``reason`` says why it cannot be repeated; None if it can."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Recorder(TorchDispatchMode):
         return Part(buffer, tuple(x.shape), x.stride(), x.dtype, offset)
 
     def _parts(self, arguments: Any) -> Any:
-        """The same with parts for tensors."""
+        """Replaces tensors by parts."""
         if type(arguments) in TENSORS:
             return self.part(arguments)
         if isinstance(arguments, (tuple, list)):
@@ -118,7 +118,7 @@ class Recorder(TorchDispatchMode):
     def launched(
         self, found: Compiled | None, programs: int, arguments: tuple[Any, ...] = ()
     ) -> None:
-        """A launch of a compiled kernel; None where Triton itself looked for it."""
+        """Records a launch of a compiled kernel; None where Triton itself searched for it."""
         if self.reason is None:
             try:
                 if found is None:
@@ -146,7 +146,7 @@ class Recorder(TorchDispatchMode):
         name, now = func._schema.name.split("::")[1], len(self.steps)
         fixed = not any(x.alias_info and x.alias_info.is_write for x in func._schema.arguments)
         bases = [self._base(x, args) if fixed else None for x in results]
-        nothing = len(results) == 1 and fixed and not results[0].numel()  # nobody reads it
+        nothing = len(results) == 1 and fixed and not results[0].numel()  # nothing reads it
         if name in _FRESH or (nothing and bases == [None]):
             if result.device != self.device:
                 raise NotPlanned(f"{func} takes memory on {result.device}")
@@ -168,7 +168,7 @@ class Recorder(TorchDispatchMode):
             self.steps.append(Operation(func, arguments, options, made))
 
     def _base(self, x: Tensor, args: Any) -> Buffer | None:
-        """The buffer of the argument that ``x`` is, or is a view of."""
+        """Returns the buffer of the argument that ``x`` is, or is a view of."""
         storage = x.untyped_storage()._cdata
         for y in args:
             if type(y) is Tensor and y.untyped_storage()._cdata == storage:
@@ -188,12 +188,12 @@ def _bytes(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) 
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
-    """As after an addition in place to a part of a tensor."""
+    """Whether a copy has no effect, as after an addition in place to a part of a tensor."""
     return x.data_ptr() == y.data_ptr() and (x.shape, x.stride()) == (y.shape, y.stride())
 
 
 def _found(arguments: Any) -> Iterator[Part]:
-    """The parts among arguments."""
+    """Yields the parts among arguments."""
     if isinstance(arguments, Part):
         yield arguments
     elif isinstance(arguments, tuple):

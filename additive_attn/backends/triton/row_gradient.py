@@ -24,13 +24,13 @@ def row_pairs(
     grad_weights, gw_column, seed, n, threshold, keep_bits, key_begin, key0,
     ACC: tl.constexpr, BLOCK: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """P before it is divided by its sum, dP, the dropout factors, and which are attended, of keys
-    key0 + j: [ROWS, BLOCK / 4, 4]."""
+    """Returns P before it is divided by its sum, dP, the dropout factors, and which are attended,
+    of keys key0 + j: [ROWS, BLOCK / 4, 4]."""
     ROWS: tl.constexpr = base.shape[0]
     c = key0 + j
     x = tl.load(scores + c, mask=inside & (c < score_padded), other=float("-inf"))
     g = tl.load(products + c, mask=inside & (c < product_row), other=0.0)
-    attended = x != float("-inf")  # as stored, beyond the last key too
+    attended = x != float("-inf")  # -inf is stored beyond the last key too
     p = tl.where(attended, exp(x - base, TARGET), 0.0)
     factor = tl.full([1, 1, 1], 1.0, ACC)
     if seed is not None:
@@ -51,20 +51,20 @@ def store_row_pairs(
     scores, gradient, p, g, factor, attended, inverse, delta, inside, j, key0,
     row_padded, key_padded, score_padded,
 ):  # fmt: skip
-    # Whatever the row's sums are: 0 * NaN is NaN.
+    # Masked pairs are excluded before the product: 0 * NaN is NaN.
     p *= tl.where(attended, inverse, 0.0)
     g = tl.where(attended, p * (g - delta), 0.0)
     c = key0 + j
     to = gradient + row_padded.to(tl.int64) * (key0 + j // 4 * 4) + j % 4
     tl.store(to, g, mask=c < key_padded)
-    # A score may lie in several threads.
+    # Several threads may load the same score.
     tl.debug_barrier()
     tl.store(scores + c, p * factor, mask=inside & (c < score_padded))
 
 
 @triton.jit
 def row_sum(x):
-    """[ROWS, BLOCK / 4, 4] to [ROWS, 1, 1]."""
+    """Sums [ROWS, BLOCK / 4, 4] to [ROWS, 1, 1]."""
     return tl.sum(tl.sum(x, 2), 1)[:, None, None]
 
 
@@ -79,10 +79,11 @@ def row_gradient_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, PHASE: tl.constexpr,
     SPLITS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """``gradient`` becomes G in fours of keys, [key_padded / 4][row_padded][4], zeros up to its
-    padded size, and ``scores`` P o D. ``products`` is dO V^T. P is divided by its sum, which takes
-    out the rounding of lse. WHOLE: BLOCK keys are all. PHASE 1 leaves the sums of a range of keys
-    in ``sums``, [2][split][row], from which PHASE 2 goes on; 0: both at once, of all keys."""
+    """Stores G in ``gradient`` by fours of keys, [key_padded / 4][row_padded][4], with zeros up to
+    its padded size, and P o D in ``scores``. ``products`` is dO V^T. P is divided by its sum,
+    which removes the rounding of lse. WHOLE: BLOCK keys are all. PHASE 1 stores the sums of a
+    range of keys in ``sums``, [2][split][row], which PHASE 2 loads; 0: both at once, of all
+    keys."""
     ACC: tl.constexpr = scores.dtype.element_ty
     program = tl.program_id(0)
     split = program % splits
@@ -103,7 +104,7 @@ def row_gradient_kernel(
         grad_weights += o * gw_outer + m * gw_inner + (row_begin + row) * gw_row
     if seed is not None:
         seed += o * seed_outer + m * seed_inner
-    # An attended pair of a row whose lse is infinite is NaN, as in a softmax.
+    # P of an attended pair is NaN where the lse of its row is infinite, as in a softmax.
     base = tl.load(lse + n * rows + i, mask=of_row, other=0.0)[:, None, None]
     base = tl.where(tl.abs(base) == float("inf"), float("nan"), base)
     begin = split * keys_per_split
@@ -173,8 +174,8 @@ def given_kernel(
     inner, entry_begin, rows, row_begin, row_count, row_padded, keys, key_begin, key_padded,
     left, right, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``gradient`` becomes G as it is given, laid out as above, with zeros where a pair is masked,
-    whatever lies there, and up to its padded size."""
+    """Copies G as it is given to ``gradient``, laid out as above, with zeros where a pair is
+    masked, whatever is given there, and up to its padded size."""
     program = tl.program_id(0)
     r = program % row_padded
     n, o, m = batch_entry(entry_begin + program // row_padded, inner)
@@ -202,7 +203,7 @@ def row_gradients(
     p: Problem, piece: Piece, lse: Tensor, upstream: Upstream, scores: Tensor, products: Tensor,
     gradient: Tensor,
 ) -> None:  # fmt: skip
-    """Fills G of a piece, padded, and puts P o D in place of its scores."""
+    """Fills G of a piece, padded, and replaces its scores by P o D."""
     key, end = p.key_range(piece)
     key_padded, row_padded = 4 * gradient.shape[1], gradient.shape[2]
     tile = tiles.row_tile(key_padded, p.wide)

@@ -1,10 +1,9 @@
-"""Scores and dO V^T of a small backward in one kernel, which large calls compute in two
-(``score_tiles``, a product of torch).
+"""Scores and dO V^T of a small backward in one kernel. Large calls take two (``score_tiles``, a
+product of torch).
 
-Where rows alone fill the machine, or their keys are few, a program takes the tiles of some rows
-one after the other, and keeps scores and products in memory. Then it reads them again, row by row,
-for P and G (math.md, eq. 9). Else it takes one tile, and ``row_gradient`` the rows.
-"""
+Where rows alone fill the GPU, or their keys are few, a program computes the tiles of some rows one
+after the other, and stores scores and products. Then it loads them again, row by row, for P and G
+(math.md, eq. 9). Else it computes one tile, and ``row_gradient`` computes the rows."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ from additive_attn.spec.call import Upstream
 
 @triton.jit
 def product(acc, x, y, PRECISION: tl.constexpr, TARGET: tl.constexpr):
-    """acc + x y. Both take the dtype of the sums, unless it is one of 16 bits."""
+    """Returns acc + x y. x and y of different dtypes are converted to that of the sums."""
     SAME: tl.constexpr = x.dtype == y.dtype
     if TARGET == "none" or not SAME:  # NumPy has no bfloat16
         x = x.to(acc.dtype)
@@ -53,7 +52,7 @@ def _store_products(
     keys, values, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
-    """dO V^T of a tile, rows and keys in order; a product takes at least 16 rows."""
+    """Stores dO V^T of a tile, rows and keys in order; a product takes at least 16 rows."""
     LEAST: tl.constexpr = 16 if BM < 16 else BM
     r = tl.arange(0, LEAST)
     i = (row0 + r)[:, None]
@@ -82,7 +81,7 @@ def _store_rows(
     threshold, keep_bits, row0, rows, row_padded, keys, key_padded, score_padded,
     BM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """G and P o D of BM rows, as ``row_gradient_kernel`` has them."""
+    """Stores G and P o D of BM rows, as ``row_gradient_kernel`` does."""
     ACC: tl.constexpr = scores.dtype.element_ty
     j = 4 * tl.arange(0, BLOCK // 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
     for r0 in range(row0, row0 + BM, ROWS):
@@ -144,15 +143,15 @@ def row_pass_kernel(
     BD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
     DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """BM rows of an entry: P o D to ``scores`` [entry][row][key], G to ``gradient`` as
-    ``row_gradient_kernel`` writes it, and ``flags`` as ``score_kernel`` does. Without ``gradient``
-    a range of their keys: scores, and dO V^T to ``products``. ALIGNED: the values and dO of all
-    entries are."""
+    """For BM rows of an entry, stores P o D in ``scores`` [entry][row][key], G in ``gradient`` as
+    ``row_gradient_kernel`` does, and ``flags`` as ``score_kernel`` does. Without ``gradient``,
+    stores scores of a range of their keys, and dO V^T in ``products``. ALIGNED: the values and dO
+    of all entries are."""
     BM: tl.constexpr = RM * TM
     BN: tl.constexpr = RN * TN
     ACC: tl.constexpr = scores.dtype.element_ty
     row_tiles = row_padded // BM
-    tile = row_tiles - 1 - tl.program_id(0) % row_tiles  # of a causal mask the longest come first
+    tile = row_tiles - 1 - tl.program_id(0) % row_tiles  # under a causal mask, the longest first
     row0 = tile * BM
     begin = tl.program_id(0) // row_tiles % splits * keys_per_split
     n, o, m = batch_entry(tl.program_id(0) // row_tiles // splits, inner)
@@ -207,7 +206,7 @@ def row_pass_kernel(
             store_tile(products, nothing, 0, row0, key0, rows, score_padded)
         tl.store(flags + key0 // BN, any_opposite, mask=row0 < rows)
     if gradient is not None:
-        # Other threads have written what this one reads.
+        # Other threads have stored what this one loads.
         tl.debug_barrier()
         _store_rows(
             scores, products, gradient + n * row_padded * key_padded, lse + n * rows,
@@ -219,7 +218,7 @@ def row_pass_kernel(
 def row_pass(
     p: Problem, lse: Tensor, upstream: Upstream, gradient: Tensor
 ) -> tuple[Tensor, Flags]:
-    """Fills G of all rows, padded; P o D, padded, and the tiles with opposite pairs."""
+    """Fills G of all rows, padded. Returns P o D, padded, and the tiles with opposite pairs."""
     tile = tiles.row_pass_tile(
         p.entries, p.rows, p.keys, p.padded, p.values, p.dtype.itemsize, p.processors
     )
@@ -236,7 +235,8 @@ def row_pass(
 def _launch(
     p: Problem, tile: tiles.Tile, lse: Tensor, upstream: Upstream, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor, Flags]:
-    """Scores, or with ``gradient`` P o D, and products, both padded; tiles with opposite pairs."""
+    """Returns scores, or with ``gradient`` P o D, and products, both padded, and the tiles with
+    opposite pairs."""
     row_tiles, key_tiles = -(-p.rows // tile.rows), -(-p.keys // tile.keys)
     score_padded, splits = key_tiles * tile.keys, key_tiles
     row_padded, key_padded = row_tiles * tile.rows, 0

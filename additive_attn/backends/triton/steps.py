@@ -1,10 +1,9 @@
-"""A decoder's steps: the operators ``additive_attn::step`` and ``step_backward`` on a GPU.
+"""The operators ``additive_attn::step`` and ``step_backward``, a decoder's steps, on a GPU.
 
 A step is one query per entry (``decode_forward.py``), perhaps with a location term in its
-energies. Its backward returns what only this step can know: the gradients of the query, the scores
-and the location term; the keys', values' and weight's come once for all steps (math.md, eq. 16).
-With a location term the keys' gradient is added to the caller's sum as it arises.
-"""
+energies. Its backward returns the gradients of the query, the scores and the location term. Those
+of keys, values and weight are computed once for all steps (math.md, eq. 16). Only with a location
+term, each step adds the keys' gradient to the caller's sum, and returns that of the weight."""
 
 from __future__ import annotations
 
@@ -51,9 +50,9 @@ def location_kernel(
     BLOCK: tl.constexpr, FEATURES: tl.constexpr, FILTERS: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a range of keys of an entry, and a tile of features: G; those of query, weight
-    and location weight to [split][entry]; that of the location to [tile][entry]; the key's is
-    added to ``grad_key`` unless that is None."""
+    """Stores the gradients of a range of keys of an entry, and a tile of features: G; those of
+    query, weight and location weight, [split][entry]; that of the location, [tile][entry]. Adds
+    the key's to ``grad_key``, unless that is None."""
     ACC: tl.constexpr = probabilities.dtype.element_ty
     tile_count = tl.maximum(tl.cdiv(hidden, FEATURES), 1)
     n, split, tile, o, m, begin, last = program_entry(
@@ -96,7 +95,7 @@ def location_kernel(
             to = grad_key + j[:, None].to(tl.int64) * hidden + h[None, :]
             stored = (j < last)[:, None] & inside[None, :]
             total = tl.load(to, mask=stored, other=0.0) + share
-            # A gradient may lie in several threads.
+            # Several threads may load the same gradient.
             tl.debug_barrier()
             tl.store(to, total, mask=stored)
         of_key = at_entry(location.features, o, m) + f[None, :] * location.features.row
@@ -120,7 +119,7 @@ def location_kernel(
 
 
 def prepare_keys(key: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Nothing: an exponential per pair costs a GPU less than to read twice as much."""
+    """Returns no numbers: an exponential per pair costs a GPU less than loading twice as much."""
     return key.new_empty(0)
 
 
@@ -176,7 +175,8 @@ def step_backward(
 def _location_gradients(
     p: Problem, rows: Rows, upstream: Upstream, gradient: Tensor, grad_key: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of query, location, location weight and weight; G to ``gradient``."""
+    """Returns the gradients of query, location, location weight and weight. Stores G in
+    ``gradient``."""
     batch, n = p.batch.shape, p.entries
     own = grad_key
     if grad_key is not None and (grad_key.shape[:-2] != batch or not grad_key.is_contiguous()):

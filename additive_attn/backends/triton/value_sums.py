@@ -1,8 +1,7 @@
 """The weighted sums of the values of some rows, tile by tile (``one_pass.py``).
 
-A value that is not finite is seen when it has reached a sum, even times 0. Then ``again`` takes
-from each tile first the finite values, then the others for the rows that attend to them.
-"""
+A nonfinite value is detected in the sums that it has reached, even times 0. Then ``again`` adds
+the finite values of each tile, and the others only to the rows that attend to them."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def in_order(x):
-    """[RM, RN, TM, TN] as [BM, BN]."""
+    """Reshapes [RM, RN, TM, TN] to [BM, BN]."""
     BM: tl.constexpr = x.shape[0] * x.shape[2]
     BN: tl.constexpr = x.shape[1] * x.shape[3]
     return tl.reshape(tl.permute(x, [2, 0, 1, 3]), [BM, BN])
@@ -20,13 +19,13 @@ def in_order(x):
 
 @triton.jit
 def as_tile(x, RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr):
-    """[BM, BN] as [RM, RN, TM, TN]."""
+    """Reshapes [BM, BN] to [RM, RN, TM, TN]."""
     return tl.permute(tl.reshape(x, [TM, RM, RN, TN]), [1, 2, 0, 3])
 
 
 @triton.jit
 def often_enough(x, LEAST: tl.constexpr):
-    """[BM, BN] as [LEAST, BN], which a product takes: each row LEAST / BM times."""
+    """Repeats each row of [BM, BN] LEAST / BM times, to [LEAST, BN], which a product takes."""
     BM: tl.constexpr = x.shape[0]
     BN: tl.constexpr = x.shape[1]
     if BM < LEAST:
@@ -37,8 +36,8 @@ def often_enough(x, LEAST: tl.constexpr):
 
 @triton.jit
 def _add_nonfinite(acc, p, value, value_row, key0, last, inside_d):
-    """Adds the values of a tile that are not finite to the rows that attend to them: p != 0, and
-    -1 in place of 0."""
+    """Adds the nonfinite values of a tile to the rows that attend to them: p != 0, and -1 in place
+    of 0."""
     BN: tl.constexpr = p.shape[1]
     c = tl.arange(0, BN)[None, :]
     for k in range(0, tl.minimum(last - key0, BN)):
@@ -52,7 +51,7 @@ def _add_nonfinite(acc, p, value, value_row, key0, last, inside_d):
 
 @triton.jit
 def _add_finite(acc, p, value, value_row, key0, last, inside_d, again):
-    """acc + P V of a tile, key by key. ``again``: without the values that are not finite."""
+    """Returns acc + P V of a tile, key by key. ``again``: without the nonfinite values."""
     BN: tl.constexpr = p.shape[1]
     c = tl.arange(0, BN)[None, :]
     for k in range(0, tl.minimum(last - key0, BN)):
@@ -68,8 +67,8 @@ def _weighted_sum(
     acc, p, attended, value, value_row, value_column, key0, last, d, values, again,
     ROUNDED: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """acc + P V of a tile, [LEAST, BD], with P [RM, RN, TM, TN]. ``again``: values that are not
-    finite reach the rows alone that attend to them, by ``attended``. ROUNDED: P takes the values'
+    """Returns acc + P V of a tile, [LEAST, BD], with P [RM, RN, TM, TN]. ``again``: nonfinite
+    values reach only the rows that attend to them, by ``attended``. ROUNDED: P takes the values'
     dtype, as weights in 16 bits do; else the values take that of P."""
     BN: tl.constexpr = p.shape[1] * p.shape[3]
     LEAST: tl.constexpr = acc.shape[0]
@@ -115,17 +114,17 @@ def accumulate(
     values, again, BD: tl.constexpr, MEMORY: tl.constexpr,
     ROUNDED: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """acc shrink + P V of a tile, in registers or in memory."""
+    """Returns acc shrink + P V of a tile. With MEMORY, acc is in memory, else in registers."""
     d = tl.arange(0, BD)
     if MEMORY:
-        # Other threads may have written what this one reads.
+        # Other threads may have stored what this one loads.
         tl.debug_barrier()
         for d0 in range(0, values, BD):
             here = inside & (d0 + d < values)[None, :]
             at = sums + (d0 + d)[None, :]
             written = inside & (d0 + d < values * started)[None, :]
             acc = tl.load(at, mask=written, other=0.0) * shrink
-            # Other threads may have to read what this one writes.
+            # Other threads may still load what this one stores.
             tl.debug_barrier()
             acc = _weighted_sum(
                 acc, p, attended, value, value_row, value_column, key0, last, d0 + d, values,
@@ -144,7 +143,7 @@ def accumulate(
 def finish(
     acc, factor, started, out, sums, place, inside, values, BD: tl.constexpr, MEMORY: tl.constexpr
 ):  # fmt: skip
-    """Stores acc times ``factor``; whether a number of acc is not finite."""
+    """Stores acc times ``factor``. Returns whether a number of acc is nonfinite."""
     d = tl.arange(0, BD)
     nonfinite = 0
     if MEMORY:
