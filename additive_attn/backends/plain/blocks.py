@@ -1,9 +1,9 @@
 """The operators in plain PyTorch, on any device, a block of rows at a time, so that memory stays
 bounded.
 
-Forward is the formula of each block, backward its derivative (math.md, eq. 9 to 12), for which a
-block computes its energies again. Keys that no row of a block may attend to are skipped.
-"""
+Forward evaluates the formula for each block, backward its derivative (math.md, eq. 9 to 12), for
+which a block computes its energies again. Keys that no row of a block may attend to are
+skipped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from additive_attn.spec.formula import (
 
 
 def unnarrowed(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Without autocast, which compiled graphs and backward may run operators under."""
+    """Disables autocast, under which compiled graphs and backward may run operators."""
 
     def run(*arguments: Any) -> Any:
         with torch._C._DisableAutocast():
@@ -71,7 +71,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Gradients(NamedTuple):
-    """Over the whole batch, in the dtype that is computed in; None where not needed."""
+    """The gradients of the whole batch, in the computing dtype; None where not needed."""
 
     query: Tensor | None
     key: Tensor | None
@@ -111,7 +111,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def _backward_block(
     block: Block, call: Call, batch: torch.Size, upstream: Upstream, gradients: Gradients
 ) -> None:
-    """Adds what the pairs of a block contribute to the gradients."""
+    """Adds the share of the pairs of a block to the gradients."""
     query, key, value, weight = (widened(tensor) for tensor in block.inputs(call.inputs))
     attn_mask, attended = block.masks(call.masking, query.device)
     factors = block.factors(call.options, batch, query.dtype)
@@ -157,7 +157,8 @@ def score_gradient(
     grad_weights: Tensor | None,
     grad_lse: Tensor | None,
 ) -> Tensor:
-    """G of equation 9; ``out_and_value`` is the upstream gradient of out, and the values."""
+    """Returns G of equation 9; ``out_and_value`` is the upstream gradient of out, and the
+    values."""
     total = torch.zeros_like(weights)
     if out_and_value is not None:
         total = product(out_and_value[0], out_and_value[1].mT)
@@ -177,7 +178,7 @@ def score_gradient(
 def _add_value_gradient(
     target: Tensor, kept: Tensor, grad_out: Tensor, attended: Tensor | None
 ) -> None:
-    """Equation 12."""
+    """Adds dV of equation 12 to ``target``."""
     if attended is not None and not is_finite(grad_out.sum()):
         target += weighted_sum(kept.mT, grad_out, attended.mT)
     elif kept.shape[-2] == 1:
@@ -194,8 +195,8 @@ def add_feature_gradients(
     weight: Tensor,
     shield: Tensor | None,
 ) -> Tensor:
-    """Equation 10; overwrites the energies, the largest temporary. Returns the gradients of the
-    pairs, ``(..., Lq, Lk, H)``."""
+    """Adds the gradients of query and key (equation 10). Overwrites the energies, the largest
+    temporary. Returns the gradients of the pairs, ``(..., Lq, Lk, H)``."""
     slope = torch.addcmul(energy.new_ones(()), energy, energy, value=-1, out=energy)
     slope.mul_(weight[..., None, None, :]).mul_(grad_score.unsqueeze(-1))
     if shield is not None:

@@ -1,5 +1,5 @@
-"""Sums over the features of pairs for the tangents (math.md, section 9): two operators, and what
-hands them to the equations. No tensor (..., Lq, Lk, H) is kept."""
+"""Sums over the features of pairs for the tangents (math.md, section 9): two operators, and a
+class by which the equations call them. No tensor (..., Lq, Lk, H) is kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from additive_attn.spec.tangents import FormulaPairs, Masks
 
 
 class OperatorPairs:
-    """By operators that keep no number per pair and feature. Their tensors are (entries, ...)."""
+    """Computes the sums by operators that keep no number per pair and feature. Their tensors are
+    (entries, ...)."""
 
     def __init__(self, inputs: Inputs, tangents: Tangents) -> None:
         query, key, _, weight = inputs
@@ -29,7 +30,7 @@ class OperatorPairs:
         )  # fmt: skip
 
     def flat(self, x: Tensor | None, rank: int, like: Tensor | None = None) -> Tensor:
-        """Contiguous over all entries; zeros in the place of None."""
+        """Returns ``x`` contiguous over all entries; zeros like ``like`` in the place of None."""
         if x is None:
             assert like is not None
             return like.new_zeros(self.batch.numel(), *like.shape[-rank:])
@@ -59,7 +60,7 @@ class OperatorPairs:
 
 @unnarrowed
 def pair_scores(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums over features of equations 1 and 22."""
+    """Returns the sums over features of equations 1 and 22."""
     query, key = arguments[:2]
     found = query.new_empty(2, query.shape[0], query.shape[-2], key.shape[-2])
     for block in blocks_of(Call(query, key, key[..., :0], arguments[2]), query.shape[:1]):
@@ -72,7 +73,8 @@ def pair_scores(*arguments: Tensor) -> tuple[Tensor, Tensor]:
 def pair_gradients(
     grad: Tensor, grad_tangent: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Equations 26 and 27. Pairs whose gradients are both 0 contribute 0, whatever they hold."""
+    """Returns the sums of equations 26 and 27. Pairs whose gradients are both 0 contribute 0,
+    whatever they hold."""
     tensors, wanted = arguments[:6], arguments[6:]
     query, key, weight = tensors[:3]
     needs = Needs(wanted[0], wanted[1], False, wanted[2], False)

@@ -1,4 +1,4 @@
-"""How a call is cut for plain PyTorch: blocks of rows, and the keys that they may attend to."""
+"""Splits a call for plain PyTorch into blocks of rows, with the keys that they may attend to."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ Span = tuple[int, int]
 class Block(NamedTuple):
     """Rows and keys of some entries, computed at one time."""
 
-    dim: int  # batch dim that is divided, counted from the last, which is 1
+    dim: int  # the batch dim that is divided, counted from the last, which is 1
     entries: tuple[int, int]  # range of this dim
     rows: tuple[int, int]
     spans: tuple[Span, ...]  # of keys
 
     def of_entries(self, tensor: Tensor, rank: int) -> Tensor:
-        """The part of the entries; ``rank`` is the number of dims that are not of the batch."""
+        """Returns the part of the entries; ``rank`` is the number of dims that are not of the
+        batch."""
         dim = tensor.dim() - rank - self.dim
         if dim < 0 or tensor.shape[dim] == 1:
             return tensor
@@ -40,7 +41,7 @@ class Block(NamedTuple):
     def of_rows(self, tensor: Tensor) -> Tensor:
         return self.of_entries(tensor, 2)[..., slice(*self.rows), :]
 
-    # Of several spans, these are copies: ``write`` writes.
+    # With several spans, these return copies: ``write`` stores to the tensor itself.
 
     def of_keys(self, tensor: Tensor) -> Tensor:
         tensor = self.of_entries(tensor, 2)
@@ -51,7 +52,7 @@ class Block(NamedTuple):
         return self.joined(lambda span: tensor[..., slice(*span)], -1)
 
     def of_features(self, tensor: Tensor) -> Tensor:
-        """Of ``(..., features, keys)``."""
+        """Returns the part of ``(..., features, keys)``."""
         tensor = self.of_entries(tensor, 2)
         return self.joined(lambda span: tensor[..., slice(*span)], -1)
 
@@ -67,7 +68,7 @@ class Block(NamedTuple):
         return torch.cat([of_span(span) for span in self.spans], dim)
 
     def write(self, part: str, tensor: Tensor, numbers: Tensor, add: bool = True) -> None:
-        """Adds to ``of_keys`` or another part of keys, or writes it anew."""
+        """Adds ``numbers`` to ``of_keys`` or another part of keys, or overwrites it."""
         each = [numbers]
         if len(self.spans) > 1:
             sizes = [stop - start for start, stop in self.spans]
@@ -93,7 +94,7 @@ class Block(NamedTuple):
         )
 
     def masks(self, masking: Masking, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """The part of the dense mask, and the attended pairs; None where all are."""
+        """Returns the part of the dense mask, and the attended pairs; None where all are."""
         attn_mask, lengths, starts, table = masking[:4]
         if attn_mask is not None:
             attn_mask = self.of_mask(attn_mask)
@@ -114,7 +115,7 @@ class Block(NamedTuple):
         return attn_mask, attended_pairs(attn_mask, self.joined(of_span, -1))
 
     def factors(self, options: Options, batch: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """The dropout factors D of equation 15."""
+        """Returns the dropout factors D of equation 15."""
         seed, dropout_p, _ = options
         if seed is None:
             return None
@@ -128,8 +129,8 @@ class Block(NamedTuple):
 
 
 def blocks_of(call: Call, batch: torch.Size, pairs: int | None = None) -> Iterator[Block]:
-    """Blocks of all rows of some entries, or of some rows of one entry: of up to ``pairs`` pairs,
-    or of as many as fit with their energies."""
+    """Yields blocks of all rows of some entries, or of some rows of one entry: of up to ``pairs``
+    pairs, or of as many as fit with their energies."""
     query, key, value, _ = call.inputs
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     if any(x is not None for x in call[4:9]):
@@ -143,7 +144,7 @@ def blocks_of(call: Call, batch: torch.Size, pairs: int | None = None) -> Iterat
     keys = KeptKeys(masking, dim, count, num_keys)
     left, right = masking.left, masking.right
     span = num_keys if left < 0 or right < 0 else min(num_keys, left + right + 1)
-    # Masked values that are not finite take a tensor (..., Lq, Lk, Dv).
+    # Nonfinite masked values take a tensor (..., Lq, Lk, Dv).
     masked = left >= 0 or right >= 0 or any(x is not None for x in masking[:4])
     features = max(query.shape[-1], value.shape[-1] if masked else 1, 1)
     unit = batch.numel() // count * (1 if pairs else features)
@@ -156,7 +157,7 @@ def blocks_of(call: Call, batch: torch.Size, pairs: int | None = None) -> Iterat
         row = 0
         while row < num_queries:
             some = rows_at_once
-            while row + some < num_queries:  # where ranges are short, more rows fit
+            while row + some < num_queries:  # more rows fit where ranges are short
                 spans = keys.of(entries, (row, min(row + 2 * some, num_queries)))
                 if 2 * some * sum(stop - start for start, stop in spans) * unit > elements:
                     break
@@ -174,7 +175,8 @@ class KeptKeys:
         self.left, self.right, self.keys = masking.left, masking.right, num_keys
 
         def listed(numbers: Tensor | None, reduce: Callable[..., Tensor]) -> list[list[int]]:
-            """For each index of the divided dim, the numbers of the rows, or one for all."""
+            """Returns for each index of the divided dim the numbers of the rows, or one for
+            all."""
             if numbers is None:
                 return []
             numbers = torch.atleast_1d(numbers).clamp(0, num_keys)

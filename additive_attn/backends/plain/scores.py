@@ -1,5 +1,5 @@
-"""Scores alone, and the gradients of query, key and weight from theirs, in plain PyTorch, a block
-of rows at a time."""
+"""Scores alone, and the gradients of query, key and weight from those of scores, in plain PyTorch,
+a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from additive_attn.spec.formula import scores as formula
 
 @unnarrowed
 def scores(*arguments: Any) -> Tensor:
-    """Equation 1: -inf where a pair is masked."""
+    """Returns the scores of equation 1: -inf where a pair is masked."""
     call = call_of_scores(*arguments)
     query, key, batch = call.query, call.key, call.batch()
     result = query.new_full((*batch, query.shape[-2], key.shape[-2]), -torch.inf)
@@ -36,7 +36,8 @@ def scores(*arguments: Any) -> Tensor:
 
 @unnarrowed
 def scores_backward(grad_scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Equations 10 and 11; the gradient of a mask is that of the scores."""
+    """Returns the gradients of equations 10 and 11. The gradient of a mask is that of the
+    scores."""
     call, needs = call_of_scores(*arguments[:11]), arguments[11:]
     (query, key, _, weight), attn_mask = call.inputs, call.attn_mask
     if attn_mask is not None and not (needs[3] and attn_mask.is_floating_point()):

@@ -1,8 +1,7 @@
 """A decoder's steps in plain PyTorch: one query, all keys at one time.
 
-Backward returns what only this step can know: the gradients of the query and of the scores. Those
-of the keys, values and weight come once, for all steps (math.md, eq. 16).
-"""
+Backward returns the gradients of the query and of the scores. Those of the values, and mostly
+those of keys and weight, are computed once for all steps (math.md, eq. 16)."""
 
 from __future__ import annotations
 
@@ -26,14 +25,13 @@ from additive_attn.spec.dropout import drawn_factors, keep_mask
 from additive_attn.spec.formula import attended_pairs, energies, scores, widened
 from additive_attn.spec.masks import interval_mask
 
-# Elements of the windows of a location up to which a product with them costs less than a
-# convolution.
+# Up to so many elements of windows of a location, a product costs less than a convolution.
 _FEW_WINDOWS = 2**15
 _convolve = torch.ops.aten.thnn_conv2d
 
 
 def prepare_keys(key: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Nothing: plain PyTorch reads the keys themselves."""
+    """Returns no numbers: plain PyTorch reads the keys themselves."""
     return key.new_empty(0)
 
 
@@ -52,7 +50,7 @@ def step(
     dropout_p: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Equations 1 and 2 of one query, with the location term beside the keys."""
+    """Computes equations 1 and 2 for one query, with the location term added to the keys."""
     key, value = key.to(query.dtype), value.to(query.dtype)  # a memory may be narrower
     if location is not None:
         key = (widened(key) + _term(location, location_weight)).to(key.dtype)
@@ -84,10 +82,10 @@ def step_backward(
     lse: Tensor,
     grad_key: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Equations 9 and 10. ``weights`` are those that the step returned; ``grad_key`` is added
-    to, here also without a location term: making the energies once more for all steps would cost
-    more. Beside it and with a location term no later pass makes the gradient of the weight, so it
-    comes too."""
+    """Computes equations 9 and 10. ``weights`` are those that the step returned. Adds to
+    ``grad_key``, here also without a location term: to compute the energies again for all steps
+    would cost more. With ``grad_key`` or a location term no later pass computes the gradient of
+    the weight, so it is returned too."""
     batch, dtype = weights.shape[:-2], lse_dtype(query.dtype)
     keys = (0, key.shape[-2])
     attended = attended_pairs(
@@ -145,7 +143,7 @@ def _backward_block(
     block: Block, call: Call, batch: torch.Size, grad_scores: Tensor, attended: Tensor | None,
     gradients: Gradients, term: _Term,
 ) -> None:  # fmt: skip
-    """Adds what the pairs of a block contribute to the gradients."""
+    """Adds the share of the pairs of a block to the gradients."""
     query, key, _, weight = (widened(tensor) for tensor in block.inputs(call.inputs))
     query = query.expand(*block.of_batch(batch), *query.shape[-2:])
     location = location_weight = None
@@ -174,7 +172,7 @@ def _term(location: Tensor, location_weight: Tensor | None) -> Tensor:
 
 
 def _windows(inputs: Tensor, width: int) -> Tensor:
-    """What each key sees: (B, C * width, Lk), zeros beyond the ends."""
+    """Returns the inputs that each key depends on: (B, C * width, Lk), zeros beyond the ends."""
     if inputs.shape[-1] == 0:
         return inputs.repeat(1, width, 1)
     padded = pad(inputs, (width // 2, width // 2))
@@ -189,20 +187,20 @@ def keep_entries(seed: Tensor, rows: int, keys: int, dropout_p: float) -> Tensor
 
 
 def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
-    """Cross-correlation along the keys, ``(B, C, Lk)`` with ``(F, C, width)``. The convolutions of
+    """Correlates ``(B, C, Lk)`` with ``(F, C, width)`` along the keys. The convolutions of
     libraries are slow where inputs have one channel."""
     count, channels, width = filters.shape
     return filters.reshape(count, channels * width) @ _windows(inputs, width)
 
 
 def convolved(inputs: Tensor, filters: Tensor) -> Tensor:
-    """The same on the CPU, differentiated by autograd."""
+    """Returns ``location_features`` on the CPU, differentiated by autograd."""
     (batch, _, keys), (count, _, width) = inputs.shape, filters.shape
     if not (inputs.numel() and count):
         return location_features(inputs, filters)
     half = width // 2
     if batch > 1 and torch.is_grad_enabled():
-        # The library of conv1d, which leaves a batch of 1 alone, takes twice as long in backward.
+        # The library of conv1d, unused for a batch of 1, takes twice as long in backward.
         planes = inputs.unsqueeze(-2), filters.unsqueeze(-2)
         made: Tensor = _convolve(*planes, (1, width), None, (1, 1), (0, half)).squeeze(-2)
         return made
@@ -216,8 +214,8 @@ def convolved(inputs: Tensor, filters: Tensor) -> Tensor:
 def location_features_backward(
     grad: Tensor, inputs: Tensor, filters: Tensor, need_inputs: bool, need_filters: bool
 ) -> tuple[Tensor, Tensor]:
-    """The operator. A library's convolution does not make the windows of all features, and on a
-    GPU it would round to TF32."""
+    """Returns the gradients of inputs and filters, as the operator. A library's convolution does
+    not store the windows of all features, and on a GPU it would round to TF32."""
     if not (need_inputs and grad.is_cpu and grad.numel() and inputs.numel()):
         return differentiable_features_backward(grad, inputs, filters, need_inputs, need_filters)
     grad_inputs = torch.ops.aten.convolution_backward(
@@ -230,7 +228,7 @@ def location_features_backward(
 def differentiable_features_backward(
     grad: Tensor, inputs: Tensor, filters: Tensor, need_inputs: bool, need_filters: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same, in operations of which batches of gradients have a rule."""
+    """Returns the same gradients by operations that have a rule for batches of gradients."""
     grad_inputs = grad.new_empty(0)
     if need_inputs:
         grad_inputs = location_features(grad, filters.transpose(0, 1).flip(-1))

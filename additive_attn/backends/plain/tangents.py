@@ -23,7 +23,7 @@ from additive_attn.spec.tangents import (
     score_tangents,
 )
 
-# Pairs of a block, for each of which a dozen numbers are kept.
+# The pairs of a block, for each of which a dozen numbers are kept.
 _PAIRS = 2**20
 
 Results = tuple[Tensor | None, ...]
@@ -41,14 +41,14 @@ def scores_tangent(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def differentiable_tangent(*arguments: Any, in_blocks: bool = False) -> tuple[Tensor, ...]:
-    """``tangent`` in operations that have derivatives. In one block they have batching rules too;
-    in blocks, forward mode keeps no tensor (..., Lq, Lk, H)."""
+    """Computes ``tangent`` by operations that have derivatives. In one block they have batching
+    rules too; in blocks, forward mode keeps no tensor (..., Lq, Lk, H)."""
     made = TangentCall.of(arguments)
     return _in_blocks(made, _attention, True) if in_blocks else _in_one(made, _attention)
 
 
 def differentiable_scores_tangent(*arguments: Any, in_blocks: bool = False) -> tuple[Tensor, ...]:
-    """``scores_tangent`` likewise."""
+    """Computes ``scores_tangent`` in the same way."""
     made = TangentCall.of_scores(arguments)
     results = _in_blocks(made, _scores, True) if in_blocks else _in_one(made, _scores)
     return _without_value(results)
@@ -60,7 +60,7 @@ def _without_value(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 class Part(NamedTuple):
-    """What a block reads, in the dtype that is computed in."""
+    """What a block reads, in the computing dtype."""
 
     pairs: Pairs
     value: Tensor
@@ -103,7 +103,8 @@ def _in_one(made: TangentCall, compute: Compute) -> tuple[Tensor, ...]:
 def _zeros(
     made: TangentCall, batch: torch.Size, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
-    """Results of zeros, empty where not needed; gradients in ``dtype`` until they are complete."""
+    """Returns results of zeros, empty where not needed; gradients in ``dtype`` until they are
+    complete."""
     (query, key, value, weight), mask = made.call.inputs, made.call.attn_mask
     needs, rows, keys = made.needs, query.shape[-2], key.shape[-2]
     computed = lse_dtype(query.dtype)
@@ -188,7 +189,7 @@ def _scores(block: Block, made: TangentCall, part: Part) -> Results:
 
 
 def _add(block: Block, made: TangentCall, found: Results, results: tuple[Tensor, ...]) -> None:
-    """A row of an output is one block's alone."""
+    """Adds the results of a block. Each row of an output belongs to one block alone."""
     rows, keys, pairs = block.of_rows, "of_keys", "of_pairs"
 
     def numbers(tensor: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Plain PyTorch, a whole call at one time: the formula, differentiated by autograd.
 
-Serves calls of few pairs on any device, where ``blocks`` would pay for every operation more than
-for the arithmetic, and for computing the energies again in backward.
-"""
+Computes calls of few pairs on any device, where ``blocks`` would take more time for each operation
+than for the arithmetic, and would compute the energies again in backward."""
 
 from __future__ import annotations
 
@@ -27,31 +26,31 @@ from additive_attn.spec.formula import (
 )
 from additive_attn.spec.masks import allowed_pairs, interval_mask
 
-# Its metaclass makes `apply`, which type checkers do not see.
+# Its metaclass creates `apply`, so type checkers do not find it.
 SingleLevelFunction: Any = _SingleLevelFunction
-# Elements of (..., Lq, Lk, H) up to which a call keeps the energies for autograd; below 0, never.
+# Up to so many elements of (..., Lq, Lk, H), energies are kept for autograd; below 0, never.
 ELEMENTS = 2**22
-# Pairs up to which autograd's own derivative of the scores serves, which sums them in one float.
+# Up to so many pairs, autograd's own derivative of the scores, a sum in one float, is used.
 _SHORT_SUM = 128
-# Pairs up to which positions and windows are kept for the next call.
+# Up to so many pairs, positions and windows are kept for the next call.
 _KEPT_PAIRS = 2**14
-# Numbers up to which comparing each costs less than a sum.
+# Up to so many numbers, comparing each costs less than a sum.
 _FEW_NUMBERS = 2**12
-# A tensor, since PyTorch makes one of a number in every operation.
+# A tensor, since PyTorch converts a number to one in every operation.
 _MASKED = torch.tensor(-torch.inf, device="cpu")
 _tanh_backward: Any = torch.ops.aten.tanh_backward
 
 
 def prefers_formula(call: Call) -> bool:
-    """Whether a call has so few pairs that ``attend`` computes it fastest."""
+    """Whether a call has so few pairs that ``attend`` is fastest."""
     query, key = call[:2]
-    if query.numel() * key.numel() <= ELEMENTS:  # at least as many
+    if query.numel() * key.numel() <= ELEMENTS:  # an upper bound of the number below
         return True
     rows, keys = query.shape, key.shape
     if rows[:-2] == keys[:-2]:
         if query.numel() * keys[-2] <= ELEMENTS:
             return True
-        # One row's energies are no larger than the keys, and backward need not make them again.
+        # Energies of one row are no larger than the keys; backward need not compute them again.
         one = rows[-2] == 1 and ELEMENTS >= 0
         return one and torch.is_grad_enabled() and _differentiable(*call[:4])
     batch = torch.broadcast_shapes(rows[:-2], keys[:-2])
@@ -61,8 +60,8 @@ def prefers_formula(call: Call) -> bool:
 def attend(
     call: Call, need_lse: bool, score_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Any]:
-    """Out, weights, and lse if needed, differentiable by autograd to any order. ``score_bias``
-    gets a gradient of zeros."""
+    """Returns out, weights, and lse if needed, differentiable by autograd to any order.
+    ``score_bias`` gets a gradient of zeros."""
     (query, key, value, weight, attn_mask, lengths, starts, table, _, left, right, seed,
      _, scale) = call  # fmt: skip
     differentiable = torch.is_grad_enabled() and _differentiable(query, key, weight, score_bias)
@@ -71,7 +70,7 @@ def attend(
         attended = _attended(call)
     careful = False
     if not need_lse and 2 <= query.dim() <= 3 and query.itemsize > 2:
-        # The usual call; a small one would pay for every question below.
+        # The usual call. Every condition below would cost time in a small one.
         score = _scored(query, key, weight, None, differentiable, score_bias)
         if scale != 1.0:
             score = score * scale
@@ -97,7 +96,7 @@ def attend(
     )  # fmt: skip
     batch = out.shape[:-2]
     if weights.shape[:-2] != batch:
-        # Copies, for a caller may write to them.
+        # Copies, since a caller may write to them.
         weights = weights.expand(*batch, *weights.shape[-2:]).clone()
         lse = lse.expand(*batch, lse.shape[-1]).clone() if need_lse else None
     return out, weights, lse
@@ -117,7 +116,8 @@ def _differentiable(*tensors: Tensor | None) -> bool:
 
 
 def score(call: Call) -> Tensor:
-    """The scores, ``-inf`` where a pair is masked, differentiable by autograd to any order."""
+    """Returns the scores, ``-inf`` where a pair is masked, differentiable by autograd to any
+    order."""
     query, key, _, weight = call.inputs
     dtype, attended = query.dtype, _attended(call)
     if dtype.itemsize == 2:
@@ -149,11 +149,11 @@ def _scored(
     query: Tensor, key: Tensor, weight: Tensor, shield: Tensor | None, differentiable: bool,
     score_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """``w . tanh(q + k)``, of 0 where ``shield`` masks a pair."""
+    """Returns ``w . tanh(q + k)``, with 0 in place of q + k where ``shield`` masks a pair."""
     hidden, rows, keys = query.shape[-1], query.shape[-2], key.shape[-2]
     few = query.numel() * keys <= _SHORT_SUM * hidden
     one = rows == 1
-    # Of one row and no bias the product below is that of the plain layer, so it errs no more.
+    # For one row without a bias, the product below is that of the plain layer, with its error.
     as_layer = one and score_bias is None and weight.shape == (1, hidden) and query.dim() == 3
     if differentiable and not few and not as_layer:
         result: Tensor = _Scores.apply(query, key, weight, shield, score_bias)
@@ -162,7 +162,7 @@ def _scored(
     bias = score_bias if differentiable else None
     if weight.numel() == hidden and weight.dim() <= 2:
         if bias is not None and bias.numel() == 1:
-            # As an nn.Linear computes it, which no other product is as fast as in backward.
+            # As an nn.Linear computes it: no other product is as fast in backward.
             bias = bias if bias.dtype == weight.dtype else bias.to(weight.dtype)
             if energy.dim() == 2:
                 matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
@@ -183,7 +183,7 @@ def _scored(
 
 
 def _of_one_row(query: Tensor, key: Tensor, shield: Tensor | None) -> Tensor:
-    """``energies`` (..., Lk, H)."""
+    """Returns ``energies`` of one row, (..., Lk, H)."""
     pair = query + key
     if shield is not None:
         shield = shield.unsqueeze(-1)
@@ -203,9 +203,9 @@ def formula(
     careful: bool = False,
     shield: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Any]:
-    """Equations 1 and 2. Masked pairs are computed with, and rows are taken for occupied. Where
-    this gives a number that is not finite, a second attempt is ``careful`` with empty rows, and a
-    third one also shields masked pairs."""
+    """Computes equations 1 and 2. Masked pairs are computed too, and all rows are assumed to have
+    an attended key. Where this gives a nonfinite number, a second attempt is ``careful`` with
+    empty rows, and a third one also shields masked pairs."""
     query, key, value, weight = inputs
     dtype = query.dtype
     if dtype.itemsize == 2:
@@ -229,7 +229,7 @@ def formula(
             True, attended if careful else None,
         )  # fmt: skip
     if careful and attended is not None and out.requires_grad:
-        # What comes from upstream to an empty row ends here, NaN too.
+        # Upstream gradients of an empty row, NaN too, are not propagated further.
         out = torch.where(attended.any(-1, keepdim=True), out, 0.0)
     lse = log_sum_exp(biased, attended if careful else None) if need_lse else None
     if dtype.itemsize == 2:
@@ -244,15 +244,15 @@ def _masked(score: Tensor, attn_mask: Tensor | None, attended: Tensor) -> Tensor
 
 
 def _weights(masked: Tensor) -> Tensor:
-    """Of rows that are not empty; the weights of empty ones are NaN."""
+    """Returns the weights of rows that are not empty; those of empty rows are NaN."""
     weights = torch.softmax(masked, -1)
-    # The gradients of masked weights, all 0, end here: huge values make them infinite.
+    # Stops the gradients of weights of 0, as masked ones are: huge values make them infinite.
     return torch.relu(weights) if weights.requires_grad else weights
 
 
 def _without_nan(out: Tensor, weights: Tensor, score: Tensor) -> bool:
-    """Whether no row is empty, and no masked value, nor in backward a masked energy, is NaN or
-    infinite in a way that a product with 0 would show."""
+    """Whether no row is empty, and no masked value, nor in backward a masked energy, is nonfinite
+    in a way that a product with 0 would show."""
     return not (
         _holds_nan(out if out.numel() else weights)
         # Backward reads the energies of masked pairs too.
@@ -261,7 +261,7 @@ def _without_nan(out: Tensor, weights: Tensor, score: Tensor) -> bool:
 
 
 def _holds_nan(numbers: Tensor) -> bool:
-    """Or the sum of large numbers is NaN."""
+    """Whether there is a NaN, or the sum of large numbers is NaN."""
     if numbers.is_cpu and numbers.numel() <= _FEW_NUMBERS:
         return not torch.equal(numbers, numbers)  # a third of the time of a sum
     return math.isnan(numbers.detach().sum().item())
@@ -272,15 +272,15 @@ def is_finite(total: Tensor) -> bool:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``; bmm costs less than half of matmul where the call is small."""
+    """Returns ``left @ right``; bmm costs less than half of matmul where the call is small."""
     if left.dim() == 3 == right.dim() and left.shape[0] == right.shape[0]:
         return torch.bmm(left, right)
     return left @ right
 
 
 class _Scores(SingleLevelFunction):
-    """Scores. Autograd's own derivative of ``scores`` would sum the gradient of the weight over
-    all pairs in one float, and takes more time."""
+    """Computes scores. Autograd's own derivative of ``scores`` would sum the gradient of the
+    weight over all pairs in one float, and takes more time."""
 
     @staticmethod
     def forward(
@@ -325,7 +325,7 @@ class _Scores(SingleLevelFunction):
             if again or _is_batched(grad_score):
                 slope = _tanh_backward(slope, energy)
             else:
-                # In place: fresh memory of this size costs as much as the arithmetic.
+                # In place: newly allocated memory of this size costs as much as the arithmetic.
                 _tanh_backward.grad_input(slope, energy, grad_input=slope)
             if shield is not None:
                 slope = shielded(slope, shield)
@@ -339,7 +339,7 @@ class _Scores(SingleLevelFunction):
 
 
 def _is_batched(upstream: Tensor) -> bool:
-    """Whether it stands for several gradients (``is_grads_batched=True``)."""
+    """Whether a tensor holds several gradients (``is_grads_batched=True``)."""
     return torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
@@ -348,11 +348,12 @@ def _summed(gradient: Tensor, shape: torch.Size) -> Tensor:
 
 
 def shielded(slope: Tensor, attended: Tensor) -> Tensor:
-    """Masked pairs contribute 0, also beside an infinite weight. Zeros keep their sign, which is
-    that of a call whose numbers are all finite."""
+    """Returns slopes of 0 for masked pairs, also beside an infinite weight. Zeros keep their sign,
+    which is that of a call whose numbers are all finite."""
     return torch.where(attended.unsqueeze(-1) | (slope == 0), slope, 0.0)
 
 
 def weight_gradient(grad_score: Tensor, energy: Tensor) -> Tensor:
-    """Equation 11 for each entry: a sum per row, then a sum over rows, never one long sum."""
+    """Returns equation 11 for each entry: a sum per row, then a sum over rows, never one long
+    sum."""
     return (grad_score.unsqueeze(-2) @ energy).squeeze(-2).sum(-2)
