@@ -57,9 +57,9 @@ def test_ranges(cpp):
 
 
 def test_limits_of_the_forms(cpp):
-    prepare = pytest.importorskip("additive_attn.backends.triton.prepare")
+    tiles = pytest.importorskip("additive_attn.backends.triton.tiles")
     limit = constant(cpp, "kDifferenceMaxFeatures", "difference_max_features", "features_few")
-    assert limit == prepare.DIFFERENCE_MAX_FEATURES
+    assert limit == tiles.DIFFERENCE_MAX_FEATURES
 
 
 def test_philox(cpp):

@@ -92,6 +92,10 @@ EVERYTHING = dict(
 STEPPED = dict(mask=torch.float32, lengths=True, dropout_p=0.1)
 CALLS = {
     "usual": call(*LONG),
+    "usual, bfloat16": call(*LONG, dtype=torch.bfloat16),
+    "usual, bfloat16, without weights": call(
+        *LONG, dtype=torch.bfloat16, need_weights=False, upstream=()
+    ),
     "everything": call(2, 200, 300, 128, 64, **EVERYTHING),
     "float mask": call(2, 200, 300, 128, 64, mask=torch.float32),
     "sizes of one": call(2, 5, 7, 1, 1, mask=torch.bool),
@@ -124,6 +128,8 @@ CALLS = {
     "step, half": step_call(2, 1, 500, 128, 300, filters=32, dtype=torch.float16),
     "step, float64": step_call(2, 1, 500, 40, 300, filters=3, dtype=torch.float64, **STEPPED),
 }
+# No hot loop of these may read or write local memory.
+USUAL = tuple(label for label in CALLS if label.startswith("usual"))
 OTHERS = ("sm_80", "sm_100", "gfx942")
 # The same kernels as of other calls, specialised otherwise.
 VARIANTS = {
@@ -160,14 +166,14 @@ BARS = {
 # Instructions per tanh in all, on sm_90, at most: everything that a call does for each pair; with
 # versions before 3.9, which spill more around the hot loop.
 FORWARD = {
-    "float32": (call(*LONG, need_weights=False, upstream=()), 5.2, 5.4),
-    "bfloat16": (call(*LONG, dtype=torch.bfloat16, need_weights=False, upstream=()), 4.8, 5.0),
+    "float32": (call(*LONG, need_weights=False, upstream=()), 4.95, 4.95),
+    "bfloat16": (call(*LONG, dtype=torch.bfloat16, need_weights=False, upstream=()), 4.45, 4.55),
     "512 values": (
-        call(*LONG[:4], 512, dtype=torch.bfloat16, need_weights=False, upstream=()), 5.5, 5.9
+        call(*LONG[:4], 512, dtype=torch.bfloat16, need_weights=False, upstream=()), 5.15, 5.2
     ),
 }  # fmt: skip
 # Of values in memory, some columns at a time, each of which takes eight.
-BARRIERS = {"float32": 45, "bfloat16": 16}
+BARRIERS = {"float32": 45, "bfloat16": 12}
 BACKWARD = 12.7 if VERSION >= (3, 9) else 12.9  # float32, scores computed again
 
 
@@ -193,14 +199,21 @@ def instructions_per_tanh(name, target):
         *(pytest.param(label, "sm_90", marks=pytest.mark.sweep) for label in sorted(VARIANTS)),
         *(
             pytest.param(label, target, marks=pytest.mark.sweep)
-            for label in ("usual", "everything", "single", "single, everything", "step, location")
+            for label in (
+                *USUAL,
+                "everything",
+                "single",
+                "single, everything",
+                "step, location",
+            )
             for target in OTHERS
         ),
     ],
 )
 def test_calls_compile_without_spills(label, target):
     found = kernels(label, target)
-    assert len(found) >= (3 if label.startswith(("single", "step")) else 5)
+    least = 3 if label.startswith(("single", "step")) else 5
+    assert len(found) >= (2 if label.endswith("without weights") else least)
     for kernel in found:
         code = kernel.code
         assert code.registers <= (512 if target in AMD else 255), kernel.name
@@ -217,7 +230,7 @@ def test_calls_compile_without_spills(label, target):
             loops = [code.graph.iteration(loop) for loop in code.graph.innermost]
             for loop in [kernel.hot_loop()] if kernel.name in HELD else loops:
                 assert number(loop, "LDL|STL") == 0, kernel.name
-        if label == "usual" and target not in AMD and kernel.tanh:
+        if label in USUAL and target not in AMD and kernel.tanh:
             assert number(kernel.hot_loop(), "LDL|STL") == 0, kernel.name
 
 

@@ -13,11 +13,9 @@ from torch import Tensor
 from additive_attn.backends.triton.batch import BatchShape, batch_strides
 from additive_attn.backends.triton.launch import bits, processors, target
 from additive_attn.backends.triton.plan import Piece, key_range, workspace_pieces
-from additive_attn.backends.triton.prepare import (
-    DIFFERENCE_MAX_FEATURES,
-    prepare,
-)
+from additive_attn.backends.triton.prepare import prepare
 from additive_attn.backends.triton.prepared import Prepared
+from additive_attn.backends.triton.tiles import DIFFERENCE_MAX_FEATURES
 from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import keep_threshold
 from additive_attn.spec.masks import block_mask, check_masking

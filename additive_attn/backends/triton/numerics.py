@@ -158,3 +158,21 @@ def opposite_limit(square, hidden):
     share = tl.where(hidden >= 16, 0.04, tl.where(hidden >= 8, 0.01, 0.0025))
     share = tl.where(hidden >= 4, share, tl.where(hidden >= 2, 1e-5, 0.0))
     return share * tl.minimum(2.0 * square, 1.0)
+
+
+@triton.jit
+def anew(x, key0):
+    """x >= 0, found anew for each tile of keys. What is the same for all tiles takes registers
+    from one to the next, or is read from local memory wherever it is used."""
+    return tl.maximum(x, -key0)
+
+
+@triton.jit
+def unknown(x, TARGET: tl.constexpr):
+    """x, of int32, of which the compiler for NVIDIA GPUs must not know where it comes from."""
+    if TARGET == "cuda":
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return x

@@ -35,7 +35,7 @@ from additive_attn.backends.triton.merging import (
     softmax_inverse,
     softmax_lse,
 )
-from additive_attn.backends.triton.numerics import exp, number
+from additive_attn.backends.triton.numerics import anew, exp, number
 from additive_attn.backends.triton.plan import pass_splits
 from additive_attn.backends.triton.prepare import TICKETS
 from additive_attn.backends.triton.score_tiles import (
@@ -186,11 +186,14 @@ def attend_kernel(
                         mask, mask_row, mask_column, block_tiles, row0, key0, rows, keys, BM, BN
                     )
             if computed:
+                from_key, to_key = row_interval(
+                    lengths, length_row, anew(row0, tile), rows, keys, left, right, RM, TM
+                )
                 score, attended, _any = pair_scores(
                     query, key, query_row, query_h, key_row, key_h, query_rows, key_rows,
                     at_query, at_key, prepared, at_weight,
-                    low, high, mask, mask_row, mask_column, block_tiles, row0, key0, rows, keys,
-                    hidden, padded, (told >> (tile % TOLD)) & 1,
+                    from_key, to_key, mask, mask_row, mask_column, block_tiles, anew(row0, tile),
+                    key0, rows, keys, hidden, padded, (told >> (tile % TOLD)) & 1,
                     RM, TM, RN, TN, SPLIT, DIFFERENCE, TARGET, ACC,
                 )  # fmt: skip
                 if STORED:

@@ -48,10 +48,9 @@ from additive_attn.backends.triton.numerics import (
 )
 from additive_attn.backends.triton.prepared import Prepared, PreparedRows, PreparedWeight
 from additive_attn.backends.triton.quad_layout import SPARE, fill_spare, signed, store_quads
-from additive_attn.backends.triton.tiles import power_of_two
+from additive_attn.backends.triton.tiles import DIFFERENCE_MAX_FEATURES, power_of_two
 
 SAFE = tl.constexpr(10.0)  # (e^{2 SAFE} + e^{2 SAFE})^4 < 2^120
-DIFFERENCE_MAX_FEATURES = 64  # more take the matched form
 BLOCK_OF_FEATURES = 32  # more are padded to whole blocks
 STEP = tl.constexpr(4)  # the gradient's loops take so many rows at a time, and begin anywhere
 SKETCH = tl.constexpr(32)  # numbers of a sketch

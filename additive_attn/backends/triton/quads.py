@@ -14,7 +14,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from additive_attn.backends.triton.numerics import exact_reciprocal, reciprocal, slices
+from additive_attn.backends.triton.numerics import (
+    exact_reciprocal,
+    reciprocal,
+    slices,
+    unknown,
+)
 
 
 @triton.jit
@@ -30,34 +35,34 @@ def _difference(a, b):
 
 
 @triton.jit
-def _load4(quads, u, step, BEYOND: tl.constexpr):
-    """Four numbers of quad u of each thread, so many beyond the first.
+def _load4(quads, at, BEYOND: tl.constexpr):
+    """Four numbers of a quad of each thread, so many beyond ``at``.
 
     Every thread loads what it multiplies, so that the loop needs no shared memory and no barrier.
     The loads' layout follows the contiguity of their addresses. That of the last dim is true, that
     of the others is an order, last dim first, since Triton 3.6 would have threads lie along R. The
     hint counts only where it meets the load, and is lost with an addition of 0 that the compiler
     knows: then what is loaded is exchanged through shared memory."""
-    at = quads + (tl.cast(u, tl.int64) * step + BEYOND)
-    return tl.load(tl.multiple_of(tl.max_contiguous(at, [1, 2, 4, 8]), [1, 1, 1, 16]))
+    place = quads + (at + BEYOND)
+    return tl.load(tl.multiple_of(tl.max_contiguous(place, [1, 2, 4, 8]), [1, 1, 1, 16]))
 
 
 @triton.jit
-def _load_keys(quads, u, step):
-    """Quad u of features, [RN, TM, TN, 4]."""
-    return _load4(quads, u, step, 0)
+def _load_keys(quads, at):
+    """A quad of features, [RN, TM, TN, 4]."""
+    return _load4(quads, at, 0)
 
 
 @triton.jit
-def _load_rows(quads, u, step):
-    """Quad u of features of twins, two halves [RM / 2, TM, TN, 4]."""
-    return _load4(quads, u, step, 0), _load4(quads, u, step, 4)
+def _load_rows(quads, at):
+    """A quad of features of twins, two halves [RM / 2, TM, TN, 4]."""
+    return _load4(quads, at, 0), _load4(quads, at, 4)
 
 
 @triton.jit
-def _load_matched(rows, u, step):
-    """Quad u of a and of c and g of twins."""
-    return _load_rows(rows, u, step), (_load4(rows, u, step, 8), _load4(rows, u, step, 12))
+def _load_matched(rows, at):
+    """A quad of a and of c and g of twins."""
+    return _load_rows(rows, at), (_load4(rows, at, 8), _load4(rows, at, 12))
 
 
 @triton.jit
@@ -115,17 +120,18 @@ def difference_sums(
     """Sum w (b - a) / (b + a) over so many quads (math.md, eq. 6), [RM, RN, TM, TN]."""
     total = tl.zeros([RN, RM, TM, TN], tl.float32)
     last = quads - 1
-    first = tl.minimum(quads, 0)
-    a4 = _load_rows(a_rows, first, a_step)
-    b4 = _load_keys(b_rows, first, b_step)
+    first = tl.minimum(quads, 0).to(tl.int64)
+    a4 = _load_rows(a_rows, first * a_step)
+    b4 = _load_keys(b_rows, first * b_step)
     for u in range(0, last, 2):
-        a5 = _load_rows(a_rows, u + 1, a_step)
-        b5 = _load_keys(b_rows, u + 1, b_step)
+        after = tl.cast(u + 1, tl.int64)
+        a5 = _load_rows(a_rows, after * a_step)
+        b5 = _load_keys(b_rows, after * b_step)
         w_at = weight + 4 * u
         total = _add_differences(total, a4, b4, w_at, RM, TM, RN, TN, EXACT, TARGET)
-        after = tl.minimum(u + 2, last)
-        a4 = _load_rows(a_rows, after, a_step)
-        b4 = _load_keys(b_rows, after, b_step)
+        after = tl.minimum(u + 2, last).to(tl.int64)
+        a4 = _load_rows(a_rows, after * a_step)
+        b4 = _load_keys(b_rows, after * b_step)
         total = _add_differences(total, a5, b5, w_at + 4, RM, TM, RN, TN, EXACT, TARGET)
     if quads % 2 != 0:
         total = _add_differences(total, a4, b4, weight + 4 * last, RM, TM, RN, TN, EXACT, TARGET)
@@ -156,31 +162,41 @@ def _add_matches(
 
 @triton.jit
 def matched_sums(
-    a_rows, b_rows, quads, p_first, p_last, a_step, b_step,
+    a_rows, b_rows, features, p_first, p_last, a_step, b_step,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """The fractions of the matches of so many quads, an even number (math.md, eq. 29), [RM, RN,
-    TM, TN]. ``p_first`` and ``p_last``: where p of the first quad and of the last are, in quads;
-    None: at the same place.
+    """The fractions of the matches of so many features, a multiple of 8 (math.md, eq. 29), [RM,
+    RN, TM, TN]. ``p_first`` and ``p_last``: where p of the first quad and of the last are; None:
+    at the same place.
 
     What is loaded of p at a time serves this quad and the next, which is the first of another
-    two: so no more than that has to stay in registers. The last quad's is beside the first's."""
+    two: so no more than that has to stay in registers. The last quad's is beside the first's.
+
+    The compiler must not know that the quads begin again where the loop ends: it would carry
+    addresses that do and others that do not. Features are counted, not quads, since their number
+    is an argument of the kernel, which takes no register."""
     total = tl.zeros([RN, RM, TM, TN], tl.float32)
-    first = tl.minimum(quads, 0)
-    a4, c4 = _load_matched(a_rows, first, a_step)
-    b4 = _load_keys(b_rows, first, b_step)
-    _p0, _p1, p2, p3 = slices(_load_keys(b_rows, p_first, b_step), 4)
-    for u in range(0, quads, 2):
-        a5, c5 = _load_matched(a_rows, u + 1, a_step)
-        b5 = _load_keys(b_rows, u + 1, b_step)
-        after = tl.where(u + 2 < quads, u + 2, 0)
-        p_at = p_first + after // 2
+    first = tl.minimum(features, 0).to(tl.int64)
+    a4, c4 = _load_matched(a_rows, first * a_step)
+    b4 = _load_keys(b_rows, first * b_step)
+    _p0, _p1, p2, p3 = slices(_load_keys(b_rows, p_first * b_step), 4)
+    a_at = tl.zeros([], tl.int64)
+    b_at = tl.zeros([], tl.int64)
+    for f in range(0, features, 8):
+        a_at += a_step
+        b_at += b_step
+        a5, c5 = _load_matched(a_rows, a_at)
+        b5 = _load_keys(b_rows, b_at)
+        more = unknown(f + 8, TARGET) < features
+        a_at = tl.where(more, a_at + a_step, 0)
+        b_at = tl.where(more, b_at + b_step, 0)
+        p_at = p_first * b_step + (b_at >> 1)
         if p_last is not None:
-            p_at = tl.where(after > 0, p_at, p_last)
-        p4 = _load_keys(b_rows, p_at, b_step)
+            p_at = tl.where(more, p_at, p_last * b_step)
+        p4 = _load_keys(b_rows, p_at)
         total = _add_matches(total, a4, c4, b4, p2, p3, RM, TM, RN, TN, TARGET)
-        a4, c4 = _load_matched(a_rows, after, a_step)
-        b4 = _load_keys(b_rows, after, b_step)
+        a4, c4 = _load_matched(a_rows, a_at)
+        b4 = _load_keys(b_rows, b_at)
         p0, p1, p2, p3 = slices(p4, 4)
         total = _add_matches(total, a5, c5, b5, p0, p1, RM, TM, RN, TN, TARGET)
     return tl.permute(total, (1, 0, 2, 3))

@@ -35,7 +35,7 @@ from additive_attn.backends.triton.masks import (
     tile_keys,
     tile_rows,
 )
-from additive_attn.backends.triton.numerics import tanh
+from additive_attn.backends.triton.numerics import anew, tanh
 from additive_attn.backends.triton.opposite import (
     Flags,
     no_flags,
@@ -68,23 +68,27 @@ def _indirect(
     TS: tl.constexpr = SPLIT * TM
     padded = tl.multiple_of(padded, 4)
     OF_ROW: tl.constexpr = 4 if DIFFERENCE else 8  # numbers of a quad
-    a_step = OF_ROW * padded_length(rows).to(tl.int64)
-    b_step = 4 * padded_length(keys).to(tl.int64)
+    a_step = OF_ROW * padded_length(anew(rows, key0)).to(tl.int64)
+    b_step = 4 * padded_length(anew(keys, key0)).to(tl.int64)
     f = tl.arange(0, 4)
     none = tl.zeros([1, TS, TN, 1], tl.int32)
-    ri = tile_rows(0, RM // 2, TS) % (RM // 2 * TM)  # [RM / 2, TS], of twins
-    rj = tile_keys(0, RN, TN)  # [RN, TN]
+    # In int64, so that the compiler knows how far the places of a thread are apart.
+    tm = anew(tl.arange(0, TS), key0).to(tl.int64) % TM
+    tn = anew(tl.arange(0, TN), key0).to(tl.int64)
+    ri = RM // 2 * tm[None, :] + tl.arange(0, RM // 2)[:, None]  # [RM / 2, TS], of twins
+    rj = TN * tl.arange(0, RN)[:, None] + tn[None, :]  # [RN, TN]
     of_rows = 2 * OF_ROW * ri[:, :, None, None] + none + f[None, None, None, :]
     of_keys = 4 * rj[:, None, :, None] + none + f[None, None, None, :]
     at_row = at_query * quad_numbers(padded, -1, not DIFFERENCE) + OF_ROW * row0
     a_rows = query_rows.quads + at_row + of_rows
     at_first = at_key * quad_numbers(padded, 1, not DIFFERENCE) + 4 * key0
     b_rows = key_rows.quads + at_first + of_keys
-    quads = padded // 4
+    features, quads = padded, padded // 4
     p_first = quads
     p_last = None
     if SPLIT > 1:
         part = tl.arange(0, TS)[None, :, None, None] // TM  # [1, TS, 1, 1]
+        features //= SPLIT
         quads //= SPLIT
         first = part * quads
         a_rows += first * a_step
@@ -109,7 +113,7 @@ def _indirect(
         )
     else:
         total = matched_sums(
-            a_rows, b_rows, quads, p_first, p_last, a_step, b_step, RM, TS, RN, TN, TARGET
+            a_rows, b_rows, features, p_first, p_last, a_step, b_step, RM, TS, RN, TN, TARGET
         )
     if SPLIT > 1:
         total = tl.sum(tl.reshape(total, [RM, RN, SPLIT, TM, TN]), 2)

@@ -16,6 +16,8 @@ SMALL_PAIRS = 2**22
 
 SUMMED_KEYS = 2**14  # tiles of rows times keys: with more, programs of their own add up dk
 
+DIFFERENCE_MAX_FEATURES = 64  # more take the matched form
+
 # So many features are shared out over groups of threads where tiles of pairs are few: by whole
 # blocks of features, and each group takes an even number of quads.
 SHARED_FEATURES, SPLIT = 256, 4
@@ -80,6 +82,9 @@ def attend_tile(rows: int, features: int, wide: bool, values: int, least: int, s
     RM = 8 if size == 2 or values > 64 else 4
     while RM > 2 and -(-rows // (8 * RM)) < least:
         RM //= 2
+    if RM == 8 and features > DIFFERENCE_MAX_FEATURES:
+        # In the matched form a thread keeps more numbers of a row than of a key.
+        return Tile(4, 16, 8, 8)
     return Tile(4, 4, 4, 16, SPLIT) if RM == 2 and shared else Tile(RM, 8, 4, 16)
 
 
