@@ -149,8 +149,11 @@ FEATURE_SPILLS = {"sm_90": 320, "sm_100": 32}
 # three, or larger ones, without.
 DECODE_SPILLS = {"forward_kernel": 128, "probability_kernel": 40, "merge_kernel": 8}
 # Of many features, whose programs take several groups of rows with 512 threads: faster on an H200
-# than 256 threads without.
-SEVERAL_SPILLS = {("prepare_kernel", "few tiles of many rows"): 40}
+# than 256 threads without. And of bf16 on sm_80, outside of the loops.
+SEVERAL_SPILLS = {
+    ("prepare_kernel", "few tiles of many rows"): 40,
+    ("feature_kernel", "usual, bfloat16"): 32,
+}
 # The same of kernels that need more registers than there are around their hot loop. What that
 # costs on the usual path is counted in all. More pairs in a thread spill more, and are faster all
 # the same on an H200: they share what is loaded.
