@@ -118,12 +118,11 @@ def attend_kernel(
     TOLD: tl.constexpr, ALIGNED: tl.constexpr, DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of an entry and a range of its keys. Without ``tops`` the range is all keys, and
-    ``out`` and ``lse`` are final; else ``out`` is [split][entry][row], for ``merge_kernel``, or
-    with ``merged`` for the last program of these rows, which writes there.
-    STORED: the scores are kept too. MEMORY: the weighted sums of the values lie in ``sums``, which
-    has the size of ``out``, BD columns at a time. TOLD: of so many tiles at once a program learns
-    which hold special pairs. ALIGNED: the values of all entries are."""
+    """Some rows of an entry attend to a range of its keys. Without ``tops`` the range is all keys,
+    and ``out`` and ``lse`` are final; else ``out`` is [split][entry][row], for ``merge_kernel``,
+    or with ``merged`` the last program of these rows. STORED: the scores are kept. MEMORY: the
+    sums of the values lie in ``sums``, as large as ``out``, BD columns at a time. TOLD: flags of
+    so many tiles are loaded at once. ALIGNED: values of all entries begin at multiples of 16."""
     BM: tl.constexpr = RM * TM
     BN: tl.constexpr = RN * TN
     LEAST: tl.constexpr = 16 if BM < 16 else BM
@@ -161,9 +160,7 @@ def attend_kernel(
     # Of rows that are there several times the first is stored.
     inside = ((i < rows) & (tl.arange(0, LEAST) % (LEAST // BM) == 0))[:, None]
 
-    keep_scale = 1.0
-    if seed is not None:
-        keep_scale = number(keep_bits).to(ACC)
+    keep_scale = number(keep_bits).to(ACC) if seed is not None else 1.0
     attempt = 0
     while attempt < 2:
         again = attempt > 0
