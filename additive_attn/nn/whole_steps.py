@@ -1,7 +1,7 @@
-"""A decoder's small steps on plain PyTorch, where the questions that an ordinary call asks would
-cost more than its arithmetic: what ``project`` has found is not asked again.
+"""A decoder's small steps on plain PyTorch. The checks of an ordinary call would cost more than
+its arithmetic, so a step skips what ``project`` has checked.
 
-Whatever is unusual is left to the ordinary call, which also has the error sentences.
+An unusual step returns None and becomes an ordinary call, which also raises the errors.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ _tuple: Any = tuple.__new__  # Call(...) takes its arguments by name first
 
 
 class Whole(NamedTuple):
-    """What the steps of a memory need not ask again."""
+    """What ``project`` found out for the steps of a memory."""
 
-    carried: Tensor | None  # the energy's bias, where the memory's keys bring its zero gradient
+    carried: Tensor | None  # the energy's bias, where the memory's keys pass on its zero gradient
 
 
 def projected_with_bias(layer: Any, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The projected keys of a small memory, which bring the energy's bias its zero gradient, and
-    that bias: at every step it would cost as much as the scores. None where that is not so."""
+    """Returns the projected keys of a small memory, and the energy's bias, to which they pass on
+    its zero gradient: as an input of every step it would cost as much as the scores. Returns None
+    twice where the keys cannot pass it on."""
     if not (
         torch.is_grad_enabled()
         and dispatch.cpu_is_plain
@@ -69,8 +70,8 @@ def projected_with_bias(layer: Any, key: Tensor) -> tuple[Tensor | None, Tensor 
 
 
 def found_whole(memory: Any) -> bool:
-    """Whether the steps of a memory that has just been made are such: small, of plain tensors, and
-    with a batch that is the same for all."""
+    """Whether the steps of a new memory are such: small, of plain tensors, and with one batch for
+    all of them."""
     key, value, lengths, attn_mask = memory
     batch = key.shape[:-2]
     return (
@@ -87,8 +88,8 @@ def found_whole(memory: Any) -> bool:
 def whole_step(
     layer: Any, query: Any, memory: Any, state: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, Tensor] | None:
-    """Context and weights; None where it takes an ordinary call. The weights so far, of a
-    layer that adds a term of them, are in ``state``."""
+    """Returns context and weights, or None where the step needs an ordinary call. ``state`` holds
+    the earlier weights, for a layer that adds a term of them."""
     if not (alone() and type(query) in PLAIN_TYPES and not _autocasts() and is_dense(query)):
         return None
     modules: Any = layer._modules
@@ -148,8 +149,8 @@ def whole_step(
 
 
 def with_term(key: Tensor, location: Tensor, weight: Tensor) -> Tensor:
-    """``key (B, Lk, H)`` and the product of ``location (B, F, Lk)`` and ``weight (F, H)``, or all
-    without B, in one operation, whose cost shows in a small step."""
+    """Adds the product of ``location (B, F, Lk)`` and ``weight (F, H)`` to ``key (B, Lk, H)``, or
+    all without B. One operation, since its cost shows in a small step."""
     if key.dim() == 2:
         return torch.addmm(key, location.mT, weight)
     return torch.baddbmm(key, location.mT, weight.expand(key.shape[0], -1, -1))
