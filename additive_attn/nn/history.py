@@ -92,8 +92,10 @@ class HistoryAttention(ProjectingAttention):
         """The keys with the term of a state; None where tools have made something else of its
         layer."""
         bare = bare_parameters(self._modules[self._term_layer])
+        if bare is None or bare[1] is not None or bare[0].dtype != key.dtype:
+            return None
         location, filters = self._location(state)
-        if bare is None or bare[1] is not None or not location.dtype == bare[0].dtype == key.dtype:
+        if location.dtype != key.dtype:
             return None
         if filters is not None:
             location = convolved(location, filters)

@@ -154,6 +154,18 @@ def test_steps_use_what_project_has_checked(kind, batch, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_a_step_calls_replaced_modules_once(monkeypatch):
+    """Also where a step finds out only after some checks that it is an ordinary call."""
+    on_plain_pytorch(monkeypatch)
+    layer, calls = made("tacotron"), []
+    for name in ("location_conv", "location_layer"):
+        getattr(layer, name).register_forward_hook(lambda *a: calls.append(type(a[0]).__name__))
+        memory = layer.project(torch.randn(B, LK, K).double())
+        calls.clear()
+        layer.step(torch.randn(B, D).double(), memory, layer.initial_state(memory))
+        assert calls == ["Conv1d", "Linear"][: 1 + (name == "location_layer")]
+
+
 @ONE_HEAD
 def test_unusual_steps_raise_the_sentences_of_ordinary_ones(kind, monkeypatch):
     on_plain_pytorch(monkeypatch)
