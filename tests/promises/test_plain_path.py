@@ -313,6 +313,15 @@ def test_a_bias_beside_keys_of_no_features(queries):
     assert_same(torch.autograd.grad(out.sum(), bias)[0].abs(), torch.zeros(1))
 
 
+@pytest.mark.parametrize("mask", [{}, dict(lengths=torch.tensor([2, 5]))], ids=["none", "lengths"])
+def test_queries_beside_one_sequence_have_their_scores_computed_once(mask, monkeypatch):
+    calls, scored = [], whole._scored
+    monkeypatch.setattr(whole, "_scored", lambda *a: calls.append(1) or scored(*a))
+    _, key, value, weight = make((1,), 1, 5, 8, 6).values()
+    additive_attention(torch.randn(2, 1, 8), key, value, weight, **mask)
+    assert len(calls) == 1
+
+
 def test_results_may_be_written_to():
     """The results own their memory, also in a call whose values alone have the whole batch."""
     query, key, value, weight = make((1,), 3, 5, 8, 6).values()

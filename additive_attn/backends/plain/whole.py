@@ -68,8 +68,9 @@ def attend(
     attended = factors = None
     if not (attn_mask is lengths is starts is table is None) or left >= 0 or right >= 0:
         attended = _attended(call)
-    careful = False
-    if not need_lse and 2 <= query.dim() <= 3 and query.itemsize > 2:
+    careful, batch = False, query.shape[:-2]
+    alike = batch == key.shape[:-2] == value.shape[:-2]
+    if alike and not need_lse and query.dim() <= 3 and query.itemsize > 2:
         # The usual call. Every condition below would cost time in a small one.
         score = _scored(query, key, weight, None, differentiable, score_bias)
         if scale != 1.0:
@@ -78,18 +79,14 @@ def attend(
             weights = torch.softmax(score, -1)
         else:
             weights = _weights(_masked(score, attn_mask, attended))
-        batch = weights.shape[:-2]
-        if batch == value.shape[:-2] and len(batch) <= 1:
+        if weights.shape[:-2] == batch:  # a weight may have more
             kept = weights if seed is None else weights * _factors(call, batch)
             out = torch.bmm(kept, value) if batch else kept.mm(value)
             if attended is None or _without_nan(out, weights, score):
                 return out, weights, None
             careful = True
     if seed is not None:
-        batch = query.shape[:-2]
-        if not batch == key.shape[:-2] == value.shape[:-2]:
-            batch = call.batch()
-        factors = _factors(call, batch)
+        factors = _factors(call, batch if alike else call.batch())
     out, weights, lse = formula(
         call[:4], attn_mask, attended, factors, scale, need_lse, differentiable, score_bias,
         careful,
