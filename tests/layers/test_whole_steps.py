@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 from decoders import LK, B, D, K, build
+from oracle import make
 
 from additive_attn import AdditiveAttention, MultiheadAdditiveAttention
-from additive_attn.backends.plain import steps, whole
+from additive_attn.backends.plain import plan, steps, whole
 from additive_attn.nn import additive
 from additive_attn.ops import attend, decoding, dispatch
 from additive_attn.ops import memory as engine
@@ -214,6 +215,21 @@ def test_the_energy_bias_gets_zeros_from_the_keys(monkeypatch):
             assert found.item() == 0.0, (setting, again)
 
 
+def test_an_energy_bias_that_is_replaced_gets_zeros_from_the_steps(monkeypatch):
+    """After ``project``, so that the keys cannot pass them on: of the same layer, or of another
+    that steps through the memory."""
+    on_plain_pytorch(monkeypatch)
+    layer, query = made("content"), torch.randn(B, D).double()
+    other = made("content")
+    memory = layer.project(torch.randn(B, LK, K).double())
+    assert memory.whole.carried is layer.energy_layer.bias
+    layer.energy_layer.bias = torch.nn.Parameter(torch.ones(1).double())
+    for stepping in (layer, other):
+        out = stepping.step(query, memory)[0]
+        (found,) = torch.autograd.grad(out.sum(), stepping.energy_layer.bias, retain_graph=True)
+        assert found.item() == 0.0
+
+
 def test_a_step_adds_its_gradient_of_the_keys_at_once(monkeypatch, request):
     """Plain PyTorch has the pairs' gradients in memory, which a kernel does not write there."""
     on_plain_pytorch(monkeypatch)
@@ -245,3 +261,28 @@ def test_small_steps_without_keys(kind, monkeypatch):
     context, weights = layer.step(query.requires_grad_(), memory, *more)[:2]
     assert weights.shape == (B, 0) and not context.any()
     assert not torch.autograd.grad(context.sum(), query)[0].any()
+
+
+@pytest.mark.parametrize("mask", ["none", "lengths"])
+@pytest.mark.parametrize("located", [False, True])
+def test_blocks_of_a_step(located, mask, monkeypatch):
+    """The gradients of a step are those of one block, in blocks of one entry or of a few keys."""
+    query, key, value, weight = make((6,), 1, 9, 5, 4, dtype=torch.float64).values()
+    location = torch.randn(6, 2, 9).double() if located else None
+    location_weight = torch.randn(2, 5).double() if located else None
+    lengths = torch.tensor([[9], [4], [1], [9], [0], [7]]) if mask == "lengths" else None
+    inputs = query, key, value, weight, None, location, location_weight, None, lengths
+    out, weights, lse = steps.step(*inputs, None, 0.0, 1.0)
+    upstream = torch.randn_like(out), torch.randn_like(weights), torch.randn_like(lse)
+    upstream = (*upstream[:2], upstream[2].masked_fill(lse.isinf(), 0.0))
+    counts, results = [], []
+    for elements in (plan._BLOCK_ELEMENTS, 1):
+        monkeypatch.setattr(plan, "_BLOCK_ELEMENTS", elements)
+        call, grad_key = steps.Call(*inputs[:4], None, lengths), torch.zeros_like(key)
+        counts.append(len(list(plan.blocks_of(call, torch.Size((6,))))))
+        more = (None, 0.0, 1.0, weights, lse, grad_key)
+        results.append([*steps.step_backward(*upstream, *inputs, *more), grad_key])
+    assert counts[0] == 1 and counts[1] >= 5
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    assert results[0][0].any() and results[0][-1].any()
