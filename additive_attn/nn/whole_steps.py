@@ -17,7 +17,7 @@ from additive_attn.backends.plain import whole
 from additive_attn.nn.linear import bare_parameters
 from additive_attn.ops import dispatch
 from additive_attn.ops.checks import check_range, is_dense
-from additive_attn.ops.masking import kept_mask
+from additive_attn.ops.masking import mask_of_lengths
 from additive_attn.ops.memory import PLAIN_TYPES, WHOLE_ELEMENTS, alone, computed_whole
 from additive_attn.spec.call import Call
 from additive_attn.spec.dropout import draw_seed
@@ -126,7 +126,7 @@ def whole_step(
         if lengths is not None:
             attended = None
             if attn_mask is None:
-                attended = kept_mask(lengths.flatten(), shape[-2])
+                attended = mask_of_lengths(lengths.flatten(), shape[-2])
             if attended is None:
                 check_range("lengths", lengths, shape[-2])  # they may have been written to
             else:

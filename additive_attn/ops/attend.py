@@ -29,7 +29,7 @@ from additive_attn.ops.checks import (
     refuse_rank,
     refuse_types,
 )
-from additive_attn.ops.masking import checked_bias, kept_mask, with_bias, with_padding
+from additive_attn.ops.masking import checked_bias, mask_of_lengths, with_bias, with_padding
 from additive_attn.ops.scores import score
 from additive_attn.spec.call import Call, Inputs
 from additive_attn.spec.dropout import draw_seed
@@ -129,7 +129,7 @@ def _with_lengths(
     if dispatch.cpu_is_plain and attn_mask is None and key.is_cpu and len(batch) == 1:
         num_keys = key.shape[-2]
         if query.numel() * num_keys <= whole.ELEMENTS:
-            mask = kept_mask(lengths, num_keys)
+            mask = mask_of_lengths(lengths, num_keys)
             if mask is not None and mask.shape[:1] == batch:
                 return mask, None
     return attn_mask, aligned_lengths(lengths, key, batch, query.shape[-2])

@@ -18,36 +18,41 @@ from additive_attn.ops.checks import (
     require_one_device,
 )
 from additive_attn.spec.call import lse_dtype
-from additive_attn.spec.masks import kept
+from additive_attn.spec.masks import interval_mask
 
-# Lengths, and pairs of their mask, up to which looking for a mask that is there costs less than
-# making it.
-_FEW_LENGTHS, _KEPT_PAIRS = 64, 2**14
+# Lengths up to which reading them costs less than the operations that would check them; pairs of a
+# mask that is kept, and how many are.
+_FEW_LENGTHS, _KEPT_PAIRS, _KEPT_MASKS = 64, 2**14, 16
+_kept: dict[tuple[tuple[int, ...], int], Tensor] = {}
 
 
-def kept_mask(lengths: Any, num_keys: int) -> Tensor | None:
-    """The mask ``(B, 1, Lk)`` of a few lengths ``(B,)``, bool, if they are in range: a decoder
-    passes the same ones again at every step. It is not to be written to."""
+def mask_of_lengths(lengths: Any, num_keys: int) -> Tensor | None:
+    """Returns the bool mask ``(B, 1, Lk)`` of a few lengths ``(B,)`` on the CPU, which must not be
+    written to. Returns None for other lengths, and for those out of range, for which an ordinary
+    call raises. The steps of a decoder and the layers of a model pass the same lengths, so masks
+    are kept by their numbers. No inference tensor is, since autograd could not save it."""
     if not (
         type(lengths) is Tensor
         and lengths.dtype is torch.int64
         and is_dense(lengths)
         and lengths.dim() == 1
         and 0 < lengths.numel() <= _FEW_LENGTHS
-        and lengths.numel() * num_keys <= _KEPT_PAIRS
         and is_readable(lengths)
     ):
         return None
-    found: Tensor | None = _mask_of(tuple(lengths.tolist()), num_keys)
-    return found
-
-
-@kept
-def _mask_of(numbers: tuple[int, ...], num_keys: int) -> Tensor | None:
+    numbers = tuple(lengths.tolist())
+    mask = _kept.get((numbers, num_keys))
+    if mask is not None:
+        return mask
     if min(numbers) < 0 or max(numbers) > num_keys:
-        return None  # is refused elsewhere
-    ends = torch.tensor(numbers, device="cpu").view(-1, 1, 1)
-    return torch.arange(num_keys, device="cpu") < ends
+        return None
+    rows, keys = (0, 1), (0, num_keys)
+    mask = interval_mask(lengths.unsqueeze(-1), None, -1, -1, rows, keys, lengths.device, True)
+    if type(mask) is Tensor and mask.numel() <= _KEPT_PAIRS and not mask.is_inference():
+        if len(_kept) >= _KEPT_MASKS:
+            _kept.clear()
+        _kept[numbers, num_keys] = mask
+    return mask
 
 
 def with_padding(

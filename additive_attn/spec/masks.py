@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,12 +139,12 @@ def _window(
     return after >= -left if right < 0 else (after >= -left) & (after <= right)
 
 
-def kept(function: Callable[..., Any]) -> Any:
+def _kept(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Caches tensors. They are no inference tensors, since other calls save them for backward."""
     return functools.lru_cache(maxsize=16)(torch.inference_mode(False)(function))
 
 
-_kept_positions, _kept_window = kept(_positions), kept(_window)
+_kept_positions, _kept_window = _kept(_positions), _kept(_window)
 
 
 def _of_rows(numbers: Tensor, rows: tuple[int, int]) -> Tensor:

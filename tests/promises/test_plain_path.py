@@ -202,7 +202,7 @@ def test_masks_first_used_in_inference_mode_serve_training(mask):
     inference mode changes no later result."""
     masks._kept_positions.cache_clear()
     masks._kept_window.cache_clear()
-    masking._mask_of.cache_clear()
+    masking._kept.clear()
     inputs = make((2,), 5, 7, 6, 4)
     call = lambda x: dict(out=additive_attention(*x.values(), **MASKINGS[mask]))  # noqa: E731
     upstream = {"out": torch.randn(2, 5, 4)}
@@ -228,6 +228,19 @@ def test_lengths_may_be_written_to_between_calls(per_query):
         mask = torch.arange(7) < lengths.reshape(2, -1, 1)
         torch.testing.assert_close(found, additive_attention(*inputs, attn_mask=mask))
     assert not torch.equal(found, first)
+
+
+def test_masks_of_many_lengths():
+    """More than are cached, of several numbers of keys, and again."""
+    tensors = list(make((2,), 3, 7, 6, 4).values())
+    for first, keys in [*itertools.product(range(8), (5, 7))] * 2:
+        query, key, value, weight = tensors
+        inputs = query, key[:, :keys], value[:, :keys], weight
+        lengths = torch.tensor([min(first, keys), keys - 1])
+        found = additive_attention(*inputs, lengths=lengths)
+        mask = torch.arange(keys) < lengths[:, None, None]
+        torch.testing.assert_close(found, additive_attention(*inputs, attn_mask=mask))
+        assert len(masking._kept) <= masking._KEPT_MASKS
 
 
 def test_masks_first_used_under_fake_tensors_serve_real_ones():
