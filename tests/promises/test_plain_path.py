@@ -15,6 +15,7 @@ from additive_attn import AdditiveAttention, additive_attention
 from additive_attn.backends.plain import blocks, whole
 from additive_attn.ops import dispatch, masking
 from additive_attn.spec import masks
+from additive_attn.spec.call import Call
 
 
 @pytest.fixture(autouse=True, params=["whole", "many pairs", "blocks"])
@@ -255,6 +256,21 @@ def test_masks_first_used_under_fake_tensors_serve_real_ones():
     assert type(kept) is torch.Tensor
     masks._kept_window.cache_clear()
     assert_same(call(inputs), kept)
+
+
+@pytest.mark.parametrize("keys", [(3,), ()], ids=["alike", "shared keys"])
+def test_more_energies_are_kept_for_gradients(keys, part, monkeypatch):
+    monkeypatch.setattr(whole, "ELEMENTS", -1 if part == "blocks" else 3 * 4 * 5 * 6)
+    monkeypatch.setattr(whole, "_KEPT_ELEMENTS", 3 * 8 * 5 * 6)
+    made = []
+    for rows, differentiable in ((4, False), (5, False), (5, True), (8, True), (9, True)):
+        inputs = torch.randn(3, rows, 6), torch.randn(*keys, 5, 6), torch.randn(5, 2)
+        call = Call(*inputs, torch.randn(6).requires_grad_(differentiable))
+        made.append(whole.prefers_formula(call))
+        with torch.no_grad():
+            assert whole.prefers_formula(call) is (part != "blocks" and rows == 4)
+    additive_attention(*make((3,), 2, 5, 6, 2).values())  # what the fixture asks for
+    assert made == ([False] * 5 if part == "blocks" else [True, False, True, True, False])
 
 
 def test_dropout_of_both_parts_is_the_same(part, monkeypatch):

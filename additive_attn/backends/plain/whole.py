@@ -28,8 +28,10 @@ from additive_attn.spec.masks import allowed_pairs, interval_mask
 
 # Its metaclass creates `apply`, so type checkers do not find it.
 SingleLevelFunction: Any = _SingleLevelFunction
-# Up to so many elements of (..., Lq, Lk, H), energies are kept for autograd; below 0, never.
+# Calls of up to so many elements of (..., Lq, Lk, H) are computed whole; below 0, none.
 ELEMENTS = 2**22
+# Up to so many, so are calls with gradients: to compute the energies again would take longer.
+_KEPT_ELEMENTS = 2**24
 # Up to so many pairs, autograd's own derivative of the scores, a sum in one float, is used.
 _SHORT_SUM = 128
 # Up to so many pairs, positions and windows are kept for the next call.
@@ -47,14 +49,18 @@ def prefers_formula(call: Call) -> bool:
     if query.numel() * key.numel() <= ELEMENTS:  # an upper bound of the number below
         return True
     rows, keys = query.shape, key.shape
-    if rows[:-2] == keys[:-2]:
-        if query.numel() * keys[-2] <= ELEMENTS:
-            return True
-        # Energies of one row are no larger than the keys; backward need not compute them again.
-        one = rows[-2] == 1 and ELEMENTS >= 0
-        return one and torch.is_grad_enabled() and _differentiable(*call[:4])
-    batch = torch.broadcast_shapes(rows[:-2], keys[:-2])
-    return math.prod(batch) * rows[-2] * keys[-2] * keys[-1] <= ELEMENTS
+    alike = rows[:-2] == keys[:-2]
+    if alike:
+        elements = query.numel() * keys[-2]
+    else:
+        batch = torch.broadcast_shapes(rows[:-2], keys[:-2])
+        elements = math.prod(batch) * rows[-2] * keys[-2] * keys[-1]
+    if elements <= ELEMENTS:
+        return True
+    if ELEMENTS < 0 or not (torch.is_grad_enabled() and _differentiable(*call[:4])):
+        return False
+    # Energies of one row are no larger than the keys.
+    return elements <= _KEPT_ELEMENTS or (alike and rows[-2] == 1)
 
 
 def attend(
