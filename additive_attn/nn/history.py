@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
-from additive_attn.backends.plain.steps import convolved
+from additive_attn.backends.plain.steps import convolved, with_term
 from additive_attn.nn.decoding import ProjectedMemory, flat_beams, lent_of
 from additive_attn.nn.linear import bare_parameters
 from additive_attn.nn.projection import ProjectingAttention
 from additive_attn.nn.symbolic import is_symbolic, symbolic_call
-from additive_attn.nn.whole_steps import whole_step, with_term
+from additive_attn.nn.whole_steps import whole_step
 from additive_attn.ops.checks import DTYPES, is_dense, refuse_layouts, refuse_types
 from additive_attn.ops.decoding import attend_step
 from additive_attn.ops.layer_checks import (

@@ -146,11 +146,3 @@ def whole_step(
     )  # fmt: skip
     out, weights, _ = whole.attend(call, False, score_bias)
     return out.squeeze(-2), weights.squeeze(-2)
-
-
-def with_term(key: Tensor, location: Tensor, weight: Tensor) -> Tensor:
-    """Adds the product of ``location (B, F, Lk)`` and ``weight (F, H)`` to ``key (B, Lk, H)``, or
-    all without B. One operation, since its cost shows in a small step."""
-    if key.dim() == 2:
-        return torch.addmm(key, location.mT, weight)
-    return torch.baddbmm(key, location.mT, weight.expand(key.shape[0], -1, -1))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from additive_attn.backends.plain.steps import with_term
 from additive_attn.ops import dispatch
 from additive_attn.ops.attend import masked_attention
 from additive_attn.ops.autograd import attend
@@ -215,20 +216,7 @@ def _inputs(
 ) -> Inputs:
     key, value = widened(shared.key, query.dtype), widened(shared.value, query.dtype)
     if location is not None and location_weight is not None:
-        if (
-            key.dim() == location.dim() == 3
-            and key.shape[0] == location.shape[0]
-            and location_weight.dim() == 2
-            and key.dtype == location.dtype == location_weight.dtype
-            and not _autocasts()
-        ):  # one operation instead of two, whose cost shows in a small step
-            if location_weight.shape[0] == 1:
-                key = torch.addcmul(key, location.mT, location_weight)
-            else:
-                weights = location_weight.expand(key.shape[0], -1, -1)
-                key = torch.baddbmm(key, location.mT, weights)
-        else:
-            key = key + location.mT @ location_weight
+        key = with_term(key, location, location_weight)
     return Inputs(query, key, value, shared.weight)
 
 

@@ -53,7 +53,9 @@ def step(
     """Computes equations 1 and 2 for one query, with the location term added to the keys."""
     key, value = key.to(query.dtype), value.to(query.dtype)  # a memory may be narrower
     if location is not None:
-        key = (widened(key) + _term(location, location_weight)).to(key.dtype)
+        assert location_weight is not None
+        with_location = with_term(widened(key), widened(location), widened(location_weight))
+        key = with_location.to(key.dtype)
     call = Call(
         query, key, value, weight, attn_mask, lengths, seed=seed, dropout_p=dropout_p, scale=scale
     )
@@ -150,7 +152,7 @@ def _backward_block(
     if term.location is not None and term.location_weight is not None:
         location = widened(block.of_features(term.location))
         location_weight = widened(block.of_entries(term.location_weight, 2))
-        key = key + location.mT @ location_weight
+        key = with_term(key, location, location_weight)
     energy, shield = energies(query, key), None
     if attended is not None and not is_finite(scores(energy, weight).sum()):
         shield = block.of_mask(attended)
@@ -166,9 +168,18 @@ def _backward_block(
         block.of_entries(term.grad_location_weight, 2).add_(reached @ slope)
 
 
-def _term(location: Tensor, location_weight: Tensor | None) -> Tensor:
-    assert location_weight is not None
-    return widened(location).mT @ widened(location_weight)
+def with_term(key: Tensor, location: Tensor, weight: Tensor) -> Tensor:
+    """Adds the product of ``location (..., F, Lk)`` and ``weight (..., F, H)`` to ``key (..., Lk,
+    H)``. One operation where there is one, since two make temporaries of the size of the keys."""
+    alike = key.dtype == location.dtype == weight.dtype and key.shape[:-2] == location.shape[:-2]
+    if alike and weight.dim() == 2:
+        if weight.shape[0] == 1:
+            return torch.addcmul(key, location.mT, weight)
+        if key.dim() == 2:
+            return torch.addmm(key, location.mT, weight)
+        if key.dim() == 3:
+            return torch.baddbmm(key, location.mT, weight.expand(key.shape[0], -1, -1))
+    return key + location.mT @ weight
 
 
 def _windows(inputs: Tensor, width: int) -> Tensor:
