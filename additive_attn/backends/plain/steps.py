@@ -25,6 +25,8 @@ from additive_attn.spec.dropout import drawn_factors, keep_mask
 from additive_attn.spec.formula import attended_pairs, energies, scores, widened
 from additive_attn.spec.masks import interval_mask
 
+# Up to such a width, a library's convolution costs less than a product with the windows.
+_NARROW = 63
 # Up to so many elements of windows of a location, a product costs less than a convolution.
 _FEW_WINDOWS = 2**15
 _convolve = torch.ops.aten.thnn_conv2d
@@ -199,8 +201,11 @@ def keep_entries(seed: Tensor, rows: int, keys: int, dropout_p: float) -> Tensor
 
 def location_features(inputs: Tensor, filters: Tensor) -> Tensor:
     """Correlates ``(B, C, Lk)`` with ``(F, C, width)`` along the keys. The convolutions of
-    libraries are slow where inputs have one channel."""
+    libraries are slow where inputs have one channel and filters are wide."""
     count, channels, width = filters.shape
+    narrow = width <= _NARROW and inputs.numel() and count
+    if narrow and inputs.is_cpu and inputs.dtype == torch.float32:
+        return torch.conv1d(inputs, filters, padding=width // 2)
     return filters.reshape(count, channels * width) @ _windows(inputs, width)
 
 
