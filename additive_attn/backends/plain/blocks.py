@@ -18,6 +18,7 @@ from additive_attn.backends.plain.whole import (
     formula,
     is_finite,
     product,
+    scores_of,
     shielded,
     weight_gradient,
 )
@@ -30,7 +31,6 @@ from additive_attn.spec.call import (
 from additive_attn.spec.formula import (
     add_bias,
     energies,
-    scores,
     softmax,
     weighted_sum,
     widened,
@@ -118,11 +118,11 @@ def _backward_block(
     query, scale = query.expand(*block.of_batch(batch), *query.shape[-2:]), call.options.scale
 
     energy = energies(query, key)
-    score = scores(energy, weight)
+    score = scores_of(energy, weight)
     shield = None if attended is None or is_finite(score.sum()) else attended
     if shield is not None:
         energy = energies(query, key, shield)
-        score = scores(energy, weight)
+        score = scores_of(energy, weight)
     weights = softmax(add_bias(score * scale, attn_mask), attended)
 
     grad_out = None if upstream.out is None else widened(block.of_rows(upstream.out))

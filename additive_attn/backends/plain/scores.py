@@ -14,10 +14,9 @@ from additive_attn.backends.plain.blocks import (
     unnarrowed,
 )
 from additive_attn.backends.plain.plan import Block, blocks_of
-from additive_attn.backends.plain.whole import is_finite, weight_gradient
+from additive_attn.backends.plain.whole import is_finite, scores_of, weight_gradient
 from additive_attn.spec.call import Call, call_of_scores, lse_dtype
 from additive_attn.spec.formula import add_bias, energies, mask_scores, widened
-from additive_attn.spec.formula import scores as formula
 
 
 @unnarrowed
@@ -29,7 +28,7 @@ def scores(*arguments: Any) -> Tensor:
     for block in blocks_of(call, batch):
         query, key, _, weight = (widened(tensor) for tensor in block.inputs(call.inputs))
         attn_mask, attended = block.masks(call.masking, query.device)
-        score = add_bias(call.scale * formula(energies(query, key), weight), attn_mask)
+        score = add_bias(call.scale * scores_of(energies(query, key), weight), attn_mask)
         block.write("of_pairs", result, mask_scores(score, attended), add=False)
     return result
 
@@ -81,7 +80,7 @@ def _backward_block(
     if gradients.mask is not None:
         block.write("of_mask", gradients.mask, grad_score)
     energy = energies(query, key)
-    shield = None if attended is None or is_finite(formula(energy, weight).sum()) else attended
+    shield = None if attended is None or is_finite(scores_of(energy, weight).sum()) else attended
     if shield is not None:
         energy = energies(query, key, shield)
     grad_score = grad_score * call.scale

@@ -19,10 +19,10 @@ from additive_attn.backends.plain.blocks import (
     unnarrowed,
 )
 from additive_attn.backends.plain.plan import Block, blocks_of
-from additive_attn.backends.plain.whole import is_finite, weight_gradient
+from additive_attn.backends.plain.whole import is_finite, scores_of, weight_gradient
 from additive_attn.spec.call import Call, lse_dtype
 from additive_attn.spec.dropout import drawn_factors, keep_mask
-from additive_attn.spec.formula import attended_pairs, energies, scores, widened
+from additive_attn.spec.formula import attended_pairs, energies, widened
 from additive_attn.spec.masks import interval_mask
 
 # Up to such a width, a library's convolution costs less than a product with the windows.
@@ -156,7 +156,7 @@ def _backward_block(
         location_weight = widened(block.of_entries(term.location_weight, 2))
         key = with_term(key, location, location_weight)
     energy, shield = energies(query, key), None
-    if attended is not None and not is_finite(scores(energy, weight).sum()):
+    if attended is not None and not is_finite(scores_of(energy, weight).sum()):
         shield = block.of_mask(attended)
         energy = energies(query, key, shield)
     grad_score = block.of_pairs(grad_scores)

@@ -34,6 +34,10 @@ ELEMENTS = 2**22
 _KEPT_ELEMENTS = 2**24
 # Up to so many pairs, autograd's own derivative of the scores, a sum in one float, is used.
 _SHORT_SUM = 128
+# Up to so many elements of (..., Lq, Lk, H), the product that a Linear computes takes least time.
+_AS_LINEAR = 2**16
+# Of fewer keys or elements, the products of rows take longer than one product of all.
+_SHORT_ROW, _FEW_ELEMENTS = 16, 2**17
 # Up to so many pairs, positions and windows are kept for the next call.
 _KEPT_PAIRS = 2**14
 # Up to so many numbers, comparing each costs less than a sum.
@@ -154,10 +158,11 @@ def _scored(
 ) -> Tensor:  # fmt: skip
     """Returns ``w . tanh(q + k)``, with 0 in place of q + k where ``shield`` masks a pair."""
     hidden, rows, keys = query.shape[-1], query.shape[-2], key.shape[-2]
-    few = query.numel() * keys <= _SHORT_SUM * hidden
-    one = rows == 1
+    elements, one = query.numel() * keys, rows == 1
+    few = elements <= _SHORT_SUM * hidden
     # For one row without a bias, the product below is that of the plain layer, with its error.
     as_layer = one and score_bias is None and weight.shape == (1, hidden) and query.dim() == 3
+    as_layer = as_layer and elements <= _AS_LINEAR
     if differentiable and not few and not as_layer:
         result: Tensor = _Scores.apply(query, key, weight, shield, score_bias)
         return result
@@ -173,16 +178,29 @@ def _scored(
             column = weight.t() if weight.dim() == 2 else weight.unsqueeze(1)
             score = torch.addmm(bias, energy.flatten(0, -2), column, beta=0)
             return score.view(*energy.shape[: one - 3], rows, keys)
-        if bias is None and one:
-            if weight.dim() == 2 and energy.dim() == 3:
+        if bias is None and one and energy.dim() == 3:
+            if weight.dim() == 2 and elements <= _AS_LINEAR:
                 score = energy.flatten(0, 1).mm(weight.t())
                 return score.view(energy.shape[0], 1, keys)
-            if few and energy.dim() == 3:  # bmm costs least, above all in backward
+            if few:  # bmm costs least, above all in backward
                 return torch.bmm(weight.expand(energy.shape[0], 1, -1), energy.mT)
-            return (energy @ weight.flatten()).unsqueeze(-2)
     if bias is not None:
         weight = torch.add(weight, bias.to(weight.dtype), alpha=0)
-    return scores(energy.unsqueeze(-3) if one else energy, weight)
+    return scores_of(energy.unsqueeze(-3) if one else energy, weight)
+
+
+def scores_of(energy: Tensor, weight: Tensor) -> Tensor:
+    """Returns ``scores``. Rows are products of their own, since a library computes the product of
+    one matrix and a vector in one thread."""
+    keys, hidden = energy.shape[-2:]
+    if weight.numel() != hidden or weight.dim() > 2:
+        score = weight.unsqueeze(-2) @ energy.flatten(-3, -2).mT
+        return score.squeeze(-2).unflatten(-1, energy.shape[-3:-1])
+    if keys < _SHORT_ROW or energy.numel() < _FEW_ELEMENTS:
+        return scores(energy, weight)
+    count = math.prod(energy.shape[:-2])
+    rows = energy.reshape(count, keys, hidden).mT
+    return torch.bmm(weight.expand(count, 1, hidden), rows).view(energy.shape[:-1])
 
 
 def _of_one_row(query: Tensor, key: Tensor, shield: Tensor | None) -> Tensor:
@@ -298,7 +316,7 @@ class _Scores(SingleLevelFunction):
         ctx.save_for_backward(query, key, energy, weight, shield)
         ctx.score_bias = score_bias
         ctx.set_materialize_grads(False)
-        return scores(energy, weight)
+        return scores_of(energy, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_score: Tensor | None) -> tuple[Tensor | None, ...]:
