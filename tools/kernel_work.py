@@ -43,11 +43,11 @@ def attend_kernel(a: SimpleNamespace) -> Work:
     """The loop around all others runs again only where a value is not finite."""
     tanh = 8 * a.RM * a.RN
     tiles = min(a.keys_per_split, a.keys) / (a.RN * a.TN)
-    told = min(a.TOLD, tiles)  # so many tiles are searched at once for special pairs
+    flagged = min(a.FLAGS, tiles)  # so many tiles are searched at once for special pairs
     hot = _scores(a, tiles, 1)
     # The product of their sketches is of float16 on all targets, that with values is not counted
     # where these are.
-    special = Through({r"HMMA\.16816\.F32$": 1}, share=1 / told)
+    special = Through({r"HMMA\.16816\.F32$": 1}, share=1 / flagged)
     if not a.MEMORY:
         return Work((hot, special), tanh)
     columns = a.values / a.BD

@@ -8,26 +8,29 @@ import triton.language as tl
 
 @triton.jit
 def number(bits):
-    """The float64 of these bits (``launch.bits``). Triton takes a Python number as float32."""
+    """Returns the float64 of these bits (``launch.bits``). Triton takes a Python number as
+    float32."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def weight_exponent(largest):
-    """The exponent of the largest |w|, so far as its reciprocal is a normal number."""
+    """Returns the exponent of the largest |w|, bounded so that its reciprocal is a normal
+    number."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
     return tl.where(largest == 0.0, 0, tl.maximum(tl.minimum(exponent, 125), -125))
 
 
 @triton.jit
 def power(exponent):
-    """2^exponent, in float32."""
+    """Returns 2^exponent, in float32."""
     return ((127 + exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def reciprocal(x, TARGET: tl.constexpr):
-    """1 / x in float32 to 1 ulp, for 2^-126 < x < 2^126. A division would scale x first."""
+    """Returns 1 / x in float32 to 1 ulp, for 2^-126 < x < 2^126. A division would scale x
+    first."""
     if TARGET == "cuda":
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -42,7 +45,7 @@ def reciprocal(x, TARGET: tl.constexpr):
 
 @triton.jit
 def fused(x, y, z, TARGET: tl.constexpr):
-    """x y + z in float32, rounded once."""
+    """Returns x y + z in float32, rounded once."""
     if TARGET == "none":  # the interpreter of Triton 3.6 and 3.7 rounds twice in fma
         return (x.to(tl.float64) * y + z).to(tl.float32)
     else:
@@ -51,7 +54,7 @@ def fused(x, y, z, TARGET: tl.constexpr):
 
 @triton.jit
 def exact_reciprocal(x, TARGET: tl.constexpr):
-    """``reciprocal`` to 0.5 ulp: a step of Newton takes out what the instruction leaves."""
+    """``reciprocal`` to 0.5 ulp: a step of Newton removes the error of the instruction."""
     r = reciprocal(x, TARGET)
     # The interpreter divides exactly, and that of Triton 3.6 and 3.7 rounds twice in fma.
     return r if TARGET == "none" else tl.fma(tl.fma(-x, r, 1.0), r, r)
@@ -59,7 +62,7 @@ def exact_reciprocal(x, TARGET: tl.constexpr):
 
 @triton.jit
 def exp(x, TARGET: tl.constexpr):
-    """e^x for x <= 0. ``tl.exp`` would scale x first, lest the result be subnormal."""
+    """Returns e^x for x <= 0. ``tl.exp`` would scale x first, lest the result be subnormal."""
     if TARGET == "cuda" and x.dtype == tl.float32:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32,
@@ -71,8 +74,8 @@ def exp(x, TARGET: tl.constexpr):
 
 @triton.jit
 def exp_with_error(x):
-    """e^x in float32 for |x| <= 20 to 0.7 ulp, and what its rounding leaves out. ``tl.exp`` rounds
-    x log2(e) first, which at x = 20 costs 20 ulp."""
+    """Returns e^x in float32 for |x| <= 20 to 0.7 ulp, and what its rounding leaves out.
+    ``tl.exp`` rounds x log2(e) first, which at x = 20 costs 20 ulp."""
     n = (x * 1.4426950408889634 + 12582912.0) - 12582912.0
     high = x - n * 0.693145751953125
     r = high - n * 1.42860682030941723e-06
@@ -117,13 +120,13 @@ def tanh(x, TARGET: tl.constexpr):
         y = y * u + 2.5876964e-2
         y = y * u + 0.46714336
         y = y * u + 1.0
-        # Triton's own division is out by 2 ulp.
+        # Triton's own division has an error of 2 ulp.
         return z * exact_reciprocal(y, TARGET)
 
 
 @triton.jit
 def tanh_slope(x, t):
-    """1 - t^2 of t = tanh(x) without the cancellation of the difference at large x."""
+    """Returns 1 - t^2 of t = tanh(x) without the cancellation of the difference at large x."""
     e = tl.exp(-2.0 * tl.abs(x))
     slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     return tl.where(tl.abs(x) < 0.5, 1.0 - t * t, slope)
@@ -139,7 +142,7 @@ def _slices4(x):
 
 @triton.jit
 def slices(x, N: tl.constexpr):
-    """The N slices [...] of [..., N], for N = 2, 4 or 8."""
+    """Returns the N slices [...] of [..., N], for N = 2, 4 or 8."""
     if N == 2:
         return tl.split(x)
     elif N == 4:
@@ -153,8 +156,9 @@ def slices(x, N: tl.constexpr):
 
 @triton.jit
 def opposite_limit(square, hidden):
-    """Below what squared distance from -k a query with this square is opposite to a key: so small
-    that of ordinary rows and keys, which have only ``hidden`` ways to differ, hardly any are."""
+    """Returns the squared distance from -k below which a query with this square is opposite to a
+    key. It is so small that ordinary rows and keys, which can differ only in ``hidden`` features,
+    hardly ever are."""
     share = tl.where(hidden >= 16, 0.04, tl.where(hidden >= 8, 0.01, 0.0025))
     share = tl.where(hidden >= 4, share, tl.where(hidden >= 2, 1e-5, 0.0))
     return share * tl.minimum(2.0 * square, 1.0)
@@ -162,14 +166,14 @@ def opposite_limit(square, hidden):
 
 @triton.jit
 def anew(x, key0):
-    """x >= 0, found anew for each tile of keys. What is the same for all tiles takes registers
-    from one to the next, or is read from local memory wherever it is used."""
+    """Returns x >= 0, computed again for each tile of keys. What is invariant over tiles takes
+    registers throughout, or spills to local memory."""
     return tl.maximum(x, -key0)
 
 
 @triton.jit
 def unknown(x, TARGET: tl.constexpr):
-    """x, of int32, of which the compiler for NVIDIA GPUs must not know where it comes from."""
+    """Returns x, of int32, and hides its origin from the compiler for NVIDIA GPUs."""
     if TARGET == "cuda":
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1

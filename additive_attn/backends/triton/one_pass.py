@@ -3,7 +3,7 @@
 A program keeps some rows: their largest scores, the sums of their exponentials, and the weighted
 sums of the values, which stay in registers, or where values are long in memory that only this
 program touches. The scores of a tile never leave the registers, and the softmax stays in their
-layout. Where rows alone would not fill the machine the keys are split over programs.
+layout. Where rows alone would not fill the GPU the keys are split over programs.
 
 A value that is not finite is seen when it has reached a sum, even times 0. Then the program starts
 again, and takes from each tile first the finite values, then the others for the rows that attend
@@ -50,7 +50,7 @@ from additive_attn.backends.triton.value_sums import accumulate, as_tile, finish
 
 @triton.jit
 def _of_rows(x, LEAST: tl.constexpr):
-    """[RM, TM] as [LEAST, 1]."""
+    """Reshapes [RM, TM] to [LEAST, 1]."""
     BM: tl.constexpr = x.shape[0] * x.shape[1]
     return often_enough(tl.reshape(tl.permute(x, [1, 0]), [BM, 1]), LEAST)
 
@@ -61,7 +61,7 @@ def _row_results(
     lse, tops, totals, part,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
 ):  # fmt: skip
-    """Stores what is known of rows [RM, TM]; what their sums of values are multiplied by."""
+    """Stores the results of rows [RM, TM]. Returns the factor of their sums of values."""
     attends = attending(
         total == 0.0, low, high, mask, mask_row, mask_column, block_tiles, row0, first, last,
         RM, TM, RN, TN,
@@ -80,8 +80,8 @@ def _row_results(
 
 @triton.jit
 def _softmax_step(score, top, total, TARGET: tl.constexpr):
-    """e^{score - top} with the largest score so far, and what shrinks the sums that were taken
-    with the one before."""
+    """Returns e^{score - top} with the largest score so far, the factor that rescales earlier
+    sums, that largest score, and the sum."""
     before = top
     top = tl.maximum(top, tl.max(tl.max(score, 1), 2))
     shift = tl.where(top == float("-inf"), 0.0, top)
@@ -92,7 +92,7 @@ def _softmax_step(score, top, total, TARGET: tl.constexpr):
 
 @triton.jit
 def _kept(p, seed, n, row0, key0, threshold):
-    """P [RM, RN, TM, TN] where dropout keeps it, 0 elsewhere."""
+    """Returns P [RM, RN, TM, TN] where dropout keeps it, 0 elsewhere."""
     RM: tl.constexpr = p.shape[0]
     RN: tl.constexpr = p.shape[1]
     TM: tl.constexpr = p.shape[2]
@@ -115,14 +115,14 @@ def attend_kernel(
     inner, entries, rows, keys, hidden, padded, values, left, right, splits, keys_per_split,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, SPLIT: tl.constexpr,
     BD: tl.constexpr, MEMORY: tl.constexpr, STORED: tl.constexpr, CHUNK: tl.constexpr,
-    TOLD: tl.constexpr, ALIGNED: tl.constexpr, DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr,
+    FLAGS: tl.constexpr, ALIGNED: tl.constexpr, DIFFERENCE: tl.constexpr, PRECISION: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
     """Some rows of an entry attend to a range of its keys. Without ``tops`` the range is all keys,
     and ``out`` and ``lse`` are final; else ``out`` is [split][entry][row], for ``merge_kernel``,
     or with ``merged`` the last program of these rows. STORED: the scores are kept. MEMORY: the
-    sums of the values lie in ``sums``, as large as ``out``, BD columns at a time. TOLD: flags of
-    so many tiles are loaded at once. ALIGNED: values of all entries begin at multiples of 16."""
+    sums of the values lie in ``sums``, as large as ``out``, BD columns at a time. FLAGS: tiles
+    whose flags are loaded at once. ALIGNED: values of all entries begin at multiples of 16."""
     BM: tl.constexpr = RM * TM
     BN: tl.constexpr = RN * TN
     LEAST: tl.constexpr = 16 if BM < 16 else BM
@@ -130,7 +130,7 @@ def attend_kernel(
     ROUNDED: tl.constexpr = query.dtype.element_ty.primitive_bitwidth == 16
     row_tiles = tl.cdiv(rows, BM)
     program = tl.program_id(0)
-    # Of a causal mask the longest rows come first.
+    # Under a causal mask the longest rows come first.
     row0 = (row_tiles - 1 - program % row_tiles) * BM
     split = program // row_tiles % splits
     n, o, m = batch_entry(program // row_tiles // splits, inner)
@@ -164,16 +164,16 @@ def attend_kernel(
     attempt = 0
     while attempt < 2:
         again = attempt > 0
-        started, told = 0, 0
+        started, special = 0, 0
         top = tl.full([RM, TM], float("-inf"), ACC)
         total = tl.zeros([RM, TM, TN], ACC)
         acc = tl.zeros([LEAST, BD], ACC)
         start, stop = begin if STORED else first, end if STORED else last
         for key0 in tl.range(start, stop, BN, disable_licm=True):
             tile = (key0 - start) // BN
-            if tile % TOLD == 0:
-                told = special_tiles(
-                    query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, BM, BN, TOLD
+            if tile % FLAGS == 0:
+                special = special_tiles(
+                    query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, BM, BN, FLAGS
                 )
             computed = True
             if STORED or block_tiles is not None:
@@ -190,7 +190,7 @@ def attend_kernel(
                     query, key, query_row, query_h, key_row, key_h, query_rows, key_rows,
                     at_query, at_key, prepared, at_weight,
                     from_key, to_key, mask, mask_row, mask_column, block_tiles, anew(row0, tile),
-                    key0, rows, keys, hidden, padded, (told >> (tile % TOLD)) & 1,
+                    key0, rows, keys, hidden, padded, (special >> (tile % FLAGS)) & 1,
                     RM, TM, RN, TN, SPLIT, DIFFERENCE, TARGET, ACC,
                 )  # fmt: skip
                 if STORED:
@@ -226,7 +226,7 @@ def attend_kernel(
 
 
 def attend(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of at least one entry, row and key."""
+    """Attends. Requires at least one entry, row and key."""
     shape = (*p.batch.shape, p.rows)
     count = p.entries * p.rows
     out = torch.empty(*shape, p.values, dtype=p.dtype, device=p.device)
@@ -262,8 +262,8 @@ def attend(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
         parts, sums, lse, tops, totals, scores, merged, p.batch.inner, p.entries, p.rows, p.keys,
         p.hidden, p.padded, p.values, p.left, p.right, splits, per_split,
         **tile.sizes(), BD=columns, MEMORY=memory, STORED=need_weights, CHUNK=chunk,
-        TOLD=tiles.told_tiles(tile, min(per_split, p.keys)), ALIGNED=aligned(*p.value_strides[:2]),
-        PRECISION=product_precision(p),
+        FLAGS=tiles.flag_tiles(tile, min(per_split, p.keys)),
+        ALIGNED=aligned(*p.value_strides[:2]), PRECISION=product_precision(p),
         **p.form(), num_warps=tile.warps, num_stages=1, **registers(min(255, 2048 // tile.warps)),
     )  # fmt: skip
     if tops is not None and totals is not None and merged is None:
@@ -273,7 +273,8 @@ def attend(p: Problem, need_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def product_precision(p: Problem) -> str:
-    """Of the products with the values. Three products of TF32 are as exact as float32."""
+    """Returns the precision of products with the values. Three products of TF32 are as exact as
+    float32."""
     if target() != "cuda" or p.dtype != torch.float32:
         return "ieee"
     return "tf32" if matmul_precision() == "tf32" else "tf32x3"

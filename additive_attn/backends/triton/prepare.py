@@ -56,7 +56,7 @@ STEP = tl.constexpr(4)  # the gradient's loops take so many rows at a time, and 
 SKETCH = tl.constexpr(32)  # numbers of a sketch
 GROUP = tl.constexpr(8)  # rows that share flags; lengths are padded to whole groups
 SMALL = tl.constexpr(1)  # in the flags of a group: one of its rows has no |x| > 1
-WILD = tl.constexpr(256)  # the same: not within SAFE; so far apart that flags may be added up
+UNSAFE = tl.constexpr(256)  # the same: not within SAFE; so far apart that flags may be added up
 TICKETS = tl.constexpr(4096)
 
 
@@ -177,8 +177,8 @@ def _prepare_rows(
     tl.store(rows.size + at, most)
     if QUADS and SIGN > 0:
         small = tl.max(((row < length) & (most <= 1.0)).to(tl.int32), 0)
-        wild = tl.max(((row < length) & (most > SAFE)).to(tl.int32), 0)
-        tl.store(rows.flags + n * length_padded // GROUP + tile, small * SMALL + wild * WILD)
+        unsafe = tl.max(((row < length) & (most > SAFE)).to(tl.int32), 0)
+        tl.store(rows.flags + n * length_padded // GROUP + tile, small * SMALL + unsafe * UNSAFE)
     of_row = tl.sum(tl.reshape(sums, [GROUP, BLOCK // SKETCH, SKETCH // 4, 4]), 1)
     of_row = (of_row / tl.sqrt(tl.sum(tl.sum(squares, 2), 1)[:, None, None])).to(tl.float16)
     lane = 4 * tl.arange(0, SKETCH // 4)[None, :, None] + tl.arange(0, 4)[None, None, :]

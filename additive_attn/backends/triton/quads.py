@@ -1,13 +1,13 @@
 """Sums of fractions over quads of features: the inner loop of every pass over pairs.
 
-With as many registers as it takes few threads run at a time, and a load from another cache takes
-longer than the arithmetic of a quad: so a quad is loaded while the one before is computed. Two
-quads at a time take turns in two sets of registers, so that nothing is moved.
+The loop takes so many registers that few threads run at a time, and a load from another cache
+takes longer than the arithmetic of a quad. So the next quad is loaded while one is computed. Two
+sets of registers alternate, so that nothing is moved.
 
 Two neighbouring rows are twins: their features alternate in memory and in registers, since some
 GPUs compute both with one instruction. Tiles in here are [RN, RM, TM, TN], and the odd features of
-rows have a minus: where the factors of a denominator are a sum and a difference, compilers pair
-twins, and do not take one factor of the one and the other of the other."""
+rows are negated: where the factors of a denominator are a sum and a difference, compilers pair
+twins, and do not pair a factor of one row with the other factor of the other."""
 
 from __future__ import annotations
 
@@ -24,57 +24,57 @@ from additive_attn.backends.triton.numerics import (
 
 @triton.jit
 def _sum(a, b):
-    """b + a of rows [RM, TM, TN] and keys [RN, TM, TN]."""
+    """Returns b + a of rows [RM, TM, TN] and keys [RN, TM, TN]."""
     return b[:, None, :, :] + a[None, :, :, :]
 
 
 @triton.jit
 def _difference(a, b):
-    """b - a of them."""
+    """Returns b - a of rows [RM, TM, TN] and keys [RN, TM, TN]."""
     return b[:, None, :, :] - a[None, :, :, :]
 
 
 @triton.jit
 def _load4(quads, at, BEYOND: tl.constexpr):
-    """Four numbers of a quad of each thread, so many beyond ``at``.
+    """Loads four numbers of a quad in each thread, BEYOND numbers after ``at``.
 
     Every thread loads what it multiplies, so that the loop needs no shared memory and no barrier.
-    The loads' layout follows the contiguity of their addresses. That of the last dim is true, that
-    of the others is an order, last dim first, since Triton 3.6 would have threads lie along R. The
-    hint counts only where it meets the load, and is lost with an addition of 0 that the compiler
-    knows: then what is loaded is exchanged through shared memory."""
+    The layout of a load follows the contiguity of its addresses. The hint is true for the last
+    dim. For the others it gives an order, last dim first, since Triton 3.6 would lay threads along
+    R. The hint must be beside the load. An addition of 0 that the compiler knows removes it: then
+    the numbers are exchanged through shared memory."""
     place = quads + (at + BEYOND)
     return tl.load(tl.multiple_of(tl.max_contiguous(place, [1, 2, 4, 8]), [1, 1, 1, 16]))
 
 
 @triton.jit
 def _load_keys(quads, at):
-    """A quad of features, [RN, TM, TN, 4]."""
+    """Loads a quad of features, [RN, TM, TN, 4]."""
     return _load4(quads, at, 0)
 
 
 @triton.jit
 def _load_rows(quads, at):
-    """A quad of features of twins, two halves [RM / 2, TM, TN, 4]."""
+    """Loads a quad of features of twins, two halves [RM / 2, TM, TN, 4]."""
     return _load4(quads, at, 0), _load4(quads, at, 4)
 
 
 @triton.jit
 def _load_matched(rows, at):
-    """A quad of a and of c and g of twins."""
+    """Loads a quad of a, and of c and g, of twins."""
     return _load_rows(rows, at), (_load4(rows, at, 8), _load4(rows, at, 12))
 
 
 @triton.jit
 def _two_features(half, RM: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
-    """Of half a quad of twins, [RM, TM, TN] each."""
+    """Returns the two features of half a quad of twins, [RM, TM, TN] each."""
     half = tl.permute(tl.reshape(half, [RM // 2, TM, TN, 2, 2]), (0, 4, 1, 2, 3))
     return tl.split(tl.reshape(half, [RM, TM, TN, 2]))
 
 
 @triton.jit
 def _rows4(halves, RM: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
-    """The four slices [RM, TM, TN] of a quad of twins."""
+    """Returns the four slices [RM, TM, TN] of a quad of twins."""
     x0, x1 = _two_features(halves[0], RM, TM, TN)
     x2, x3 = _two_features(halves[1], RM, TM, TN)
     return x0, x1, x2, x3
@@ -82,7 +82,7 @@ def _rows4(halves, RM: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
 
 @triton.jit
 def _join(z01, y01, z23, y23):
-    """z01/y01 + z23/y23 as one fraction (math.md, eq. 4)."""
+    """Returns z01/y01 + z23/y23 as one fraction (math.md, eq. 4)."""
     return z01 * y23 + z23 * y01, y01 * y23
 
 
@@ -92,7 +92,7 @@ def _add_differences(
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
     EXACT: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum w (b - a) / (b + a) over a quad of features, whose weights are at w_at."""
+    """Returns acc + sum w (b - a) / (b + a) over a quad of features, whose weights are at w_at."""
     a0, a1, a2, a3 = _rows4(a4, RM, TM, TN)
     b0, b1, b2, b3 = slices(b4, 4)
     z01, y01 = _join(
@@ -117,7 +117,7 @@ def difference_sums(
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
     EXACT: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Sum w (b - a) / (b + a) over so many quads (math.md, eq. 6), [RM, RN, TM, TN]."""
+    """Returns sum w (b - a) / (b + a) over ``quads`` quads (math.md, eq. 6), [RM, RN, TM, TN]."""
     total = tl.zeros([RN, RM, TM, TN], tl.float32)
     last = quads - 1
     first = tl.minimum(quads, 0).to(tl.int64)
@@ -140,7 +140,7 @@ def difference_sums(
 
 @triton.jit
 def _numerator(b, p, c, g):
-    """Of a match (math.md, eq. 29)."""
+    """Returns the numerator of a match (math.md, eq. 29)."""
     return _difference(c, p) + b[:, None, :, :] * g[None, :, :, :]
 
 
@@ -149,7 +149,8 @@ def _add_matches(
     acc, a4, c4, b4, p01, p23,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """acc + the fractions of the two matches of a quad, of features 0 and 1, and of 3 and 2."""
+    """Returns acc + the fractions of the two matches of a quad, of features 0 and 1, and of 3 and
+    2."""
     a0, a1, a2, a3 = _rows4(a4, RM, TM, TN)
     b0, b1, b2, b3 = slices(b4, 4)
     c01, g01, c23, g23 = _rows4(c4, RM, TM, TN)
@@ -165,14 +166,14 @@ def matched_sums(
     a_rows, b_rows, features, p_first, p_last, a_step, b_step,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """The fractions of the matches of so many features, a multiple of 8 (math.md, eq. 29), [RM,
-    RN, TM, TN]. ``p_first`` and ``p_last``: where p of the first quad and of the last are; None:
-    at the same place.
+    """Returns the fractions of the matches of ``features`` features, a multiple of 8 (math.md, eq.
+    29), added up, [RM, RN, TM, TN]. ``p_first`` and ``p_last``: where p of the first quad and of
+    the last are; None: at the same place.
 
-    What is loaded of p at a time serves this quad and the next, which is the first of another
-    two: so no more than that has to stay in registers. The last quad's is beside the first's.
+    One load of p serves a quad and the next one, with which the next turn begins: so no more of p
+    has to stay in registers. The last quad's p is beside the first's.
 
-    The compiler must not know that the quads begin again where the loop ends: it would carry
+    The compiler must not infer that the quads begin again where the loop ends: it would carry
     addresses that do and others that do not. Features are counted, not quads, since their number
     is an argument of the kernel, which takes no register."""
     total = tl.zeros([RN, RM, TM, TN], tl.float32)

@@ -43,14 +43,14 @@ from additive_attn.backends.triton.opposite import (
     tiles_with_opposite,
 )
 from additive_attn.backends.triton.plan import Piece
-from additive_attn.backends.triton.prepare import GROUP, SAFE, SMALL, WILD, padded_length
+from additive_attn.backends.triton.prepare import GROUP, SAFE, SMALL, UNSAFE, padded_length
 from additive_attn.backends.triton.quad_layout import quad_numbers
 from additive_attn.backends.triton.quads import difference_sums, matched_sums
 
 
 @triton.jit
 def _within(begin, i, count):
-    """begin + i, or the last of ``count`` beyond it."""
+    """Returns begin + i, or the last of ``count`` beyond it."""
     return begin + tl.minimum(i, count - 1)
 
 
@@ -61,10 +61,10 @@ def _indirect(
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, SPLIT: tl.constexpr,
     DIFFERENCE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """The energies of a tile in the matched or the difference form, [RM, RN, TM, TN]. Of rows and
-    keys beyond the last they may be anything: what is read in their place is another's.
+    """Returns the sums over features of a tile in the matched or the difference form, [RM, RN, TM,
+    TN]. Those of rows and keys beyond the last are undefined: others are read in their place.
 
-    SPLIT TM = TS: each of so many groups of threads takes a range of features."""
+    SPLIT TM = TS: each of SPLIT groups of threads takes a range of features."""
     TS: tl.constexpr = SPLIT * TM
     padded = tl.multiple_of(padded, 4)
     OF_ROW: tl.constexpr = 4 if DIFFERENCE else 8  # numbers of a quad
@@ -128,7 +128,7 @@ def _direct(
     query, key, query_row, query_h, key_row, key_h, weight, ri, rj, hidden, acc,
     TARGET: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum w tanh(q + k) of rows ri and keys rj (math.md, eq. 7)."""
+    """Returns acc + sum w tanh(q + k) of rows ri and keys rj (math.md, eq. 7)."""
     q_place = query + ri.to(tl.int64) * query_row
     k_place = key + rj.to(tl.int64) * key_row
     for h in range(0, hidden):
@@ -145,31 +145,31 @@ def special_tiles(
     query_rows, key_rows, at_query, at_key, row0, key0, rows, keys,
     BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Which of TILES tiles from ``key0`` hold a pair that may be small, beyond SAFE or opposite,
-    masked ones included: a bit for each."""
+    """Returns, as a bit for each, which of TILES tiles from ``key0`` hold a pair that may be
+    small, beyond SAFE or opposite, masked ones included."""
     bits = 0
-    if query_rows is not None:  # float64 takes no notice
+    if query_rows is not None:  # float64 has no special pairs
         GROUPS: tl.constexpr = BN // GROUP
         size = tl.load(query_rows.size + at_query + tl.minimum(row0 + tl.arange(0, BM), rows - 1))
-        of_rows = tl.sum(tl.where(size <= 1.0, SMALL, 0) + tl.where(size > SAFE, WILD, 0), 0)
+        of_rows = tl.sum(tl.where(size <= 1.0, SMALL, 0) + tl.where(size > SAFE, UNSAFE, 0), 0)
         tile = tl.arange(0, TILES)
         group = key0 // GROUP + GROUPS * tile[:, None] + tl.arange(0, GROUPS)[None, :]
         flags = tl.load(
             key_rows.flags + at_key // GROUP + group, mask=group * GROUP < keys, other=0
         )
         flags = tl.sum(flags, 1)  # [TILES]
-        small = (of_rows % WILD != 0) & (flags % WILD != 0)
+        small = (of_rows % UNSAFE != 0) & (flags % UNSAFE != 0)
         opposite = tiles_with_opposite(
             query_rows, key_rows, at_query, at_key, row0, key0, rows, keys, BM, BN, TILES
         )
-        special = small | (of_rows >= WILD) | (flags >= WILD) | opposite
+        special = small | (of_rows >= UNSAFE) | (flags >= UNSAFE) | opposite
         bits = tl.sum(special.to(tl.int32) << tile, 0)
     return bits
 
 
 @triton.jit
 def _all_small(query_rows, key_rows, i, j, attended):
-    """Whether no |q|, |k| of the attended pairs (i, j) is above 1, those beyond SAFE aside."""
+    """Whether no |q|, |k| of the attended pairs (i, j) is above 1, except those beyond SAFE."""
     size = tl.maximum(tl.load(query_rows.size + i), tl.load(key_rows.size + j))
     return tl.max((attended & (size > 1.0) & (size <= SAFE)).to(tl.int32)) == 0
 
@@ -182,9 +182,9 @@ def pair_scores(
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, SPLIT: tl.constexpr,
     DIFFERENCE: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile, [RM, RN, TM, TN]: scale * score + mask; which pairs are attended; and whether one
-    of them is opposite. Row = tm RM + rm, key = rn TN + tn. ``low`` and ``high``, [RM, 1, TM, 1],
-    are the rows' intervals; pointers are the entry's, those of ``prepared`` the first one's.
+    """Returns, for a tile [RM, RN, TM, TN], scale * score + mask, the attended pairs, and whether
+    one of them is opposite. Row = tm RM + rm, key = rn TN + tn. ``low`` and ``high``, [RM, 1, TM,
+    1], are the rows' intervals; pointers are the entry's, those of ``prepared`` the first one's.
     ``special``: whether a pair of the tile may take another form (``special_tiles``)."""
     weight = prepared.weight + at_weight * padded
     quad_weight = prepared.quad_weight + at_weight * padded
@@ -200,11 +200,11 @@ def pair_scores(
             _within(0, rj, keys), hidden, tl.zeros([RM, RN, TM, TN], ACC), TARGET,
         )  # fmt: skip
     else:
-        # Which pairs are attended, and where rows and keys lie, is found anew wherever it is asked
-        # for: most tiles ask once, and what is kept takes registers.
+        # Attended pairs and the places of rows and keys are computed again at each use: most tiles
+        # use them once, and what is kept takes registers.
         small = key0 < 0
         if special != 0:
-            # What rows and keys hold that attend to nothing here decides nothing.
+            # Rows and keys that attend to nothing here do not affect the choice.
             _bias, attended = attended_pairs(
                 low, high, mask, mask_row, mask_column, block_tiles, i, j
             )
@@ -220,7 +220,7 @@ def pair_scores(
             )
             qi, kj = _within(at_query, i, rows), _within(at_key, j, keys)
             size = tl.maximum(tl.load(query_rows.size + qi), tl.load(key_rows.size + kj))
-            # What the roundings of the exponentials leave out (math.md, eq. 8).
+            # Corrects for the rounding of the exponentials (math.md, eq. 8).
             of_row = tl.load(query_rows.correction + 2 * qi)
             rounding = of_row + tl.load(key_rows.correction + 2 * kj)
             total += tl.where((size <= 1.0) & (DIFFERENCE | small), rounding, 0.0)
@@ -245,7 +245,7 @@ def pair_scores(
 def row_interval(
     lengths, length_row, row0, rows, keys, left, right, RM: tl.constexpr, TM: tl.constexpr
 ):  # fmt: skip
-    """The intervals of the rows of a tile, [RM, 1, TM, 1]."""
+    """Returns the intervals of the rows of a tile, [RM, 1, TM, 1]."""
     i = tile_rows(row0, RM, TM)
     low, high = interval(lengths, length_row, i, rows, keys, left, right)
     return low[:, None, :, None], high[:, None, :, None]
@@ -265,7 +265,7 @@ def is_kept(
 
 @triton.jit
 def store_tile(scores, x, n, row0, key0, rows, keys):
-    """A tile of scores [entry][row][key]."""
+    """Stores a tile of scores [entry][row][key]."""
     RM: tl.constexpr = x.shape[0]
     RN: tl.constexpr = x.shape[1]
     TM: tl.constexpr = x.shape[2]
@@ -339,12 +339,13 @@ def score_kernel(
 
 
 def tile_scores(p: Problem, piece: Piece, key: int, keys: int) -> Tensor:
-    """(entries, rows, keys and padding): scale * score + mask, -inf where the pair is masked."""
+    """Returns (entries, rows, keys and padding): scale * score + mask, -inf where the pair is
+    masked."""
     return _tile_scores(p, piece, key, keys, None)
 
 
 def flagged_scores(p: Problem, piece: Piece, key: int, keys: int) -> tuple[Tensor, Flags | None]:
-    """``tile_scores``, and which of the tiles hold an opposite pair; float64 takes no notice."""
+    """Returns ``tile_scores``, and which of the tiles hold an opposite pair; None in float64."""
     flags = None if p.wide else no_flags(p, piece, keys)
     return _tile_scores(p, piece, key, keys, flags), flags
 

@@ -26,7 +26,7 @@ LONG = 24  # shorter rows or columns have tiles of their own, which are not tune
 
 
 def power_of_two(n: int) -> int:
-    """The smallest that is at least n and 1."""
+    """Returns the smallest power of two that is at least n and 1."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -57,7 +57,7 @@ class Tile:
 
 
 def score_tile(rows: int, wide: bool = False) -> Tile:
-    """For tiles of scores; ``wide``: in float64, whose numbers take two registers."""
+    """Returns the tile of scores; ``wide``: in float64, whose numbers take two registers."""
     if wide:
         return Tile(2, 8, 2, 16) if rows > 8 else Tile(2, 2, 2, 64)
     if rows >= 24:
@@ -89,8 +89,9 @@ def attend_tile(rows: int, features: int, wide: bool, values: int, least: int, s
 
 
 def attend_columns(values: int, wide: bool, tile: Tile, size: int) -> int:
-    """Numbers of a value that are summed at a time: all of them, in registers, or some. Beyond
-    48 KB of shared memory a multiprocessor keeps little of its memory for what loads repeat."""
+    """Returns how many numbers of a value are summed at a time: all of them, in registers, or
+    some. Beyond 48 KB of shared memory a multiprocessor keeps little of its memory for repeated
+    loads."""
     columns = power_of_two(max(values, 16))
     many = tile.rows > 32 and size > 2 and columns > 64
     if wide or tile.keys > 64 or many:
@@ -98,9 +99,9 @@ def attend_columns(values: int, wide: bool, tile: Tile, size: int) -> int:
     return columns if columns <= 128 else 64
 
 
-def told_tiles(tile: Tile, keys: int) -> int:
-    """Of so many tiles a program of so many keys learns at once which hold special pairs: its
-    threads wait for loads and for one another once. More tiles would take more registers."""
+def flag_tiles(tile: Tile, keys: int) -> int:
+    """Returns of how many tiles a program of ``keys`` keys loads the flags at once, so that its
+    threads wait once. More tiles would take more registers."""
     return max(1, min(256, power_of_two(keys)) // tile.keys)
 
 
@@ -112,8 +113,9 @@ def is_small(entries: int, rows: int, keys: int, row_tiles: int) -> bool:
 def row_pass_tile(
     entries: int, rows: int, keys: int, features: int, values: int, size: int, processors: int
 ) -> Tile | None:
-    """For P and G of rows in one kernel: where the host takes longer than the device, and tiles of
-    rows alone fill it, or a row has few tiles."""
+    """Returns the tile for P and G of rows in one kernel, which is used where the host takes
+    longer than the device, and where tiles of rows alone fill it or a row has few tiles; None
+    elsewhere."""
     tile = attend_tile(rows, features, False, values, -(-processors // entries), size)
     # Its flags are of whole blocks of keys of the pass over features.
     tile = replace(tile, RN=max(tile.RN, gradient_block(keys) // tile.TN))
@@ -122,20 +124,20 @@ def row_pass_tile(
 
 
 def row_pass_blocks(tile: Tile, values: int, padded_keys: int) -> dict[str, int]:
-    """BD numbers of a value, and ROWS x BLOCK pairs, at a time: 16 pairs per thread."""
+    """Returns BD numbers of a value, and ROWS x BLOCK pairs, at a time: 16 pairs per thread."""
     BLOCK = min(512, power_of_two(max(padded_keys, 16)))
     ROWS = max(2, min(tile.rows, 512 * tile.warps // BLOCK))
     return {"BD": min(32, power_of_two(max(values, 16))), "ROWS": ROWS, "BLOCK": BLOCK}
 
 
 def row_block(keys: int) -> dict[str, int]:
-    """For passes over rows of scores, one program each."""
+    """Returns the block of passes over rows of scores, one program each."""
     return {"BLOCK": 256, "num_warps": 2} if keys <= 4096 else {"BLOCK": 2048, "num_warps": 8}
 
 
 def row_tile(padded_keys: int, wide: bool) -> dict[str, int]:
-    """For G of ROWS rows: 16 numbers of each of two tensors per thread, of short rows fewer.
-    WHOLE: a row at once."""
+    """Returns the tile for G of ROWS rows: 16 numbers of each of two tensors per thread, fewer of
+    short rows. WHOLE: a row at once."""
     BLOCK = min(1024 if wide else 4096, power_of_two(max(padded_keys, 16)))
     ROWS = max(2, min(8, 2048 // BLOCK))
     return {
@@ -159,8 +161,8 @@ def prepare_tile(padded: int) -> dict[str, int]:
 
 
 def gradient_tile(rows: int, padded: int, wide: bool = False) -> dict[str, int]:
-    """For the pass over features: RX rows by two features per thread, TX by TF lanes of TW
-    warps. Each tile of RX TX rows stores its sums of all keys."""
+    """Returns the tile of the pass over features: RX rows by two features per thread, TX by TF
+    lanes of TW warps. Each tile of RX TX rows stores its sums of all keys."""
     TX = 8 if wide or rows >= 128 else 4 if rows >= LONG else 2
     TF = 32 // TX
     TW = min(4, power_of_two(-(-padded // (2 * TF))))
@@ -176,13 +178,13 @@ GRADIENT_REGISTERS = 168
 
 
 def resident(threads: int, registers: int) -> int:
-    """Programs that a multiprocessor runs at a time, by their registers."""
+    """Returns how many programs a multiprocessor runs at a time, by their registers."""
     return max(1, 65536 // (threads * -(-registers // 8) * 8))
 
 
 def key_sum_tile(keys: int, row_tiles: int, padded: int) -> dict[str, int]:
-    """For the sums over tiles of rows: BLOCK keys by FEATURES, TILES of them loaded at a time.
-    Up to 64 keys are one block, which also adds up dw."""
+    """Returns the tile of the sums over tiles of rows: BLOCK keys by FEATURES, TILES of them
+    loaded at a time. Up to 64 keys are one block, which also adds up dw."""
     if 16 < keys <= 64:
         return {"BLOCK": 64, "FEATURES": 32, "TILES": min(2, row_tiles), "num_warps": 4}
     TILES = 1 if row_tiles == 1 else 8
@@ -191,18 +193,19 @@ def key_sum_tile(keys: int, row_tiles: int, padded: int) -> dict[str, int]:
 
 
 def summed_tiles(tile: dict[str, int], row_tiles: int) -> int:
-    """The same in the pass over features: so many tiles of rows are loaded at a time, 32 numbers
-    per thread."""
+    """Returns the same for the pass over features: how many tiles of rows are loaded at a time, 32
+    numbers per thread."""
     return 1 if row_tiles == 1 else 32 // tile["TF"]
 
 
 def value_tile(values: int) -> dict[str, int]:
-    """dV of KEYS keys, beside the pass over features: ROWS rows at a time."""
+    """Returns the tile for dV of KEYS keys, beside the pass over features: ROWS rows at a time."""
     return {"KEYS": 32, "VALUES": 16 if values <= 16 else 32, "ROWS": 32}
 
 
 def gradient_block(length: int) -> int:
-    """Keys (or rows) between two additions of partial sums; lengths are padded to whole blocks."""
+    """Returns how many keys (or rows) lie between two additions of partial sums; lengths are
+    padded to whole blocks."""
     return 64 if length > 16 else 16
 
 
@@ -235,7 +238,7 @@ def decode_registers(tile: dict[str, int], size: int) -> int:
 
 
 def merge_tile(values: int, splits: int, wide: bool) -> dict[str, int]:
-    """16 numbers per thread: of many splits, or of several rows."""
+    """Returns 16 numbers per thread: of many splits, or of several rows."""
     CHUNK = min(64, power_of_two(splits))
     VALUES = min(power_of_two(max(values, 16)), max(32, 1024 // CHUNK))
     ROWS = max(1, (1024 if wide else 2048) // (CHUNK * VALUES))
@@ -246,15 +249,15 @@ def merge_tile(values: int, splits: int, wide: bool) -> dict[str, int]:
 
 
 def merged_ranges(tile: Tile, columns: int, values: int, splits: int) -> int:
-    """How many ranges of keys one program merges at a time, 64 numbers per thread; 0 where there
-    are so many numbers that programs of their own take less time."""
+    """Returns how many ranges of keys one program merges at a time, 64 numbers per thread; 0 where
+    there are so many numbers that separate programs take less time."""
     if splits * tile.rows * values > 2**15:
         return 0
     return max(1, 2048 * tile.warps // (tile.rows * columns))
 
 
 def sum_tile(splits: int) -> dict[str, int]:
-    """For sums over splits alone."""
+    """Returns the tile of sums over splits alone."""
     CHUNK = min(64, power_of_two(splits))
     return {"CHUNK": CHUNK, "BLOCK": max(32, 1024 // CHUNK), "num_warps": 2}
 
@@ -273,13 +276,13 @@ def location_tile(hidden: int, filters: int) -> dict[str, int]:
 
 
 def correlation_tile(outputs: int) -> dict[str, int]:
-    """BF outputs by BX places of a correlation, TERMS of their sums at a time."""
+    """Returns BF outputs by BX places of a correlation, TERMS of their sums at a time."""
     return {"BF": 32 if outputs > 16 else 16, "BX": 32, "TERMS": 16, "num_warps": 4}
 
 
 def changed(kept: Any, change: Any) -> Any:
-    """A function like ``kept`` that returns something else for long rows and columns, outside of
-    float64: ``change``, or what ``kept`` returns with these fields changed."""
+    """Returns a function like ``kept`` that returns something else for long rows and columns,
+    outside of float64: ``change``, or what ``kept`` returns with these fields changed."""
     if not callable(kept):
         return change
 
