@@ -93,9 +93,35 @@ GPU = [
     Case(1, 8, 10, 32, 20, "8 queries of 10 keys"),
     square(512),
 ]
+# What a user of plain PyTorch meets between the rows above: small and medium calls with options.
+OPTIONS = [
+    Case(*shape, what, providers=("plain", *OURS), **options)
+    for what, shapes, choices in (
+        (
+            "small call",
+            [(1, 1, 10, 32, 20), (8, 1, 10, 32, 20), (8, 5, 20, 32, 20), (16, 12, 40, 32, 32)],
+            ({}, {"half_lengths": True}, {"is_causal": True}, {"dropout_p": 0.1}),
+        ),
+        (
+            "small call of the layer",
+            [(1, 8, 10, 32, 20), (1, 16, 32, 32, 20)],
+            ({"module": True},),
+        ),
+        (
+            "medium call",
+            [(16, 64, 64, 64, 64), (20, 50, 50, 100, 100), (8, 100, 100, 128, 128)],
+            ({}, {"half_lengths": True}, {"is_causal": True}, {"dropout_p": 0.1}),
+        ),
+    )
+    for options in choices
+    for shape in shapes
+]
 QUICK = [SPEED[0], replace(SPEED[4], modes=("forward",)), square(1024)]
 
-SUITES = {"speed": SPEED, "scaling": SCALING, "masks": MASKS, "gpu": GPU, "quick": QUICK}
+SUITES = {
+    "speed": SPEED, "scaling": SCALING, "masks": MASKS, "options": OPTIONS, "gpu": GPU,
+    "quick": QUICK,
+}  # fmt: skip
 # What the figure and the tables of the README are made from.
 FIRST_PAGE = "first-page"
 
@@ -125,7 +151,11 @@ def parse(text: str) -> list[tuple[str, Case]]:
 
 def name_of(shape: tuple[int, ...], options: str) -> str:
     """What a shape is, for rows without a description."""
-    known = {(case.shape, case.options): case.what for case in SPEED + SCALING + MASKS + GPU}
+    known = {
+        (case.shape, case.options): case.what
+        for suite in reversed(SUITES.values())
+        for case in suite
+    }
     return known.get((shape, options), "")  # type: ignore[arg-type]
 
 
