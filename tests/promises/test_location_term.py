@@ -10,6 +10,7 @@ import torch
 from oracle import assert_same, error, generator
 from paths import DEVICE
 
+from additive_attn.backends.plain.steps import with_term
 from additive_attn.ops import dispatch  # noqa: F401  registers the operators
 from additive_attn.spec.dropout import keep_mask
 
@@ -307,3 +308,12 @@ def test_repeatable(path):
             torch.set_num_threads(threads)
         for name, x in alone.items():
             assert_same(again[name], x, name)
+
+
+@pytest.mark.parametrize("features", [1, 3])
+@pytest.mark.parametrize("batch", [(), (2,), (2, 2)], ids=str)
+def test_autocast_does_not_round_the_keys(batch, features):
+    key, weight = torch.randn(*batch, 5, 8), torch.randn(features, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        added = with_term(key, torch.zeros(*batch, features, 5), weight)
+    assert_same(added, key)

@@ -30,6 +30,7 @@ _NARROW = 63
 # Up to so many elements of windows of a location, a product costs less than a convolution.
 _FEW_WINDOWS = 2**15
 _convolve = torch.ops.aten.thnn_conv2d
+_autocasts = torch._C._is_any_autocast_enabled
 
 
 def prepare_keys(key: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -174,7 +175,7 @@ def with_term(key: Tensor, location: Tensor, weight: Tensor) -> Tensor:
     """Adds the product of ``location (..., F, Lk)`` and ``weight (..., F, H)`` to ``key (..., Lk,
     H)``. One operation where there is one, since two make temporaries of the size of the keys."""
     alike = key.dtype == location.dtype == weight.dtype and key.shape[:-2] == location.shape[:-2]
-    if alike and weight.dim() == 2:
+    if alike and weight.dim() == 2 and not _autocasts():  # which would round the keys
         if weight.shape[0] == 1:
             return torch.addcmul(key, location.mT, weight)
         if key.dim() == 2:
