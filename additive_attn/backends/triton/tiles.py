@@ -124,7 +124,8 @@ def row_pass_tile(
 
 
 def row_pass_blocks(tile: Tile, values: int, padded_keys: int) -> dict[str, int]:
-    """Returns BD numbers of a value, and ROWS x BLOCK pairs, at a time: 16 pairs per thread."""
+    """Returns the blocks of that kernel: BD numbers of a value, and ROWS x BLOCK pairs, 16 per
+    thread."""
     BLOCK = min(512, power_of_two(max(padded_keys, 16)))
     ROWS = max(2, min(tile.rows, 512 * tile.warps // BLOCK))
     return {"BD": min(32, power_of_two(max(values, 16))), "ROWS": ROWS, "BLOCK": BLOCK}
@@ -238,7 +239,7 @@ def decode_registers(tile: dict[str, int], size: int) -> int:
 
 
 def merge_tile(values: int, splits: int, wide: bool) -> dict[str, int]:
-    """Returns 16 numbers per thread: of many splits, or of several rows."""
+    """Returns the tile of a merge, 16 numbers per thread: of many splits, or of several rows."""
     CHUNK = min(64, power_of_two(splits))
     VALUES = min(power_of_two(max(values, 16)), max(32, 1024 // CHUNK))
     ROWS = max(1, (1024 if wide else 2048) // (CHUNK * VALUES))
@@ -276,7 +277,7 @@ def location_tile(hidden: int, filters: int) -> dict[str, int]:
 
 
 def correlation_tile(outputs: int) -> dict[str, int]:
-    """Returns BF outputs by BX places of a correlation, TERMS of their sums at a time."""
+    """Returns the tile of a correlation: BF outputs by BX places, TERMS of the sums at a time."""
     return {"BF": 32 if outputs > 16 else 16, "BX": 32, "TERMS": 16, "num_warps": 4}
 
 
