@@ -270,6 +270,12 @@ def test_more_energies_are_kept_for_gradients(keys, part, monkeypatch):
         with torch.no_grad():
             assert whole.prefers_formula(call) is (part != "blocks" and rows == 4)
     additive_attention(*make((3,), 2, 5, 6, 2).values())  # what the fixture asks for
+    monkeypatch.setattr(whole, "_KEPT_ELEMENTS", 10)
+    monkeypatch.setattr(whole, "ELEMENTS", min(whole.ELEMENTS, 10))
+    one = Call(torch.randn(3, 1, 6), torch.randn(*keys, 5, 6), torch.randn(5, 2), call.weight)
+    assert whole.prefers_formula(one) is (part != "blocks" and bool(keys))
+    with torch.no_grad():
+        assert not whole.prefers_formula(one)
     assert made == ([False] * 5 if part == "blocks" else [True, False, True, True, False])
 
 
