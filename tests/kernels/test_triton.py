@@ -27,6 +27,7 @@ from oracle import (
 
 from additive_attn import additive_attention, additive_scores
 from additive_attn.backends.plain import blocks
+from additive_attn.backends.triton import arguments
 from additive_attn.ops import dispatch
 from additive_attn.spec.dropout import draw_seed
 
@@ -54,6 +55,28 @@ SHAPES = [
 def test_sizes_around_tiles(shape):
     batch, *sizes = shape
     check_against_plain([make(batch, *sizes)])
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        pytest.param(100, torch.float32, id="70-100"),
+        pytest.param(200, torch.float32, id="70-200"),
+        pytest.param(
+            100, torch.bfloat16, id="16 bits",
+            marks=pytest.mark.skipif(
+                "config.option.compiled == '90'",
+                reason="the emulator of PTX has no transposed operands of wgmma",
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_sizes_of_large_tiles(values, dtype, monkeypatch):
+    """Tiles of many rows. The sums of the values are in registers, or in memory. Forward alone,
+    since the kernels of a backward are the same for other sizes."""
+    monkeypatch.setattr(arguments, "processors", lambda device: 1)
+    cases = [make((), 70, 140, 72, values, dtype=dtype, seed=seed) for seed in range(2)]
+    check_against_plain(cases, upstream_of=())
 
 
 @pytest.mark.parametrize("hidden", [10, 70])

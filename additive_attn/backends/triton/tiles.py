@@ -89,14 +89,14 @@ def attend_tile(rows: int, features: int, wide: bool, values: int, least: int, s
 
 
 def attend_columns(values: int, wide: bool, tile: Tile, size: int) -> int:
-    """Returns how many numbers of a value are summed at a time: all of them, in registers, or
-    some. Beyond 48 KB of shared memory a multiprocessor keeps little of its memory for repeated
-    loads."""
+    """Returns how many numbers of a value are summed at a time: all of them, or some. The sums of
+    all that the loop over features leaves no registers for are stored by the compiler, and waited
+    for once a tile; sums of some, which the kernel keeps in memory, each time. Of 16 bits, the
+    compiler would rather store numbers of the loop."""
     columns = power_of_two(max(values, 16))
-    many = tile.rows > 32 and size > 2 and columns > 64
-    if wide or tile.keys > 64 or many:
+    if wide or tile.keys > 64:
         return min(columns, 32)
-    return columns if columns <= 128 else 64
+    return columns if columns <= (64 if size == 2 else 128) else 64
 
 
 def flag_tiles(tile: Tile, keys: int) -> int:
