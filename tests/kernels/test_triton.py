@@ -27,7 +27,7 @@ from oracle import (
 
 from additive_attn import additive_attention, additive_scores
 from additive_attn.backends.plain import blocks
-from additive_attn.backends.triton import arguments
+from additive_attn.backends.triton import arguments, tiles
 from additive_attn.ops import dispatch
 from additive_attn.spec.dropout import draw_seed
 
@@ -75,8 +75,21 @@ def test_sizes_of_large_tiles(values, dtype, monkeypatch):
     """Tiles of many rows. The sums of the values are in registers, or in memory. Forward alone,
     since the kernels of a backward are the same for other sizes."""
     monkeypatch.setattr(arguments, "processors", lambda device: 1)
+    tile = tiles.attend_tile(70, 96, False, values, 1, dtype.itemsize)
+    assert tile.rows == 64
+    in_memory = tiles.attend_columns(values, False, tile, dtype.itemsize) < values
+    assert in_memory == (values > 100 or dtype == torch.bfloat16)
     cases = [make((), 70, 140, 72, values, dtype=dtype, seed=seed) for seed in range(2)]
     check_against_plain(cases, upstream_of=())
+
+
+@pytest.mark.parametrize("values", [65, 129])
+def test_sizes_of_16_bits_in_memory(values):
+    """No word of an odd number of values, from an odd place, is read beyond their memory."""
+    room = make((), 5, 9, 8, values, dtype=torch.bfloat16)
+    case = {**room, "value": torch.empty(9 * values + 1, dtype=torch.bfloat16)[1:].view(9, values)}
+    case["value"].copy_(room["value"])
+    check_against_plain([case], upstream_of=())
 
 
 @pytest.mark.parametrize("hidden", [10, 70])

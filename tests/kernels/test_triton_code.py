@@ -141,6 +141,7 @@ VARIANTS = {
 # features alone does.
 SPILLS = {
     ("forward_kernel", "sm_90"): 32,
+    ("feature_kernel", "sm_90"): 8,
     ("feature_kernel", "sm_100"): 48,
     ("prepare_kernel", "sm_90"): 8,
 }
@@ -155,6 +156,9 @@ SEVERAL_SPILLS = {("prepare_kernel", "few tiles of many rows"): 40}
 # costs on the usual path is counted in all. More pairs in a thread spill more, and are faster all
 # the same on an H200: they share what is loaded.
 HELD = {"attend_kernel": 2304, "score_kernel": 640, "row_pass_kernel": 768}
+# Accesses to local memory of a turn of attend_kernel's hot loop, at most, in usual calls and in
+# others. Before 3.9 there is one for sm_80 in bf16; bf16 with every feature has two with 3.9.
+LOCAL, OTHER_LOCAL = (0, 2) if VERSION >= (3, 9) else (1, 8)
 # Of a hot loop on sm_90, at most: instructions per tanh, special functions per tanh, and what
 # SLOW names.
 BARS = {
@@ -174,7 +178,7 @@ FORWARD = {
 }  # fmt: skip
 # Of 16 bits the sums of values are in memory, half of them at a time.
 BARRIERS = {"float32": 12, "bfloat16": 27}
-BACKWARD = 12.7 if VERSION >= (3, 9) else 12.9  # float32, scores computed again
+BACKWARD = 12.75 if VERSION >= (3, 9) else 12.95  # float32, scores computed again
 
 
 @functools.cache
@@ -228,10 +232,11 @@ def test_calls_compile_without_spills(label, target):
         assert code.spilled <= HELD.get(kernel.name, max(most, few)), kernel.name
         if code.spilled > few and target not in AMD:
             loops = [code.graph.iteration(loop) for loop in code.graph.innermost]
+            local = (LOCAL if label in USUAL else OTHER_LOCAL) if one_pass else 0
             for loop in [kernel.hot_loop()] if kernel.name in HELD else loops:
-                assert number(loop, "LDL|STL") == 0, kernel.name
+                assert number(loop, "LDL|STL") <= local, kernel.name
         if label in USUAL and target not in AMD and kernel.tanh:
-            assert number(kernel.hot_loop(), "LDL|STL") == 0, kernel.name
+            assert number(kernel.hot_loop(), "LDL|STL") <= one_pass * LOCAL, kernel.name
 
 
 @figures
@@ -242,6 +247,14 @@ def test_hot_loops(name):
         assert kernel.per_tanh(loop) <= instructions
         assert kernel.per_tanh(loop, "MUFU") <= special_functions
         assert number(loop, "|".join(SLOW)) <= slow
+
+
+@figures
+@pytest.mark.parametrize("name", ["score_kernel", "attend_kernel"])
+def test_hot_loops_load_lines_ahead(name):
+    """Each thread loads a number that it does not need, besides quads."""
+    for _kernel, loop in hot_loops(name, "sm_90"):
+        assert number(loop, r"LDG\.E$") == 1
 
 
 def in_all(kernels):

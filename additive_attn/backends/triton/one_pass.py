@@ -19,7 +19,7 @@ from torch import Tensor
 
 from additive_attn.backends.triton import tiles
 from additive_attn.backends.triton.arguments import Problem
-from additive_attn.backends.triton.batch import aligned, batch_entry
+from additive_attn.backends.triton.batch import aligned, batch_entry, entry_offset
 from additive_attn.backends.triton.dropout import keep_factors
 from additive_attn.backends.triton.launch import (
     kernel,
@@ -37,6 +37,7 @@ from additive_attn.backends.triton.merging import (
 )
 from additive_attn.backends.triton.numerics import anew, exp, number
 from additive_attn.backends.triton.plan import pass_splits
+from additive_attn.backends.triton.prefetch import load_columns
 from additive_attn.backends.triton.prepare import TICKETS
 from additive_attn.backends.triton.score_tiles import (
     is_kept,
@@ -141,10 +142,7 @@ def attend_kernel(
     at_key = o * key_exp_outer + m * key_exp_inner
     query += o * query_outer + m * query_inner
     key += o * key_outer + m * key_inner
-    at_value = o * value_outer + m * value_inner
-    if ALIGNED:
-        at_value = tl.multiple_of(at_value, 16)
-    value += at_value
+    value += entry_offset(o, value_outer, m, value_inner, ALIGNED)
     if lengths is not None:
         lengths += o * length_outer + m * length_inner
     if mask is not None:
@@ -154,12 +152,9 @@ def attend_kernel(
     low, high = row_interval(lengths, length_row, row0, rows, keys, left, right, RM, TM)
     first = tl.maximum(tl.min(low) // BN * BN, begin)
     last = tl.minimum(tl.max(high), end)
-    i = row0 + tl.arange(0, LEAST) // (LEAST // BM)
     part = (tl.cast(split, tl.int64) * entries + n) * rows
-    place = (part + i[:, None]) * values
-    # Of rows that are there several times the first is stored.
-    inside = ((i < rows) & (tl.arange(0, LEAST) % (LEAST // BM) == 0))[:, None]
-
+    parts = out + part * values
+    sums += part * values
     keep_scale = number(keep_bits).to(ACC) if seed is not None else 1.0
     attempt = 0
     while attempt < 2:
@@ -195,14 +190,20 @@ def attend_kernel(
                 )  # fmt: skip
                 if STORED:
                     store_tile(scores, stored(score, attended), n, row0, key0, rows, keys)
+                lines = 0
+                if MEMORY and TARGET == "cuda" and ACC == tl.float32:
+                    lines = load_columns(
+                        value, value_row, value_column, key0, last, sums, anew(row0, tile), rows,
+                        started, 0, values, BM, BN, BD,
+                    )  # fmt: skip
                 score = tl.where(attended, score, float("-inf"))
                 p, shrink, top, total = _softmax_step(score, top, total, TARGET)
                 if seed is not None:
                     p = _kept(p, seed, n, row0, key0, threshold)
                 acc = accumulate(
-                    acc, _of_rows(shrink, LEAST), p, attended,
-                    sums + place, started, inside, value, value_row, value_column, key0, last,
-                    values, again, BD, MEMORY, ROUNDED, PRECISION, TARGET,
+                    acc, _of_rows(shrink, LEAST), p, attended, sums, anew(row0, tile), rows,
+                    started, lines, value, value_row, value_column, key0, last, values, again,
+                    BM, BD, MEMORY, ROUNDED, PRECISION, TARGET,
                 )  # fmt: skip
                 started = 1
             elif STORED:
@@ -214,7 +215,7 @@ def attend_kernel(
             row0, first, last, rows, lse + n * rows, tops, totals, part, RM, TM, RN, TN,
         )  # fmt: skip
         nonfinite = finish(
-            acc, _of_rows(share, LEAST), started, out, sums, place, inside, values, BD, MEMORY
+            acc, _of_rows(share, LEAST), parts, sums, row0, rows, started, values, BM, BD, MEMORY
         )
         attempt = tl.where(nonfinite != 0, attempt + 1, 2)
 

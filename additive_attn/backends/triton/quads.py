@@ -20,6 +20,7 @@ from additive_attn.backends.triton.numerics import (
     slices,
     unknown,
 )
+from additive_attn.backends.triton.prefetch import load_next_tile, load_turn, use
 
 
 @triton.jit
@@ -113,17 +114,22 @@ def _add_differences(
 
 @triton.jit
 def difference_sums(
-    a_rows, b_rows, weight, quads, a_step, b_step,
+    a_rows, b_rows, weight, quads, a_step, b_step, lines,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr,
     EXACT: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Returns sum w (b - a) / (b + a) over ``quads`` quads (math.md, eq. 6), [RM, RN, TM, TN]."""
+    """Returns sum w (b - a) / (b + a) over ``quads`` quads (math.md, eq. 6), [RM, RN, TM, TN], and
+    numbers to ``use``. ``lines``: what to load ahead (``prefetch.lines_of_quads``), or None."""
     total = tl.zeros([RN, RM, TM, TN], tl.float32)
     last = quads - 1
     first = tl.minimum(quads, 0).to(tl.int64)
     a4 = _load_rows(a_rows, first * a_step)
     b4 = _load_keys(b_rows, first * b_step)
+    ahead = lines[1] if lines is not None else 0
     for u in range(0, last, 2):
+        if lines is not None:
+            use(ahead, lines[0])
+            ahead = load_turn(lines, u // 2 + 2)
         after = tl.cast(u + 1, tl.int64)
         a5 = _load_rows(a_rows, after * a_step)
         b5 = _load_keys(b_rows, after * b_step)
@@ -135,7 +141,10 @@ def difference_sums(
         total = _add_differences(total, a5, b5, w_at + 4, RM, TM, RN, TN, EXACT, TARGET)
     if quads % 2 != 0:
         total = _add_differences(total, a4, b4, weight + 4 * last, RM, TM, RN, TN, EXACT, TARGET)
-    return tl.permute(total, (1, 0, 2, 3))
+    if lines is not None:
+        use(ahead, lines[0])
+        ahead = load_next_tile(lines)
+    return tl.permute(total, (1, 0, 2, 3)), ahead
 
 
 @triton.jit
@@ -163,12 +172,13 @@ def _add_matches(
 
 @triton.jit
 def matched_sums(
-    a_rows, b_rows, features, p_first, p_last, a_step, b_step,
+    a_rows, b_rows, features, p_first, p_last, a_step, b_step, lines,
     RM: tl.constexpr, TM: tl.constexpr, RN: tl.constexpr, TN: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Returns the fractions of the matches of ``features`` features, a multiple of 8 (math.md, eq.
-    29), added up, [RM, RN, TM, TN]. ``p_first`` and ``p_last``: where p of the first quad and of
-    the last are; None: at the same place.
+    29), added up, [RM, RN, TM, TN], and numbers to ``use``. ``p_first`` and ``p_last``: where p of
+    the first quad and of the last are; None: at the same place. ``lines``: as in
+    ``difference_sums``.
 
     One load of p serves a quad and the next one, with which the next turn begins: so no more of p
     has to stay in registers. The last quad's p is beside the first's.
@@ -183,7 +193,11 @@ def matched_sums(
     _p0, _p1, p2, p3 = slices(_load_keys(b_rows, p_first * b_step), 4)
     a_at = tl.zeros([], tl.int64)
     b_at = tl.zeros([], tl.int64)
+    ahead = lines[1] if lines is not None else 0
     for f in range(0, features, 8):
+        if lines is not None:
+            use(ahead, lines[0])
+            ahead = load_turn(lines, f // 8 + 2)
         a_at += a_step
         b_at += b_step
         a5, c5 = _load_matched(a_rows, a_at)
@@ -200,4 +214,7 @@ def matched_sums(
         b4 = _load_keys(b_rows, b_at)
         p0, p1, p2, p3 = slices(p4, 4)
         total = _add_matches(total, a5, c5, b5, p0, p1, RM, TM, RN, TN, TARGET)
-    return tl.permute(total, (1, 0, 2, 3))
+    if lines is not None:
+        use(ahead, lines[0])
+        ahead = load_next_tile(lines)
+    return tl.permute(total, (1, 0, 2, 3)), ahead

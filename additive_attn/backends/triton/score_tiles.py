@@ -43,6 +43,7 @@ from additive_attn.backends.triton.opposite import (
     tiles_with_opposite,
 )
 from additive_attn.backends.triton.plan import Piece
+from additive_attn.backends.triton.prefetch import lines_of_quads, use
 from additive_attn.backends.triton.prepare import GROUP, SAFE, SMALL, UNSAFE, padded_length
 from additive_attn.backends.triton.quad_layout import quad_numbers
 from additive_attn.backends.triton.quads import difference_sums, matched_sums
@@ -68,8 +69,8 @@ def _indirect(
     TS: tl.constexpr = SPLIT * TM
     padded = tl.multiple_of(padded, 4)
     OF_ROW: tl.constexpr = 4 if DIFFERENCE else 8  # numbers of a quad
-    a_step = OF_ROW * padded_length(anew(rows, key0)).to(tl.int64)
-    b_step = 4 * padded_length(anew(keys, key0)).to(tl.int64)
+    row_length, key_length = padded_length(anew(rows, key0)), padded_length(anew(keys, key0))
+    a_step, b_step = OF_ROW * row_length.to(tl.int64), 4 * key_length.to(tl.int64)
     f = tl.arange(0, 4)
     none = tl.zeros([1, TS, TN, 1], tl.int32)
     # In int64, so that the compiler knows how far the places of a thread are apart.
@@ -98,28 +99,40 @@ def _indirect(
         quad_weight += at_weight
         p_last = p_first - tl.where(part == SPLIT - 1, first, (first - quads) // 2)
         p_first -= first // 2
+    lines = None
+    if TARGET == "cuda":
+        next_keys = tl.where(key0 + 2 * RN * TN <= key_length, 4 * RN * TN, 0)
+        lines = lines_of_quads(
+            query_rows.quads + at_row, key_rows.quads + at_first, OF_ROW * row_length,
+            4 * key_length, padded // 4, quads, next_keys, RM * TM, RN * TN, SPLIT, TS * TN,
+            not DIFFERENCE,
+        )  # fmt: skip
     if DIFFERENCE:
         if small:
-            total = difference_sums(
-                a_rows, b_rows, weight, quads, a_step, b_step, RM, TS, RN, TN, True, TARGET
+            total, ahead = difference_sums(
+                a_rows, b_rows, weight, quads, a_step, b_step, lines, RM, TS, RN, TN, True, TARGET
             )
         else:
-            total = difference_sums(
-                a_rows, b_rows, weight, quads, a_step, b_step, RM, TS, RN, TN, False, TARGET
+            total, ahead = difference_sums(
+                a_rows, b_rows, weight, quads, a_step, b_step, lines, RM, TS, RN, TN, False, TARGET
             )
     elif small:
-        total = difference_sums(
-            a_rows, b_rows, quad_weight, quads, a_step, b_step, RM, TS, RN, TN, True, TARGET
+        total, ahead = difference_sums(
+            a_rows, b_rows, quad_weight, quads, a_step, b_step, lines, RM, TS, RN, TN, True, TARGET
         )
     else:
-        total = matched_sums(
-            a_rows, b_rows, features, p_first, p_last, a_step, b_step, RM, TS, RN, TN, TARGET
-        )
+        total, ahead = matched_sums(
+            a_rows, b_rows, features, p_first, p_last, a_step, b_step, lines,
+            RM, TS, RN, TN, TARGET,
+        )  # fmt: skip
     if SPLIT > 1:
         total = tl.sum(tl.reshape(total, [RM, RN, SPLIT, TM, TN]), 2)
     if not (DIFFERENCE | small):
         of_row = tl.load(query_rows.correction + 2 * _within(at_query, i, rows) + 1)
         total += of_row + tl.load(key_rows.correction + 2 * _within(at_key, j, keys) + 1)
+    if lines is not None:
+        # Where threads have waited for other loads.
+        use(ahead, query_rows.quads)
     return total
 
 

@@ -89,10 +89,10 @@ def attend_tile(rows: int, features: int, wide: bool, values: int, least: int, s
 
 
 def attend_columns(values: int, wide: bool, tile: Tile, size: int) -> int:
-    """Returns how many numbers of a value are summed at a time: all of them, or some. The sums of
-    all that the loop over features leaves no registers for are stored by the compiler, and waited
-    for once a tile; sums of some, which the kernel keeps in memory, each time. Of 16 bits, the
-    compiler would rather store numbers of the loop."""
+    """Returns how many numbers of a value are summed at a time: all of them, or some. If all are,
+    the compiler stores to local memory what registers do not hold, once a tile. If some are, the
+    kernel loads and stores the sums of each block of columns. With 16 bits and more than 64
+    columns, the compiler would store numbers of the loop over features, so fewer are summed."""
     columns = power_of_two(max(values, 16))
     if wide or tile.keys > 64:
         return min(columns, 32)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from additive_attn.backends.triton.prefetch import load_columns, use
+
 
 @triton.jit
 def in_order(x):
@@ -109,21 +111,41 @@ def _weighted_sum(
 
 
 @triton.jit
+def _row_places(row0, rows, values, LEAST: tl.constexpr, BM: tl.constexpr):
+    """Returns where rows of sums begin, [LEAST, 1], and which of them are stored: of rows that are
+    there several times the first."""
+    r = tl.arange(0, LEAST)
+    i = row0 + r // (LEAST // BM)
+    inside = (i < rows) & (r % (LEAST // BM) == 0)
+    return (i.to(tl.int64) * values)[:, None], inside[:, None]
+
+
+@triton.jit
 def accumulate(
-    acc, shrink, p, attended, sums, started, inside, value, value_row, value_column, key0, last,
-    values, again, BD: tl.constexpr, MEMORY: tl.constexpr,
+    acc, shrink, p, attended, sums, row0, rows, started, lines, value, value_row, value_column,
+    key0, last, values, again,
+    BM: tl.constexpr, BD: tl.constexpr, MEMORY: tl.constexpr,
     ROUNDED: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Returns acc shrink + P V of a tile. With MEMORY, acc is in memory, else in registers."""
+    """Returns acc shrink + P V of a tile. With MEMORY, acc is in memory, else in registers.
+    ``lines``: those of the first columns, which have been loaded ahead."""
+    BN: tl.constexpr = p.shape[1] * p.shape[3]
     d = tl.arange(0, BD)
     if MEMORY:
+        place, inside = _row_places(row0, rows, values, acc.shape[0], BM)
         # Other threads may have stored what this one loads.
         tl.debug_barrier()
         for d0 in range(0, values, BD):
             here = inside & (d0 + d < values)[None, :]
-            at = sums + (d0 + d)[None, :]
+            at = sums + (place + (d0 + d)[None, :])
             written = inside & (d0 + d < values * started)[None, :]
             acc = tl.load(at, mask=written, other=0.0) * shrink
+            if TARGET == "cuda" and acc.dtype == tl.float32:
+                use(lines, value)
+                lines = load_columns(
+                    value, value_row, value_column, key0, last, sums, row0, rows, started, d0 + BD,
+                    values, BM, BN, BD,
+                )  # fmt: skip
             # Other threads may still load what this one stores.
             tl.debug_barrier()
             acc = _weighted_sum(
@@ -141,9 +163,11 @@ def accumulate(
 
 @triton.jit
 def finish(
-    acc, factor, started, out, sums, place, inside, values, BD: tl.constexpr, MEMORY: tl.constexpr
+    acc, factor, out, sums, row0, rows, started, values,
+    BM: tl.constexpr, BD: tl.constexpr, MEMORY: tl.constexpr,
 ):  # fmt: skip
     """Stores acc times ``factor``. Returns whether a number of acc is nonfinite."""
+    place, inside = _row_places(row0, rows, values, acc.shape[0], BM)
     d = tl.arange(0, BD)
     nonfinite = 0
     if MEMORY:
