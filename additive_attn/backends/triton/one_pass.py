@@ -190,7 +190,7 @@ def attend_kernel(
                 )  # fmt: skip
                 if STORED:
                     store_tile(scores, stored(score, attended), n, row0, key0, rows, keys)
-                lines = 0
+                lines = None
                 if MEMORY and TARGET == "cuda" and ACC == tl.float32:
                     lines = load_columns(
                         value, value_row, value_column, key0, last, sums, anew(row0, tile), rows,

@@ -128,7 +128,7 @@ def accumulate(
     ROUNDED: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Returns acc shrink + P V of a tile. With MEMORY, acc is in memory, else in registers.
-    ``lines``: those of the first columns, which have been loaded ahead."""
+    ``lines``: those of the first columns, which have been loaded ahead; None: none are."""
     BN: tl.constexpr = p.shape[1] * p.shape[3]
     d = tl.arange(0, BD)
     if MEMORY:
@@ -140,7 +140,7 @@ def accumulate(
             at = sums + (place + (d0 + d)[None, :])
             written = inside & (d0 + d < values * started)[None, :]
             acc = tl.load(at, mask=written, other=0.0) * shrink
-            if TARGET == "cuda" and acc.dtype == tl.float32:
+            if lines is not None:
                 use(lines, value)
                 lines = load_columns(
                     value, value_row, value_column, key0, last, sums, row0, rows, started, d0 + BD,
