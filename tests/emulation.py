@@ -40,6 +40,10 @@ TICKET = re.compile(
 STACK = re.compile(r"\.local\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\d+\];")
 # The emulator has mad.wide for 32 bits only, so 16 bits become a product and an addition.
 WIDE = re.compile(r"(@!?%\w+\s+)?mad\.wide\.([us]16)\s+(%\w+),\s*([^;]*),\s*([^,;]+);")
+# The emulator has no addresses of parameters, from which LLVM chooses in place of their numbers.
+ADDRESS = re.compile(r"mov\.b(?:32|64)(\s+(%\w+),\s*)(\w+_param_\d+);")
+CHOICE = re.compile(r"selp\.b(?:32|64)\s+(%\w+),\s*(%\w+),\s*(%\w+),[^;]*;")
+CHOSEN = re.compile(r"ld\.param\.b32(\s+%\w+),\s*\[(%\w+)\];")
 ORDERED = "same value written by two programs"  # a harmless race
 
 # Tensors whose addresses kernels may be given in place of the tensors, as by launch plans; and
@@ -87,13 +91,30 @@ def install(capability: int) -> None:
     )
 
 
+def without_addresses(ptx: str) -> str:
+    """Returns PTX that loads parameters of 32 bits before it chooses among them."""
+    addresses = {found[2] for found in ADDRESS.finditer(ptx)}
+    for found in CHOICE.finditer(ptx):
+        if {found[2], found[3]} <= addresses:
+            addresses.add(found[1])
+    if addresses:
+        ptx = ADDRESS.sub(r"ld.param.b32\1[\3];", ptx)
+        ptx = CHOSEN.sub(
+            lambda found: f"mov.b32{found[1]}, {found[2]};" if found[2] in addresses else found[0],
+            ptx,
+        )
+    return ptx
+
+
 def program_class(emulate: Any) -> type:
     """Adds the instructions that the emulator lacks to its programs."""
 
     class Program(emulate.Program):
         def __init__(self, ptx: str, *more: Any, **options: Any) -> None:
             """Rewrites a ticket to a load, an addition and a store, which is the same since
-            programs run one after the other. Removes a stack that is never accessed."""
+            programs run one after the other. Removes a stack that is never accessed, and addresses
+            of parameters."""
+            ptx = without_addresses(ptx)
             ptx = STACK.sub(lambda found: found[0] if ptx.count(found[1]) > 1 else "", ptx)
             ptx, self.tickets = TICKET.subn(
                 r"\1ld.global.b32 \2, [\3]; \1add.u32 %ticket1, \2, \4; "

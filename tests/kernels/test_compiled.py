@@ -57,6 +57,14 @@ def sum_kernel(pair, y):
 
 
 @triton.jit
+def choice_kernel(x, first, second, third):
+    """Stores an argument that each program chooses, from their addresses."""
+    program = tl.program_id(0)
+    number = tl.where(program > 0, tl.where(program > 1, third, second), first)
+    tl.store(x + program, number)
+
+
+@triton.jit
 def last_kernel(parts, tickets, total, programs, TICKET: tl.constexpr):
     """One program adds up the numbers that all programs have stored."""
     i = tl.arange(0, 128)
@@ -137,6 +145,12 @@ def test_reads_of_unwritten_bytes_are_reported():
     with pytest.raises(emulation.unwritten(), match="result 0 reads 1 of 128"):
         emulation.tracked(written)(THREADS - 1)
     assert torch.equal(emulation.tracked(written)(THREADS), x.abs())
+
+
+def test_a_choice_among_arguments():
+    x = torch.zeros(3, dtype=torch.int32)
+    choice_kernel[(3,)](x, 7, -2, 2**31 - 1)
+    assert x.tolist() == [7, -2, 2**31 - 1]
 
 
 @pytest.mark.parametrize("count", [1, 100])
