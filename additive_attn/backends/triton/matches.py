@@ -7,7 +7,11 @@ import triton
 import triton.language as tl
 
 from additive_attn.backends.triton.numerics import exp_with_error, fused
-from additive_attn.backends.triton.quad_layout import quad_numbers, signed, store_quads
+from additive_attn.backends.triton.quad_layout import (
+    quad_numbers,
+    store_exponentials,
+    store_quads,
+)
 
 
 @triton.jit
@@ -23,11 +27,14 @@ def quad_order(weight, stride_h, h0, hidden, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_quad_weight(weight, stride_h, to, hidden, padded, factor, BLOCK: tl.constexpr):
-    """Stores abs(w) times ``factor`` in the order of the quads."""
-    for h0 in range(0, padded, BLOCK):
-        f = quad_order(weight, stride_h, h0, hidden, BLOCK)
-        u = tl.load(weight + f.to(tl.int64) * stride_h, mask=f < hidden, other=0.0)
+def store_quad_weight(
+    weight, stride_h, order, to, hidden, padded, factor, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Stores abs(w) times ``factor`` in the order of the quads; WHOLE: in this ``order``."""
+    for h0 in range(0, BLOCK if WHOLE else padded, BLOCK):
+        if not WHOLE:
+            order = quad_order(weight, stride_h, h0, hidden, BLOCK)
+        u = tl.load(weight + order.to(tl.int64) * stride_h, mask=order < hidden, other=0.0)
         h = h0 + tl.arange(0, BLOCK)
         tl.store(to + h, tl.abs(u.to(tl.float32) * factor), mask=h < padded)
 
@@ -39,16 +46,14 @@ def _halves(x):
 
 
 @triton.jit
-def store_matches(
-    v, w, h0, tile, rows, n, length_padded, padded, SIGN: tl.constexpr, TARGET: tl.constexpr
-):
+def store_matches(v, w, h0, tile, quads, n, length_padded, padded, of_keys, TARGET: tl.constexpr):
     """Stores exponentials and products of features in the order of the quads, from h0. Returns
     what they add to both corrections. In a quad, features 0 and 1 match, and 3 and 2. The excess
     of the second match has the other sign, so that the sum of both is small."""
     v = tl.where(w < 0.0, -v, v)
     w = tl.abs(w)
-    e, error = exp_with_error(v * (2.0 * SIGN))
-    store_quads(rows.quads, signed(e, SIGN), h0, tile, n, length_padded, padded, SIGN, True)
+    e, error = exp_with_error(v * tl.where(of_keys, 2.0, -2.0))
+    store_exponentials(quads, e, h0, tile, n, length_padded, padded, of_keys, True)
     e_even, e_odd = _halves(e)
     error_even, error_odd = _halves(error)
     w_even, w_odd = _halves(w)
@@ -56,24 +61,24 @@ def store_matches(
     upper, lower = tl.where(first, w_even, w_odd), tl.where(first, w_odd, w_even)
     both = e_even * e_odd
     low = fused(e_even, e_odd, -both, TARGET) + (e_even * error_odd + e_odd * error_even)
-    u = 2.0 * (upper if SIGN > 0 else lower)
+    u = 2.0 * tl.where(of_keys, upper, lower)
     product = u * both
     lost = (fused(u, both, -product, TARGET) + u * low) / both
-    if SIGN > 0:
+    if of_keys:
         quad = h0 // 4 + tl.arange(0, v.shape[1])[None, :, None]
         row = v.shape[0] * tile + tl.arange(0, v.shape[0])[:, None, None]
         after = tl.where(quad < padded // 4 - 1, quad + 1, 0)
-        of_match = n * length_padded * quad_numbers(padded, SIGN, True) + 4 * row
+        of_match = n * length_padded * quad_numbers(padded, 1, True) + 4 * row
         of_match += (padded // 4 + after // 2).to(tl.int64) * (4 * length_padded) + (
             quad + 1
         ) % 2 * 2
         of_match += tl.arange(0, 2)[None, None, :]
-        tl.store(rows.quads + of_match, product, mask=4 * quad < padded)
+        tl.store(quads + of_match, product, mask=4 * quad < padded)
         matched = 0.25 * lost
     else:
         excess = upper - lower
         g = 2.0 * excess * tl.where(first, e_odd, e_even)
-        both = tl.reshape(tl.join(product, g), e.shape)
-        store_quads(rows.quads + 8, both, h0, tile, n, length_padded, padded, SIGN, True)
+        products = tl.reshape(tl.join(product, g), e.shape)
+        store_quads(quads + 8, products, h0, tile, n, length_padded, padded, -1, True)
         matched = -0.25 * lost - excess
     return w * (error / e), matched

@@ -47,7 +47,7 @@ from additive_attn.backends.triton.numerics import (
     weight_exponent,
 )
 from additive_attn.backends.triton.prepared import Prepared, PreparedRows, PreparedWeight
-from additive_attn.backends.triton.quad_layout import SPARE, fill_spare, signed, store_quads
+from additive_attn.backends.triton.quad_layout import SPARE, fill_spare, store_exponentials
 from additive_attn.backends.triton.tiles import DIFFERENCE_MAX_FEATURES, power_of_two
 
 SAFE = tl.constexpr(10.0)  # (e^{2 SAFE} + e^{2 SAFE})^4 < 2^120
@@ -80,7 +80,7 @@ def _weight_exponent(weight, stride_h, hidden, padded, BLOCK: tl.constexpr):
 
 @triton.jit
 def _prepare_weight(
-    weight, stride_h, prepared, n, hidden, padded, scale_bits, scale_exponent,
+    weight, stride_h, order, prepared, n, hidden, padded, scale_bits, scale_exponent,
     BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, MATCHED: tl.constexpr,
 ):  # fmt: skip
     h = tl.arange(0, BLOCK)
@@ -97,8 +97,8 @@ def _prepare_weight(
         second = power(both - half)
         if MATCHED:
             store_quad_weight(
-                weight, stride_h, prepared.quad_weight + n * padded, hidden, padded,
-                power(-exponent), ROW_BLOCK,
+                weight, stride_h, order, prepared.quad_weight + n * padded, hidden, padded,
+                power(-exponent), ROW_BLOCK, ROW_BLOCK >= BLOCK,
             )  # fmt: skip
     ticket = tl.arange(0, TICKETS)
     tl.store(prepared.tickets + ticket, ticket * 0, mask=ticket < tl.where(n == 0, TICKETS, 0))
@@ -129,29 +129,30 @@ def _row_sums(v, w, f, largest, sums, squares):
 
 @triton.jit
 def _store_exponentials(
-    v, w, h0, h, rows, at, tile, n, length_padded, padded,
-    SIGN: tl.constexpr, EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr,
+    v, w, h0, h, rows, at, of_keys, tile, n, length_padded, padded,
+    EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """Stores the exponentials of features h0 + h. Returns what their roundings add to the
     correction."""
-    e, error = exp_with_error(v * (2.0 * SIGN))
+    e, error = exp_with_error(v * tl.where(of_keys, 2.0, -2.0))
     f = h0 + h
     if EXPONENTIAL:
         tl.store(rows.exponential + at * padded + f, e, mask=f < padded)
     if QUADS:
-        store_quads(rows.quads, signed(e, SIGN), h0, tile, n, length_padded, padded, SIGN, False)
+        store_exponentials(rows.quads, e, h0, tile, n, length_padded, padded, of_keys, False)
     return w * (error / e)
 
 
 @triton.jit
 def _prepare_rows(
-    x, stride_row, stride_h, weight, weight_h, order, rows, n, tile, length, length_padded, hidden,
-    padded, SIGN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SEVERAL: tl.constexpr,
+    x, stride_row, stride_h, weight, weight_h, order, rows, of_keys, n, tile, length,
+    length_padded, hidden, padded,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
     EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Prepares a group of rows, [GROUP, BLOCK / 4, 4] at a time: threads load and store four
-    features of neighbouring rows, in every layout. WHOLE: BLOCK features are all; SEVERAL:
-    ``order`` is their order in quads. Sums stay apart per thread until the loops end."""
+    features of neighbouring rows, in every layout. WHOLE: BLOCK features are all, and ``order`` is
+    their order in quads. Sums stay apart per thread until the loops end."""
     FOURS: tl.constexpr = BLOCK // 4
     row = tile * GROUP + tl.arange(0, GROUP)
     h = 4 * tl.arange(0, FOURS)[None, :, None] + tl.arange(0, 4)[None, None, :]
@@ -175,17 +176,17 @@ def _prepare_rows(
     most = tl.max(tl.max(largest, 2), 1)
     at = n * length_padded + row
     tl.store(rows.size + at, most)
-    if QUADS and SIGN > 0:
+    if QUADS:
         small = tl.max(((row < length) & (most <= 1.0)).to(tl.int32), 0)
         unsafe = tl.max(((row < length) & (most > SAFE)).to(tl.int32), 0)
-        tl.store(rows.flags + n * length_padded // GROUP + tile, small * SMALL + unsafe * UNSAFE)
+        to = rows.flags + n * length_padded // GROUP + tile
+        tl.store(to, small * SMALL + unsafe * UNSAFE, mask=of_keys)
     of_row = tl.sum(tl.reshape(sums, [GROUP, BLOCK // SKETCH, SKETCH // 4, 4]), 1)
     of_row = (of_row / tl.sqrt(tl.sum(tl.sum(squares, 2), 1)[:, None, None])).to(tl.float16)
     lane = 4 * tl.arange(0, SKETCH // 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
     tl.store(rows.sketch + SKETCH * at[:, None, None] + lane, of_row)
     square = tl.sum(tl.sum(of_row.to(tl.float32) * of_row.to(tl.float32), 2), 1)
-    if SIGN < 0:
-        square = opposite_limit(square, hidden) - square
+    square = tl.where(of_keys, square, opposite_limit(square, hidden) - square)
     tl.store(rows.distance + at, square)
 
     safe = ((row < length) & (most <= SAFE))[:, None, None]
@@ -193,68 +194,46 @@ def _prepare_rows(
     matched = tl.zeros([GROUP, FOURS, 2], tl.float32)
     if WHOLE:
         total = _store_exponentials(
-            tl.where(safe, v, 0.0), w, 0, h, rows, to_rows, tile, n, length_padded, padded,
-            SIGN, EXPONENTIAL, QUADS and not MATCHED,
+            tl.where(safe, v, 0.0), w, 0, h, rows, to_rows, of_keys, tile, n, length_padded,
+            padded, EXPONENTIAL, QUADS and not MATCHED,
         )  # fmt: skip
     else:
         total = tl.zeros([GROUP, FOURS, 4], tl.float32)
         for h0 in range(0, padded, BLOCK):
             v, w = _load_rows(source, stride_h, weight, weight_h, h0 + h, safe, hidden)
             total += _store_exponentials(
-                v, w * factor, h0, h, rows, to_rows, tile, n, length_padded, padded,
-                SIGN, EXPONENTIAL, QUADS and not MATCHED,
+                v, w * factor, h0, h, rows, to_rows, of_keys, tile, n, length_padded, padded,
+                EXPONENTIAL, QUADS and not MATCHED,
             )  # fmt: skip
     if MATCHED:
         total = tl.zeros([GROUP, FOURS, 4], tl.float32)
         for h0 in range(0, BLOCK if WHOLE else padded, BLOCK):
-            if not SEVERAL:
+            if not WHOLE:
                 order = quad_order(weight, weight_h, h0, hidden, BLOCK)
             f = tl.reshape(order, [1, FOURS, 4])
             v, w = _load_rows(source, stride_h, weight, weight_h, f, safe, hidden)
             sums, more = store_matches(
-                v, w * factor, h0, tile, rows, n, length_padded, padded, SIGN,
-                TARGET,
-            )  # fmt: skip
+                v, w * factor, h0, tile, rows.quads, n, length_padded, padded, of_keys, TARGET
+            )
             total += sums
             matched += more
-    tl.store(rows.correction + 2 * at, tl.sum(tl.sum(total, 2), 1) * (0.5 * SIGN))
+    sign = tl.where(of_keys, 0.5, -0.5)
+    tl.store(rows.correction + 2 * at, tl.sum(tl.sum(total, 2), 1) * sign)
     tl.store(rows.correction + 2 * at + 1, tl.sum(tl.sum(matched, 2), 1))
 
 
 @triton.jit
-def _prepare_groups(
-    program, x, outer, inner, stride_row, stride_h, weight, weight_outer, weight_inner, weight_h,
-    rows, programs, count, length, groups, hidden, padded,
-    SIGN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SEVERAL: tl.constexpr,
-    EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, ALIGNED: tl.constexpr,
-    TARGET: tl.constexpr,
-):  # fmt: skip
-    """Prepares ``groups`` groups of an entry: one, unless SEVERAL."""
-    length_padded = padded_length(length)
-    of_entry, tasks = length_padded // GROUP, tl.cdiv(length_padded, groups * GROUP)
-    n, o, m = batch_entry(program // tasks, count)
-    x += entry_offset(o, outer, m, inner, ALIGNED)
-    weight += entry_offset(o, weight_outer, m, weight_inner, ALIGNED)
-    if QUADS and program == 0:
-        fill_spare(rows.quads, programs // tasks * of_entry, padded, GROUP, SIGN, MATCHED)
-    first = program % tasks * groups
-    order = tl.arange(0, BLOCK)
-    if SEVERAL:
-        if MATCHED:
-            order = quad_order(weight, weight_h, 0, hidden, BLOCK)
-        for tile in tl.range(first, tl.minimum(first + groups, of_entry), disable_licm=True):
-            # The maximum hides that the order is invariant: hoisted, it would take registers.
-            _prepare_rows(
-                x, stride_row, stride_h, weight, weight_h, tl.maximum(order, -tile), rows, n, tile,
-                length, length_padded, hidden, padded, SIGN, BLOCK, WHOLE, SEVERAL, EXPONENTIAL,
-                QUADS, MATCHED, TARGET,
-            )  # fmt: skip
-    else:
-        _prepare_rows(
-            x, stride_row, stride_h, weight, weight_h, order, rows, n, first, length,
-            length_padded, hidden, padded, SIGN, BLOCK, WHOLE, SEVERAL, EXPONENTIAL, QUADS,
-            MATCHED, TARGET,
-        )  # fmt: skip
+def _chosen(of_keys, queries, keys):
+    """Returns the tensors of keys or those of queries."""
+    return PreparedRows(
+        tl.where(of_keys, keys.exponential, queries.exponential),
+        tl.where(of_keys, keys.quads, queries.quads),
+        tl.where(of_keys, keys.size, queries.size),
+        tl.where(of_keys, keys.correction, queries.correction),
+        keys.flags,
+        tl.where(of_keys, keys.distance, queries.distance),
+        tl.where(of_keys, keys.sketch, queries.sketch),
+    )
 
 
 @kernel
@@ -268,29 +247,62 @@ def prepare_kernel(
     TARGET: tl.constexpr,
 ):  # fmt: skip
     """The first programs prepare queries, then keys, then weights; weights alone without
-    ``query_rows``. ``row_count``, ``key_count`` and ``inner`` are their inner batch dims."""
+    ``query_rows``. ``row_count``, ``key_count`` and ``inner`` are their inner batch dims. A
+    program prepares ``groups`` groups of rows of an entry: one, unless SEVERAL.
+
+    Queries and keys share the code, and sorting is there once: code takes seconds to compile, and
+    a program waits for what it reads of it."""
     program = tl.program_id(0)
-    if program >= row_programs + key_programs:
-        n, o, m = batch_entry(program - row_programs - key_programs, inner)
+    of_rows = program < row_programs + key_programs
+    of_keys = program >= row_programs
+    count, tasks, first = inner, 1, row_programs + key_programs
+    if query_rows is not None:
+        padded = tl.multiple_of(padded, 4)
+        length = tl.where(of_keys, keys, rows)
+        length_padded = padded_length(length)
+        of_entry = length_padded // GROUP
+        tasks = tl.where(of_rows, tl.cdiv(of_entry, groups), 1)
+        count = tl.where(of_rows, tl.where(of_keys, key_count, row_count), inner)
+        first = tl.where(of_rows, tl.where(of_keys, row_programs, 0), first)
+    program -= first
+    n, o, m = batch_entry(program // tasks, count)
+    weight += entry_offset(o, weight_outer, m, weight_inner, ALIGNED)
+    order = tl.arange(0, BLOCK)
+    if MATCHED and WHOLE:
+        order = quad_order(weight, weight_h, 0, hidden, BLOCK)
+    if not of_rows:
         _prepare_weight(
-            weight + o * weight_outer + m * weight_inner, weight_h, prepared, n, hidden, padded,
-            scale_bits, scale_exponent, WEIGHT_BLOCK, BLOCK, MATCHED,
+            weight, weight_h, order, prepared, n, hidden, padded, scale_bits, scale_exponent,
+            WEIGHT_BLOCK, BLOCK, MATCHED,
         )  # fmt: skip
     elif query_rows is not None:
-        padded = tl.multiple_of(padded, 4)
-        if program >= row_programs:
-            _prepare_groups(
-                program - row_programs, key, key_outer, key_inner, key_row, key_h,
-                weight, weight_outer, weight_inner, weight_h, key_rows, key_programs, key_count,
-                keys, groups, hidden, padded, 1, BLOCK, WHOLE, SEVERAL, EXPONENTIAL, QUADS,
-                MATCHED, ALIGNED, TARGET,
-            )  # fmt: skip
+        x = tl.where(of_keys, key, query)
+        stride_row, stride_h = (
+            tl.where(of_keys, key_row, query_row),
+            tl.where(of_keys, key_h, query_h),
+        )
+        x += entry_offset(
+            o, tl.where(of_keys, key_outer, query_outer), m,
+            tl.where(of_keys, key_inner, query_inner), ALIGNED,
+        )  # fmt: skip
+        chosen = _chosen(of_keys, query_rows, key_rows)
+        if QUADS and program == 0:
+            programs = tl.where(of_keys, key_programs, row_programs)
+            fill_spare(chosen.quads, programs // tasks * of_entry, padded, of_keys, GROUP, MATCHED)
+        begin = program % tasks * groups
+        if SEVERAL:
+            for tile in tl.range(begin, tl.minimum(begin + groups, of_entry), disable_licm=True):
+                # The maximum hides that the order is invariant: hoisted, it would take registers.
+                _prepare_rows(
+                    x, stride_row, stride_h, weight, weight_h, tl.maximum(order, -tile), chosen,
+                    of_keys, n, tile, length, length_padded, hidden, padded, BLOCK, WHOLE,
+                    EXPONENTIAL, QUADS, MATCHED, TARGET,
+                )  # fmt: skip
         else:
-            _prepare_groups(
-                program, query, query_outer, query_inner, query_row, query_h,
-                weight, weight_outer, weight_inner, weight_h, query_rows, row_programs, row_count,
-                rows, groups, hidden, padded, -1, BLOCK, WHOLE, SEVERAL, EXPONENTIAL, QUADS,
-                MATCHED, ALIGNED, TARGET,
+            _prepare_rows(
+                x, stride_row, stride_h, weight, weight_h, order, chosen, of_keys, n, begin,
+                length, length_padded, hidden, padded, BLOCK, WHOLE, EXPONENTIAL, QUADS, MATCHED,
+                TARGET,
             )  # fmt: skip
 
 

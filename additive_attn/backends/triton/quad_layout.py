@@ -18,9 +18,9 @@ def quad_numbers(padded, SIGN: tl.constexpr, MATCHED: tl.constexpr):
 
 
 @triton.jit
-def signed(x, SIGN: tl.constexpr):
-    """Returns quads [..., ..., 4], with the odd features of queries negated."""
-    return x if SIGN > 0 else tl.where(tl.arange(0, 4)[None, None, :] % 2 != 0, -x, x)
+def _signed(x):
+    """Returns quads of queries [..., ..., 4], the odd features negated."""
+    return tl.where(tl.arange(0, 4)[None, None, :] % 2 != 0, -x, x)
 
 
 @triton.jit
@@ -48,12 +48,25 @@ def store_quads(
 
 
 @triton.jit
-def fill_spare(
-    quads, programs, padded, GROUP: tl.constexpr, SIGN: tl.constexpr, MATCHED: tl.constexpr
+def store_exponentials(
+    quads, e, h0, tile, n, length_padded, padded, of_keys, MATCHED: tl.constexpr
 ):  # fmt: skip
-    """Stores 1 in the rows beyond the last of all quads, of ``programs`` groups."""
-    quads += programs.to(tl.int64) * GROUP * quad_numbers(padded, SIGN, MATCHED)
+    """Runs ``store_quads`` for keys or for queries."""
+    if of_keys:
+        store_quads(quads, e, h0, tile, n, length_padded, padded, 1, MATCHED)
+    else:
+        store_quads(quads, _signed(e), h0, tile, n, length_padded, padded, -1, MATCHED)
+
+
+@triton.jit
+def fill_spare(quads, groups, padded, of_keys, GROUP: tl.constexpr, MATCHED: tl.constexpr):
+    """Stores 1 in the rows beyond the last of all quads, of ``groups`` groups."""
+    rows = groups.to(tl.int64) * GROUP
     ones = tl.full([SPARE, 1, 4], 1.0, tl.float32)
-    _store(quads, signed(ones, SIGN), 0, 1, SIGN, MATCHED)
-    if MATCHED and SIGN < 0:
-        _store(quads + 8, ones, 0, 1, SIGN, MATCHED)
+    if of_keys:
+        _store(quads + rows * quad_numbers(padded, 1, MATCHED), ones, 0, 1, 1, MATCHED)
+    else:
+        quads += rows * quad_numbers(padded, -1, MATCHED)
+        _store(quads, _signed(ones), 0, 1, -1, MATCHED)
+        if MATCHED:
+            _store(quads + 8, ones, 0, 1, -1, MATCHED)
