@@ -58,6 +58,10 @@ GROUP = tl.constexpr(8)  # rows that share flags; lengths are padded to whole gr
 SMALL = tl.constexpr(1)  # in the flags of a group: one of its rows has no |x| > 1
 UNSAFE = tl.constexpr(256)  # the same: not within SAFE; so far apart that flags may be added up
 TICKETS = tl.constexpr(4096)
+# What is stored, in bits whose sums are neither 1 nor multiples of 16: Triton would compile other
+# kernels for these.
+ROWS = tl.constexpr(2)
+QUADS = tl.constexpr(4)
 
 
 @triton.jit
@@ -80,7 +84,7 @@ def _weight_exponent(weight, stride_h, hidden, padded, BLOCK: tl.constexpr):
 
 @triton.jit
 def _prepare_weight(
-    weight, stride_h, order, prepared, n, hidden, padded, scale_bits, scale_exponent,
+    weight, stride_h, order, prepared, n, hidden, padded, scale_bits, scale_exponent, stored,
     BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, MATCHED: tl.constexpr,
 ):  # fmt: skip
     h = tl.arange(0, BLOCK)
@@ -96,10 +100,11 @@ def _prepare_weight(
         first = power(half) * first.to(tl.float32)
         second = power(both - half)
         if MATCHED:
-            store_quad_weight(
-                weight, stride_h, order, prepared.quad_weight + n * padded, hidden, padded,
-                power(-exponent), ROW_BLOCK, ROW_BLOCK >= BLOCK,
-            )  # fmt: skip
+            if stored & QUADS != 0:
+                store_quad_weight(
+                    weight, stride_h, order, prepared.quad_weight + n * padded, hidden, padded,
+                    power(-exponent), ROW_BLOCK, ROW_BLOCK >= BLOCK,
+                )  # fmt: skip
     ticket = tl.arange(0, TICKETS)
     tl.store(prepared.tickets + ticket, ticket * 0, mask=ticket < tl.where(n == 0, TICKETS, 0))
     tl.store(prepared.score_scale + 2 * n, tl.where(finite != 0, first, float("nan")))
@@ -129,26 +134,26 @@ def _row_sums(v, w, f, largest, sums, squares):
 
 @triton.jit
 def _store_exponentials(
-    v, w, h0, h, rows, at, of_keys, tile, n, length_padded, padded,
-    EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr,
+    v, w, h0, h, rows, at, of_keys, tile, n, length_padded, padded, stored,
+    MATCHED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the exponentials of features h0 + h. Returns what their roundings add to the
-    correction."""
+    """Stores the exponentials of features h0 + h, in quads unless MATCHED. Returns what their
+    roundings add to the correction."""
     e, error = exp_with_error(v * tl.where(of_keys, 2.0, -2.0))
     f = h0 + h
-    if EXPONENTIAL:
+    if stored & ROWS != 0:
         tl.store(rows.exponential + at * padded + f, e, mask=f < padded)
-    if QUADS:
-        store_exponentials(rows.quads, e, h0, tile, n, length_padded, padded, of_keys, False)
+    if not MATCHED:
+        if stored & QUADS != 0:
+            store_exponentials(rows.quads, e, h0, tile, n, length_padded, padded, of_keys, False)
     return w * (error / e)
 
 
 @triton.jit
 def _prepare_rows(
     x, stride_row, stride_h, weight, weight_h, order, rows, of_keys, n, tile, length,
-    length_padded, hidden, padded,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-    EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, TARGET: tl.constexpr,
+    length_padded, hidden, padded, stored,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, MATCHED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Prepares a group of rows, [GROUP, BLOCK / 4, 4] at a time: threads load and store four
     features of neighbouring rows, in every layout. WHOLE: BLOCK features are all, and ``order`` is
@@ -176,7 +181,7 @@ def _prepare_rows(
     most = tl.max(tl.max(largest, 2), 1)
     at = n * length_padded + row
     tl.store(rows.size + at, most)
-    if QUADS:
+    if stored & QUADS != 0:
         small = tl.max(((row < length) & (most <= 1.0)).to(tl.int32), 0)
         unsafe = tl.max(((row < length) & (most > SAFE)).to(tl.int32), 0)
         to = rows.flags + n * length_padded // GROUP + tile
@@ -195,7 +200,7 @@ def _prepare_rows(
     if WHOLE:
         total = _store_exponentials(
             tl.where(safe, v, 0.0), w, 0, h, rows, to_rows, of_keys, tile, n, length_padded,
-            padded, EXPONENTIAL, QUADS and not MATCHED,
+            padded, stored, MATCHED,
         )  # fmt: skip
     else:
         total = tl.zeros([GROUP, FOURS, 4], tl.float32)
@@ -203,20 +208,21 @@ def _prepare_rows(
             v, w = _load_rows(source, stride_h, weight, weight_h, h0 + h, safe, hidden)
             total += _store_exponentials(
                 v, w * factor, h0, h, rows, to_rows, of_keys, tile, n, length_padded, padded,
-                EXPONENTIAL, QUADS and not MATCHED,
+                stored, MATCHED,
             )  # fmt: skip
     if MATCHED:
-        total = tl.zeros([GROUP, FOURS, 4], tl.float32)
-        for h0 in range(0, BLOCK if WHOLE else padded, BLOCK):
-            if not WHOLE:
-                order = quad_order(weight, weight_h, h0, hidden, BLOCK)
-            f = tl.reshape(order, [1, FOURS, 4])
-            v, w = _load_rows(source, stride_h, weight, weight_h, f, safe, hidden)
-            sums, more = store_matches(
-                v, w * factor, h0, tile, rows.quads, n, length_padded, padded, of_keys, TARGET
-            )
-            total += sums
-            matched += more
+        if stored & QUADS != 0:
+            total = tl.zeros([GROUP, FOURS, 4], tl.float32)
+            for h0 in range(0, BLOCK if WHOLE else padded, BLOCK):
+                if not WHOLE:
+                    order = quad_order(weight, weight_h, h0, hidden, BLOCK)
+                f = tl.reshape(order, [1, FOURS, 4])
+                v, w = _load_rows(source, stride_h, weight, weight_h, f, safe, hidden)
+                sums, more = store_matches(
+                    v, w * factor, h0, tile, rows.quads, n, length_padded, padded, of_keys, TARGET
+                )
+                total += sums
+                matched += more
     sign = tl.where(of_keys, 0.5, -0.5)
     tl.store(rows.correction + 2 * at, tl.sum(tl.sum(total, 2), 1) * sign)
     tl.store(rows.correction + 2 * at + 1, tl.sum(tl.sum(matched, 2), 1))
@@ -242,13 +248,14 @@ def prepare_kernel(
     key_outer, key_inner, key_row, key_h, weight_outer, weight_inner, weight_h,
     prepared, query_rows, key_rows, row_programs, row_count, rows,
     key_programs, key_count, keys, groups, inner, hidden, padded, scale_bits, scale_exponent,
+    stored,
     BLOCK: tl.constexpr, WEIGHT_BLOCK: tl.constexpr, WHOLE: tl.constexpr, SEVERAL: tl.constexpr,
-    EXPONENTIAL: tl.constexpr, QUADS: tl.constexpr, MATCHED: tl.constexpr, ALIGNED: tl.constexpr,
-    TARGET: tl.constexpr,
+    MATCHED: tl.constexpr, ALIGNED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """The first programs prepare queries, then keys, then weights; weights alone without
     ``query_rows``. ``row_count``, ``key_count`` and ``inner`` are their inner batch dims. A
-    program prepares ``groups`` groups of rows of an entry: one, unless SEVERAL.
+    program prepares ``groups`` groups of rows of an entry: one, unless SEVERAL. ``stored``: what
+    passes will read, ROWS and QUADS; quads are those of the matched form if MATCHED.
 
     Queries and keys share the code, and sorting is there once: code takes seconds to compile, and
     a program waits for what it reads of it."""
@@ -269,24 +276,23 @@ def prepare_kernel(
     weight += entry_offset(o, weight_outer, m, weight_inner, ALIGNED)
     order = tl.arange(0, BLOCK)
     if MATCHED and WHOLE:
-        order = quad_order(weight, weight_h, 0, hidden, BLOCK)
+        if stored & QUADS != 0:
+            order = quad_order(weight, weight_h, 0, hidden, BLOCK)
     if not of_rows:
         _prepare_weight(
             weight, weight_h, order, prepared, n, hidden, padded, scale_bits, scale_exponent,
-            WEIGHT_BLOCK, BLOCK, MATCHED,
+            stored, WEIGHT_BLOCK, BLOCK, MATCHED,
         )  # fmt: skip
     elif query_rows is not None:
         x = tl.where(of_keys, key, query)
-        stride_row, stride_h = (
-            tl.where(of_keys, key_row, query_row),
-            tl.where(of_keys, key_h, query_h),
-        )
+        stride_row = tl.where(of_keys, key_row, query_row)
+        stride_h = tl.where(of_keys, key_h, query_h)
         x += entry_offset(
             o, tl.where(of_keys, key_outer, query_outer), m,
             tl.where(of_keys, key_inner, query_inner), ALIGNED,
         )  # fmt: skip
         chosen = _chosen(of_keys, query_rows, key_rows)
-        if QUADS and program == 0:
+        if (stored & QUADS != 0) & (program == 0):
             programs = tl.where(of_keys, key_programs, row_programs)
             fill_spare(chosen.quads, programs // tasks * of_entry, padded, of_keys, GROUP, MATCHED)
         begin = program % tasks * groups
@@ -295,13 +301,13 @@ def prepare_kernel(
                 # The maximum hides that the order is invariant: hoisted, it would take registers.
                 _prepare_rows(
                     x, stride_row, stride_h, weight, weight_h, tl.maximum(order, -tile), chosen,
-                    of_keys, n, tile, length, length_padded, hidden, padded, BLOCK, WHOLE,
-                    EXPONENTIAL, QUADS, MATCHED, TARGET,
+                    of_keys, n, tile, length, length_padded, hidden, padded, stored, BLOCK, WHOLE,
+                    MATCHED, TARGET,
                 )  # fmt: skip
         else:
             _prepare_rows(
                 x, stride_row, stride_h, weight, weight_h, order, chosen, of_keys, n, begin,
-                length, length_padded, hidden, padded, BLOCK, WHOLE, EXPONENTIAL, QUADS, MATCHED,
+                length, length_padded, hidden, padded, stored, BLOCK, WHOLE, MATCHED,
                 TARGET,
             )  # fmt: skip
 
@@ -343,14 +349,14 @@ def prepare(
     multiple = BLOCK_OF_FEATURES if many else 4
     padded = -(-max(hidden, 1) // multiple) * multiple
     wide = weight.dtype == torch.float64
-    matched = quads and many and not wide
+    matched = many and not wide
     scaled = torch.empty(
         outer, inner, padded, dtype=torch.float64 if wide else torch.float32, device=weight.device
     )
     of_weight = PreparedWeight(
         scaled,
         scaled.new_empty(outer, inner, 2),
-        scaled.new_empty(outer, inner, padded if matched else 0),
+        scaled.new_empty(outer, inner, padded if quads and matched else 0),
         scaled.new_empty(TICKETS.value, dtype=torch.int32),
     )
     views: list[Tensor] = []
@@ -377,9 +383,10 @@ def prepare(
         *prepared,
         *(y for x, n in zip(views, programs, strict=True) for y in (n, x.shape[1], x.shape[2])),
         groups, inner, hidden, padded, bits(mantissa), exponent,
+        ROWS.value * exponential + QUADS.value * quads,
         **tile,
         ALIGNED=aligned(*(s for x in (*views, w) for s in x.stride()[:2])),
-        WEIGHT_BLOCK=power_of_two(padded), EXPONENTIAL=exponential, QUADS=quads, MATCHED=matched,
+        WEIGHT_BLOCK=power_of_two(padded), MATCHED=matched,
         TARGET=target(), **(registers(128) if tile["SEVERAL"] else {}),
     )  # fmt: skip
     return prepared
