@@ -229,6 +229,31 @@ def _prepare_rows(
 
 
 @triton.jit
+def _prepare_groups(
+    x, stride_row, stride_h, weight, weight_h, order, rows, of_keys, n, begin, groups, length,
+    hidden, padded, stored,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, SEVERAL: tl.constexpr, MATCHED: tl.constexpr,
+    TARGET: tl.constexpr,
+):  # fmt: skip
+    """Prepares ``groups`` groups of rows from ``begin`` on: one, unless SEVERAL."""
+    length_padded = padded_length(length)
+    if SEVERAL:
+        end = tl.minimum(begin + groups, length_padded // GROUP)
+        for tile in tl.range(begin, end, disable_licm=True):
+            # The maximum hides that the order is invariant: hoisted, it would take registers.
+            _prepare_rows(
+                x, stride_row, stride_h, weight, weight_h, tl.maximum(order, -tile), rows,
+                of_keys, n, tile, length, length_padded, hidden, padded, stored,
+                BLOCK, WHOLE, MATCHED, TARGET,
+            )  # fmt: skip
+    else:
+        _prepare_rows(
+            x, stride_row, stride_h, weight, weight_h, order, rows, of_keys, n, begin, length,
+            length_padded, hidden, padded, stored, BLOCK, WHOLE, MATCHED, TARGET,
+        )  # fmt: skip
+
+
+@triton.jit
 def _chosen(of_keys, queries, keys):
     """Returns the tensors of keys or those of queries."""
     return PreparedRows(
@@ -284,31 +309,32 @@ def prepare_kernel(
             stored, WEIGHT_BLOCK, BLOCK, MATCHED,
         )  # fmt: skip
     elif query_rows is not None:
-        x = tl.where(of_keys, key, query)
+        outer = tl.where(of_keys, key_outer, query_outer)
+        at = entry_offset(o, outer, m, tl.where(of_keys, key_inner, query_inner), ALIGNED)
         stride_row = tl.where(of_keys, key_row, query_row)
         stride_h = tl.where(of_keys, key_h, query_h)
-        x += entry_offset(
-            o, tl.where(of_keys, key_outer, query_outer), m,
-            tl.where(of_keys, key_inner, query_inner), ALIGNED,
-        )  # fmt: skip
         chosen = _chosen(of_keys, query_rows, key_rows)
         if (stored & QUADS != 0) & (program == 0):
             programs = tl.where(of_keys, key_programs, row_programs)
             fill_spare(chosen.quads, programs // tasks * of_entry, padded, of_keys, GROUP, MATCHED)
         begin = program % tasks * groups
-        if SEVERAL:
-            for tile in tl.range(begin, tl.minimum(begin + groups, of_entry), disable_licm=True):
-                # The maximum hides that the order is invariant: hoisted, it would take registers.
-                _prepare_rows(
-                    x, stride_row, stride_h, weight, weight_h, tl.maximum(order, -tile), chosen,
-                    of_keys, n, tile, length, length_padded, hidden, padded, stored, BLOCK, WHOLE,
-                    MATCHED, TARGET,
-                )  # fmt: skip
+        if query.dtype == key.dtype:
+            _prepare_groups(
+                tl.where(of_keys, key, query) + at, stride_row, stride_h, weight, weight_h, order,
+                chosen, of_keys, n, begin, groups, length, hidden, padded, stored,
+                BLOCK, WHOLE, SEVERAL, MATCHED, TARGET,
+            )  # fmt: skip
+        elif of_keys:
+            _prepare_groups(
+                key + at, stride_row, stride_h, weight, weight_h, order,
+                chosen, of_keys, n, begin, groups, length, hidden, padded, stored,
+                BLOCK, WHOLE, SEVERAL, MATCHED, TARGET,
+            )  # fmt: skip
         else:
-            _prepare_rows(
-                x, stride_row, stride_h, weight, weight_h, order, chosen, of_keys, n, begin,
-                length, length_padded, hidden, padded, stored, BLOCK, WHOLE, MATCHED,
-                TARGET,
+            _prepare_groups(
+                query + at, stride_row, stride_h, weight, weight_h, order,
+                chosen, of_keys, n, begin, groups, length, hidden, padded, stored,
+                BLOCK, WHOLE, SEVERAL, MATCHED, TARGET,
             )  # fmt: skip
 
 
