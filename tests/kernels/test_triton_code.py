@@ -333,7 +333,7 @@ def test_lengths_share_kernels(monkeypatch):
     sizes = [((1, 2, 16, 48)[i % 4], 17 + 29 * i, 20 + 33 * i) for i in range(25)]
     seen = several(sizes)
     more = [(50 - i, 18 + 29 * i, 19 + 31 * i) for i in range(25)]
-    assert len(seen | several(more)) <= 22
+    assert len(seen | several(more)) <= 20
     singles = [(1 + i, 1, 5 + 7 * i) for i in range(50)]
     assert len(several(singles)) <= 17
 
