@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-from additive_attn.backends.triton.prepare import SAFE
+from additive_attn.backends.triton.prepare_rows import SAFE
 
 
 @triton.jit

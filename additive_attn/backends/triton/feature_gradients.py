@@ -32,7 +32,7 @@ from additive_attn.backends.triton.halves import (
     weighted,
 )
 from additive_attn.backends.triton.numerics import number, slices
-from additive_attn.backends.triton.prepare import SAFE
+from additive_attn.backends.triton.prepare_rows import SAFE
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.halves import exponentials, weighted
 from additive_attn.backends.triton.launch import kernel
 from additive_attn.backends.triton.numerics import number
-from additive_attn.backends.triton.prepare import SAFE
+from additive_attn.backends.triton.prepare_rows import SAFE
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from additive_attn.backends.triton.arguments import Problem
 from additive_attn.backends.triton.batch import batch_entry
 from additive_attn.backends.triton.launch import kernel, launch
 from additive_attn.backends.triton.plan import Piece
-from additive_attn.backends.triton.prepare import SKETCH
+from additive_attn.backends.triton.prepare_rows import SKETCH
 
 
 @triton.jit

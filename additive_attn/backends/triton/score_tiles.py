@@ -7,10 +7,10 @@ A tile takes one of three forms (math.md, section 2.2, which says why each is ne
     direct      tanh(q + k)                                         float64; rows or keys beyond
                                                                     SAFE, NaN, Inf; opposite pairs
 
-with a = e^{-2q} and b = e^{2k} (``prepare.py``). The fractions of four features are joined, so
-that they share one reciprocal: 3.75 instructions a tanh in the matched form. One small product of
-sketches tells whether a tile holds an opposite pair. If so its pairs are computed in both forms,
-and each takes its own.
+with a = e^{-2q} and b = e^{2k} (``prepare_rows.py``). The fractions of four features are joined,
+so that they share one reciprocal: 3.75 instructions a tanh in the matched form. One small product
+of sketches tells whether a tile holds an opposite pair. If so its pairs are computed in both
+forms, and each takes its own.
 
 A thread keeps RM rows by RN keys in registers: tiles are [RM, RN, TM, TN], since Triton gives the
 last dims to the threads.
@@ -44,7 +44,7 @@ from additive_attn.backends.triton.opposite import (
 )
 from additive_attn.backends.triton.plan import Piece
 from additive_attn.backends.triton.prefetch import lines_of_quads, use
-from additive_attn.backends.triton.prepare import GROUP, SAFE, SMALL, UNSAFE, padded_length
+from additive_attn.backends.triton.prepare_rows import GROUP, SAFE, SMALL, UNSAFE, padded_length
 from additive_attn.backends.triton.quad_layout import quad_numbers
 from additive_attn.backends.triton.quads import difference_sums, matched_sums
 
