@@ -48,10 +48,10 @@ def test_coefficients_of_tanh(cpp):
 
 
 def test_ranges(cpp):
-    prepare = pytest.importorskip("additive_attn.backends.triton.prepare")
+    prepare_rows = pytest.importorskip("additive_attn.backends.triton.prepare_rows")
     (ranges,) = re.findall(r"struct Range<float> {(.*?)};", cpp, re.DOTALL)
     values = {name: float(x) for name, x in re.findall(rf"(\w+) = ({NUMBER})f", ranges)}
-    assert prepare.SAFE.value == values["safe"]
+    assert prepare_rows.SAFE.value == values["safe"]
     clamped = re.findall(rf"x > ({NUMBER})", triton_tanh())
     assert [float(x) for x in clamped] == [values["saturated"]]
 
