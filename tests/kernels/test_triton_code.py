@@ -19,6 +19,8 @@ from triton.runtime.jit import JITFunction
 
 from additive_attn.backends import triton as operators
 from additive_attn.backends.triton import arguments, tiles
+from additive_attn.backends.triton.batch import BatchShape
+from additive_attn.backends.triton.prepare import prepare
 from tools import machine_code
 from tools.control_flow import number
 from tools.kernel_calls import call, scores_call, step_call
@@ -306,6 +308,21 @@ def test_flags_are_of_whole_blocks_of_the_pass_over_features():
             gradient = tiles.gradient_tile(rows, features)
             one = gradient["RX"] * gradient["TX"]
             assert one % flags.rows == 0 or flags.rows % one == 0, sizes
+
+
+@pytest.mark.parametrize("large", ["query", "key"])
+def test_a_large_tensor_beside_small_ones_compiles_for_amd(large):
+    """Triton marks tensors below 2 GiB, and before 3.9 it fails where one that is marked and
+    another one may be chosen."""
+    sizes = dict.fromkeys(("query", "key"), 2 * 9 * 96)
+    sizes[large] = 2**29 + 1  # allocated, never touched
+    query, key = (torch.empty(n).as_strided((2, 9, 96), (864, 96, 1)) for n in sizes.values())
+
+    def function():
+        prepare(query, key, torch.empty(96), BatchShape((2,)), 1.0, exponential=True, quads=True)
+
+    (kernel,) = compiled_calls("gfx942", function)
+    assert kernel.name == "prepare_kernel" and kernel.code.spilled == 0
 
 
 def test_lengths_share_kernels(monkeypatch):

@@ -20,7 +20,7 @@ _VARYING = (
     "inner", "entries", "entry_begin", "rows", "row_begin", "row_count", "keys", "key_begin",
     "key_count", "keys_per_split", "splits", "length", "length_padded",
     "row_tiles", "key_tiles", "row_programs", "key_programs", "value_programs", "groups",
-    "left", "right", "threshold", "keep_bits", "scale_bits", "scale_exponent",
+    "left", "right", "threshold", "keep_bits", "scale_bits", "scale_exponent", "stored",
     *(
         f"{name}_{dim}"
         for name in ("query", "key", "value", "weight", "mask", "length", "seed", "query_exp",

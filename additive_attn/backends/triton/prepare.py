@@ -100,8 +100,10 @@ def prepare_kernel(
     program prepares ``groups`` groups of rows of an entry: one, unless SEVERAL. ``stored``: what
     passes will read, ROWS and QUADS; quads are those of the matched form if MATCHED.
 
-    Queries and keys share the code, and sorting is there once: code takes seconds to compile, and
-    a program waits for what it reads of it."""
+    Queries and keys of one dtype share the code, and sorting is there once: code takes seconds to
+    compile, and a program waits for what it reads of it. Not so for AMD GPUs, where the compiler
+    of Triton before 3.9 does not choose between a tensor of 2 GiB and a smaller one, and code of
+    chosen tensors has no buffer instructions."""
     program = tl.program_id(0)
     of_rows = program < row_programs + key_programs
     of_keys = program >= row_programs
@@ -131,27 +133,35 @@ def prepare_kernel(
         at = entry_offset(o, outer, m, tl.where(of_keys, key_inner, query_inner), ALIGNED)
         stride_row = tl.where(of_keys, key_row, query_row)
         stride_h = tl.where(of_keys, key_h, query_h)
-        chosen = _chosen(of_keys, query_rows, key_rows)
-        if (stored & QUADS != 0) & (program == 0):
-            programs = tl.where(of_keys, key_programs, row_programs)
-            fill_spare(chosen.quads, programs // tasks * of_entry, padded, of_keys, GROUP, MATCHED)
         begin = program % tasks * groups
-        if query.dtype == key.dtype:
+        spare = tl.where(
+            (stored & QUADS != 0) & (program == 0),
+            tl.where(of_keys, key_programs, row_programs) // tasks * of_entry,
+            0,
+        )
+        if query.dtype == key.dtype and TARGET != "hip":
+            chosen = _chosen(of_keys, query_rows, key_rows)
+            if spare > 0:
+                fill_spare(chosen.quads, spare, padded, of_keys, GROUP, MATCHED)
             prepare_groups(
                 tl.where(of_keys, key, query) + at, stride_row, stride_h, weight, weight_h, order,
                 chosen, of_keys, n, begin, groups, length, hidden, padded, stored,
                 BLOCK, WHOLE, SEVERAL, MATCHED, TARGET,
             )  # fmt: skip
         elif of_keys:
+            if spare > 0:
+                fill_spare(key_rows.quads, spare, padded, of_keys, GROUP, MATCHED)
             prepare_groups(
                 key + at, stride_row, stride_h, weight, weight_h, order,
-                chosen, of_keys, n, begin, groups, length, hidden, padded, stored,
+                key_rows, of_keys, n, begin, groups, length, hidden, padded, stored,
                 BLOCK, WHOLE, SEVERAL, MATCHED, TARGET,
             )  # fmt: skip
         else:
+            if spare > 0:
+                fill_spare(query_rows.quads, spare, padded, of_keys, GROUP, MATCHED)
             prepare_groups(
                 query + at, stride_row, stride_h, weight, weight_h, order,
-                chosen, of_keys, n, begin, groups, length, hidden, padded, stored,
+                query_rows, of_keys, n, begin, groups, length, hidden, padded, stored,
                 BLOCK, WHOLE, SEVERAL, MATCHED, TARGET,
             )  # fmt: skip
 

@@ -37,10 +37,8 @@ SKETCH = tl.constexpr(32)  # numbers of a sketch
 GROUP = tl.constexpr(8)  # rows that share flags; lengths are padded to whole groups
 SMALL = tl.constexpr(1)  # in the flags of a group: one of its rows has no |x| > 1
 UNSAFE = tl.constexpr(256)  # the same: not within SAFE; so far apart that flags may be added up
-# What is stored, in bits whose sums are neither 1 nor multiples of 16: Triton would compile other
-# kernels for these.
-ROWS = tl.constexpr(2)
-QUADS = tl.constexpr(4)
+ROWS = tl.constexpr(1)  # bits of what is stored
+QUADS = tl.constexpr(2)
 
 
 @triton.jit
@@ -86,8 +84,8 @@ def _store_exponentials(
     v, w, h0, h, rows, at, of_keys, tile, n, length_padded, padded, stored,
     MATCHED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the exponentials of features h0 + h, in quads unless MATCHED. Returns what their
-    roundings add to the correction."""
+    """Stores the exponentials of features h0 + h, of what is ``stored``, in quads unless MATCHED.
+    Returns what their roundings add to the correction."""
     e, error = exp_with_error(v * tl.where(of_keys, 2.0, -2.0))
     f = h0 + h
     if stored & ROWS != 0:
@@ -146,19 +144,21 @@ def _prepare_rows(
     safe = ((row < length) & (most <= SAFE))[:, None, None]
     to_rows = at[:, None, None]
     matched = tl.zeros([GROUP, FOURS, 2], tl.float32)
-    if WHOLE:
-        total = _store_exponentials(
-            tl.where(safe, v, 0.0), w, 0, h, rows, to_rows, of_keys, tile, n, length_padded,
-            padded, stored, MATCHED,
-        )  # fmt: skip
-    else:
-        total = tl.zeros([GROUP, FOURS, 4], tl.float32)
-        for h0 in range(0, padded, BLOCK):
-            v, w = _load_rows(source, stride_h, weight, weight_h, h0 + h, safe, hidden)
-            total += _store_exponentials(
-                v, w * factor, h0, h, rows, to_rows, of_keys, tile, n, length_padded, padded,
-                stored, MATCHED,
+    total = tl.zeros([GROUP, FOURS, 4], tl.float32)
+    # In the matched form, quads have exponentials and sums of their own.
+    if (stored & ROWS != 0) if MATCHED else True:
+        if WHOLE:
+            total = _store_exponentials(
+                tl.where(safe, v, 0.0), w, 0, h, rows, to_rows, of_keys, tile, n, length_padded,
+                padded, stored, MATCHED,
             )  # fmt: skip
+        else:
+            for h0 in range(0, padded, BLOCK):
+                v, w = _load_rows(source, stride_h, weight, weight_h, h0 + h, safe, hidden)
+                total += _store_exponentials(
+                    v, w * factor, h0, h, rows, to_rows, of_keys, tile, n, length_padded, padded,
+                    stored, MATCHED,
+                )  # fmt: skip
     if MATCHED:
         if stored & QUADS != 0:
             total = tl.zeros([GROUP, FOURS, 4], tl.float32)

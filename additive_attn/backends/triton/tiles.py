@@ -149,8 +149,9 @@ def row_tile(padded_keys: int, wide: bool) -> dict[str, int]:
 
 def prepare_tile(padded: int) -> dict[str, int]:
     """Features of eight rows at a time, 16 or 32 numbers per thread. SEVERAL: a program takes
-    several groups of rows, and sorts features once. Of many features an H200 waits for what it
-    reads of the code; of few, more and smaller programs took less time there."""
+    several groups of rows, and sorts features once. Of many features an H200 waited for what it
+    read of the code, when that was twice as long; of few, more and smaller programs took less
+    time there."""
     BLOCK = min(1024, power_of_two(max(padded, 32)))
     SEVERAL = 512 < padded <= BLOCK
     return {
